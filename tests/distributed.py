@@ -1,0 +1,125 @@
+"""Run a function on several gloo ranks, keeping the workers alive between calls.
+
+``run_distributed(fn, 2, *args)`` calls ``fn(*args)`` on two processes that form one
+torch.distributed world and returns what each rank returned, in rank order. Starting a process that
+imports torch and DeepSpeed costs seconds, so the workers of each world size stay for later calls;
+a failing rank ends them all (its peers may be stuck in a collective) and its traceback is raised.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["torch", "deepspeed"])
+_POOLS: dict[int, _Pool] = {}
+
+
+class RankFailed(AssertionError):
+    """A rank raised; the message holds its traceback."""
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nothing listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _worker(rank: int, world_size: int, port: int, pipe: Connection) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        DS_ACCELERATOR="cpu",
+        OMP_NUM_THREADS="1",
+    )
+    import deepspeed
+    import torch
+
+    torch.set_num_threads(1)
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    while (job := pipe.recv()) is not None:
+        function, args = job
+        try:
+            torch.manual_seed(0)
+            pipe.send((True, function(*args)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+    torch.distributed.destroy_process_group()
+
+
+class _Pool:
+    def __init__(self, world_size: int) -> None:
+        port = free_port()
+        self.pipes: list[Connection] = []
+        self.processes = []
+        for rank in range(world_size):
+            here, there = _CONTEXT.Pipe()
+            process = _CONTEXT.Process(
+                target=_worker, args=(rank, world_size, port, there), daemon=True
+            )
+            process.start()
+            there.close()
+            self.pipes.append(here)
+            self.processes.append(process)
+
+    def run(self, function: Callable[..., Any], args: tuple, timeout: float) -> list[Any]:
+        for pipe in self.pipes:
+            pipe.send((function, args))
+        results: dict[int, Any] = {}
+        deadline = time.monotonic() + timeout
+        while len(results) < len(self.pipes):
+            waiting = [p for i, p in enumerate(self.pipes) if i not in results]
+            ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise RankFailed(
+                    f"ranks {[i for i in range(len(self.pipes)) if i not in results]} "
+                    f"did not finish within {timeout:.0f} s"
+                )
+            for pipe in ready:
+                rank = self.pipes.index(pipe)  # type: ignore[arg-type]
+                try:
+                    succeeded, value = pipe.recv()  # type: ignore[union-attr]
+                except EOFError as error:
+                    raise RankFailed(f"rank {rank} died without a word") from error
+                if not succeeded:
+                    raise RankFailed(f"rank {rank}:\n{value}")
+                results[rank] = value
+        return [results[rank] for rank in range(len(self.pipes))]
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+def run_distributed(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300.0
+) -> list[Any]:
+    """``[function(*args) on rank 0, ... on rank world_size - 1]``; raises RankFailed."""
+    pool = _POOLS.get(world_size)
+    if pool is None:
+        pool = _POOLS[world_size] = _Pool(world_size)
+    try:
+        return pool.run(function, args, timeout)
+    except BaseException:
+        _POOLS.pop(world_size).close()
+        raise
+
+
+@atexit.register
+def _close_pools() -> None:
+    while _POOLS:
+        _POOLS.popitem()[1].close()
