@@ -1,0 +1,41 @@
+"""Rules that concern several keys of the configuration at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+
+def cross_problems(value_of: Callable[[str], Any]) -> Iterator[tuple[str, str]]:
+    """Yield (dotted key, what is wrong with it) for every rule that is broken.
+
+    ``value_of`` maps a dotted key to its value, or to None when there is none that can be relied
+    on (absent, or already found to be wrong); a rule that lacks a value says nothing.
+    """
+    yield from _batch_problems(value_of)
+    warmup, updates = value_of("schedule.warmup_updates"), value_of("train.updates")
+    if warmup is not None and updates is not None and warmup > updates:
+        yield (
+            "schedule.warmup_updates",
+            f"more warm-up updates than the run has (train.updates = {updates}); "
+            "lower the one or raise the other",
+        )
+
+
+def _batch_problems(value_of: Callable[[str], Any]) -> Iterator[tuple[str, str]]:
+    total = value_of("train.global_batch_size")
+    micro = value_of("train.micro_batch_size")
+    if total is None or micro is None:
+        return
+    accumulation = value_of("train.gradient_accumulation") or 1
+    if total % (micro * accumulation):
+        product = f"micro_batch_size {micro}"
+        if accumulation > 1:
+            product += f" x gradient_accumulation {accumulation} = {micro * accumulation}"
+        step = micro * accumulation
+        lower, upper = total // step * step, (total // step + 1) * step
+        nearest = f"{lower} or {upper}" if lower else f"{upper}"
+        yield (
+            "train.global_batch_size",
+            f"must be a multiple of {product}; the nearest multiples: {nearest}",
+        )

@@ -1,0 +1,235 @@
+"""The configuration of a run: every section, every key, its meaning, unit and default.
+
+The docstring below a field is its documentation: docs/config.md is generated from it. What is
+checked across keys is in ``megalr.config.checks``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from megalr.config.base import AsTuple, Section
+from megalr.config.checks import cross_problems
+from megalr.config.methods import FullRankMethod, MethodConfig
+from megalr.config.optimizers import OptimizerConfig
+from megalr.config.restarts import RestartsConfig
+
+
+class RunSection(Section):
+    """Where the run lives and what makes it repeatable."""
+
+    dir: str = Field(min_length=1, examples=["runs/llama_60m"])
+    """Folder of the run: configuration, metrics, checkpoints."""
+    seed: int = Field(default=42, ge=0, examples=[42])
+    """Seed of the initial weights and of the data order."""
+    resume: Literal["auto", "never", "must"] = Field(default="auto", examples=["must"])
+    """auto: continue when the folder holds this run, start when it is empty. never: start, and
+    refuse a folder that holds a run. must: continue, and refuse a folder without a checkpoint."""
+
+
+class ModelConfig(Section):
+    """The decoder: a named preset, single values of which can be replaced."""
+
+    preset: str = Field(min_length=1, examples=["llama_60m"])
+    """Name of the model: llama_9m, llama_20m, llama_60m, llama_130m, llama_350m, llama_1b,
+    llama_3b, llama_7b or llama_13b. The keys below replace single values of it; null keeps the
+    preset's."""
+    hidden_size: int | None = Field(default=None, ge=1, examples=[512])
+    """Width of the residual stream."""
+    intermediate_size: int | None = Field(default=None, ge=1, examples=[1376])
+    """Width of the MLP."""
+    num_layers: int | None = Field(default=None, ge=1, examples=[8])
+    """Number of decoder layers."""
+    num_heads: int | None = Field(default=None, ge=1, examples=[8])
+    """Number of query heads of each layer."""
+    num_kv_heads: int | None = Field(default=None, ge=1, examples=[8])
+    """Number of key and value heads of each layer; a divisor of num_heads."""
+    vocab_size: int | None = Field(default=None, ge=2, examples=[32000])
+    """Number of token ids; must cover every id in the data."""
+    norm_eps: float | None = Field(default=None, gt=0, examples=[1e-6])
+    """Added to the variance in RMSNorm."""
+    rope_theta: float | None = Field(default=None, gt=0, examples=[10000])
+    """Base of the rotary position frequencies."""
+    sliding_window: int | None = Field(default=None, ge=1, examples=[4096])
+    """A position attends to this many tokens back, itself included (tokens)."""
+    tie_embeddings: bool | None = Field(default=None, examples=[True])
+    """Whether the output head is the transposed token embedding."""
+    attention_bias: bool | None = Field(default=None, examples=[False])
+    """Whether the q, k and v projections have biases."""
+    initializer_range: float | None = Field(default=None, gt=0, examples=[0.02])
+    """Standard deviation of the normal distribution that full weights start from."""
+    pad_multiple: int = Field(default=64, ge=1, examples=[64])
+    """MLP width and vocabulary are padded with zeros to a multiple of this, which leaves the
+    function unchanged and suits tensor cores; 1 = no padding."""
+
+
+class CosineSchedule(Section):
+    """Warm-up from 0, then half a cosine down to the floor at the last update."""
+
+    name: Literal["cosine"] = "cosine"
+    warmup_updates: int = Field(default=0, ge=0, examples=[1000])
+    """Updates during which the learning rate rises linearly from 0 to its peak."""
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1, examples=[0.1])
+    """Learning rate at the last update as a share of the peak."""
+
+
+class LinearSchedule(Section):
+    """Warm-up from 0, then a straight line down to the floor at the last update."""
+
+    name: Literal["linear"] = "linear"
+    warmup_updates: int = Field(default=0, ge=0, examples=[1000])
+    """Updates during which the learning rate rises linearly from 0 to its peak."""
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1, examples=[0.0])
+    """Learning rate at the last update as a share of the peak."""
+
+
+class ConstantSchedule(Section):
+    """Warm-up from 0, then the peak for the rest of the run."""
+
+    name: Literal["constant"] = "constant"
+    warmup_updates: int = Field(default=0, ge=0, examples=[1000])
+    """Updates during which the learning rate rises linearly from 0 to its peak."""
+    min_lr_ratio: ClassVar[float] = 1.0
+
+
+ScheduleConfig = Annotated[
+    CosineSchedule | LinearSchedule | ConstantSchedule, Field(discriminator="name")
+]
+
+
+class DataSource(Section):
+    """One preprocessed data set of a mixture."""
+
+    path: str = Field(min_length=1, examples=["data/c4"])
+    """Folder that tools/preprocess_c4.py wrote."""
+    weight: float | None = Field(default=None, gt=0, examples=[0.7])
+    """Share of the samples that come from here, relative to the other weights; null (then for all
+    of them) = in proportion to the sizes."""
+
+
+def _sources(value: Any) -> Any:
+    items = value if isinstance(value, list | tuple) else [value]
+    return tuple({"path": item} if isinstance(item, str) else item for item in items)
+
+
+def _paths(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+class DataConfig(Section):
+    """What the run trains and evaluates on."""
+
+    train: Annotated[tuple[DataSource, ...], BeforeValidator(_sources)] = Field(
+        min_length=1, examples=["data/c4", [{"path": "data/c4", "weight": 0.9}]]
+    )
+    """Training data: one preprocessed folder, a list of them, or a list of {path, weight}."""
+    validation: Annotated[tuple[str, ...], AsTuple, BeforeValidator(_paths)] | None = Field(
+        default=None, examples=["data/c4-validation"]
+    )
+    """Validation data: one preprocessed folder or a list of them; null = no evaluation."""
+    sequence_length: int = Field(default=256, ge=2, examples=[256])
+    """Positions of a sample (tokens)."""
+    packing: bool = Field(default=True, examples=[True])
+    """true: samples are windows of the token stream, no position is wasted. false: one document a
+    sample, cut at sequence_length and padded, as in the published comparisons."""
+    prefetch_updates: int = Field(default=2, ge=0, examples=[2])
+    """Batches prepared ahead of the training step (updates)."""
+
+
+class TrainConfig(Section):
+    """The loop: how long, in which batches, in which precision."""
+
+    updates: int = Field(ge=1, examples=[11000])
+    """Optimizer steps of the whole run."""
+    global_batch_size: int = Field(ge=1, examples=[512])
+    """Sequences that one update sees, over all ranks."""
+    micro_batch_size: int = Field(ge=1, examples=[32])
+    """Sequences that one data-parallel rank sends through the model at a time."""
+    gradient_accumulation: int | None = Field(default=None, ge=1, examples=[4])
+    """Micro-batches that a rank adds up before an update; null = global_batch_size /
+    (micro_batch_size x number of data-parallel ranks)."""
+    precision: Literal["bf16", "paper_bf16", "fp32"] = Field(default="bf16", examples=["bf16"])
+    """bf16: compute in bfloat16, master weights and optimizer state in float32. paper_bf16: master
+    weights, gradients and optimizer state in bfloat16 too, as in the published runs; needs ZeRO
+    stage 1 or more. fp32: all in float32."""
+    gradient_clipping: float = Field(default=1.0, ge=0, examples=[1.0])
+    """Largest global norm of the gradient; larger ones are scaled down to it; 0 = no clipping."""
+    compile: bool = Field(default=False, examples=[True])
+    """Whether the decoder layers are compiled by torch.compile."""
+    activation_checkpointing: Literal["none", "full"] = Field(default="none", examples=["full"])
+    """full: keep only each layer's input and recompute the layer in the backward pass."""
+
+
+class EvaluationConfig(Section):
+    """Evaluation on ``data.validation``; the last update is always evaluated."""
+
+    every: int = Field(default=1000, ge=0, examples=[1000])
+    """Updates between two evaluations; 0 = only at the end."""
+    tokens: int | None = Field(default=10_000_000, ge=1, examples=[10_000_000])
+    """Evaluate on at most this many target tokens (tokens); null = on all."""
+    micro_batch_size: int | None = Field(default=None, ge=1, examples=[64])
+    """Sequences a rank evaluates at a time; null = train.micro_batch_size."""
+
+
+class CheckpointConfig(Section):
+    """Checkpoints; the last update is always saved."""
+
+    every: int = Field(default=1000, ge=0, examples=[1000])
+    """Updates between two checkpoints; 0 = only at the end."""
+    keep_last: int = Field(default=2, ge=1, examples=[2])
+    """Newest checkpoints kept; older ones are deleted."""
+
+
+class LogConfig(Section):
+    """Metrics beside metrics.jsonl, which is always written."""
+
+    every: int = Field(default=10, ge=1, examples=[10])
+    """Updates between two lines of metrics."""
+    tensorboard: bool = Field(default=True, examples=[True])
+    """Whether metrics are also written for TensorBoard."""
+    wandb_project: str | None = Field(default=None, min_length=1, examples=["megalr"])
+    """Weights & Biases project that metrics are also sent to; null = off."""
+
+
+_NAMED_SECTIONS = {"method": "full_rank", "optimizer": "adamw", "schedule": "cosine"}
+
+
+class RunConfig(Section):
+    """The whole configuration of a run."""
+
+    run: RunSection
+    model: ModelConfig
+    method: MethodConfig = FullRankMethod()
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = CosineSchedule()
+    data: DataConfig
+    train: TrainConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    restarts: RestartsConfig = RestartsConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_sections(cls, values: Any) -> Any:
+        """Give a section without a name the default one, so that ``optimizer: {lr: 1}`` works."""
+        if not isinstance(values, dict):
+            return values
+        named = dict(values)
+        for section, name in _NAMED_SECTIONS.items():
+            if isinstance(named.get(section), dict):
+                named[section] = {"name": name, **named[section]}
+        return named
+
+    @model_validator(mode="after")
+    def _check_across_sections(self) -> RunConfig:
+        def value_of(key: str) -> Any:
+            section, name = key.split(".")
+            return getattr(getattr(self, section), name, None)
+
+        problems = [f"{key}: {text}" for key, text in cross_problems(value_of)]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
