@@ -1,0 +1,1 @@
+"""Building blocks of the decoder: linear layers dense or factorized, head with loss."""

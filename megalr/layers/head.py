@@ -1,0 +1,137 @@
+"""Language-model head and its loss, computed without a float32 copy of all logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from megalr.layers.factors import named_generator
+
+IGNORE = -100
+"""Label of a position that has no target."""
+
+CHUNK_BYTES = 256 * 2**20
+"""Size that one chunk of logits may have in the model's dtype."""
+
+
+def loss_and_gradient(
+    logits: torch.Tensor, labels: torch.Tensor, vocab_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed negative log likelihood of a chunk and its gradient.
+
+    Args:
+        logits: ``(T, V)``; columns from ``vocab_size`` on are padding and take no probability.
+        labels: ``(T,)`` int64, ``IGNORE`` where a row has no target.
+
+    Returns:
+        ``sum -log softmax(logits)[label]`` (float32 scalar) and d sum / d logits in the dtype of
+        ``logits``, ``(T, V)``; zero in rows without target and in padded columns.
+    """
+    z = logits.float()  # fused into the reductions when compiled
+    if vocab_size < logits.shape[1]:
+        column = torch.arange(logits.shape[1], device=logits.device)
+        z = z.masked_fill(column >= vocab_size, float("-inf"))
+    log_sum = torch.logsumexp(z, dim=-1, keepdim=True)  # (T, 1)
+    kept = labels != IGNORE
+    target = torch.where(kept, labels, 0).unsqueeze(1)  # (T, 1)
+    nll = (log_sum - z.gather(1, target)).squeeze(1)
+    column = torch.arange(logits.shape[1], device=logits.device)
+    gradient = torch.exp(z - log_sum) - (column == target).float()
+    gradient = torch.where(kept.unsqueeze(1), gradient, 0.0)
+    return torch.where(kept, nll, 0.0).sum(), gradient.to(logits.dtype)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Loss of ``x W^T`` in chunks of tokens; gradients are formed in the forward pass.
+
+    So only one chunk of logits exists at any time, nothing is computed twice, and W is not needed
+    in the backward pass (ZeRO-3 gathers it once).
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, labels, vocab_size, chunk, kernel, need_gradient):
+        total = torch.zeros((), dtype=torch.float32, device=x.device)
+        grad_x = torch.empty_like(x) if need_gradient else None
+        # Chunks are added in float32: their number must not cost precision.
+        grad_w = torch.zeros_like(weight, dtype=torch.float32) if need_gradient else None
+        for start in range(0, x.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            nll, gradient = kernel(F.linear(x[rows], weight), labels[rows], vocab_size)
+            total += nll
+            if grad_x is not None and grad_w is not None:
+                torch.mm(gradient, weight, out=grad_x[rows])
+                grad_w += gradient.t() @ x[rows]
+            del gradient
+        if grad_x is not None and grad_w is not None:
+            ctx.save_for_backward(grad_x, grad_w.to(weight.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        grad_x, grad_w = ctx.saved_tensors
+        scale = grad_output.to(grad_x.dtype)
+        return grad_x * scale, grad_w * scale, None, None, None, None, None
+
+
+class Head(nn.Module):
+    """Output layer ``logits = x W^T`` with W ``(V, h)``, V the padded vocabulary.
+
+    Args:
+        vocab_size: entries of the model's vocabulary.
+        padded_vocab_size: rows stored; those from ``vocab_size`` on are zero and never probable.
+        hidden_size: h.
+        weight: the embedding's parameter to tie the head to, or None for a weight of its own.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        padded_vocab_size: int,
+        hidden_size: int,
+        weight: nn.Parameter | None = None,
+    ) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.tied = weight is not None
+        self.weight = (
+            weight
+            if weight is not None
+            else nn.Parameter(torch.empty(padded_vocab_size, hidden_size))
+        )
+        self.kernel: Callable[..., tuple[torch.Tensor, torch.Tensor]] = loss_and_gradient
+
+    def compile_loss(self) -> None:
+        """Compile the loss kernel, so that no float32 copy of a chunk is stored either."""
+        self.kernel = torch.compile(loss_and_gradient, dynamic=False)
+
+    @torch.no_grad()
+    def reset_parameters(self, seed: int, std: float) -> None:
+        """Draw W from N(0, std^2); padded rows are zero. A tied head has nothing to draw."""
+        if not self.tied:
+            init_rows(self.weight, self.vocab_size, seed, "head", std)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits ``(B, S, vocab_size)``, or the summed loss (float32) if ``labels`` are given."""
+        if labels is None:
+            return F.linear(x, self.weight)[..., : self.vocab_size]
+        chunk = max(1, CHUNK_BYTES // (self.weight.shape[0] * x.element_size()))
+        return _LinearCrossEntropy.apply(
+            x.reshape(-1, x.shape[-1]),  # (B S, h)
+            self.weight,
+            labels.reshape(-1),
+            self.vocab_size,
+            chunk,
+            self.kernel,
+            torch.is_grad_enabled(),
+        )
+
+
+@torch.no_grad()
+def init_rows(weight: torch.Tensor, used: int, seed: int, name: str, std: float) -> None:
+    """Fill the first ``used`` rows from N(0, std^2) by the generator of ``name``, zero the rest."""
+    weight.zero_()
+    generator = named_generator(seed, name, weight.device)
+    weight[:used].normal_(0.0, std, generator=generator)

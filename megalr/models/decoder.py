@@ -1,0 +1,224 @@
+"""The decoder. Pure: no sharding, no engine, no options of training.
+
+* RMSNorm or LayerNorm before attention and MLP; a last norm before the head
+* RoPE in the half-split layout, or learned positions
+* grouped-query attention by scaled_dot_product_attention, causal, optional sliding window
+* SwiGLU or a plain MLP
+* q, k, v are one group of matrices, gate and up another (see layers.factors)
+* MLP width and vocabulary are padded; padded rows and columns are zero, get no gradient, and so
+  stay zero: the activation of a padded unit is act(0) * 0 = 0
+
+Shapes: B batch, S sequence, h hidden, H heads, K key/value heads, D head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from megalr.layers.factors import FactorPair, LinearShape
+from megalr.layers.head import Head, init_rows
+from megalr.layers.linear import GroupedLinear
+from megalr.models.config import DecoderConfig
+
+MakeLinear = Callable[[LinearShape, bool], GroupedLinear]
+"""Builds the layer of one group of matrices; the method decides which kind."""
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+def make_norm(config: DecoderConfig) -> nn.RMSNorm | nn.LayerNorm:
+    """The norm of the family; statistics are computed in float32 by torch."""
+    if config.norm == "rms":
+        return nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+
+
+def rope_tables(length: int, head_dim: int, theta: float, device: torch.device) -> torch.Tensor:
+    """``(2, S, D)`` float32: cosines and sines of ``position / theta^(2i/D)``, half-split."""
+    exponent = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
+    angles = torch.outer(torch.arange(length, device=device).float(), theta**-exponent)
+    angles = torch.cat((angles, angles), dim=-1)  # (S, D)
+    return torch.stack((angles.cos(), angles.sin()))
+
+
+def apply_rope(x: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
+    """Rotate ``x (B, H, S, D)`` in float32: (x1, x2) -> (x1 c - x2 s, x2 c + x1 s)."""
+    first, second = x.float().chunk(2, dim=-1)
+    rotated = torch.cat((-second, first), dim=-1)
+    return (x.float() * tables[0] + rotated * tables[1]).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention."""
+
+    def __init__(self, config: DecoderConfig, prefix: str, make_linear: MakeLinear) -> None:
+        super().__init__()
+        h, kv = config.hidden_size, config.kv_heads * config.head_dim
+        self.config = config
+        qkv = LinearShape(
+            tuple(f"{prefix}.{name}" for name in "qkv"), h, (h, kv, kv), h, (h, kv, kv)
+        )
+        self.qkv = make_linear(qkv, config.attention_bias)
+        self.o = make_linear(LinearShape((f"{prefix}.o",), h, (h,), h, (h,)), config.output_bias)
+
+    def forward(
+        self, x: torch.Tensor, rope: torch.Tensor | None, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        B, S, h = x.shape
+        D = self.config.head_dim
+        q, k, v = (y.view(B, S, -1, D).transpose(1, 2) for y in self.qkv(x))  # (B, H|K, S, D)
+        if rope is not None:
+            q, k = apply_rope(q, rope), apply_rope(k, rope)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None,
+            enable_gqa=self.config.kv_heads != self.config.num_heads,
+        )
+        (y,) = self.o(y.transpose(1, 2).reshape(B, S, h))
+        return y
+
+
+class MLP(nn.Module):
+    """``down(act(gate x) * up x)``, or ``down(act(up x))`` without a gate."""
+
+    def __init__(self, config: DecoderConfig, prefix: str, make_linear: MakeLinear) -> None:
+        super().__init__()
+        h, used = config.hidden_size, config.intermediate_size
+        padded = config.padded_intermediate_size
+        names = ("gate", "up") if config.gated_mlp else ("up",)
+        into = LinearShape(
+            tuple(f"{prefix}.{name}" for name in names),
+            h,
+            (padded,) * len(names),
+            h,
+            (used,) * len(names),
+        )
+        self.into = make_linear(into, config.output_bias)
+        self.down = make_linear(
+            LinearShape((f"{prefix}.down",), padded, (h,), used, (h,)), config.output_bias
+        )
+        self.activation = ACTIVATIONS[config.activation]
+        self.gated = config.gated_mlp
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, *rest = self.into(x)  # (B, S, padded width) each
+        hidden = self.activation(first)
+        (y,) = self.down(hidden * rest[0] if self.gated else hidden)
+        return y
+
+
+class Block(nn.Module):
+    """``x + attention(norm x)``, then ``x + mlp(norm x)``."""
+
+    def __init__(self, config: DecoderConfig, index: int, make_linear: MakeLinear) -> None:
+        super().__init__()
+        self.attention_norm = make_norm(config)
+        self.attention = Attention(config, f"layers.{index}.attention", make_linear)
+        self.mlp_norm = make_norm(config)
+        self.mlp = MLP(config, f"layers.{index}.mlp", make_linear)
+
+    def forward(
+        self, x: torch.Tensor, rope: torch.Tensor | None, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        x = x + self.attention(self.attention_norm(x), rope, mask)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Decoder(nn.Module):
+    """Token ids to logits, or to the summed loss.
+
+    Args:
+        config: sizes and choices.
+        make_linear: builds the linear layer of a group of matrices, so decides the method.
+        checkpoint_blocks: recompute every block in the backward pass instead of keeping its
+            activations.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, make_linear: MakeLinear, checkpoint_blocks: bool = False
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpoint_blocks = checkpoint_blocks
+        self.embedding = nn.Embedding(config.padded_vocab_size, config.hidden_size)
+        self.positions = (
+            nn.Embedding(config.max_positions, config.hidden_size)
+            if config.positions == "learned"
+            else None
+        )
+        self.layers = nn.ModuleList(
+            Block(config, index, make_linear) for index in range(config.num_layers)
+        )
+        self.norm = make_norm(config)
+        self.head = Head(
+            config.vocab_size,
+            config.padded_vocab_size,
+            config.hidden_size,
+            cast(nn.Parameter, self.embedding.weight) if config.tie_embeddings else None,
+        )
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits ``(B, S, V)`` of ``input_ids (B, S)``; with ``labels (B, S)`` the summed loss.
+
+        ``labels[b, t]`` is the target of position t (already shifted), -100 where there is none.
+        The loss is a float32 scalar: the sum of -log p(label) over all targets.
+        """
+        S = input_ids.shape[1]
+        x = self.embedding(input_ids)  # (B, S, h)
+        rope = None
+        if self.positions is not None:
+            x = x + self.positions(torch.arange(S, device=x.device))
+        else:
+            rope = rope_tables(S, self.config.head_dim, self.config.rope_theta, x.device)
+        mask = self._window_mask(S, x.device)
+        for layer in self.blocks():
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                x = checkpoint(layer, x, rope, mask, use_reentrant=False)
+            else:
+                x = layer(x, rope, mask)
+        return self.head(self.norm(x), labels)
+
+    def _window_mask(self, S: int, device: torch.device) -> torch.Tensor | None:
+        """``(S, S)`` True where a position may look; None if plain causal attention does it."""
+        window = self.config.sliding_window
+        if window is None or window >= S:
+            return None
+        position = torch.arange(S, device=device)
+        distance = position[:, None] - position[None, :]
+        return (distance >= 0) & (distance < window)
+
+    def blocks(self) -> list[Block]:
+        """The blocks, in order."""
+        return [block for block in self.layers if isinstance(block, Block)]
+
+    def linears(self) -> Iterator[GroupedLinear]:
+        """All groups of matrices of the blocks, in order."""
+        return (module for module in self.modules() if isinstance(module, GroupedLinear))
+
+    def factor_pairs(self) -> list[FactorPair]:
+        """All factorized matrices, in order; empty for a dense model."""
+        return [pair for linear in self.linears() for pair in linear.factor_pairs()]
+
+    @torch.no_grad()
+    def reset_parameters(self, seed: int) -> None:
+        """Draw all weights from ``seed`` and the tensors' names; biases are 0, norms 1."""
+        std = self.config.initializer_range
+        init_rows(self.embedding.weight, self.config.vocab_size, seed, "embedding", std)
+        if self.positions is not None:
+            init_rows(self.positions.weight, self.config.max_positions, seed, "positions", std)
+        self.head.reset_parameters(seed, std)
+        for linear in self.linears():
+            linear.reset_parameters(seed, std)

@@ -1,0 +1,35 @@
+"""Method settings and tiny sizes that tests of the model share."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from megalr.models.config import DecoderConfig
+
+ALL_TARGETS = ["q", "k", "v", "o", "gate", "up", "down"]
+
+
+def tiny(**changes: Any) -> DecoderConfig:
+    """A decoder with every size odd or uneven enough to catch mixed-up dimensions."""
+    sizes: dict[str, Any] = {
+        "hidden_size": 48,
+        "intermediate_size": 83,
+        "num_layers": 2,
+        "num_heads": 6,
+        "num_kv_heads": 2,
+        "vocab_size": 101,
+        "pad_multiple": 16,
+    }
+    return DecoderConfig(**{**sizes, **changes})
+
+
+def full_rank() -> SimpleNamespace:
+    """Settings of the dense method."""
+    return SimpleNamespace(name="full_rank")
+
+
+def low_rank(rank: int = 8, **changes: Any) -> SimpleNamespace:
+    """Settings of the low-rank method."""
+    options = {"alpha": 16.0, "init": "kaiming", "targets": ALL_TARGETS}
+    return SimpleNamespace(name="low_rank", rank=rank, **{**options, **changes})
