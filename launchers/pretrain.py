@@ -1,0 +1,62 @@
+"""Pretrain a model: ``deepspeed launchers/pretrain.py --config recipes/llama_60m.yaml ...``.
+
+Also started by torchrun, by mpirun, or by plain python for one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from megalr.config.deepspeed import read_deepspeed_json
+from megalr.config.loading import dump_config, load_run_config
+from megalr.errors import AgreedError, UserError, exit_cleanly
+
+DEFAULT_DEEPSPEED = {"zero_optimization": {"stage": 1}}
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line; what is not an option is an override ``section.key=value``."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument(
+        "--config", nargs="+", required=True, type=Path, help="one or several YAML files"
+    )
+    parser.add_argument(
+        "--deepspeed_config",
+        type=Path,
+        help="DeepSpeed JSON, see ds_configs/ (default: ZeRO stage 1)",
+    )
+    parser.add_argument(
+        "--print_config", action="store_true", help="print the resolved run and stop"
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    return parser.parse_intermixed_args()
+
+
+def main() -> None:
+    """Parse, then run."""
+    arguments = parse_arguments()
+    try:
+        # Every rank reads the same files, so every rank finds the same mistakes.
+        from megalr.models.config import PRESETS
+
+        config = load_run_config(arguments.config, arguments.overrides, presets=PRESETS)
+        ds_user = DEFAULT_DEEPSPEED
+        if arguments.deepspeed_config is not None:
+            ds_user = read_deepspeed_json(arguments.deepspeed_config)
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            raise
+        raise AgreedError(str(error)) from error
+    if arguments.print_config:
+        print(dump_config(config), end="")
+        return
+    from megalr.training.pretrain import pretrain
+
+    pretrain(config, ds_user, str(arguments.deepspeed_config or "default DeepSpeed config"))
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

@@ -1,0 +1,58 @@
+"""Model FLOPs: the multiplications and additions that the model's algebra needs."""
+
+from __future__ import annotations
+
+from megalr.layers.linear import LowRankLinear
+from megalr.models.decoder import Decoder
+
+
+def matrix_parameters(decoder: Decoder) -> int:
+    """Weights that multiply every token: matrices of the blocks (factors where factorized) and
+    the head, without padding. Embedding, norms and biases do not count."""
+    count = decoder.config.vocab_size * decoder.config.hidden_size
+    for linear in decoder.linears():
+        shape = linear.shape
+        if isinstance(linear, LowRankLinear):
+            count += sum((shape.in_used + m) * linear.rank for m in shape.out_used)
+        else:
+            count += sum(shape.in_used * m for m in shape.out_used)
+    return count
+
+
+def flops_per_token(decoder: Decoder, sequence_length: int) -> float:
+    """FLOPs that training spends on one token: 3 forward passes, each 2 per weight + attention.
+
+    Attention counts the positions that causal masking keeps: (S + 1) / 2 on average (fewer with a
+    sliding window), each 2 * 2 * h FLOPs for the scores and the weighted sum. Recomputation by
+    activation checkpointing does not count: these are model FLOPs, not hardware FLOPs.
+    """
+    config = decoder.config
+    S = sequence_length
+    window = min(config.sliding_window or S, S)
+    visible = (window * (window + 1) / 2 + (S - window) * window) / S
+    attention = config.num_layers * 4 * config.hidden_size * visible
+    return 3 * (2 * matrix_parameters(decoder) + attention)
+
+
+def parameter_count(decoder: Decoder, trainable_only: bool = False) -> int:
+    """Parameters of the unpadded model; a tied head counts once."""
+    config = decoder.config
+    stored = sum(
+        getattr(p, "ds_numel", p.numel())  # ZeRO-3 empties the tensors
+        for p in decoder.parameters()
+        if p.requires_grad or not trainable_only
+    )
+    spare_rows = config.padded_vocab_size - config.vocab_size
+    padding = spare_rows * config.hidden_size * (1 if config.tie_embeddings else 2)
+    for linear in decoder.linears():
+        shape = linear.shape
+        spare = [rows - used for rows, used in zip(shape.out_features, shape.out_used, strict=True)]
+        if linear.bias is not None:
+            padding += sum(spare)
+        spare_columns = shape.in_features - shape.in_used
+        if isinstance(linear, LowRankLinear):
+            padding += sum(spare) * linear.rank
+            padding += spare_columns * linear.rank * len(shape.names)
+        else:
+            padding += sum(spare) * shape.in_features + spare_columns * sum(shape.out_used)
+    return stored - padding

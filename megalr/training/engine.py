@@ -1,0 +1,88 @@
+"""The DeepSpeed engine around a decoder, and the few facts about it that the loop relies on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from megalr.config.schema import RunConfig
+from megalr.errors import UserError
+from megalr.models.build import build_decoder
+from megalr.models.config import decoder_config
+from megalr.models.decoder import Decoder
+from megalr.optim.build import build_optimizer
+from megalr.optim.groups import parameter_groups
+
+
+def build_model(config: RunConfig, device: torch.device) -> Decoder:
+    """The run's decoder on ``device``, float32, weights drawn from ``run.seed``."""
+    overrides = {
+        key: value for key, value in config.model.model_dump().items() if value is not None
+    }
+    sizes = decoder_config(overrides.pop("preset"), overrides)
+    with device:
+        decoder = build_decoder(
+            sizes,
+            config.method,
+            config.run.seed,
+            checkpoint_blocks=config.train.activation_checkpointing == "full",
+        )
+    return decoder
+
+
+def compile_blocks(decoder: Decoder) -> None:
+    """Compile every block and the loss by themselves: equal blocks share one compilation."""
+    for block in decoder.blocks():
+        block.compile(dynamic=False)
+    decoder.head.compile_loss()
+
+
+def build_engine(config: RunConfig, ds_config: dict[str, Any], decoder: Decoder) -> Any:
+    """DeepSpeed's engine with the run's optimizer.
+
+    Raises:
+        UserError: a combination that cannot work (compile with ZeRO-3).
+    """
+    import deepspeed
+
+    stage = ds_config["zero_optimization"]["stage"]
+    if config.train.compile:
+        if stage == 3:
+            raise UserError(
+                "train.compile is true with ZeRO stage 3: its hooks inside the blocks break "
+                "compilation; use stage 1 or 2, or train.compile=false"
+            )
+        compile_blocks(decoder)
+    factors: list[nn.Parameter] = []
+    for pair in decoder.factor_pairs():
+        factors += [pair.a, pair.b]
+    groups = parameter_groups(decoder, factors, config.optimizer.weight_decay)
+    optimizer = build_optimizer(config.optimizer, groups)
+    engine, _, _, _ = deepspeed.initialize(
+        model=decoder, optimizer=optimizer, config=ds_config, dist_init_required=False
+    )
+    return engine
+
+
+def set_learning_rate(engine: Any, learning_rate: float) -> None:
+    """Use this learning rate in every group from the next update on."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def gradient_norm(engine: Any) -> torch.Tensor | float:
+    """Global norm of the averaged gradient of the last update, before clipping.
+
+    ZeRO and the bf16 wrapper compute it in ``step``. Plain float32 without ZeRO keeps no norm;
+    there :func:`plain_gradient_norm` must be read before ``step``.
+    """
+    norm = engine.get_global_grad_norm()
+    return float("nan") if norm is None else norm
+
+
+def plain_gradient_norm(decoder: nn.Module) -> torch.Tensor:
+    """Global norm of the gradients in ``.grad``."""
+    gradients = [p.grad for p in decoder.parameters() if p.grad is not None]
+    return nn.utils.get_total_norm(gradients)

@@ -1,0 +1,82 @@
+"""Perplexity on a fixed validation set."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from megalr.layers.head import IGNORE
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result of one evaluation.
+
+    Attributes:
+        loss: mean negative log likelihood of a target token, over all ranks (nats).
+        perplexity: exp(loss).
+        perplexity_published: the figure that the published code of these methods reports (METHODS
+            §18): mean over ranks of (sum of batch means) / (batches + 1), exponentiated. It is too
+            low by a factor n / (n + 1) in the loss and depends on the micro-batch; it is here only
+            to compare with printed numbers.
+        tokens: targets evaluated.
+        eval_seconds: wall-clock time.
+    """
+
+    loss: float
+    perplexity: float
+    perplexity_published: float
+    tokens: int
+    eval_seconds: float
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    device: torch.device,
+) -> Evaluation:
+    """Token-weighted loss of ``model(input_ids, labels)`` over ``batches`` of every rank.
+
+    Every rank must bring the same number of batches (ZeRO-3 gathers weights in each); rows that
+    only fill up a batch have no targets and weigh nothing. The order of the sum over batches is
+    fixed, so equal weights give equal numbers.
+    """
+    started = time.perf_counter()
+    was_training = model.training
+    model.eval()
+    totals = torch.zeros(4, dtype=torch.float64, device=device)
+    for input_ids, labels in batches:
+        labels = labels.to(device, non_blocking=True)
+        nll = model(input_ids.to(device, non_blocking=True), labels).double()
+        count = (labels != IGNORE).sum()
+        has_targets = (count > 0).double()
+        totals += torch.stack((nll, count.double(), nll / count.clamp(min=1), has_targets))
+    model.train(was_training)
+    # The published figure divides on each rank, then averages over ranks.
+    biased = totals[2] / (totals[3] + 1)
+    summed = torch.stack((totals[0], totals[1], biased))
+    world = 1
+    if dist.is_initialized():
+        world = dist.get_world_size()
+        dist.all_reduce(summed)
+    nll_sum, tokens, biased_sum = summed.tolist()
+    loss = nll_sum / max(1.0, tokens)
+    return Evaluation(
+        loss=loss,
+        perplexity=safe_exp(loss),
+        perplexity_published=safe_exp(biased_sum / world),
+        tokens=int(tokens),
+        eval_seconds=time.perf_counter() - started,
+    )
+
+
+def safe_exp(value: float) -> float:
+    """exp, and infinity instead of an overflow error."""
+    return math.exp(value) if value < 709 else math.inf

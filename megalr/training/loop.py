@@ -1,0 +1,183 @@
+"""The training loop.
+
+Order inside an update: step, restart if due, evaluate, save. So a checkpoint is always after the
+restart, and resuming from it repeats nothing and skips nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megalr.config.schema import RunConfig
+from megalr.data.loader import MicroBatch, UpdateBatch
+from megalr.models.flops import flops_per_token
+from megalr.optim.schedules import Schedule
+from megalr.training.checkpoint import save_checkpoint
+from megalr.training.engine import gradient_norm, plain_gradient_norm, set_learning_rate
+from megalr.training.evaluation import evaluate
+from megalr.training.hardware import peak_flops, peak_memory_gib
+from megalr.training.metrics import MetricsWriter, Stopwatch
+
+
+class Trainer:
+    """Runs updates ``start .. train.updates - 1`` on an engine.
+
+    Args:
+        config: the run.
+        engine: DeepSpeed's engine around a Decoder.
+        device: where this rank computes.
+        batches: this rank's UpdateBatch of every update from ``start`` on.
+        validation: the fixed validation batches, iterable again and again; None without evaluation.
+        schedule: factor of the peak learning rate by update.
+        metrics: where events go.
+        state: further plain values to save in every checkpoint.
+        start: updates done before.
+        tokens: targets consumed before.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        engine: Any,
+        device: torch.device,
+        batches: Iterator[UpdateBatch],
+        validation: Iterable[MicroBatch] | None,
+        schedule: Schedule,
+        metrics: MetricsWriter,
+        state: dict[str, Any],
+        start: int = 0,
+        tokens: int = 0,
+    ) -> None:
+        self.config = config
+        self.engine = engine
+        self.device = device
+        self.batches = batches
+        self.validation = validation
+        self.schedule = schedule
+        self.metrics = metrics
+        self.state = state
+        self.update = start
+        self.tokens = tokens
+        self.folder = Path(config.run.dir)
+        self.watch = Stopwatch()
+        self._interval = _Interval(device)
+        self._flops_per_token = flops_per_token(engine.module, config.data.sequence_length)
+        self._peak_flops = peak_flops(device, config.train.precision)
+
+    def run(self) -> None:
+        """Train to the end; evaluate and save as configured, and after the last update."""
+        config = self.config
+        self.watch.lap()
+        while self.update < config.train.updates:
+            self.train_update(next(self.batches))
+            last = self.update == config.train.updates
+            if last or self.update % config.log.every == 0:
+                self.log_step()
+            if self.validation is not None and (last or _due(self.update, config.evaluation.every)):
+                self.evaluate()
+            if last or _due(self.update, config.checkpoint.every):
+                self.save()
+
+    def train_update(self, batch: UpdateBatch) -> None:
+        """One optimizer step on the global batch.
+
+        The gradient is that of the mean loss per target over the global batch, whatever the
+        number of ranks and micro-batches: each micro-batch contributes its summed loss divided by
+        the global number of targets; the factor undoes the engine's averaging over micro-batches
+        and ranks.
+        """
+        engine = self.engine
+        set_learning_rate(engine, self.config.optimizer.lr * self.schedule(self.update))
+        scale = engine.dp_world_size * len(batch.micro_batches) / max(1, batch.num_targets)
+        for input_ids, labels in batch.micro_batches:
+            loss = engine(
+                input_ids.to(self.device, non_blocking=True),
+                labels.to(self.device, non_blocking=True),
+            )
+            engine.backward(loss * scale)
+            self._interval.loss_sum += loss.detach()
+            if engine.get_global_grad_norm() is None and engine.is_gradient_accumulation_boundary():
+                self._interval.norm = plain_gradient_norm(engine.module)
+            engine.step()
+        if engine.get_global_grad_norm() is not None:
+            self._interval.norm = gradient_norm(engine)
+        self._interval.targets += batch.num_targets
+        self._interval.updates += 1
+        self.tokens += batch.num_targets
+        self.update += 1
+
+    def log_step(self) -> None:
+        """Report the updates since the last report; the only place that waits for the device."""
+        loss_sum = self._interval.loss_sum
+        if dist.is_initialized():
+            dist.all_reduce(loss_sum)
+        loss = float(loss_sum) / max(1, self._interval.targets)
+        seconds = self.watch.lap()
+        rate = self._interval.targets / seconds
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        mfu: float | str = "n/a"
+        if self._peak_flops is not None:
+            mfu = rate * self._flops_per_token / (self._peak_flops * world)
+        step_seconds = seconds / self._interval.updates
+        self.metrics.write(
+            "step",
+            self.update,
+            loss=loss,
+            gradient_norm=float(self._interval.norm),
+            learning_rate=self.config.optimizer.lr * self.schedule(self.update - 1),
+            tokens=self.tokens,
+            tokens_per_second=rate,
+            step_seconds=step_seconds,
+            mfu=mfu,
+            peak_memory_gib=peak_memory_gib(self.device),
+            eta_seconds=step_seconds * (self.config.train.updates - self.update),
+        )
+        self._interval = _Interval(self.device)
+
+    def evaluate(self) -> None:
+        """Evaluate on the validation set and report it."""
+        if self.validation is None:
+            return
+        self._wait()
+        result = evaluate(self.engine.module, self.validation, self.device)
+        self.metrics.write("eval", self.update, **asdict(result))
+        self.watch.exclude(result.eval_seconds)
+
+    def save(self) -> None:
+        """Save a checkpoint and report it."""
+        self._wait()
+        path, seconds = save_checkpoint(
+            self.engine,
+            self.folder,
+            self.update,
+            {**self.state, "tokens": self.tokens},
+            self.config.checkpoint.keep_last,
+        )
+        self.metrics.write("checkpoint", self.update, path=path, save_seconds=seconds)
+        self.watch.exclude(seconds)
+
+    def _wait(self) -> None:
+        """Let the device finish, so that its time is not counted as what comes next."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+class _Interval:
+    """Sums since the last report; the loss stays on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.norm: torch.Tensor | float = float("nan")
+        self.targets = 0
+        self.updates = 0
+
+
+def _due(update: int, every: int) -> bool:
+    """Whether something with this period is due; a period of 0 never is."""
+    return every > 0 and update % every == 0

@@ -1,0 +1,200 @@
+"""One pretraining run from its configuration to its last checkpoint."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import megalr
+from megalr.config.deepspeed import resolve_deepspeed_config
+from megalr.config.schema import RunConfig
+from megalr.data import (
+    EvaluationBatches,
+    TokenDataset,
+    UpdateLoader,
+    check_same_tokenizer,
+    check_vocabulary,
+    has_validation_split,
+    open_training_data,
+    open_validation_data,
+)
+from megalr.errors import UserError
+from megalr.models.config import decoder_config
+from megalr.models.flops import parameter_count
+from megalr.optim.schedules import make_schedule
+from megalr.training.checkpoint import load_checkpoint
+from megalr.training.distributed import agree, is_main, on_main, start_distributed
+from megalr.training.engine import build_engine, build_model
+from megalr.training.loop import Trainer
+from megalr.training.metrics import MetricsWriter
+from megalr.training.run_folder import prepare_run_folder
+
+
+def pretrain(config: RunConfig, ds_user: dict[str, Any], ds_source: str) -> None:
+    """Run the configuration on all ranks of the world, from its newest checkpoint if it has one.
+
+    Args:
+        config: the run.
+        ds_user: the user's DeepSpeed JSON.
+        ds_source: where that came from, for messages.
+
+    Raises:
+        UserError: anything that the user can put right, on every rank.
+    """
+    started = time.perf_counter()
+    device = start_distributed()
+    world = dist.get_world_size()
+    ds_config = resolve_deepspeed_config(config, ds_user, ds_source, world)
+    train_data, validation_data = _open_data(config)
+    tag = on_main(lambda: prepare_run_folder(config, ds_config))
+    decoder = build_model(config, device)
+    parameters = parameter_count(decoder)
+    trainable = parameter_count(decoder, trainable_only=True)
+    engine = build_engine(config, ds_config, decoder)
+    folder = Path(config.run.dir)
+    state: dict[str, Any] = {"update": 0, "tokens": 0}
+    if tag is not None:
+        state = load_checkpoint(engine, folder, tag)
+        _check_data(state, train_data)
+    metrics = MetricsWriter(
+        folder,
+        is_main(),
+        config.train.updates,
+        config.log.tensorboard,
+        config.log.wandb_project,
+        config.model_dump(mode="json"),
+    )
+    loader = UpdateLoader(
+        train_data,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        rank=dist.get_rank(),
+        world_size=world,
+        seed=config.run.seed,
+        start_update=state["update"],
+        prefetch_updates=config.data.prefetch_updates,
+        pin_memory=device.type == "cuda",
+    )
+    with metrics, loader:
+        metrics.write(
+            "start",
+            state["update"],
+            model=config.model.preset,
+            method=config.method.name,
+            parameters=parameters,
+            trainable_parameters=trainable,
+            world_size=world,
+            data_parallel_size=world,
+            precision=config.train.precision,
+            zero_stage=ds_config["zero_optimization"]["stage"],
+            train_samples=train_data.num_samples,
+            train_tokens=train_data.num_tokens,
+            startup_seconds=round(time.perf_counter() - started, 3),
+            versions=versions(device),
+        )
+        if tag is not None:
+            metrics.write("resume", state["update"], path=f"checkpoints/{tag}")
+        trainer = Trainer(
+            config,
+            engine,
+            device,
+            loader,
+            _validation(config, validation_data, world),
+            make_schedule(config.schedule, config.train.updates),
+            metrics,
+            {"data_fingerprint": train_data.fingerprint},
+            start=state["update"],
+            tokens=state["tokens"],
+        )
+        trainer.run()
+        metrics.write(
+            "end",
+            trainer.update,
+            updates=trainer.update,
+            seconds=round(time.perf_counter() - started, 3),
+            reason="finished",
+        )
+
+
+def _open_data(config: RunConfig) -> tuple[TokenDataset, TokenDataset | None]:
+    """Open and check the data on every rank; one rank's trouble stops all of them."""
+    error: UserError | None = None
+    opened: tuple[TokenDataset, TokenDataset | None] | None = None
+    try:
+        opened = _open_data_here(config)
+    except UserError as caught:
+        error = caught
+    agree(error)
+    if opened is None:
+        raise UserError("the data could not be opened")
+    return opened
+
+
+def _open_data_here(config: RunConfig) -> tuple[TokenDataset, TokenDataset | None]:
+    data = config.data
+    train = open_training_data(
+        [{"path": s.path, "weight": s.weight} for s in data.train],
+        sequence_length=data.sequence_length,
+        packing=data.packing,
+    )
+    overrides = {k: v for k, v in config.model.model_dump().items() if v is not None}
+    vocab_size = decoder_config(overrides.pop("preset"), overrides).vocab_size
+    check_vocabulary(train, vocab_size)
+    validation = None
+    paths = list(data.validation or ())
+    if not paths and len(data.train) == 1 and has_validation_split(data.train[0].path):
+        paths = [data.train[0].path]
+    if paths:
+        validation = open_validation_data(
+            paths, sequence_length=data.sequence_length, packing=data.packing
+        )
+    if validation is not None:
+        check_same_tokenizer(train, validation)
+    return train, validation
+
+
+def _check_data(state: dict[str, Any], data: TokenDataset) -> None:
+    """Refuse to go on with data whose samples would not be those of the interrupted run."""
+    if state["data_fingerprint"] != data.fingerprint:
+        raise UserError(
+            f"the checkpoint of update {state['update']} was trained on other data (fingerprint "
+            f"{state['data_fingerprint'][:12]}, now {data.fingerprint[:12]}): give the same "
+            "data.train, or a new run.dir"
+        )
+
+
+def _validation(
+    config: RunConfig, data: TokenDataset | None, world: int
+) -> Iterable[tuple[torch.Tensor, torch.Tensor]] | None:
+    if data is None:
+        return None
+    return EvaluationBatches(
+        data,
+        micro_batch_size=config.evaluation.micro_batch_size or config.train.micro_batch_size,
+        rank=dist.get_rank(),
+        world_size=world,
+        max_targets=config.evaluation.tokens,
+    )
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """Versions of what the numbers depend on, and the device's name."""
+    import deepspeed
+
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return {
+        "megalr": megalr.__version__,
+        "torch": torch.__version__,
+        "deepspeed": deepspeed.__version__,
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda or "none",
+        "device": name,
+    }
