@@ -1,0 +1,330 @@
+"""Token data sets: samples of one fixed length read from the shards of one or several sources."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megalr.data.indexed import IndexedShard, allow_open_files
+from megalr.data.manifest import Manifest, ShardEntry, TokenizerInfo, check_sizes, load_manifest
+from megalr.data.order import SampleOrder
+from megalr.errors import UserError
+
+Integers = NDArray[np.int64]
+NO_TARGET = -100  # the label of a position without a target, as in torch's cross entropy
+DataPath = str | Path | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data set of a mixture: its folder, its samples ``[first, first + count)``, its weight."""
+
+    path: Path
+    first: int
+    count: int
+    weight: Fraction | None
+
+
+class _Shard:
+    """A shard of the manifest; its files are opened when a sample of it is first read."""
+
+    def __init__(self, folder: Path, entry: ShardEntry) -> None:
+        self.prefix = folder / entry.name
+        self.entry = entry
+
+    @cached_property
+    def files(self) -> IndexedShard:
+        shard = IndexedShard(self.prefix, check="quick")
+        found = (shard.num_documents, shard.num_tokens)
+        if found != (self.entry.documents, self.entry.tokens):
+            raise UserError(
+                f"{self.prefix}.idx: {found[0]} documents and {found[1]} tokens, the manifest says "
+                f"{self.entry.documents} and {self.entry.tokens}; the files do not belong together"
+            )
+        return shard
+
+
+class TokenDataset:
+    """Samples of ``sequence_length`` (S) positions.
+
+    ``packing=True``: the targets of a shard of T tokens are its tokens 1 .. T-1. Sample i of the
+    shard has the inputs ``[iS, iS + S)`` and the targets ``[iS + 1, iS + S + 1)``; the last one
+    may be shorter and is padded. So every token but the first of a shard is a target exactly once
+    an epoch, and a shard has ceil((T - 1) / S) samples. Windows cross document ends; EOS ids mark
+    them.
+
+    ``packing=False``: sample i is document i, cut to S ids of which the last is then EOS (if the
+    documents were written with EOS), padded to S; a document of L ids has min(L, S) - 1 targets.
+
+    Padded inputs hold ``pad_id``, labels without a target -100. Samples are numbered through all
+    shards of all sources in order.
+    """
+
+    def __init__(
+        self,
+        manifests: Sequence[tuple[Path, Manifest, tuple[ShardEntry, ...]]],
+        sequence_length: int,
+        packing: bool,
+        weights: Sequence[Fraction] | None = None,
+    ) -> None:
+        if sequence_length < 2:
+            raise UserError(f"data.sequence_length is {sequence_length}, it must be at least 2")
+        self.sequence_length = sequence_length
+        self.packing = packing
+        self.tokenizer: TokenizerInfo = _common_tokenizer(manifests)
+        self.append_eos: bool = manifests[0][1].append_eos
+        self.tokenizer_path: Path = manifests[0][0] / self.tokenizer.path
+        self._shards = [
+            _Shard(folder, entry) for folder, _, entries in manifests for entry in entries
+        ]
+        allow_open_files(len(self._shards) * (1 if packing else 2) + 256)
+        tokens = np.array([shard.entry.tokens for shard in self._shards], np.int64)
+        documents = np.array([shard.entry.documents for shard in self._shards], np.int64)
+        counts = -(-np.maximum(tokens - 1, 0) // sequence_length) if packing else documents
+        self._tokens = tokens
+        self._firsts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        self.num_samples = int(self._firsts[-1])
+        self.num_tokens, self.num_documents = int(tokens.sum()), int(documents.sum())
+        if self.num_samples == 0:
+            raise UserError(
+                f"{manifests[0][0]}: no sample in {len(self._shards)} shards with "
+                f"{self.num_tokens} tokens; preprocess more text"
+            )
+        ends = np.cumsum([len(entries) for _, _, entries in manifests])
+        borders = [0, *(int(self._firsts[end]) for end in ends)]
+        self.sources = tuple(
+            Source(folder, borders[i], borders[i + 1] - borders[i], weights[i] if weights else None)
+            for i, (folder, _, _) in enumerate(manifests)
+        )
+        for source in self.sources:
+            if source.count == 0:
+                raise UserError(f"{source.path}: this source of the mixture holds no sample")
+        self._order = SampleOrder([source.count for source in self.sources], weights)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids of the tokenizer; every id of the data is below it."""
+        return self.tokenizer.vocab_size
+
+    @property
+    def max_id(self) -> int:
+        """The largest id that occurs in the data."""
+        return max(shard.entry.max_id for shard in self._shards)
+
+    @property
+    def pad_id(self) -> int:
+        return self.tokenizer.pad_id
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that determines which sample has which number and position."""
+        content = {
+            "tokenizer": self.tokenizer.fingerprint,
+            "sequence_length": self.sequence_length,
+            "packing": self.packing,
+            "sources": [[s.first, s.count, str(s.weight)] for s in self.sources],
+            "shards": [[s.entry.bin_sha256, s.entry.idx_sha256] for s in self._shards],
+        }
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def sample_ids(self, positions: Integers, seed: int) -> Integers:
+        """Numbers of the samples that stand at these positions of the endless training order."""
+        return self._order.sample_ids(positions, seed)
+
+    def source_of(self, samples: Integers) -> Integers:
+        """Index into :attr:`sources` of each sample."""
+        borders = np.array([source.first for source in self.sources], np.int64)
+        return np.searchsorted(borders, samples, side="right") - 1
+
+    def count_targets(self, samples: Integers) -> Integers:
+        """Number of targets of each sample, from the index alone; int64, shape of ``samples``."""
+        if self.packing:
+            owner = np.searchsorted(self._firsts, samples, side="right") - 1
+            start = (samples - self._firsts[owner]) * self.sequence_length
+            return np.minimum(self._tokens[owner] - 1 - start, self.sequence_length)
+        result = np.empty(len(samples), np.int64)
+        for shard, rows, local in self._by_shard(samples):
+            result[rows] = shard.files.spans(local)[1]
+        return np.maximum(np.minimum(result, self.sequence_length) - 1, 0)
+
+    def read(self, samples: Integers) -> tuple[Integers, Integers]:
+        """Inputs and labels of the given samples; both int64 (n, S).
+
+        Raises UserError for an id outside the vocabulary and for damaged files.
+        """
+        n, length = len(samples), self.sequence_length
+        tokens = np.full((n, length + 1), self.pad_id, np.int64)
+        used = np.empty(n, np.int64)  # ids of each row, inputs and last target together
+        for shard, rows, local in self._by_shard(samples):
+            read = self._read_windows if self.packing else self._read_documents
+            used[rows] = read(shard.files, local, rows, tokens)
+        if n and (tokens.min() < 0 or tokens.max() >= self.vocab_size):
+            raise self._wrong_id(samples, tokens)
+        short = np.flatnonzero(used <= length)
+        inputs, labels = tokens[:, :-1].copy(), tokens[:, 1:].copy()
+        column = np.arange(length)
+        labels[short] = np.where(column < used[short, None] - 1, labels[short], NO_TARGET)
+        return inputs, labels
+
+    def _by_shard(self, samples: Integers) -> Iterator[tuple[_Shard, Integers, Integers]]:
+        """(shard, rows of ``samples`` that lie in it, their numbers within the shard)."""
+        owner = np.searchsorted(self._firsts, samples, side="right") - 1
+        rows = np.argsort(owner, kind="stable")
+        owner = owner[rows]
+        starts = np.flatnonzero(np.diff(owner, prepend=-1)).tolist()
+        local = samples[rows] - self._firsts[owner]
+        for start, stop in zip(starts, [*starts[1:], len(rows)], strict=True):
+            yield self._shards[owner[start]], rows[start:stop], local[start:stop]
+
+    def _read_windows(
+        self, shard: IndexedShard, local: Integers, rows: Integers, out: Integers
+    ) -> Integers:
+        starts = local * self.sequence_length
+        counts = np.minimum(shard.num_tokens - starts, self.sequence_length + 1)
+        _copy_rows(shard.tokens, starts, counts, rows, out)
+        return counts
+
+    def _read_documents(
+        self, shard: IndexedShard, local: Integers, rows: Integers, out: Integers
+    ) -> Integers:
+        length = self.sequence_length
+        starts, sizes = shard.spans(local)
+        counts = np.minimum(sizes, length)
+        _copy_rows(shard.tokens, starts, counts, rows, out)
+        if self.append_eos and self.tokenizer.eos_id is not None:
+            out[rows[sizes > length], length - 1] = self.tokenizer.eos_id
+        return counts
+
+    def _wrong_id(self, samples: Integers, tokens: Integers) -> UserError:
+        row, column = np.argwhere((tokens < 0) | (tokens >= self.vocab_size))[0]
+        shard = self._shards[np.searchsorted(self._firsts, samples[row], side="right") - 1]
+        return UserError(
+            f"{shard.prefix}.bin: holds id {tokens[row, column]}, outside the vocabulary of "
+            f"{self.vocab_size}; the file is damaged, run the preprocessing again"
+        )
+
+
+def _copy_rows(
+    tokens: NDArray[Any], starts: Integers, counts: Integers, rows: Integers, out: Integers
+) -> None:
+    """``out[row, :count] = tokens[start : start + count]`` for every row."""
+    for row, start, count in zip(rows.tolist(), starts.tolist(), counts.tolist(), strict=True):
+        out[row, :count] = tokens[start : start + count]
+
+
+def _common_tokenizer(
+    manifests: Sequence[tuple[Path, Manifest, tuple[ShardEntry, ...]]],
+) -> TokenizerInfo:
+    first_folder, first, _ = manifests[0]
+    for folder, manifest, _ in manifests[1:]:
+        mine, other = first.tokenizer, manifest.tokenizer
+        if (mine.fingerprint, first.append_eos) != (other.fingerprint, manifest.append_eos):
+            raise UserError(
+                f"{first_folder} and {folder} were made with different tokenizers or EOS rules "
+                f"({mine.fingerprint[:12]}, eos {first.append_eos}; {other.fingerprint[:12]}, eos "
+                f"{manifest.append_eos}); preprocess them with one"
+            )
+    return first.tokenizer
+
+
+def _parse_item(item: DataPath) -> tuple[Path, Fraction | None]:
+    if not isinstance(item, Mapping):
+        return Path(item), None
+    unknown = sorted(set(item) - {"path", "weight"})
+    if unknown or "path" not in item:
+        raise UserError(
+            f"data source {dict(item)}: the keys are 'path' and 'weight', "
+            + (f"not '{unknown[0]}'" if unknown else "'path' is missing")
+        )
+    weight = item.get("weight")
+    if weight is None:
+        return Path(item["path"]), None
+    try:
+        value = Fraction(str(weight))  # of the decimal as written: 0.1 is one tenth
+    except ValueError:
+        value = Fraction(0)
+    if value <= 0:
+        raise UserError(f"data source {item['path']}: weight {weight!r} must be a positive number")
+    return Path(item["path"]), value
+
+
+def _open(
+    data: DataPath | Sequence[DataPath], split: str, sequence_length: int, packing: bool
+) -> TokenDataset:
+    items = [data] if isinstance(data, str | Path | Mapping) else list(data)
+    if not items:
+        raise UserError("no data set was given; set data.train to a preprocessed folder")
+    parsed = [_parse_item(item) for item in items]
+    given = [weight for _, weight in parsed if weight is not None]
+    if given and len(given) < len(parsed):
+        missing = next(path for path, weight in parsed if weight is None)
+        raise UserError(f"data source {missing} has no weight and others have; give all or none")
+    if given and split == "validation":
+        raise UserError("data.validation takes no weights: every sample is evaluated once")
+    manifests = []
+    for path, _ in parsed:
+        manifest = load_manifest(path)
+        folder = path if path.is_dir() else path.parent
+        shards = manifest.split(split)
+        if split == "validation" and not shards:
+            shards = manifest.shards  # a data set made for validation only need not say so
+        if not shards:
+            raise UserError(f"{path}: no shard of the split '{split}'")
+        check_sizes(folder, shards)
+        manifests.append((folder, manifest, shards))
+    return TokenDataset(manifests, sequence_length, packing, given or None)
+
+
+def open_training_data(
+    train: DataPath | Sequence[DataPath], *, sequence_length: int, packing: bool = True
+) -> TokenDataset:
+    """Open the ``train`` split of a data folder, or of several as a mixture.
+
+    ``train`` is a folder, or a list of folders (one pool, every sample once an epoch), or a list of
+    ``{"path": folder, "weight": w}`` (samples drawn in the proportion of the weights).
+    """
+    return _open(train, "train", sequence_length, packing)
+
+
+def open_validation_data(
+    validation: DataPath | Sequence[DataPath], *, sequence_length: int, packing: bool = True
+) -> TokenDataset:
+    """Open the ``validation`` split of a data folder; all of it if it has no such split.
+
+    A list of folders is one pool; weights have no meaning here and are refused.
+    """
+    return _open(validation, "validation", sequence_length, packing)
+
+
+def has_validation_split(train: DataPath) -> bool:
+    """Whether the data folder holds a validation split of its own."""
+    return bool(load_manifest(_parse_item(train)[0]).split("validation"))
+
+
+def check_vocabulary(dataset: TokenDataset, model_vocab_size: int) -> None:
+    """UserError unless every id of the tokenizer has a row in the model's embedding."""
+    if dataset.vocab_size > model_vocab_size:
+        raise UserError(
+            f"{dataset.sources[0].path}: the tokenizer has {dataset.vocab_size} ids (largest in "
+            f"the data {dataset.max_id}) and model.vocab_size is {model_vocab_size}; set "
+            f"model.vocab_size to at least {dataset.vocab_size}"
+        )
+
+
+def check_same_tokenizer(first: TokenDataset, second: TokenDataset) -> None:
+    """UserError unless both data sets were made with the same tokenizer."""
+    if first.tokenizer.fingerprint != second.tokenizer.fingerprint:
+        raise UserError(
+            f"{first.sources[0].path} and {second.sources[0].path} were made with different "
+            f"tokenizers ({first.tokenizer.fingerprint[:12]}, "
+            f"{second.tokenizer.fingerprint[:12]}); preprocess both with one"
+        )

@@ -1,0 +1,229 @@
+"""Batches for training and evaluation, read ahead by a thread."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megalr.data.dataset import NO_TARGET, TokenDataset
+from megalr.errors import UserError
+
+MicroBatch = tuple[torch.Tensor, torch.Tensor]
+STOP_POLL_SECONDS = 0.2
+SAMPLES_PLANNED = 1 << 14  # samples whose place is computed in one go
+SAMPLES_AT_ONCE = 1 << 20  # samples whose targets are counted in one go
+
+
+@dataclass(frozen=True)
+class UpdateBatch:
+    """What one rank needs for one optimizer update.
+
+    micro_batches: (input_ids, labels), both int64 (b, S); ``labels[:, t]`` is the target of
+    position t, -100 where there is none. num_targets: targets of the *global* batch, all ranks and
+    micro-batches. samples_by_source: samples of the global batch from each source of the data set.
+    """
+
+    update: int
+    micro_batches: list[MicroBatch]
+    num_targets: int
+    samples_by_source: tuple[int, ...]
+
+
+class UpdateLoader:
+    """An endless iterator over the UpdateBatch of update ``start_update``, the next one, ...
+
+    The global batch of update u holds the samples at positions ``u G .. u G + G - 1`` of the data
+    set's order: a function of (seed, u) alone. Micro-batch m of rank r takes the positions
+    ``(m world_size + r) b + j``. ``rank`` and ``world_size`` count data-parallel ranks.
+
+    ``prefetch_updates`` updates are read ahead by a thread (0: none, read when asked); what goes
+    wrong there is raised by the next ``next()``. Close it, or use it in a ``with``.
+    """
+
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        start_update: int = 0,
+        prefetch_updates: int = 2,
+        pin_memory: bool = False,
+    ) -> None:
+        if micro_batch_size < 1 or global_batch_size % (micro_batch_size * world_size):
+            raise UserError(
+                f"a global batch of {global_batch_size} sequences cannot be cut into micro-batches "
+                f"of {micro_batch_size} on {world_size} data-parallel ranks; make it a multiple of "
+                f"{micro_batch_size * world_size}"
+            )
+        self._dataset, self._seed, self._pin_memory = dataset, seed, pin_memory
+        self._global_batch_size = global_batch_size
+        positions = np.arange(global_batch_size).reshape(-1, world_size, micro_batch_size)
+        self._mine = positions[:, rank].ravel()
+        self._micro_batch_size = micro_batch_size
+        self._next_update = start_update
+        self._planned_from = 0
+        self._planned_targets = np.empty(0, np.int64)
+        self._stopped = threading.Event()
+        self._queue: queue.Queue[UpdateBatch | BaseException] | None = None
+        if prefetch_updates > 0:
+            self._queue = queue.Queue(maxsize=prefetch_updates)
+            self._thread = threading.Thread(
+                target=self._prefetch, args=(start_update,), name="UpdateLoader", daemon=True
+            )
+            self._thread.start()
+
+    def __iter__(self) -> Iterator[UpdateBatch]:
+        return self
+
+    def __next__(self) -> UpdateBatch:
+        if self._stopped.is_set():
+            raise StopIteration
+        if self._queue is None:
+            item: UpdateBatch | BaseException = self._load(self._next_update)
+        else:
+            item = self._queue.get()
+        if isinstance(item, BaseException):
+            self.close()
+            raise item
+        self._next_update = item.update + 1
+        return item
+
+    def _load(self, update: int) -> UpdateBatch:
+        """Read the batch of one update."""
+        samples, num_targets = self._plan(update)
+        sources = np.bincount(
+            self._dataset.source_of(samples), minlength=len(self._dataset.sources)
+        )
+        inputs, labels = (self._tensor(a) for a in self._dataset.read(samples[self._mine]))
+        size = self._micro_batch_size
+        micro_batches = list(zip(inputs.split(size), labels.split(size), strict=True))
+        return UpdateBatch(update, micro_batches, num_targets, tuple(sources.tolist()))
+
+    def _plan(self, update: int) -> tuple[np.ndarray, int]:
+        """Samples of the global batch, and its number of targets.
+
+        Small batches are planned several updates at a time: the cost is per call and per shard.
+        """
+        if not 0 <= update - self._planned_from < len(self._planned_targets):
+            updates = max(1, SAMPLES_PLANNED // self._global_batch_size)
+            first = update * self._global_batch_size
+            positions = np.arange(first, first + updates * self._global_batch_size, dtype=np.int64)
+            samples = self._dataset.sample_ids(positions, self._seed)
+            targets = self._dataset.count_targets(samples).reshape(updates, -1).sum(axis=1)
+            self._planned_from, self._planned_targets = update, targets
+            self._planned_samples = samples.reshape(updates, -1)
+        row = update - self._planned_from
+        return self._planned_samples[row], int(self._planned_targets[row])
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory() if self._pin_memory else tensor
+
+    def _prefetch(self, update: int) -> None:
+        while not self._stopped.is_set():
+            try:
+                item: UpdateBatch | BaseException = self._load(update)
+            except BaseException as error:
+                item = error
+            self._put(item)
+            if isinstance(item, BaseException):
+                return
+            update += 1
+
+    def _put(self, item: UpdateBatch | BaseException) -> None:
+        assert self._queue is not None
+        while not self._stopped.is_set():
+            try:
+                self._queue.put(item, timeout=STOP_POLL_SECONDS)
+                return
+            except queue.Full:
+                continue
+
+    def close(self) -> None:
+        """End the thread. May be called twice."""
+        self._stopped.set()
+        if self._queue is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def __enter__(self) -> UpdateLoader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class EvaluationBatches:
+    """A fixed set of samples, the same at every evaluation and for every number of ranks.
+
+    The samples come in the shuffled order of seed 0, so that a part is drawn from the whole data
+    set; with ``max_targets`` they are the longest prefix of that order with at most so many targets
+    (at least one sample), otherwise all. Every rank gets the same number of micro-batches of
+    ``(b, S)``; rows that are left over have no targets.
+
+    Iterating yields (input_ids, labels) as in UpdateBatch. ``len()``: micro-batches of a rank;
+    ``num_targets``: targets over all ranks; ``num_samples``: samples over all ranks.
+    """
+
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        *,
+        micro_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        max_targets: int | None = None,
+    ) -> None:
+        if micro_batch_size < 1:
+            raise UserError(
+                f"the evaluation micro-batch is {micro_batch_size}, it must be positive"
+            )
+        self._dataset, self._rank, self._world_size = dataset, rank, world_size
+        self._micro_batch_size = micro_batch_size
+        self.num_samples, self.num_targets = self._select(max_targets)
+        self._length = -(-self.num_samples // (micro_batch_size * world_size))
+
+    def _select(self, max_targets: int | None) -> tuple[int, int]:
+        samples = targets = 0
+        total = self._dataset.num_samples
+        while samples < total:
+            block = np.arange(samples, min(samples + SAMPLES_AT_ONCE, total), dtype=np.int64)
+            ends = targets + np.cumsum(self._dataset.count_targets(self._order(block)))
+            fitting = len(block)
+            if max_targets is not None:
+                fitting = int(np.searchsorted(ends, max_targets, side="right"))
+            if samples == 0:
+                fitting = max(1, fitting)
+            samples += fitting
+            targets = int(ends[fitting - 1]) if fitting else targets
+            if fitting < len(block):
+                break
+        return samples, targets
+
+    def _order(self, positions: np.ndarray) -> np.ndarray:
+        return self._dataset.sample_ids(positions, seed=0)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        size = self._micro_batch_size
+        shape = (size, self._dataset.sequence_length)
+        for number in range(self._length):
+            first = (number * self._world_size + self._rank) * size
+            rows = np.arange(first, min(first + size, self.num_samples), dtype=np.int64)
+            input_ids = torch.full(shape, self._dataset.pad_id, dtype=torch.int64)
+            labels = torch.full(shape, NO_TARGET, dtype=torch.int64)
+            if len(rows):
+                values, targets = self._dataset.read(self._order(rows))
+                input_ids[: len(rows)] = torch.from_numpy(values)
+                labels[: len(rows)] = torch.from_numpy(targets)
+            yield input_ids, labels
