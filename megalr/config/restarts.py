@@ -1,14 +1,128 @@
-"""``restarts.*``: what happens to factors and optimizer state every so many updates."""
+"""``restarts.*``: weight refactorization and momentum reset, when and how."""
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Annotated, Literal
 
-from megalr.config.base import Section
+from pydantic import Field, model_validator
+
+from megalr.config.base import AsTuple, Section
+
+Moment = Literal["first", "second"]
 
 
 class RestartsConfig(Section):
-    """Periodic restarts of a run; independent of the method."""
+    """Restarts of a run: refactorization of the factors, reset of the optimizer's moments, or both.
 
-    every: int = Field(default=0, ge=0, examples=[200])
-    """Updates between two restarts; 0 = no restarts."""
+    Independent of the method; without any of the periods and thresholds below there are none.
+    """
+
+    every: int | None = Field(default=None, ge=1, examples=[200])
+    """Updates between two restarts, for refactorization and reset alike; null = none. Shorthand
+    for refactorize_every and reset_every, which go before it."""
+    refactorize_every: int | None = Field(default=None, ge=1, examples=[200])
+    """Updates between two refactorizations: factors B, A are replaced by the balanced factors of
+    the same product. null = as every. Needs a method with factors."""
+    reset_every: int | None = Field(default=None, ge=1, examples=[200])
+    """Updates between two momentum resets; null = as every. Works with every method."""
+    phase: int = Field(default=0, ge=0, examples=[100])
+    """Restarts come after updates phase, phase + period, phase + 2 period, ...; smaller than every
+    period (updates)."""
+    start_after: int = Field(default=0, ge=0, examples=[1000])
+    """No restart before more than this many updates are done (updates)."""
+    stop_before: int = Field(default=0, ge=0, examples=[1000])
+    """No restart in the last so many updates of the run (updates)."""
+    reset_scope: Literal["all", "factors"] = Field(default="all", examples=["factors"])
+    """Parameters whose moments are reset: all, or only the factors of factorised matrices."""
+    reset_moments: Annotated[tuple[Moment, ...], AsTuple] = Field(
+        default=("first", "second"), min_length=1, examples=[["first", "second"]]
+    )
+    """Moments that are set to zero: the average of gradients (first), of their squares (second)."""
+    reset_counter: Literal["zero", "one", "keep"] = Field(default="zero", examples=["zero"])
+    """What a reset makes of the optimizer's step counter, which bias correction uses: zero starts
+    it anew (what a new optimizer does), one is Stable-SPAM's choice, keep is SPAM's and ReLoRA's."""
+    lr_recovery: Literal["none", "linear", "cosine"] = Field(default="none", examples=["linear"])
+    """How the learning rate comes back after a reset: at once, or rising to the schedule's value
+    along a line or half a cosine."""
+    recovery_updates: int = Field(default=10, ge=1, examples=[10])
+    """Updates below the scheduled learning rate after a reset; only with lr_recovery."""
+    verify: bool = Field(default=False, examples=[True])
+    """After every restart check on all ranks that weights are bitwise equal and are the rounded
+    masters."""
+    compat: Literal["none", "published"] = Field(default="none", examples=["published"])
+    """published: the learning rate of the published code after restarts, with its off-by-one:
+    recovery_updates is its recovery_steps, and where the period does not divide the run there is
+    no recovery. Resets everything; needs every and nothing that contradicts it."""
+    imbalance_threshold: float | None = Field(default=None, gt=0, lt=1, examples=[0.5])
+    """Also restart (refactorize and reset) when for some matrix ||B'B - AA'|| is more than this
+    share of ||B'B|| + ||AA'||; null = off."""
+    imbalance_every: int = Field(default=20, ge=1, examples=[20])
+    """Updates between two measurements of the imbalance; only with imbalance_threshold."""
+    gradient_norm_spike: float | None = Field(default=None, gt=1, examples=[4.0])
+    """Also reset when the gradient norm is more than this many times its median over the last
+    spike_window updates; null = off."""
+    spike_window: int = Field(default=50, ge=4, examples=[50])
+    """Updates over which the median of the gradient norm is taken, and the least distance of two
+    restarts that gradient_norm_spike triggers; only with gradient_norm_spike."""
+
+    @property
+    def refactorize_period(self) -> int | None:
+        """Updates between refactorizations; None without."""
+        return self.every if self.refactorize_every is None else self.refactorize_every
+
+    @property
+    def reset_period(self) -> int | None:
+        """Updates between resets; None without."""
+        return self.every if self.reset_every is None else self.reset_every
+
+    @property
+    def refactorizes(self) -> bool:
+        """Whether a refactorization can happen in this run."""
+        return self.refactorize_period is not None or self.imbalance_threshold is not None
+
+    @property
+    def resets(self) -> bool:
+        """Whether a momentum reset can happen in this run."""
+        triggers = (self.imbalance_threshold, self.gradient_norm_spike)
+        return self.reset_period is not None or any(t is not None for t in triggers)
+
+    @property
+    def active(self) -> bool:
+        """Whether anything of this section can happen."""
+        return self.refactorizes or self.resets
+
+    @model_validator(mode="after")
+    def _check(self) -> RestartsConfig:
+        periods = [p for p in (self.refactorize_period, self.reset_period) if p is not None]
+        if periods and self.phase >= min(periods):
+            raise ValueError(
+                f"phase {self.phase} must be smaller than the period {min(periods)}: take the "
+                "remainder of the division"
+            )
+        if len(set(self.reset_moments)) != len(self.reset_moments):
+            raise ValueError("reset_moments must not name a moment twice")
+        if self.lr_recovery != "none" and not self.resets:
+            raise ValueError("lr_recovery needs resets: set every or reset_every")
+        if self.compat == "published":
+            self._check_published()
+        return self
+
+    def _check_published(self) -> None:
+        fixed = {
+            "phase": 0,
+            "start_after": 0,
+            "stop_before": 0,
+            "reset_scope": "all",
+            "reset_moments": ("first", "second"),
+            "reset_counter": "zero",
+            "lr_recovery": "none",
+            "imbalance_threshold": None,
+            "gradient_norm_spike": None,
+        }
+        wrong = [key for key, value in fixed.items() if getattr(self, key) != value]
+        if self.reset_period is None:
+            raise ValueError("compat published needs a period: set every or reset_every")
+        if wrong:
+            raise ValueError(
+                f"compat published fixes {', '.join(wrong)}: leave that out or use compat none"
+            )

@@ -34,11 +34,13 @@ from torch import Tensor
 
 Group = dist.ProcessGroup | None
 
-# Largest ||G|| * trace(G^-1) of the column-scaled Gram matrix G = B̂ᵀB̂ that the Gram path accepts:
-# the loss of orthogonality is at most this times 2.2e-16, here 7e-9, below fp32 rounding (6e-8).
-_MAX_GRAM_CONDITION = 3e7
+# Largest ||G|| * trace(G^-1) of the column-scaled Gram matrix G = B̂ᵀB̂ that the Gram path accepts.
+# 2.2e-16 times this bounds the loss of orthogonality by 2e-5; measured at the limit it is 2e-12
+# (r = 128), far below fp32 rounding (6e-8), and Cholesky cannot fail before 1e15.
+_MAX_GRAM_CONDITION = 1e11
 # Smallest ratio of the eigenvalues S² that it accepts (singular values within 3e5 of each other):
-# eigh leaves an absolute error of about 2.2e-16 max(S²), seen as 2.2e-16 max(S)/min(S) in the balance.
+# eigh leaves an absolute error of some 1e-16 max(S²), which in the balance is seen as
+# 1e-16 max(S)/min(S) (measured at the limit: 5e-12).
 _MIN_EIGENVALUE_RATIO = 1e-11
 # A re-seeded direction gets a factor row (or column) of squared norm _SEED_SHARE * ||S|| / sqrt(count),
 # which keeps the balance below 1e-7 of ||S|| while giving the zero side a gradient that Adam can use.

@@ -41,7 +41,7 @@ def _case(name: str) -> tuple[Tensor, Tensor]:
     elif name == "huge":
         b, a = b * 1e15, a * 1e-9
     elif name == "nearly dependent columns":
-        b[:, 1] = b[:, 0] + 1e-5 * b[:, 1]
+        b[:, 1] = b[:, 0] + 1e-6 * b[:, 1]
     elif name == "deficient B":
         b[:, 5] = b[:, 2]
         b[:, 3] = 0
