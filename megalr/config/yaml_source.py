@@ -74,6 +74,10 @@ def _construct(node: yaml.Node, key: str, label: str, source: Source) -> Any:
         if isinstance(value, float) and not math.isfinite(value):
             source.problems.append(f"{place}: {key} = {value}: must be a finite number")
         return value
+    if node.tag != "tag:yaml.org,2002:map":
+        raise yaml.constructor.ConstructorError(
+            problem=f"unknown tag {node.tag!r}", problem_mark=node.start_mark
+        )
     values: dict[str, Any] = {}
     lines: dict[str, int] = {}
     for name_node, value_node in node.value:

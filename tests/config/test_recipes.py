@@ -1,0 +1,47 @@
+"""Every shipped recipe is a valid configuration that a shipped DeepSpeed JSON can run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megalr.config import load_run_config
+from megalr.config.deepspeed import read_deepspeed_json, resolve_deepspeed_config
+from megalr.models.config import PRESETS
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+SIZES = ("9m", "20m", "60m", "130m", "350m", "1b", "3b", "7b")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_loads_and_its_batch_can_be_cut_for_one_to_eight_ranks(path: Path) -> None:
+    config = load_run_config([path], presets=PRESETS)
+    assert config.run.dir == f"runs/{path.stem}"
+    assert ("low_rank" in path.stem or path.stem == "quickstart") == (
+        config.method.name == "low_rank"
+    )
+    for ranks in (1, 2) if path.stem == "quickstart" else (1, 2, 4):
+        user = read_deepspeed_json(ROOT / "ds_configs" / "zero2.json")
+        resolved = resolve_deepspeed_config(config, user, "zero2.json", ranks)
+        assert resolved["gradient_accumulation_steps"] * ranks * config.train.micro_batch_size == (
+            config.train.global_batch_size
+        )
+
+
+def test_there_is_a_full_rank_and_a_low_rank_recipe_for_every_size() -> None:
+    names = {path.stem for path in RECIPES}
+    for size in SIZES:
+        assert {f"llama_{size}", f"llama_{size}_low_rank"} <= names
+
+
+def test_the_one_published_low_rank_script_is_followed() -> None:
+    config = load_run_config([ROOT / "recipes" / "llama_60m_low_rank.yaml"])
+    method, optimizer, train = config.method, config.optimizer, config.train
+    assert method.name == "low_rank" and (method.rank, method.alpha) == (128, 32)
+    assert (optimizer.lr, optimizer.weight_decay, optimizer.betas) == (1.5e-3, 0, (0.9, 0.999))
+    assert (train.updates, config.schedule.warmup_updates) == (11000, 1100)
+    assert (train.global_batch_size, config.data.sequence_length) == (512, 256)
+    assert (train.gradient_clipping, config.schedule.min_lr_ratio) == (0, 0.1)
+    assert config.schedule.name == "cosine" and not config.data.packing
