@@ -154,8 +154,9 @@ def test_optimizer_wrapper_of_each_precision_stage_and_accumulation_type(
         assert (chosen or "plain") == wrapper
 
 
-def train_two_updates(configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Per config: wrapper class, loss after one update, Adam's step counter after building."""
+def probe_engines(configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Per config: wrapper class, loss after one update, Adam's step counter after building, and
+    whether the weights survive a gradient that is not a number."""
     import deepspeed
     import torch
 
@@ -173,12 +174,21 @@ def train_two_updates(configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
             loss = engine(torch.randn(2, 8, generator=generator).to(dtype)).float().square().mean()
             engine.backward(loss)
             engine.step()
-        found[name] = (type(engine.optimizer).__name__, float(loss), max(steps, default=0))
+        for _ in range(config["gradient_accumulation_steps"]):
+            engine.backward(engine(torch.ones(2, 8, dtype=dtype)).sum() * float("nan"))
+            engine.step()
+        finite = bool(torch.isfinite(engine(torch.ones(2, 8, dtype=dtype))).all())
+        found[name] = (
+            type(engine.optimizer).__name__,
+            float(loss.detach()),
+            max(steps, default=0),
+            finite,
+        )
         engine.destroy()
     return found
 
 
-def test_engines_of_every_shipped_config_make_the_update_of_plain_adamw() -> None:
+def test_engines_of_shipped_configs_make_the_update_of_plain_adamw_and_skip_nan() -> None:
     import torch
 
     torch.manual_seed(0)
@@ -198,16 +208,17 @@ def test_engines_of_every_shipped_config_make_the_update_of_plain_adamw() -> Non
     configs |= {
         f"paper {name}": resolved(name, "paper_bf16") for name in ("paper_bf16", "zero2", "zero3")
     }
-    found = run_distributed(train_two_updates, 2, configs)[0]
+    found = run_distributed(probe_engines, 2, configs)[0]
     stage_3 = "DeepSpeedZeroOptimizer_Stage3"
     wrappers = {
         "fp32 zero0": "AdamW",
         "bf16 zero0": "FP16_UnfusedOptimizer",
         "bf16 zero1": "BF16_Optimizer",
     }
-    for name, (wrapper, after, steps_before) in found.items():
+    for name, (wrapper, after, steps_before, survives) in found.items():
         expected = wrappers.get(name, stage_3 if "zero3" in name else "DeepSpeedZeroOptimizer")
         assert wrapper == expected, name
+        assert survives == (name != "fp32 zero0"), name
         if name == "bf16 zero0":
             # The wrapper takes a step with zero gradients when it is built: Adam's bias
             # correction then starts at 2 and the first update is a quarter smaller.
