@@ -1,0 +1,151 @@
+"""APOLLO and APOLLO-Mini: the raw gradient, scaled by what Adam does in a random subspace."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.optim.optimizer import ParamsT
+
+from megalr.errors import UserError
+from megalr.optim import adam_h
+from megalr.optim.layout import LogicalTensor
+from megalr.optim.matrix import COMPAT, MatrixOptimizer, check_choice, limit_growth
+from megalr.optim.projection import gaussian_basis, next_seed, project, side_of
+
+
+class Apollo(MatrixOptimizer):
+    """APOLLO (Zhu et al. 2024, arXiv 2412.05270; METHODS §10).
+
+    R = G P or P^T G with a random P (redrawn every ``update_proj_gap`` updates) or, with
+    ``proj="svd"``, the leading singular vectors; N from ADAM-H on R;
+    s = |N| / (|R| + 1e-8) along the axis of size r (``scale_type="channel"``) or of the whole
+    matrix (``tensor``: APOLLO-Mini); U = sqrt(scale) * limiter(G * s), the square root inside the
+    limiter when ``scale_front``; W <- W - step_size * U, then decay.
+
+    The random P is never stored: it is drawn again from its seed, so the state of an m x n matrix
+    with l = max(m, n) is 2 l r elements and two scalars. Tensor number i starts from seed
+    ``seed`` + i and follows the published chain of seeds (the generator runs on the gradient's
+    device, so CPU and GPU draw differently). ``compat="published"`` drops the limiter's guard.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        rank: int | None = None,
+        update_proj_gap: int = 200,
+        scale: float = 1.0,
+        scale_type: str = "channel",
+        scale_front: bool = False,
+        proj: str = "random",
+        proj_type: str = "std",
+        basis: str = "auto",
+        stagger: bool = False,
+        limiter: bool = True,
+        compat: str = "none",
+        state_dtype: torch.dtype | None = None,
+        seed: int = 0,
+    ) -> None:
+        options = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "rank": rank,
+            "update_proj_gap": update_proj_gap,
+            "scale": scale,
+            "scale_type": scale_type,
+            "scale_front": scale_front,
+            "proj": proj,
+            "proj_type": proj_type,
+            "basis": basis,
+            "stagger": stagger,
+            "limiter": limiter,
+            "compat": compat,
+        }
+        super().__init__(params, options, state_dtype, seed)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        check_choice("scale_type", group["scale_type"], ("channel", "tensor"))
+        check_choice("proj", group["proj"], ("random", "svd"))
+        check_choice("compat", group["compat"], COMPAT)
+        if group["scale"] < 0:
+            raise UserError(f"scale must be >= 0, got {group['scale']}")
+        if side_of((1, 1), group["proj_type"]) == "full":
+            raise UserError("APOLLO needs a one-sided projection: proj_type cannot be full")
+
+    def _has_projector(self, own: dict[str, Any]) -> bool:
+        return "projector" in own or "seed" in own
+
+    def _refresh(
+        self,
+        own: dict[str, Any],
+        tensor: LogicalTensor,
+        grad: torch.Tensor,
+        group: dict[str, Any],
+        done: int,
+    ) -> bool:
+        if group["proj"] == "svd":
+            side = side_of(tensor.shape, group["proj_type"])
+            return self._leading(own, tensor, grad, group, done, side)
+        seed = own.get("seed")
+        own["seed"] = self.seed + tensor.number if seed is None else next_seed(seed)
+        return True
+
+    def _rule(
+        self, own: dict[str, Any], grad: torch.Tensor, group: dict[str, Any], dtype: torch.dtype
+    ) -> torch.Tensor:
+        side = side_of(tuple(grad.shape), group["proj_type"])
+        if group["proj"] == "svd":
+            basis = own["projector"].to(grad.dtype)
+        else:
+            basis = gaussian_basis(grad, group["rank"], side, own["seed"])
+        low = project(grad, basis, side)
+        normalized = adam_h.direction(own, low, group["betas"], group["eps"], dtype)
+        normalized = normalized.to(grad.dtype)
+        if group["scale_type"] == "tensor":
+            factor = normalized.norm() / (low.norm() + 1e-8)
+        else:
+            axis = 1 if side == "right" else 0
+            factor = normalized.norm(dim=axis, keepdim=True)
+            factor = factor / (low.norm(dim=axis, keepdim=True) + 1e-8)
+        update, root = grad * factor, math.sqrt(group["scale"])
+        if group["scale_front"]:
+            update = update * root
+        if group["limiter"]:
+            update = limit_growth(own, update, guard=group["compat"] == "none")
+        return update if group["scale_front"] else update * root
+
+
+class ApolloMini(Apollo):
+    """APOLLO-Mini: rank 1 and one scale a matrix (METHODS §10); scale 128 as published."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        scale: float = 128.0,
+        scale_type: str = "tensor",
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            scale=scale,
+            scale_type=scale_type,
+            **options,
+        )

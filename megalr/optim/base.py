@@ -1,0 +1,203 @@
+"""What all optimizers of this package share: logical tensors, state handling, momentum reset.
+
+Design, and how it lives under ZeRO
+-----------------------------------
+1. An update rule works on logical tensors (:mod:`megalr.optim.layout`), never on "parameters".
+2. On plain PyTorch parameters the layout is trivial. After ``deepspeed.initialize`` the training
+   code calls :func:`megalr.optim.zero.attach_layouts`, which describes ZeRO's flat fp32 slices.
+3. So ZeRO keeps its jobs: it reduces, accumulates, averages and clips gradients, holds the fp32
+   masters, gathers the new weights, offloads and writes checkpoints. Nothing of it is replaced.
+4. Elementwise rules run on the slices; the few scalars a tensor that they need are completed by
+   one small all-reduce each.
+5. Matrix rules need whole matrices. A matrix that lies inside one slice is updated in place. One
+   that a slice boundary cuts is owned by one of its holders: its gradient pieces go there, the
+   finished update comes back, both by all_to_all over bounded buckets. Under ZeRO 1 and 2 that
+   concerns at most one matrix a boundary, under ZeRO 3 every matrix.
+6. Projector and moments of a matrix exist on its owner only. The new master is
+   ``W - step_size * U`` elementwise, wherever its elements lie, so the result does not depend on
+   the number of ranks.
+7. All state is tensors and plain numbers in plain dicts: readable with ``weights_only=True``.
+8. ZeRO 1 and 2 call ``step`` once a parameter group and show one group at a time, ZeRO 3 once a
+   sub-group: every counter therefore lives in the state of its flat storage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch.optim.optimizer import ParamsT
+
+from megalr.errors import UserError
+from megalr.optim.layout import FlatLayout, LogicalTensor, trivial_layout
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def check_hyperparameters(
+    lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+) -> None:
+    """Refuse values with which Adam's formulas have no meaning."""
+    if lr < 0:
+        raise UserError(f"optimizer.lr must be >= 0, got {lr}")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise UserError(f"optimizer.betas must be two numbers in [0, 1), got {betas}")
+    if eps < 0:
+        raise UserError(f"optimizer.eps must be >= 0, got {eps}")
+    if weight_decay < 0:
+        raise UserError(f"optimizer.weight_decay must be >= 0, got {weight_decay}")
+
+
+def scalar_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of per-tensor statistics: never below fp32 (bf16 averages of scalars stall)."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device, copy=True)
+    if isinstance(value, dict):
+        return {key: _to_device(item, device) for key, item in value.items()}
+    return value
+
+
+class LogicalOptimizer(torch.optim.Optimizer):
+    """Base of the optimizers: a torch optimizer whose rules work on logical tensors.
+
+    ``state_dtype`` (None: fp32, or fp64 for fp64 parameters) is the dtype of the moments.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.state_dtype = state_dtype
+        self._layouts: dict[torch.Tensor, FlatLayout] = {}
+        super().__init__(params, defaults)
+
+    # -- groups and layouts -----------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in torch; its options are checked and its tensors get their numbers."""
+        super().add_param_group(param_group)
+        self._layouts, number = {}, 1
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                layout = trivial_layout(parameter, f"tensor{number}", number)
+                self._layouts[parameter] = layout
+                number += len(layout.tensors)
+        self._check_group(self.param_groups[-1])
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Refuse options that have no meaning for the group's tensors."""
+        check_hyperparameters(group["lr"], group["betas"], group["eps"], group["weight_decay"])
+
+    def attach_layouts(self, layouts: Mapping[torch.Tensor, FlatLayout]) -> None:
+        """Say what the flat tensors in ``param_groups`` hold (they replace the parameters)."""
+        self._layouts = dict(layouts)
+
+    def layout(self, parameter: torch.Tensor) -> FlatLayout:
+        """The layout of one tensor of ``param_groups``."""
+        try:
+            return self._layouts[parameter]
+        except KeyError:
+            raise RuntimeError(
+                "the optimizer was given a tensor that it has no layout for: call "
+                "megalr.optim.zero.attach_layouts after deepspeed.initialize"
+            ) from None
+
+    def _moment_dtype(self, parameter: torch.Tensor) -> torch.dtype:
+        return self.state_dtype or scalar_dtype(parameter.dtype)
+
+    # -- step -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every tensor that has a gradient; returns the closure's value."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._step_groups()
+        return loss
+
+    def _step_groups(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    flat = parameter.detach().view(-1)
+                    self._update(parameter, flat, parameter.grad.reshape(-1), group)
+
+    def _update(
+        self,
+        parameter: torch.Tensor,
+        flat: torch.Tensor,
+        grad: torch.Tensor,
+        group: dict[str, Any],
+    ) -> None:
+        """Update the flat storage of one entry of ``param_groups`` in place."""
+        raise NotImplementedError
+
+    # -- state ------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` returned. Unlike torch's own, it keeps every state's dtype."""
+        groups = state_dict["param_groups"]
+        super().load_state_dict({"state": {}, "param_groups": groups})
+        saved = [index for group in groups for index in group["params"]]
+        current = [p for group in self.param_groups for p in group["params"]]
+        for index, parameter in zip(saved, current, strict=True):
+            if index in state_dict["state"]:
+                self.state[parameter] = _to_device(state_dict["state"][index], parameter.device)
+
+    def tensor_states(self, parameter: torch.Tensor) -> Iterable[tuple[str, dict[str, Any]]]:
+        """(name, state) of the whole-matrix states that this rank keeps for one entry."""
+        return self.state[parameter].get("matrices", {}).items()
+
+    @torch.no_grad()
+    def reset_moments(
+        self,
+        parameters: Iterable[torch.Tensor] | None = None,
+        moments: Iterable[str] = MOMENTS,
+        counter: str = "keep",
+    ) -> tuple[int, int]:
+        """Zero moments on this rank; returns (elements zeroed, elements of moments held here).
+
+        ``parameters`` are entries of ``param_groups`` (None: all that have state); ``moments`` a
+        choice of ``exp_avg`` and ``exp_avg_sq``; ``counter`` keep, zero or one: what happens to
+        the bias-correction counter. Entries before their first update have nothing to zero.
+        """
+        if counter not in ("keep", "zero", "one"):
+            raise UserError(f"counter must be keep, zero or one, got {counter!r}")
+        chosen = None if parameters is None else {id(p) for p in parameters}
+        kinds, zeroed, held = set(moments), 0, 0
+        for parameter, state in self.state.items():
+            stores = [state, *state.get("matrices", {}).values()]
+            tensors = [(key, s[key]) for s in stores for key in MOMENTS if key in s]
+            held += sum(tensor.numel() for _, tensor in tensors)
+            if chosen is not None and id(parameter) not in chosen:
+                continue
+            for key, tensor in tensors:
+                if key in kinds:
+                    tensor.zero_()
+                    zeroed += tensor.numel()
+            if counter != "keep" and "step" in state:
+                state["step"] = 0 if counter == "zero" else 1
+        return zeroed, held
+
+
+def require_matrix(tensor: LogicalTensor, rank: int) -> None:
+    """Refuse a tensor that cannot be projected to ``rank``."""
+    if len(tensor.shape) != 2:
+        raise UserError(
+            f"{tensor.name} of shape {tensor.shape} is no matrix: a group with a rank holds "
+            "2-D tensors only"
+        )
+    if not 1 <= rank <= min(tensor.shape):
+        raise UserError(
+            f"rank {rank} is out of range for {tensor.name} of shape {tensor.shape}: "
+            f"choose 1 to {min(tensor.shape)}"
+        )

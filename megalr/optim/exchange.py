@@ -1,0 +1,133 @@
+"""Bring cut matrices to their owners and results back: one collective each way and bucket.
+
+Every rank of a layout's group calls these functions with the same tensors in the same order. The
+amount of data follows from the layout, so nothing is negotiated. ``all_to_all_single`` moves only
+what has to move: under ZeRO 1 and 2 that is the few matrices that a slice boundary happens to cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megalr.optim.layout import FlatLayout, LogicalTensor, Piece, piece_view
+
+BUCKET_ELEMENTS = 64 * 1024 * 1024
+
+
+def buckets(
+    tensors: Sequence[LogicalTensor], limit: int = BUCKET_ELEMENTS
+) -> Iterator[list[LogicalTensor]]:
+    """Consecutive runs of tensors with at most ``limit`` elements together (at least one each)."""
+    bucket: list[LogicalTensor] = []
+    filled = 0
+    for tensor in tensors:
+        if bucket and filled + tensor.numel > limit:
+            yield bucket
+            bucket, filled = [], 0
+        bucket.append(tensor)
+        filled += tensor.numel
+    if bucket:
+        yield bucket
+
+
+def _to_owner(layout: FlatLayout, tensor: LogicalTensor) -> tuple[Piece, ...]:
+    """The pieces that must reach the owner; of replicated tensors the owner has its own copy."""
+    if layout.replicated:
+        return tuple(piece for piece in tensor.pieces if piece.rank == tensor.owner)
+    return tensor.pieces
+
+
+def _all_to_all(
+    parts: list[list[torch.Tensor]], counts: list[int], layout: FlatLayout, like: torch.Tensor
+) -> list[torch.Tensor]:
+    """Send ``parts[k]`` to rank k; returns what each rank sent here, flat, ``counts[k]`` long."""
+    send = [part.reshape(-1) for rank_parts in parts for part in rank_parts]
+    buffer = torch.cat(send) if send else like.new_empty(0)
+    received = like.new_empty(sum(counts))
+    dist.all_to_all_single(
+        received,
+        buffer,
+        output_split_sizes=counts,
+        input_split_sizes=[sum(part.numel() for part in rank_parts) for rank_parts in parts],
+        group=layout.group,
+    )
+    return list(received.split(counts))
+
+
+def collect(
+    layout: FlatLayout, tensors: Sequence[LogicalTensor], flat: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Assemble, on each owner, the whole tensors it owns from all ranks' slices ``flat``.
+
+    Returns name -> tensor of the logical shape, for the tensors owned by this rank only.
+    """
+    world, rank = range(layout.world_size), layout.rank
+    if layout.world_size == 1 or layout.replicated:
+        return {
+            tensor.name: piece_view(flat, piece).view(tensor.shape)
+            for tensor in tensors
+            if tensor.owner == rank and (piece := tensor.piece_of(rank)) is not None
+        }
+    outgoing: list[list[torch.Tensor]] = [[] for _ in world]
+    incoming: list[list[tuple[LogicalTensor, Piece]]] = [[] for _ in world]
+    for tensor in tensors:
+        for piece in _to_owner(layout, tensor):
+            if piece.rank == rank:
+                outgoing[tensor.owner].append(piece_view(flat, piece))
+            if tensor.owner == rank:
+                incoming[piece.rank].append((tensor, piece))
+    counts = [sum(piece.length for _, piece in pieces) for pieces in incoming]
+    received = _all_to_all(outgoing, counts, layout, flat)
+    whole = {t.name: flat.new_empty(t.numel) for t in tensors if t.owner == rank}
+    for pieces, data in zip(incoming, received, strict=True):
+        position = 0
+        for tensor, piece in pieces:
+            source = data.narrow(0, position, piece.length)
+            whole[tensor.name].narrow(0, piece.start, piece.length).copy_(source)
+            position += piece.length
+    return {t.name: whole[t.name].view(t.shape) for t in tensors if t.owner == rank}
+
+
+def distribute(
+    layout: FlatLayout,
+    tensors: Sequence[LogicalTensor],
+    whole: Mapping[str, torch.Tensor],
+    like: torch.Tensor,
+) -> dict[str, torch.Tensor]:
+    """The inverse of :func:`collect`: each rank receives its piece of every tensor.
+
+    ``whole`` holds the tensors that this rank owns, in the dtype of ``like``. Returns name -> 1-D
+    piece, for the tensors of which this rank holds elements.
+    """
+    rank = layout.rank
+    if layout.world_size == 1:
+        return {tensor.name: whole[tensor.name].reshape(-1) for tensor in tensors}
+    outgoing: list[list[torch.Tensor]] = [[] for _ in range(layout.world_size)]
+    incoming: list[list[tuple[LogicalTensor, Piece]]] = [[] for _ in range(layout.world_size)]
+    for tensor in tensors:
+        for piece in tensor.pieces:
+            if tensor.owner == rank:
+                source = whole[tensor.name].reshape(-1)
+                outgoing[piece.rank].append(source.narrow(0, piece.start, piece.length))
+            if piece.rank == rank:
+                incoming[tensor.owner].append((tensor, piece))
+    counts = [sum(piece.length for _, piece in pieces) for pieces in incoming]
+    received = _all_to_all(outgoing, counts, layout, like)
+    pieces_here: dict[str, torch.Tensor] = {}
+    for pieces, data in zip(incoming, received, strict=True):
+        position = 0
+        for tensor, piece in pieces:
+            pieces_here[tensor.name] = data.narrow(0, position, piece.length)
+            position += piece.length
+    return pieces_here
+
+
+def reduce_over_ranks(values: torch.Tensor, layout: FlatLayout, op: Any) -> torch.Tensor:
+    """Complete per-tensor partial results over the group, in place; a no-op on one process."""
+    if layout.sums_over_ranks:
+        dist.all_reduce(values, op=op, group=layout.group)
+    return values

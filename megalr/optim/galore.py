@@ -1,0 +1,178 @@
+"""GaLore and Fira: Adam in the leading singular subspace of the gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.optim.optimizer import ParamsT
+
+from megalr.errors import UserError
+from megalr.optim import adam_h
+from megalr.optim.layout import LogicalTensor
+from megalr.optim.matrix import COMPAT, MatrixOptimizer, check_choice, limit_growth
+from megalr.optim.projection import back_project, project, side_of
+
+
+class GaLore(MatrixOptimizer):
+    """GaLore (Zhao et al. 2024, arXiv 2403.03507; METHODS §8).
+
+    Every ``update_proj_gap`` updates P becomes the leading ``rank`` singular vectors of G. With
+    R = G P (or P^T G, or P^T G Q for ``full``) and ADAM-H on R:
+    W <- W - step_size * scale * (N P^T), then W <- W - lr * weight_decay * W. Moments and counter
+    are carried over unchanged when P changes. Groups without rank: plain ADAM-H at the same lr.
+
+    State of a matrix of sizes s <= l (elements): s r + 2 l r (full: (m + n) r + 2 r^2).
+    ``basis``: svd (the published full SVD), subspace (randomized iteration) or auto. ``limiter``:
+    Fira's limiter on the update (off as published).
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        rank: int | None = None,
+        update_proj_gap: int = 200,
+        scale: float = 0.25,
+        proj_type: str = "std",
+        basis: str = "auto",
+        stagger: bool = False,
+        limiter: bool = False,
+        state_dtype: torch.dtype | None = None,
+        seed: int = 0,
+    ) -> None:
+        options = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "rank": rank,
+            "update_proj_gap": update_proj_gap,
+            "scale": scale,
+            "proj_type": proj_type,
+            "basis": basis,
+            "stagger": stagger,
+            "limiter": limiter,
+        }
+        super().__init__(params, options, state_dtype, seed)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        side_of((1, 1), group["proj_type"])
+
+    def _refresh(
+        self,
+        own: dict[str, Any],
+        tensor: LogicalTensor,
+        grad: torch.Tensor,
+        group: dict[str, Any],
+        done: int,
+    ) -> bool:
+        side = side_of(tensor.shape, group["proj_type"])
+        return self._leading(own, tensor, grad, group, done, side)
+
+    def _rule(
+        self, own: dict[str, Any], grad: torch.Tensor, group: dict[str, Any], dtype: torch.dtype
+    ) -> torch.Tensor:
+        betas, eps, scale = group["betas"], group["eps"], group["scale"]
+        side = side_of(tuple(grad.shape), group["proj_type"])
+        basis = own["projector"].to(grad.dtype)
+        if side == "full":
+            other = own["projector2"].to(grad.dtype)
+            low = basis.mT @ grad @ other
+            normalized = adam_h.direction(own, low, betas, eps, dtype).to(grad.dtype)
+            update = scale * (basis @ normalized @ other.mT)
+        else:
+            low = project(grad, basis, side)
+            normalized = adam_h.direction(own, low, betas, eps, dtype).to(grad.dtype)
+            update = scale * back_project(normalized, basis, side)
+        return limit_growth(own, update, guard=True) if group["limiter"] else update
+
+
+class Fira(MatrixOptimizer):
+    """Fira (Chen et al. 2024, arXiv 2410.01623; METHODS §9): GaLore plus the scaled residual.
+
+    With R, N as in GaLore and phi = |N| / (|R| + 1e-8) along the axis of size r (one factor a row
+    for right projections, a column for left ones):
+    E = (G - P P^T G) * phi, limited so that |E| grows by at most 1 % an update;
+    W <- W - step_size * (scale * back(N) + E), then decay. ``limiter`` False switches the limiter
+    off. ``scale`` is called alpha in the paper.
+
+    ``compat="published"`` subtracts scale * P P^T G (all published scripts have scale < 1, so most
+    of the gradient inside the subspace stays in their residual) and has no guard against a
+    remembered norm of zero. State: s r + 2 l r + 1 elements.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        rank: int | None = None,
+        update_proj_gap: int = 200,
+        scale: float = 0.25,
+        proj_type: str = "std",
+        basis: str = "auto",
+        stagger: bool = False,
+        limiter: bool = True,
+        compat: str = "none",
+        state_dtype: torch.dtype | None = None,
+        seed: int = 0,
+    ) -> None:
+        options = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "rank": rank,
+            "update_proj_gap": update_proj_gap,
+            "scale": scale,
+            "proj_type": proj_type,
+            "basis": basis,
+            "stagger": stagger,
+            "limiter": limiter,
+            "compat": compat,
+        }
+        super().__init__(params, options, state_dtype, seed)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        check_choice("compat", group["compat"], COMPAT)
+        if side_of((1, 1), group["proj_type"]) == "full":
+            raise UserError("Fira's scaling needs a one-sided projection: proj_type cannot be full")
+
+    def _refresh(
+        self,
+        own: dict[str, Any],
+        tensor: LogicalTensor,
+        grad: torch.Tensor,
+        group: dict[str, Any],
+        done: int,
+    ) -> bool:
+        side = side_of(tensor.shape, group["proj_type"])
+        return self._leading(own, tensor, grad, group, done, side)
+
+    def _rule(
+        self, own: dict[str, Any], grad: torch.Tensor, group: dict[str, Any], dtype: torch.dtype
+    ) -> torch.Tensor:
+        scale, published = group["scale"], group["compat"] == "published"
+        side = side_of(tuple(grad.shape), group["proj_type"])
+        basis = own["projector"].to(grad.dtype)
+        low = project(grad, basis, side)
+        normalized = adam_h.direction(own, low, group["betas"], group["eps"], dtype)
+        normalized = normalized.to(grad.dtype)
+        axis = 1 if side == "right" else 0
+        factor = normalized.norm(dim=axis, keepdim=True)
+        factor = factor / (low.norm(dim=axis, keepdim=True) + 1e-8)
+        inside = back_project(low, basis, side)
+        residual = (grad - (scale * inside if published else inside)) * factor
+        if group["limiter"]:
+            residual = limit_growth(own, residual, guard=not published)
+        return residual.add_(back_project(normalized, basis, side), alpha=scale)

@@ -1,0 +1,210 @@
+"""LORO: low-rank training by Riemannian steps on the manifold of rank-r matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.optim.optimizer import ParamsT
+
+from megalr.errors import UserError
+from megalr.optim import adam_h
+from megalr.optim.base import LogicalOptimizer
+from megalr.optim.exchange import buckets, collect, distribute
+from megalr.optim.layout import FlatLayout, LogicalTensor, piece_view
+from megalr.optim.matrix import check_choice
+
+REFRESH = ("all", "factors", "none")
+Located = tuple[torch.Tensor, FlatLayout, LogicalTensor]
+"""A logical tensor, the entry of ``param_groups`` that holds it, and that entry's layout."""
+
+
+class LORO(LogicalOptimizer):
+    """LORO (Mo et al. 2025, ICLR; upstream form, METHODS §12) for W = B A.
+
+    Pairs are the logical tensors named ``X.B`` (m, r) and ``X.A`` (r, n). With ADAM-H directions
+    d_B, d_A:
+
+    * approximate update: B <- B - step_size * zeta * d_B and likewise A, zeta = r / hidden_size
+      (``lr_scaler`` -1) or ``lr_scaler``; decay by step_size * weight_decay * factor;
+    * every ``exact_every`` updates (K), an exact one: the Riemannian step and its retraction to
+      rank r through a 2r x 2r SVD, which returns balanced factors (no zeta, no decay);
+    * every ``refresh_every`` updates (None: K) m, v <- 0 and the counter restarts, for ``refresh``
+      all tensors, the factors, or none.
+
+    Tensors outside pairs get plain ADAM-H at the same learning rate. State: 2 (m + n) r elements.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        hidden_size: int,
+        exact_every: int = 500,
+        refresh_every: int | None = None,
+        refresh: str = "all",
+        lr_scaler: float = -1.0,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.hidden_size, self.exact_every, self.refresh = hidden_size, exact_every, refresh
+        self.refresh_every = exact_every if refresh_every is None else refresh_every
+        self.lr_scaler = lr_scaler
+        check_choice("refresh", refresh, REFRESH)
+        for name, value in (("exact_every", exact_every), ("refresh_every", self.refresh_every)):
+            if value < 1:
+                raise UserError(f"{name} must be >= 1 update, got {value}")
+        options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, options, state_dtype)
+
+    def _pairs(self) -> list[tuple[Located, Located]]:
+        """(B, A) of every pair among the entries that ``param_groups`` shows now."""
+        found: dict[str, Located] = {
+            tensor.name: (parameter, self.layout(parameter), tensor)
+            for group in self.param_groups
+            for parameter in group["params"]
+            for tensor in self.layout(parameter).tensors
+        }
+        pairs = []
+        for name, located in found.items():
+            if name.endswith(".B"):
+                partner = found.get(name[:-1] + "A")
+                if partner is None:
+                    raise UserError(
+                        f"LORO found {name} without {name[:-1]}A in the same parameter group: keep "
+                        "both factors in one group (under ZeRO 3 raise sub_group_size)"
+                    )
+                pairs.append((located, partner))
+        return pairs
+
+    def _step_groups(self) -> None:
+        pairs = self._pairs()
+        rank_of = {t.name: b[2].shape[1] for b, a in pairs for t in (b[2], a[2])}
+        directions: dict[torch.Tensor, torch.Tensor] = {}
+        sizes: dict[torch.Tensor, float] = {}
+        exact = False
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                state["updates"] = state.get("updates", 0) + 1
+                state["step"] = state.get("step", 0) + 1
+                exact = state["updates"] % self.exact_every == 0
+                sizes[parameter] = adam_h.step_size(group["lr"], group["betas"], state["step"])
+                grad, dtype = parameter.grad.reshape(-1), self._moment_dtype(parameter)
+                found = adam_h.direction(state, grad, group["betas"], group["eps"], dtype)
+                directions[parameter] = found.to(parameter.dtype)
+                self._step_entry(
+                    parameter, directions[parameter], sizes[parameter], group, rank_of, exact
+                )
+        if exact and pairs:
+            self._exact(pairs, directions, sizes)
+        self._refresh_moments(directions, rank_of)
+
+    def _step_entry(
+        self,
+        parameter: torch.Tensor,
+        update: torch.Tensor,
+        size: float,
+        group: dict[str, Any],
+        rank_of: dict[str, int],
+        exact: bool,
+    ) -> None:
+        """Plain and approximate updates of the tensors in one entry of ``param_groups``."""
+        flat = parameter.detach().view(-1)
+        for tensor, piece in self.layout(parameter).local:
+            weight, part = piece_view(flat, piece), piece_view(update, piece)
+            rank = rank_of.get(tensor.name)
+            if rank is None:
+                adam_h.apply_update(weight, part, size, group["lr"] * group["weight_decay"])
+            elif not exact:
+                zeta = rank / self.hidden_size if self.lr_scaler == -1 else self.lr_scaler
+                decay = size * group["weight_decay"]
+                adam_h.apply_update(weight, part, size * zeta, decay)
+
+    def _exact(
+        self,
+        pairs: list[tuple[Located, Located]],
+        directions: dict[torch.Tensor, torch.Tensor],
+        sizes: dict[torch.Tensor, float],
+    ) -> None:
+        """The exact update of all pairs: factors and directions to the owner of B, and back."""
+        partner = {b[2].name: (b, a) for b, a in pairs}
+        for bucket in buckets([b[2] for b, _ in pairs]):
+            members: dict[torch.Tensor, list[LogicalTensor]] = {}
+            for tensor in bucket:
+                (b_entry, _, b), (a_entry, _, a) = partner[tensor.name]
+                members.setdefault(b_entry, []).append(b)
+                members.setdefault(a_entry, []).append(replace(a, owner=b.owner))
+            factors: dict[str, torch.Tensor] = {}
+            steps: dict[str, torch.Tensor] = {}
+            for entry, tensors in members.items():
+                layout = self.layout(entry)
+                factors.update(collect(layout, tensors, entry.detach().view(-1)))
+                steps.update(collect(layout, tensors, directions[entry]))
+            updated: dict[str, torch.Tensor] = {}
+            for tensor in bucket:
+                (b_entry, _, b), (_, _, a) = partner[tensor.name]
+                if b.name in factors:
+                    updated[b.name], updated[a.name] = exact_step(
+                        factors[b.name],
+                        factors[a.name],
+                        steps[b.name],
+                        steps[a.name],
+                        sizes[b_entry],
+                    )
+            for entry, tensors in members.items():
+                layout, flat = self.layout(entry), entry.detach().view(-1)
+                pieces = distribute(layout, tensors, updated, flat)
+                for tensor in tensors:
+                    piece = tensor.piece_of(layout.rank)
+                    if piece is not None:
+                        piece_view(flat, piece).copy_(pieces[tensor.name])
+
+    def _refresh_moments(self, stepped: Iterable[torch.Tensor], rank_of: dict[str, int]) -> None:
+        for parameter in stepped:
+            state = self.state[parameter]
+            factors = any(t.name in rank_of for t in self.layout(parameter).tensors)
+            chosen = self.refresh == "all" or (self.refresh == "factors" and factors)
+            if chosen and state["updates"] % self.refresh_every == 0:
+                state["exp_avg"].zero_()
+                state["exp_avg_sq"].zero_()
+                state["step"] = 0
+
+
+def exact_step(
+    b: torch.Tensor, a: torch.Tensor, d_b: torch.Tensor, d_a: torch.Tensor, size: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Riemannian step of W = B A along (d_B, d_A) with length ``size``, retracted to rank r.
+
+    b, d_b (m, r); a, d_a (r, n). With B = U X and A^T = V Y (QR), P = d_B Y^-1, Q = X^-T d_A:
+    the new W is the best rank-r approximation of [U Q2] S [V Q1]^T with
+    S = [[X Y^T - size Q V, -size K1^T], [-size K2, 0]], where Q1 K1 and Q2 K2 are QR of the parts
+    of Q^T and P outside V and U. Returned balanced, in the input's dtype; computed in fp32 or
+    fp64. Zero rows of B and columns of A (padding) that have no direction stay exactly zero.
+    """
+    dtype = torch.float64 if b.dtype == torch.float64 else torch.float32
+    b64, a64, db, da = (x.to(dtype) for x in (b, a, d_b, d_a))
+    rank = b.shape[1]
+    u, x = torch.linalg.qr(b64)
+    v, y = torch.linalg.qr(a64.mT)
+    p = torch.linalg.solve_triangular(y, db, upper=True, left=False)
+    q = torch.linalg.solve_triangular(x.mT, da, upper=False)
+    q_inside = q @ v
+    q1, k1 = torch.linalg.qr(q.mT - v @ q_inside.mT)
+    q2, k2 = torch.linalg.qr(p - u @ (u.mT @ p))
+    top = torch.cat([x @ y.mT - size * q_inside, -size * k1.mT], dim=1)
+    bottom = torch.cat([-size * k2, torch.zeros_like(k2)], dim=1)
+    left, values, right = torch.linalg.svd(torch.cat([top, bottom]))
+    root = values[:rank].sqrt()
+    new_b = torch.cat([u, q2], dim=1) @ (left[:, :rank] * root)
+    new_a = ((torch.cat([v, q1], dim=1) @ right[:rank].mT) * root).mT
+    live_rows = (b64.ne(0) | db.ne(0)).any(dim=1, keepdim=True)
+    live_columns = (a64.ne(0) | da.ne(0)).any(dim=0, keepdim=True)
+    return (new_b * live_rows).to(b.dtype), (new_a * live_columns).to(a.dtype)

@@ -1,0 +1,193 @@
+"""Base of the optimizers that look at whole matrices, whole or cut over ZeRO's slices.
+
+A parameter group with a ``rank`` is projected: each of its logical matrices gets the rule of the
+subclass. A group whose ``rank`` is None gets plain ADAM-H elementwise (METHODS §8: "non-target
+tensors: plain ADAM-H, same lr").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.optim.optimizer import ParamsT
+
+from megalr.errors import UserError
+from megalr.optim import adam_h
+from megalr.optim.base import LogicalOptimizer, require_matrix
+from megalr.optim.exchange import buckets, collect, distribute
+from megalr.optim.layout import FlatLayout, LogicalTensor, piece_view
+from megalr.optim.projection import BASES, leading_bases, mixed_seed, refresh_due
+
+COMPAT = ("none", "published")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a value that is not among the choices."""
+    if value not in choices:
+        raise UserError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+class MatrixOptimizer(LogicalOptimizer):
+    """ADAM-H on low-rank images of whole matrices; subclasses give the rule of one matrix.
+
+    Options of every group: lr, betas, eps, weight_decay, rank (None: not projected),
+    update_proj_gap (updates between projector refreshes), stagger (refresh the matrices at
+    different updates).
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        options: Mapping[str, Any],
+        state_dtype: torch.dtype | None,
+        seed: int,
+    ) -> None:
+        self.seed = seed
+        super().__init__(params, dict(options), state_dtype)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        if group["rank"] is None:
+            return
+        if group["update_proj_gap"] < 1:
+            raise UserError(f"update_proj_gap must be >= 1 update, got {group['update_proj_gap']}")
+        if "basis" in group:
+            check_choice("basis", group["basis"], BASES)
+        for parameter in group["params"]:
+            for tensor in self.layout(parameter).tensors:
+                require_matrix(tensor, group["rank"])
+
+    # -- one entry of param_groups -----------------------------------------------------------
+
+    def _update(
+        self,
+        parameter: torch.Tensor,
+        flat: torch.Tensor,
+        grad: torch.Tensor,
+        group: dict[str, Any],
+    ) -> None:
+        state = self.state[parameter]
+        state["step"] = state.get("step", 0) + 1
+        betas, lr = group["betas"], group["lr"]
+        size = adam_h.step_size(lr, betas, state["step"])
+        decay = lr * group["weight_decay"]
+        if group["rank"] is None:
+            dtype = self._moment_dtype(parameter)
+            update = adam_h.direction(state, grad, betas, group["eps"], dtype)
+            adam_h.apply_update(flat, update, size, decay)
+            return
+        layout = self.layout(parameter)
+        for tensor, piece in layout.local:
+            if layout.is_whole(tensor):
+                matrix = piece_view(grad, piece).view(tensor.shape)
+                update = self._whole(parameter, tensor, matrix, group)
+                adam_h.apply_update(piece_view(flat, piece), update.reshape(-1), size, decay)
+        self._update_cut(parameter, layout, flat, grad, group, (size, decay))
+
+    def _update_cut(
+        self,
+        parameter: torch.Tensor,
+        layout: FlatLayout,
+        flat: torch.Tensor,
+        grad: torch.Tensor,
+        group: dict[str, Any],
+        scaling: tuple[float, float],
+    ) -> None:
+        """The matrices that several ranks hold parts of: to the owner, update, and back."""
+        cut = [tensor for tensor in layout.tensors if not layout.is_whole(tensor)]
+        for bucket in buckets(cut):
+            matrices = collect(layout, bucket, grad)
+            updates = {
+                tensor.name: self._whole(parameter, tensor, matrices[tensor.name], group).to(
+                    flat.dtype
+                )
+                for tensor in bucket
+                if tensor.owner == layout.rank
+            }
+            for name, update in distribute(layout, bucket, updates, flat).items():
+                piece = next(t for t in bucket if t.name == name).piece_of(layout.rank)
+                assert piece is not None  # distribute returns what this rank holds
+                adam_h.apply_update(piece_view(flat, piece), update, *scaling)
+
+    def _whole(
+        self,
+        parameter: torch.Tensor,
+        tensor: LogicalTensor,
+        grad: torch.Tensor,
+        group: dict[str, Any],
+    ) -> torch.Tensor:
+        """U for one whole matrix, after its projector was refreshed if that is due."""
+        state = self.state[parameter]
+        own = state.setdefault("matrices", {}).setdefault(tensor.name, {})
+        done = state["step"] - 1
+        due = refresh_due(done, group["update_proj_gap"], tensor.number, group["stagger"])
+        if (due or not self._has_projector(own)) and not self._refresh(
+            own, tensor, grad, group, done
+        ):
+            return torch.zeros_like(grad)
+        return self._rule(own, grad, group, self._moment_dtype(parameter))
+
+    # -- what subclasses give -----------------------------------------------------------------
+
+    def _has_projector(self, own: dict[str, Any]) -> bool:
+        return "projector" in own
+
+    def _refresh(
+        self,
+        own: dict[str, Any],
+        tensor: LogicalTensor,
+        grad: torch.Tensor,
+        group: dict[str, Any],
+        done: int,
+    ) -> bool:
+        """Renew the projector in ``own``; False when there is none (G is entirely zero)."""
+        raise NotImplementedError
+
+    def _rule(
+        self, own: dict[str, Any], grad: torch.Tensor, group: dict[str, Any], dtype: torch.dtype
+    ) -> torch.Tensor:
+        """U of the gradient's shape; the weight moves by -step_size * U."""
+        raise NotImplementedError
+
+    def _leading(
+        self,
+        own: dict[str, Any],
+        tensor: LogicalTensor,
+        grad: torch.Tensor,
+        group: dict[str, Any],
+        done: int,
+        side: str,
+    ) -> bool:
+        """Store the leading singular bases of G in ``own``: ``projector`` (and ``projector2``)."""
+        if not bool(grad.any()):
+            return self._has_projector(own)
+        start = tuple(own[key] for key in ("projector", "projector2") if key in own) or None
+        seed = mixed_seed(self.seed, tensor.number, done)
+        found = leading_bases(grad, group["rank"], side, group["basis"], start, seed)
+        for key, basis in zip(("projector", "projector2"), found, strict=False):
+            own[key] = basis.to(self.state_dtype or grad.dtype)
+        return True
+
+
+def limit_growth(
+    own: dict[str, Any], update: torch.Tensor, guard: bool, gamma: float = 1.01
+) -> torch.Tensor:
+    """Fira's norm-growth limiter: |U_t| <= gamma |U_{t-1}|, with |U_{t-1}| kept in ``own``.
+
+    l = max(|U| / (p + 1e-8), gamma) / gamma; U <- U / l; p <- |U| / l. The first call only
+    remembers the norm. With ``guard`` a remembered norm of zero counts as a first call: as
+    published it would hold the tensor at norm 1e-8 and let it grow by 1 % an update.
+    """
+    dtype = torch.float64 if update.dtype == torch.float64 else torch.float32
+    norm = torch.linalg.vector_norm(update, dtype=dtype)
+    if "update_norm" not in own:
+        own["update_norm"] = norm
+        return update
+    previous = own["update_norm"]
+    ratio = (norm / (previous + 1e-8)).clamp_min(gamma) / gamma
+    if guard:
+        ratio = torch.where(previous > 0, ratio, torch.ones_like(ratio))
+    own["update_norm"] = norm / ratio
+    return update / ratio.to(update.dtype)

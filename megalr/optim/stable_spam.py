@@ -1,0 +1,177 @@
+"""Stable-SPAM: adaptive spike rescaling, gradient-norm normalization and momentum reset."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.optim.optimizer import ParamsT
+
+from megalr.errors import UserError
+from megalr.optim.base import LogicalOptimizer, scalar_dtype
+from megalr.optim.exchange import reduce_over_ranks
+from megalr.optim.layout import FlatLayout, piece_view
+from megalr.optim.matrix import COMPAT, check_choice
+
+
+class StableSPAM(LogicalOptimizer):
+    """Stable-SPAM (Huang et al. 2025, arXiv 2502.17055; METHODS §4). Elementwise.
+
+    Per logical tensor, at its k-th update, with sigma annealed from 1 to ``eta`` by a cosine over
+    ``total_T`` updates (None: always 1), b1' = sigma b1 and g1' = sigma gamma1:
+
+    * W <- W - lr * weight_decay * W;
+    * AdaClip: M <- average of max|G| with gamma3; where |G| exceeds the bias-corrected M, G is
+      rescaled by M / max|G|;
+    * AdaGN: a, b <- averages of |G| and |G|^2 with g1' and gamma2, and
+      G <- G / |G| * a / (sqrt(b) + eps), both bias-corrected;
+    * every ``update_gap`` updates m, v <- 0 and k <- 1, then AdamW's step (eps outside the bias
+      correction) with b1'.
+
+    State: as AdamW plus 3 scalars a tensor, kept in fp32 at least. gamma1 = -1 means beta1.
+
+    Here the averages M, a, b have a bias correction of their own that is not restarted, a reset
+    happens before the gradient enters the moments, and sigma stays at ``eta`` after ``total_T``.
+    ``compat="published"``: the three accidents of the published code. At a reset the *old*
+    moments make one more step and the update's gradient is lost; the bias corrections of M, a, b
+    restart with k, which switches AdaClip off for hundreds of updates; sigma is periodic.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        gamma1: float = 0.85,
+        gamma2: float = 0.999,
+        gamma3: float = 0.999,
+        total_T: int | None = None,
+        eta: float = 0.5,
+        update_gap: int = 500,
+        compat: str = "none",
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        options = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "gamma1": gamma1,
+            "gamma2": gamma2,
+            "gamma3": gamma3,
+            "total_T": total_T,
+            "eta": eta,
+            "update_gap": update_gap,
+            "compat": compat,
+        }
+        super().__init__(params, options, state_dtype)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        check_choice("compat", group["compat"], COMPAT)
+        for name in ("gamma1", "gamma2", "gamma3"):
+            if not (0 <= group[name] < 1 or (name == "gamma1" and group[name] == -1)):
+                raise UserError(f"{name} must be in [0, 1), got {group[name]}")
+        if group["total_T"] is not None and group["total_T"] < 1:
+            raise UserError(f"total_T must be >= 1 update or null, got {group['total_T']}")
+        if group["update_gap"] < 0:
+            raise UserError(f"update_gap must be >= 0 updates, got {group['update_gap']}")
+
+    def _update(
+        self,
+        parameter: torch.Tensor,
+        flat: torch.Tensor,
+        grad: torch.Tensor,
+        group: dict[str, Any],
+    ) -> None:
+        state, (beta1, beta2) = self.state[parameter], group["betas"]
+        layout = self.layout(parameter)
+        if not state:
+            dtype = self._moment_dtype(parameter)
+            state.update(step=0, updates=0)
+            state["exp_avg"] = torch.zeros_like(flat, dtype=dtype)
+            state["exp_avg_sq"] = torch.zeros_like(flat, dtype=dtype)
+            for key in ("max_average", "norm_average", "squared_norm_average"):
+                state[key] = flat.new_zeros(len(layout.tensors), dtype=scalar_dtype(flat.dtype))
+        published = group["compat"] == "published"
+        state["updates"] += 1
+        state["step"] += 1
+        sigma = _anneal(state["updates"], group["total_T"], group["eta"], published)
+        if group["weight_decay"] > 0:
+            flat.mul_(1 - group["lr"] * group["weight_decay"])
+        grad = _stabilize(layout, grad, state, group, sigma)
+        first, second, beta1 = state["exp_avg"], state["exp_avg_sq"], beta1 * sigma
+        grad = grad.to(first.dtype)
+        gap = group["update_gap"]
+        reset = gap != 0 and state["updates"] % gap == 0
+        if reset:
+            state["step"] = 1
+            if not published:
+                first.zero_()
+                second.zero_()
+        first.mul_(beta1).add_(grad, alpha=1 - beta1)
+        second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        step = state["step"]
+        denominator = (second.sqrt() / math.sqrt(1 - beta2**step)).add_(group["eps"])
+        size = group["lr"] / (1 - beta1**step)
+        flat.add_((first / denominator).to(flat.dtype), alpha=-size)
+        if reset and published:
+            first.zero_()
+            second.zero_()
+
+
+def _anneal(update: int, total: int | None, eta: float, periodic: bool) -> float:
+    """sigma at the one-based ``update``: 1 -> eta by half a cosine over ``total`` updates."""
+    if total is None:
+        return 1.0
+    position = update if periodic else min(update, total + 1)
+    return eta + (1 - eta) * 0.5 * (1 + math.cos(math.pi * position / (total + 1)))
+
+
+def _stabilize(
+    layout: FlatLayout,
+    grad: torch.Tensor,
+    state: dict[str, Any],
+    group: dict[str, Any],
+    sigma: float,
+) -> torch.Tensor:
+    """AdaClip and AdaGN of every tensor of the layout; returns a new flat gradient.
+
+    The maximum and the norm of a tensor that is cut over ranks are completed by one all-reduce
+    each, for all tensors of the layout together.
+    """
+    grad = grad.clone()
+    maxima, dtype = state["max_average"], state["max_average"].dtype
+    # Bias corrections: k as published, or the number of updates the averages have seen.
+    seen = state["step"] if group["compat"] == "published" else state["updates"]
+    index = {tensor.number: i for i, tensor in enumerate(layout.tensors)}
+    pieces = [(index[tensor.number], piece_view(grad, piece)) for tensor, piece in layout.local]
+    gamma3 = group["gamma3"]
+    largest = torch.zeros_like(maxima)
+    for i, piece in pieces:
+        largest[i] = piece.abs().amax().to(dtype)
+    reduce_over_ranks(largest, layout, dist.ReduceOp.MAX)
+    maxima.mul_(gamma3).add_(largest, alpha=1 - gamma3)
+    limit = maxima / (1 - gamma3**seen)
+    squares = torch.zeros_like(maxima)
+    for i, piece in pieces:
+        clipped = piece / largest[i].to(grad.dtype) * limit[i].to(grad.dtype)
+        piece.copy_(torch.where(piece.abs() > limit[i], clipped, piece))
+        squares[i] = torch.linalg.vector_norm(piece, dtype=dtype).square()
+    reduce_over_ranks(squares, layout, dist.ReduceOp.SUM)
+    norms = squares.sqrt()
+    gamma1 = (group["betas"][0] if group["gamma1"] == -1 else group["gamma1"]) * sigma
+    gamma2 = group["gamma2"]
+    state["norm_average"].mul_(gamma1).add_(norms, alpha=1 - gamma1)
+    state["squared_norm_average"].mul_(gamma2).add_(squares, alpha=1 - gamma2)
+    wanted = state["norm_average"] / (1 - gamma1**seen)
+    root = (state["squared_norm_average"] / (1 - gamma2**seen)).sqrt() + group["eps"]
+    factor = torch.where(norms > 0, wanted / root / norms, torch.ones_like(norms))
+    for i, piece in pieces:
+        piece.mul_(factor[i].to(grad.dtype))
+    return grad

@@ -1,0 +1,271 @@
+"""State of the optimizers: what it holds, what it costs, how it is saved, reset and refused."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+
+from megalr.errors import UserError
+from megalr.optim import LORO, SPAM, Apollo, ApolloMini, Fira, GaLore, GoLore, StableSPAM
+from megalr.optim.projection import refresh_due, subspace_basis, svd_bases
+
+R = {"rank": 2, "update_proj_gap": 3}
+MAKERS = {
+    "spam": lambda p, **k: SPAM(p, update_gap=4, warmup_epoch=2, grad_accu_steps=1, **k),
+    "spam_sparse": lambda p, **k: SPAM(p, update_gap=4, warmup_epoch=2, density=0.4, **k),
+    "stable_spam": lambda p, **k: StableSPAM(p, update_gap=4, total_T=20, **k),
+    "galore": lambda p, **k: GaLore(p, **R, **k),
+    "galore_full": lambda p, **k: GaLore(p, proj_type="full", **R, **k),
+    "fira": lambda p, **k: Fira(p, **R, **k),
+    "apollo": lambda p, **k: Apollo(p, **R, **k),
+    "apollo_mini": lambda p, **k: ApolloMini(p, rank=1, update_proj_gap=3, **k),
+    "golore": lambda p, **k: GoLore(p, total_updates=8, rand_ratio=0.5, **R, **k),
+    "loro": lambda p, **k: LORO(p, hidden_size=8, exact_every=3, **k),
+}
+
+
+def parameters(name, dtype=torch.float32):
+    torch.manual_seed(0)
+    shapes = [(7, 5), (4, 9)]
+    if name == "loro":
+        shapes = [(7, 2), (2, 5)]
+    tensors = [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in shapes]
+    if name == "loro":
+        tensors[0].row_blocks, tensors[1].row_blocks = (("w.B", 0, 7),), (("w.A", 0, 2),)
+    return tensors
+
+
+def train(optimizer, tensors, updates, first=0):
+    for t in range(first, first + updates):
+        for i, p in enumerate(tensors):
+            generator = torch.Generator().manual_seed(100 * t + i)
+            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", list(MAKERS))
+def test_state_survives_a_weights_only_file_and_continues_bitwise(name):
+    tensors = parameters(name)
+    optimizer = MAKERS[name](tensors)
+    train(optimizer, tensors, 4)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    weights = [p.detach().clone() for p in tensors]
+    train(optimizer, tensors, 5, first=4)
+    again = parameters(name)
+    for p, w in zip(again, weights, strict=True):
+        p.data.copy_(w)
+    resumed = MAKERS[name](again)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    train(resumed, again, 5, first=4)
+    assert all(torch.equal(p, q) for p, q in zip(tensors, again, strict=True))
+
+
+def tensors_in(value):
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [t for item in value.values() for t in tensors_in(item)]
+    return []
+
+
+def test_state_sizes_are_those_of_the_memory_table():
+    def elements(name, shape=(12, 5), **options):
+        tensors = [torch.nn.Parameter(torch.randn(shape))]
+        optimizer = MAKERS[name](tensors, **options)
+        train(optimizer, tensors, 4)
+        return sum(t.numel() for t in tensors_in(dict(optimizer.state[tensors[0]])))
+
+    long, short, r = 12, 5, 2
+    for shape in ((12, 5), (5, 12)):
+        assert elements("galore", shape) == short * r + 2 * long * r
+        assert elements("fira", shape) == short * r + 2 * long * r + 1
+        assert elements("golore", shape) == short * r + 2 * long * r
+        assert elements("apollo", shape) == 2 * long * r + 1  # the projector is only a seed
+        assert elements("apollo_mini", shape) == 2 * long + 1
+        assert elements("spam", shape) == 2 * 60
+        assert elements("stable_spam", shape) == 2 * 60 + 3
+
+
+def test_sparse_spam_keeps_moments_of_the_mask_only_and_leaves_other_weights_alone():
+    tensors = [torch.nn.Parameter(torch.randn(10, 10))]
+    optimizer = SPAM(tensors, update_gap=6, density=0.3, warmup_epoch=1)
+    before = tensors[0].detach().clone()
+    train(optimizer, tensors, 4)
+    state = optimizer.state[tensors[0]]
+    assert int(state["mask"].sum()) == state["exp_avg"].numel() == 30
+    moved = (tensors[0].detach() != before).flatten()
+    assert torch.equal(moved, state["mask"])
+    old_mask = state["mask"].clone()
+    old = torch.zeros(100).masked_scatter_(old_mask, state["exp_avg"])
+    train(optimizer, tensors, 1, first=4)  # draws the next mask
+    grad = tensors[0].grad.flatten()
+    new = torch.zeros(100).masked_scatter_(state["mask"], state["exp_avg"])
+    both = old_mask & state["mask"]
+    assert torch.allclose(new[both], 0.9 * old[both] + 0.1 * grad[both])
+    assert int((new != 0).sum()) == int(both.sum()) and not torch.equal(old_mask, state["mask"])
+
+
+@pytest.mark.parametrize("name", ["galore", "fira", "apollo", "golore", "stable_spam"])
+def test_matrices_stacked_in_one_parameter_are_updated_as_separate_parameters(name):
+    torch.manual_seed(1)
+    shapes = [(6, 5), (3, 5), (8, 5)]  # right, left and right projections
+    rows = [(0, 6), (6, 9), (9, 17)]
+    apart = [torch.nn.Parameter(torch.randn(s)) for s in shapes]
+    stacked = torch.nn.Parameter(torch.cat([p.detach() for p in apart]))
+    stacked.row_blocks = tuple((f"m{i}", *r) for i, r in enumerate(rows))
+    one, two = MAKERS[name](apart), MAKERS[name]([stacked])
+    for t in range(7):
+        g = torch.randn(17, 5, generator=torch.Generator().manual_seed(t))
+        stacked.grad = g.clone()
+        for p, (a, b) in zip(apart, rows, strict=True):
+            p.grad = g[a:b].clone()
+        one.step()
+        two.step()
+    assert torch.equal(stacked, torch.cat(apart))
+
+
+@pytest.mark.parametrize("name", [n for n in MAKERS if n != "loro"])
+def test_padded_rows_and_columns_stay_exactly_zero(name):
+    tensors = parameters(name)
+    for p in tensors:
+        p.data[-2:] = 0
+        p.data[:, -1:] = 0
+    optimizer = MAKERS[name](tensors)
+    for t in range(9):
+        for i, p in enumerate(tensors):
+            g = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * t + i))
+            g[:, 1] = g[:, 0]  # rank-deficient: singular vectors of the null space are arbitrary
+            g[-2:] = 0
+            g[:, -1:] = 0
+            p.grad = g
+        optimizer.step()
+    assert all(p[-2:].abs().sum() == 0 and p[:, -1:].abs().sum() == 0 for p in tensors)
+
+
+def test_exact_loro_step_keeps_padding_zero():
+    tensors = parameters("loro")
+    b, a = tensors
+    optimizer = LORO(tensors, hidden_size=8, exact_every=2)
+    for p, index in ((b, (slice(-2, None), slice(None))), (a, (slice(None), slice(-1, None)))):
+        p.data[index] = 0
+    for _ in range(6):
+        b.grad, a.grad = torch.randn(7, 2), torch.randn(2, 5)
+        b.grad[-2:], a.grad[:, -1:] = 0, 0
+        optimizer.step()
+    assert b[-2:].abs().sum() == 0 and a[:, -1:].abs().sum() == 0 and b.abs().sum() > 0
+
+
+def test_subspace_iteration_finds_the_leading_singular_subspace():
+    torch.manual_seed(0)
+    u, _ = torch.linalg.qr(torch.randn(300, 200))
+    v, _ = torch.linalg.qr(torch.randn(200, 200))
+    flat = torch.linspace(1.0, 0.3, 200)  # no gap anywhere: the hard case
+    for values in (flat, 0.95 ** torch.arange(200)):
+        g = u * values @ v.T
+        for side, matrix in (("right", g), ("left", g.T.contiguous())):
+            exact = svd_bases(g, 40)[1]
+            cold = subspace_basis(matrix, 40, side, None, 0)
+            warm = subspace_basis(matrix, 40, side, cold, 1)
+            for basis, captured in ((cold, 0.97), (warm, 0.985)):
+                assert torch.allclose(basis.mT @ basis, torch.eye(40), atol=1e-5)
+                ratio = (g @ basis).square().sum() / (g @ exact).square().sum()
+                assert captured < ratio < 1 + 1e-6
+            assert ((cold * warm).sum(dim=0) > 0).all()  # moments keep their directions
+    g = u * 0.8 ** torch.arange(200) @ v.T  # a decaying spectrum: the vectors themselves
+    basis, exact = subspace_basis(g, 20, "right", None, 0), svd_bases(g, 20)[1]
+    assert ((basis * exact).sum(dim=0).abs() > 1 - 1e-4).all()
+
+
+def test_refreshes_are_staggered_evenly_over_the_period():
+    counts = [sum(refresh_due(t, 50, n, True) for n in range(1, 101)) for t in range(50)]
+    assert sum(counts) == 100 and max(counts) <= 4
+    assert [t for t in range(12) if refresh_due(t, 5, 3, False)] == [0, 5, 10]
+
+
+def test_a_zero_gradient_at_the_first_update_only_delays_the_projector():
+    p = torch.nn.Parameter(torch.randn(6, 4))
+    optimizer = Fira([p], rank=2, update_proj_gap=100)
+    p.grad = torch.zeros(6, 4)
+    optimizer.step()
+    before = p.detach().clone()
+    p.grad = torch.randn(6, 4)
+    optimizer.step()
+    assert (p.detach() - before).abs().min() > 0
+
+
+@pytest.mark.parametrize("name", ["galore", "spam", "stable_spam"])
+def test_moments_are_fp32_for_bf16_parameters_unless_bf16_is_asked_for(name):
+    for asked, got in ((None, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        tensors = parameters(name, torch.bfloat16)
+        optimizer = MAKERS[name](tensors, state_dtype=asked)
+        train(optimizer, tensors, 3)
+        state = optimizer.state[tensors[0]]
+        store = next(iter(state["matrices"].values())) if "matrices" in state else state
+        assert store["exp_avg"].dtype == store["exp_avg_sq"].dtype == got
+        if name == "stable_spam":
+            assert state["max_average"].dtype == torch.float32
+
+
+def test_bf16_second_moments_never_decrease_and_fp32_ones_do():
+    ends = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        p = torch.nn.Parameter(torch.zeros(64))
+        optimizer = SPAM([p], update_gap=0, threshold=0, state_dtype=dtype)
+        for t in range(600):
+            p.grad = torch.full((64,), 1.0 if t < 300 else 0.1)
+            optimizer.step()
+            if t == 299:
+                peak = optimizer.state[p]["exp_avg_sq"].float().clone()
+        ends[dtype] = (optimizer.state[p]["exp_avg_sq"].float() / peak).max()
+    assert ends[torch.float32] < 0.8 and ends[torch.bfloat16] == 1.0
+
+
+@pytest.mark.parametrize("name", ["galore", "spam", "loro"])
+def test_reset_zeroes_the_chosen_moments_and_reports_how_much(name):
+    tensors = parameters(name)
+    optimizer = MAKERS[name](tensors)
+    assert optimizer.reset_moments() == (0, 0)
+    train(optimizer, tensors, 2)
+    zeroed, held = optimizer.reset_moments(tensors[:1], ["exp_avg"], "one")
+    state = optimizer.state[tensors[0]]
+    store = next(iter(state["matrices"].values())) if "matrices" in state else state
+    assert store["exp_avg"].abs().sum() == 0 and store["exp_avg_sq"].abs().sum() > 0
+    assert zeroed == store["exp_avg"].numel() and state["step"] == 1
+    assert optimizer.state[tensors[1]]["step"] == 2
+    assert optimizer.reset_moments(counter="zero") == (held, held)
+    assert optimizer.state[tensors[1]]["step"] == 0
+
+
+BAD = [
+    (lambda p: GaLore(p, rank=6), "rank 6 is out of range for tensor1 of shape (7, 5)"),
+    (lambda p: GaLore(p, rank=0), "rank 0 is out of range"),
+    (lambda p: GaLore(p, rank=2, update_proj_gap=0), "update_proj_gap must be >= 1 update, got 0"),
+    (lambda p: GaLore(p, rank=2, proj_type="up"), "proj_type must be one of std"),
+    (lambda p: GaLore(p, rank=2, basis="qr"), "basis must be one of auto"),
+    (lambda p: Fira(p, rank=2, proj_type="full"), "proj_type cannot be full"),
+    (lambda p: Fira(p, rank=2, compat="old"), "compat must be one of none, published"),
+    (lambda p: Apollo(p, rank=2, scale_type="row"), "scale_type must be one of channel, tensor"),
+    (lambda p: GoLore(p, rank=2, total_updates=9, rand_ratio=-1), "rand_ratio must be in [0, 1]"),
+    (lambda p: SPAM(p, density=0.0), "density must be in (0, 1], got 0.0"),
+    (lambda p: StableSPAM(p, gamma2=1.0), "gamma2 must be in [0, 1), got 1.0"),
+    (lambda p: StableSPAM(p, total_T=0), "total_T must be >= 1 update"),
+    (lambda p: LORO(p, hidden_size=8, exact_every=0), "exact_every must be >= 1 update, got 0"),
+    (lambda p: GaLore(p, lr=-1), "optimizer.lr must be >= 0, got -1"),
+    (lambda p: GaLore(p, betas=(0.9, 1.0)), "optimizer.betas must be two numbers in [0, 1)"),
+]
+
+
+@pytest.mark.parametrize("make,message", BAD)
+def test_options_without_a_meaning_are_refused_with_the_value_seen(make, message):
+    with pytest.raises(UserError) as refused:
+        make([torch.nn.Parameter(torch.randn(7, 5))])
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_vector_in_a_projected_group_is_refused():
+    with pytest.raises(UserError, match="is no matrix"):
+        GaLore([torch.nn.Parameter(torch.randn(7))], rank=2)
