@@ -57,6 +57,7 @@ class ShardedState:
         process_group: the data-parallel ranks that share the masters.
         replicated: every rank holds every master entirely (stage 0).
         device: where the engine computes; masters may live elsewhere (CPU offload).
+        one_counter_per_group: parameters of a param group share one step counter.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -67,6 +68,7 @@ class ShardedState:
         self.process_group: dist.ProcessGroup = engine.seq_data_parallel_group
         self.device = torch.device(engine.device)
         self.replicated = engine.zero_optimization_stage() == 0
+        self.one_counter_per_group = not self.replicated or hasattr(optimizer, "fp32_groups_flat")
         self._slots: dict[int, Slot | None] = {}
         self._names = {id(p): name for name, p in engine.module.named_parameters()}
         self._parameters: list[nn.Parameter] = []
@@ -163,13 +165,15 @@ class ShardedState:
                     parameter.detach().view(-1).copy_(master)
 
     def relink(self) -> None:
-        """Repair DeepSpeed's own access to states after an in-process ``load_checkpoint``.
+        """Repair DeepSpeed's own access to states (``safe_get_full_optimizer_state``) at ZeRO-1/2.
 
-        megalr does not need it (it reads the base optimizer), ``safe_get_full_optimizer_state`` and
-        the universal checkpoint do: loading drops their links and marks them as present.
+        megalr does not need it (it reads the base optimizer), users and the universal checkpoint
+        may. DeepSpeed links states once, after the step of the first param group, when the others
+        have none yet, and drops the links in ``load_checkpoint`` while marking them as present.
         """
         optimizer = self.engine.optimizer
-        if hasattr(optimizer, "_hp_optimizer_states_linked") and self.base.state:
+        ready = all(self.base.state.get(flat) for flat in self._flats(self._parameters))
+        if hasattr(optimizer, "_hp_optimizer_states_linked") and ready:
             optimizer._hp_optimizer_states_linked = False
             optimizer._lazy_init_hp_params_optimizer_state()
 

@@ -1,0 +1,90 @@
+"""Weight refactorization of a model inside an engine: B, A <- balanced factors of the same BA.
+
+The fp32 masters are read and written (bf16 masters with ``paper_bf16``), then the weights that the
+model computes with are refreshed from them. BA is taken unscaled: W = (alpha / r) BA keeps its
+scale. The function of the network changes by no more than rounding of the factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from megalr.layers.factors import FactorPair
+from megalr.restarts.algebra import balance_in_place, gram, imbalance
+from megalr.restarts.exchange import FactorExchange
+from megalr.restarts.state import ShardedState
+
+# Bytes for one batch of r x r float64 matrices: 8 matrices of r = 512, 130 of r = 128.
+WORKSPACE_BYTES = 168 << 20
+
+
+@dataclass(frozen=True)
+class Refactorized:
+    """What a refactorization did, summed over ranks."""
+
+    matrices: int
+    by_qr: int  # matrices too ill-conditioned for the Gram path
+    dead: int  # directions with singular value zero
+    reseeded: int  # of these, given a new non-zero factor row or column
+
+
+@torch.no_grad()
+def refactorize(exchange: FactorExchange) -> Refactorized:
+    """Replace the factors of all pairs by balanced ones; collective over the exchange's group.
+
+    The caller has made sure that the factors are finite (:func:`nonfinite_parameters`).
+    """
+    counts = [0, 0, 0]
+    for index in range(len(exchange.rounds)):
+        matrices = exchange.gather(index)
+        found = balance_in_place(matrices, workspace_bytes=WORKSPACE_BYTES)
+        counts = [total + new for total, new in zip(counts, found, strict=True)]
+        exchange.publish(index, matrices)
+    exchange.state.refresh_weights()
+    by_qr, dead, reseeded = sum_over(counts, exchange.state, replicated=False)
+    return Refactorized(len(exchange.pairs), by_qr, dead, reseeded)
+
+
+@torch.no_grad()
+def largest_imbalance(exchange: FactorExchange) -> float:
+    """The largest ``||B'B - AA'|| / (||B'B|| + ||AA'||)`` of all pairs; equal on all ranks."""
+    worst = torch.zeros((), dtype=torch.float64, device=exchange.state.device)
+    for index in range(len(exchange.rounds)):
+        for b, a in exchange.gather(index):
+            worst = torch.maximum(worst, imbalance(gram(b), gram(a.mT)))
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=exchange.group)
+    return float(worst)
+
+
+@torch.no_grad()
+def nonfinite_parameters(state: ShardedState, parameters: Sequence[nn.Parameter]) -> list[str]:
+    """Names of the parameters whose master holds inf or nan on some rank; equal on all ranks."""
+    if not parameters:
+        return []
+    flags = []
+    for parameter in parameters:
+        master = state.master(parameter)
+        finite = torch.ones((), dtype=torch.bool) if master is None else master.isfinite().all()
+        flags.append(finite.to(state.device, non_blocking=True))
+    bad = (~torch.stack(flags)).to(torch.int32)
+    dist.all_reduce(bad, op=dist.ReduceOp.MAX, group=state.process_group)
+    return [state.name(p) for p, flag in zip(parameters, bad.tolist(), strict=True) if flag]
+
+
+def factor_parameters(pairs: Sequence[FactorPair]) -> list[nn.Parameter]:
+    """The parameters that hold the factors, each once."""
+    return list({id(p): p for pair in pairs for p in (pair.b, pair.a)}.values())
+
+
+def sum_over(values: Sequence[int], state: ShardedState, *, replicated: bool) -> list[int]:
+    """Sums over the ranks that share the masters; ``replicated``: all have the same numbers."""
+    if replicated:
+        return list(values)
+    total = torch.tensor(list(values), dtype=torch.int64, device=state.device)
+    dist.all_reduce(total, group=state.process_group)
+    return [int(value) for value in total.tolist()]

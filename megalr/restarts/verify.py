@@ -1,0 +1,78 @@
+"""Checks after a restart that all ranks hold the same weights, and that these are the masters."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megalr.restarts.state import ShardedState
+
+_CHUNK = 1 << 22  # elements hashed at a time: 32 MiB of int64
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def checksum(tensor: Tensor) -> Tensor:
+    """A 64-bit number that depends on every bit of a tensor and its place; int64 scalar.
+
+    The sum over the elements i of (bits_i + 1) (2 i + 1), modulo 2^64.
+    """
+    bits = tensor.detach().contiguous().view(-1).view(_INTEGERS[tensor.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for start in range(0, bits.numel(), _CHUNK):
+        part = bits[start : start + _CHUNK].to(torch.int64) + 1
+        place = torch.arange(start, start + part.numel(), device=tensor.device) * 2 + 1
+        total += (part * place).sum()
+    return total
+
+
+@torch.no_grad()
+def check_weights(state: ShardedState, parameters: Sequence[nn.Parameter]) -> None:
+    """Raise RuntimeError, on all ranks, where weights differ between ranks or from their masters.
+
+    Collective over the data-parallel group; under ZeRO-3 every parameter is gathered once.
+    """
+    sums, stale = [], []
+    for parameter in parameters:
+        with _whole(state, parameter):
+            sums.append(checksum(parameter).to(state.device))
+            master = state.master(parameter)
+            differs = torch.zeros((), dtype=torch.int64, device=state.device)
+            if master is not None:
+                start, stop = state.held(parameter)
+                weights = parameter.detach().view(-1)[start:stop]
+                rounded = master.to(weights.device, weights.dtype)
+                differs = (weights != rounded).sum().to(state.device)
+            stale.append(differs)
+    if not sums:
+        return
+    lowest = torch.stack(sums)
+    highest = lowest.clone()
+    count = torch.stack(stale)
+    dist.all_reduce(lowest, op=dist.ReduceOp.MIN, group=state.process_group)
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=state.process_group)
+    dist.all_reduce(count, group=state.process_group)
+    _complain(state, parameters, (lowest != highest).tolist(), "differ between ranks")
+    _complain(state, parameters, (count > 0).tolist(), "are not the rounded masters")
+
+
+def _complain(
+    state: ShardedState, parameters: Sequence[nn.Parameter], bad: list[bool], what: str
+) -> None:
+    names = [state.name(p) for p, flag in zip(parameters, bad, strict=True) if flag]
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise RuntimeError(f"after the restart the weights of {', '.join(names[:3])}{more} {what}")
+
+
+def _whole(state: ShardedState, parameter: nn.Parameter) -> Any:
+    """A context in which the parameter is whole; ZeRO-3 keeps it cut."""
+    if not hasattr(parameter, "ds_id"):
+        return contextlib.nullcontext()
+    from deepspeed.zero import GatheredParameters
+
+    return GatheredParameters([parameter])
