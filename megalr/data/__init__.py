@@ -4,6 +4,10 @@ Reading (what training uses): :func:`open_training_data`, :func:`open_validation
 :class:`UpdateLoader`, :class:`EvaluationBatches`, :func:`check_vocabulary`.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from megalr.data.dataset import (
     TokenDataset,
     check_same_tokenizer,
@@ -12,7 +16,9 @@ from megalr.data.dataset import (
     open_training_data,
     open_validation_data,
 )
-from megalr.data.loader import EvaluationBatches, UpdateBatch, UpdateLoader
+
+if TYPE_CHECKING:
+    from megalr.data.loader import EvaluationBatches, UpdateBatch, UpdateLoader
 
 __all__ = [
     "EvaluationBatches",
@@ -25,3 +31,12 @@ __all__ = [
     "open_training_data",
     "open_validation_data",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The batches need torch; preprocessing workers start without it."""
+    if name in ("EvaluationBatches", "UpdateBatch", "UpdateLoader"):
+        from megalr.data import loader
+
+        return getattr(loader, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

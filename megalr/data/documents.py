@@ -1,0 +1,245 @@
+"""Reading documents from text files, in batches of bounded size, with bad records counted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import BinaryIO
+
+from megalr.data.files import sha256_of_file
+from megalr.data.hub import hub_values
+from megalr.data.parts import Part, text_kind
+from megalr.data.streams import HashingReader, damage_reported, decompressed
+from megalr.errors import UserError
+
+BATCH_BYTES = 1 << 20  # text of a batch, but for a single longer document
+REASONS_KEPT = 5  # bad records described in full per file
+PARQUET_ROWS = 256  # rows of a parquet file read at a time
+EARLY_CHECK = 10_000  # records after which a file with too many bad ones is given up at once
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """text_key: field that holds the text. text_documents: what one document of a ``.txt`` file
+    is: line, paragraph (separated by blank lines) or file. max_bad_lines: records that may be
+    skipped per file, a number from 1 on or a fraction below 1."""
+
+    text_key: str = "text"
+    text_documents: str = "line"
+    max_bad_lines: float = 0.01
+
+
+@dataclass
+class ReadReport:
+    """What was read so far: records, and those that were skipped."""
+
+    records: int = 0
+    bad: int = 0
+    empty: int = 0
+    reasons: list[str] = field(default_factory=list)
+    sha256: str = ""
+
+
+class _BadRecord(Exception):
+    """Why a record has no usable text."""
+
+
+def _checked(text: object, text_key: str) -> str:
+    if not isinstance(text, str):
+        raise _BadRecord(f"'{text_key}' is {type(text).__name__}, not a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise _BadRecord(f"'{text_key}' holds a lone surrogate, which is no Unicode text") from None
+    return text
+
+
+def _parse_json(line: bytes, text_key: str) -> str:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise _BadRecord(f"invalid UTF-8 at byte {error.start} of the line") from None
+    except json.JSONDecodeError as error:
+        raise _BadRecord(f"invalid JSON: {error.msg} (column {error.colno})") from None
+    except RecursionError:
+        raise _BadRecord("invalid JSON: nested too deeply") from None
+    if not isinstance(record, dict):
+        raise _BadRecord(f"a JSON {type(record).__name__} where an object is expected")
+    if text_key not in record:
+        raise _BadRecord(f"no field '{text_key}'")
+    return _checked(record[text_key], text_key)
+
+
+def _parse_text(line: bytes, _: str) -> str:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _BadRecord(f"invalid UTF-8 at byte {error.start}") from None
+
+
+class DocumentReader:
+    """Iterates over lists of documents of one part; ``report`` grows while reading.
+
+    Memory: one batch (1 MiB of text) or the longest single record. Raises UserError for a damaged
+    file and as soon as more records are bad than allowed.
+    """
+
+    def __init__(self, part: Part, options: ReadOptions) -> None:
+        self.part, self.options = part, options
+        self.report = ReadReport()
+
+    def __iter__(self) -> Iterator[list[str]]:
+        if self.part.unit == "hub":
+            yield from self._values(hub_values(self.part, self.options.text_key))
+            self._check_bad(at_end=True)
+            return
+        kind = text_kind(self.part.file)
+        with damage_reported(self.part.file):
+            if kind == "parquet":
+                yield from self._values(self._parquet_values())
+            else:
+                yield from self._lines(kind)
+        self._check_bad(at_end=True)
+
+    def _lines(self, kind: str) -> Iterator[list[str]]:
+        parse = _parse_json if kind == "json" else _parse_text
+        number = 0
+        for lines in self._line_batches(kind):
+            texts = []
+            for line in lines:
+                number += 1
+                if number == 1 and self.part.start == 0:
+                    line = line.removeprefix(BYTE_ORDER_MARK)
+                if not line.strip():
+                    continue
+                self.report.records += 1
+                try:
+                    text = parse(line, self.options.text_key)
+                except _BadRecord as error:
+                    self._bad(number, str(error))
+                    continue
+                if text.strip():
+                    texts.append(text)
+                else:
+                    self.report.empty += 1
+            self._check_bad()
+            if texts:
+                yield texts
+
+    def _line_batches(self, kind: str) -> Iterator[list[bytes]]:
+        if self.part.unit == "bytes":
+            yield from self._lines_of_range()
+            return
+        path = self.part.file
+        with HashingReader(path) as raw, decompressed(raw, path) as stream:
+            style = self.options.text_documents if kind == "text" else "line"
+            yield from _RECORDS[style](stream)
+            self.report.sha256 = raw.finish()
+
+    def _lines_of_range(self) -> Iterator[list[bytes]]:
+        """Lines whose first byte lies in ``[start, stop)`` of an uncompressed file."""
+        digest = hashlib.sha256()
+        with open(self.part.file, "rb", buffering=BATCH_BYTES) as stream:
+            position = self.part.start
+            if position:
+                stream.seek(position - 1)
+                position += len(stream.readline()) - 1  # the line that began before belongs there
+            while position < self.part.stop:
+                lines = stream.readlines(min(BATCH_BYTES, self.part.stop - position))
+                if not lines:
+                    break
+                block = b"".join(lines)
+                digest.update(block)
+                position += len(block)
+                yield lines
+        self.report.sha256 = digest.hexdigest()
+
+    def _values(self, batches: Iterable[list[object]]) -> Iterator[list[str]]:
+        """Documents from records that are parsed already."""
+        number = 0
+        for values in batches:
+            texts = []
+            for value in values:
+                number += 1
+                self.report.records += 1
+                try:
+                    text = _checked(value, self.options.text_key)
+                except _BadRecord as error:
+                    self._bad(number, str(error))
+                    continue
+                if text.strip():
+                    texts.append(text)
+                else:
+                    self.report.empty += 1
+            self._check_bad()
+            if texts:
+                yield texts
+
+    def _parquet_values(self) -> Iterator[list[object]]:
+        import pyarrow
+        from pyarrow import parquet
+
+        path, key = self.part.file, self.options.text_key
+        try:
+            file = parquet.ParquetFile(path)
+        except pyarrow.ArrowInvalid as error:
+            raise UserError(f"{path}: damaged or not a parquet file ({error})") from None
+        with file:
+            if key not in file.schema_arrow.names:
+                raise UserError(
+                    f"{path}: no column '{key}', it has {file.schema_arrow.names}; choose one "
+                    f"with --text_key"
+                )
+            for batch in file.iter_batches(PARQUET_ROWS, columns=[key]):
+                yield batch.column(0).to_pylist()
+        self.report.sha256 = sha256_of_file(path)
+
+    def _bad(self, number: int, reason: str) -> None:
+        self.report.bad += 1
+        if len(self.report.reasons) < REASONS_KEPT:
+            where = f" after byte {self.part.start}" if self.part.start else ""
+            self.report.reasons.append(f"line {number}{where}: {reason}")
+
+    def _check_bad(self, at_end: bool = False) -> None:
+        report, limit = self.report, self.options.max_bad_lines
+        if not at_end and report.records < EARLY_CHECK and limit < 1:
+            return
+        allowed = limit if limit >= 1 or limit == 0 else limit * report.records
+        if report.bad > allowed:
+            raise UserError(
+                f"{self.part.file}: {report.bad} of {report.records} records are bad, "
+                f"--max_bad_lines allows {allowed:.0f} ({'; '.join(report.reasons)})"
+            )
+
+
+def _by_line(stream: BinaryIO) -> Iterator[list[bytes]]:
+    while lines := stream.readlines(BATCH_BYTES):
+        yield lines
+
+
+def _by_paragraph(stream: BinaryIO) -> Iterator[list[bytes]]:
+    paragraph: list[bytes] = []
+    for lines in _by_line(stream):
+        finished = []
+        for line in lines:
+            if line.strip():
+                paragraph.append(line)
+            elif paragraph:
+                finished.append(b"".join(paragraph).strip(b"\r\n"))
+                paragraph = []
+        if finished:
+            yield finished
+    if paragraph:
+        yield [b"".join(paragraph).strip(b"\r\n")]
+
+
+def _whole(stream: BinaryIO) -> Iterator[list[bytes]]:
+    content = stream.read()
+    if content:
+        yield [content]
+
+
+_RECORDS = {"line": _by_line, "paragraph": _by_paragraph, "file": _whole}

@@ -1,0 +1,64 @@
+"""Text streamed from the Hugging Face hub by ``datasets``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from megalr.errors import UserError
+
+if TYPE_CHECKING:
+    from megalr.data.parts import Part
+
+HUB_PREFIX = "hub:"
+ROWS = 256  # documents handed on at a time
+
+
+def _open(name: str) -> Any:
+    """``hub:DATASET[:CONFIG[:SPLIT]]`` as a streaming data set; the split is train by default."""
+    dataset, _, rest = name.removeprefix(HUB_PREFIX).partition(":")
+    config, _, split = rest.partition(":")
+    if not config and dataset == "allenai/c4":
+        config = "en"  # the data set has no default and English is the one people mean
+    import datasets
+
+    try:
+        return datasets.load_dataset(
+            dataset, config or None, split=split or "train", streaming=True
+        )
+    except Exception as error:  # datasets, huggingface_hub and httpx each raise their own
+        raise UserError(_unreachable(name, error)) from None
+
+
+def _unreachable(name: str, error: Exception) -> str:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (
+        f"{name}: cannot read this data set from the Hugging Face hub ({reason}); check the name "
+        f"and the network, or give local files to --input"
+    )
+
+
+def hub_shards(name: str) -> int:
+    """Number of files the data set consists of; each becomes one shard."""
+    return int(_open(name).num_shards)
+
+
+def hub_values(part: Part, text_key: str) -> Iterator[list[object]]:
+    """Values of the text field of one file of the data set, in lists."""
+    name = str(part.file)
+    rows = _open(name).shard(num_shards=part.count, index=part.number)
+    values: list[object] = []
+    stream = iter(rows)
+    while True:
+        try:
+            row = next(stream)
+        except StopIteration:
+            break
+        except Exception as error:
+            raise UserError(_unreachable(name, error)) from None
+        values.append(row.get(text_key))
+        if len(values) == ROWS:
+            yield values
+            values = []
+    if values:
+        yield values

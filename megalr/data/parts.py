@@ -1,0 +1,108 @@
+"""Which pieces of input there are, and what they are called in the output."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megalr.data.hub import HUB_PREFIX, hub_shards
+from megalr.errors import UserError
+
+JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
+COMPRESSIONS = (".gz", ".zst")
+
+
+@dataclass(frozen=True)
+class Part:
+    """An input file of ``size`` bytes, or the lines whose first byte lies in ``[start, stop)``.
+
+    ``unit``: file, bytes (a range of an uncompressed file) or hub (shard ``number`` of ``count``
+    of a data set of the Hugging Face hub).
+    """
+
+    file: Path
+    size: int
+    unit: str = "file"
+    start: int = 0
+    stop: int = 0
+    number: int = 0
+    count: int = 1
+
+
+def text_kind(path: Path) -> str:
+    """json, text or parquet, by the name without compression suffix; UserError otherwise."""
+    name = path.name.lower()
+    for suffix in (".gz", ".zst"):
+        name = name.removesuffix(suffix)
+    if name.endswith(JSON_SUFFIXES):
+        return "json"
+    if name.endswith(".txt"):
+        return "text"
+    if path.name.lower().endswith(".parquet"):
+        return "parquet"
+    raise UserError(
+        f"{path}: unknown kind of input; known are .json, .jsonl, .ndjson and .txt (also with .gz "
+        f"or .zst), and .parquet"
+    )
+
+
+def plan_parts(inputs: Sequence[str], part_bytes: int) -> dict[str, Part]:
+    """Name in the output of every piece of the inputs, in the order of the manifest.
+
+    inputs: file names, glob patterns and ``hub:...``. An uncompressed JSON or text file larger than
+    ``part_bytes`` is divided at line ends into equal parts of at most so many bytes; everything
+    else is one part. The result depends on the files and ``part_bytes`` alone.
+    """
+    parts: list[Part] = []
+    files: set[Path] = set()
+    for pattern in inputs:
+        if pattern.startswith(HUB_PREFIX):
+            count = hub_shards(pattern)
+            parts += [Part(Path(pattern), 0, "hub", number=n, count=count) for n in range(count)]
+            continue
+        found = {Path(name).resolve() for name in glob.glob(pattern, recursive=True)}
+        if not found:
+            raise UserError(f"{pattern}: no such input file, and no file matches it as a pattern")
+        files |= found
+    for file in sorted(files):
+        parts += _parts_of_file(file, part_bytes)
+    stems = {part.file: _stem(part.file) for part in parts}
+    repeated = {stem for stem, count in Counter(stems.values()).items() if count > 1}
+    return {_name(part, stems[part.file], repeated): part for part in parts}
+
+
+def _parts_of_file(file: Path, part_bytes: int) -> list[Part]:
+    if file.is_dir():
+        raise UserError(f"{file}: is a folder; give its files, for example '{file}/*.json.gz'")
+    kind, size = text_kind(file), file.stat().st_size
+    if size == 0:
+        raise UserError(f"{file}: the file is empty; fetch it again or leave it out")
+    divisible = kind != "parquet" and file.suffix not in COMPRESSIONS
+    count = -(-size // part_bytes) if divisible else 1
+    if count == 1:
+        return [Part(file, size)]
+    borders = [size * number // count for number in range(count + 1)]
+    return [
+        Part(file, size, "bytes", borders[number], borders[number + 1], number, count)
+        for number in range(count)
+    ]
+
+
+def _stem(file: Path) -> str:
+    name = str(file).removeprefix(HUB_PREFIX) if str(file).startswith(HUB_PREFIX) else file.name
+    for suffix in (*COMPRESSIONS, *JSON_SUFFIXES, ".txt", ".parquet"):
+        name = name.removesuffix(suffix)
+    return re.sub(r"[^A-Za-z0-9._-]", "_", name).strip(".") or "input"
+
+
+def _name(part: Part, stem: str, repeated: set[str]) -> str:
+    if stem in repeated:  # files of one name in several folders
+        stem += "-" + hashlib.sha256(str(part.file).encode()).hexdigest()[:8]
+    if part.count > 1:
+        stem += f"-part-{part.number:05d}-of-{part.count:05d}"
+    return stem

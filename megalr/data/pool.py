@@ -1,0 +1,165 @@
+"""Sharing parts out among worker processes of one machine."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from megalr.data.files import DiskFull
+from megalr.data.parts import Part
+from megalr.data.work import PartResult, PartWorker, Progress, WorkSettings
+from megalr.errors import UserError
+
+REPORT_SECONDS = 0.3  # between two progress messages of a worker
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An input that could not be used; the other parts go on."""
+
+    name: str
+    message: str
+
+
+Outcome = PartResult | Failure
+Task = tuple[str, Part]
+
+
+def attempt(worker: PartWorker, task: Task, progress: Progress) -> Outcome:
+    """Process one part; what is wrong with the input becomes a Failure, a full disk is raised."""
+    try:
+        return worker.process(*task, progress)
+    except DiskFull:
+        raise
+    except UserError as error:
+        return Failure(task[0], str(error))
+
+
+class Throttle:
+    """Adds up progress and hands it on at most every ``REPORT_SECONDS``."""
+
+    def __init__(self, send: Callable[[tuple[int, int, int]], None]) -> None:
+        self._send, self._last, self._sum = send, time.monotonic(), (0, 0, 0)
+
+    def __call__(self, documents: int, text_bytes: int, tokens: int) -> None:
+        a, b, c = self._sum
+        self._sum = (a + documents, b + text_bytes, c + tokens)
+        if time.monotonic() - self._last > REPORT_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        if any(self._sum):
+            self._send(self._sum)
+        self._sum, self._last = (0, 0, 0), time.monotonic()
+
+
+def run_serial(
+    tasks: list[Task], settings: WorkSettings, job: str, progress: Progress
+) -> Iterator[Outcome]:
+    """Process the parts one after the other in this process."""
+    worker = PartWorker(settings, job)
+    for task in tasks:
+        yield attempt(worker, task, progress)
+
+
+def _worker_main(settings: WorkSettings, job: str, pipe: Connection) -> None:
+    """Loop of a worker process; ends when the parent closes the pipe or dies."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    throttle = Throttle(lambda counts: pipe.send(("progress", counts)))
+    try:
+        worker = PartWorker(settings, job)
+        while True:
+            outcome = attempt(worker, pipe.recv(), throttle)
+            throttle.flush()
+            pipe.send(("outcome", outcome))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return
+    except UserError as error:
+        pipe.send(("stop", error))
+    except BaseException:
+        pipe.send(("crash", traceback.format_exc()))
+
+
+class _Worker:
+    def __init__(self, settings: WorkSettings, job: str) -> None:
+        # spawn, so that no worker holds the pipe of another and each notices the parent's death
+        context = multiprocessing.get_context("spawn")
+        self.pipe, there = context.Pipe()
+        self.process = context.Process(
+            target=_worker_main, args=(settings, job, there), daemon=True
+        )
+        self.process.start()
+        there.close()
+        self.task: Task | None = None
+
+    def give(self, task: Task) -> None:
+        self.task = task
+        self.pipe.send(task)
+
+    def death(self) -> UserError:
+        """What to tell when the process is gone without a word."""
+        self.process.join(5)
+        code = self.process.exitcode or 0
+        how = f"exit code {code}"
+        if code < 0:
+            how = f"signal {-code} ({signal.Signals(-code).name})"
+        hint = ", probably out of memory" if code == -signal.SIGKILL else ""
+        where = f" while working on {self.task[1].file}" if self.task else ""
+        return UserError(
+            f"worker process {self.process.pid} died with {how}{hint}{where}; what is finished is "
+            f"kept: start the same command again"
+        )
+
+
+def run_workers(
+    tasks: list[Task], settings: WorkSettings, job: str, workers: int, progress: Progress
+) -> Iterator[Outcome]:
+    """Process the parts on ``workers`` processes, in the order given; outcomes as they come.
+
+    Raises UserError when a worker dies or the disk is full; the other workers are then ended.
+    """
+    environment = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}  # a worker is one core
+    kept = {key: os.environ.get(key) for key in environment}
+    os.environ.update(environment)
+    crew = [_Worker(settings, job) for _ in range(min(workers, len(tasks)))]
+    for key, value in kept.items():
+        os.environ.pop(key)
+        if value is not None:
+            os.environ[key] = value
+    left = iter(tasks)
+    try:
+        for worker in crew:
+            worker.give(next(left))
+        while busy := {worker.pipe: worker for worker in crew if worker.task}:
+            for ready in wait(list(busy)):
+                worker = busy[ready]  # type: ignore[index]
+                try:
+                    kind, value = worker.pipe.recv()
+                except (EOFError, ConnectionResetError):
+                    raise worker.death() from None
+                if kind == "progress":
+                    progress(*value)
+                    continue
+                if kind == "outcome":
+                    yield value
+                    worker.task = None
+                    if (task := next(left, None)) is not None:
+                        worker.give(task)
+                    continue
+                raise _failure(kind, value)
+    finally:
+        for worker in crew:
+            worker.pipe.close()
+            worker.process.kill()
+            worker.process.join()
+
+
+def _failure(kind: str, value: Any) -> Exception:
+    return value if kind == "stop" else RuntimeError(f"a worker process failed:\n{value}")

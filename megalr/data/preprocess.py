@@ -1,0 +1,234 @@
+"""The preprocessing job: text files in, shards and a manifest out."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megalr.data.files import disk_errors, is_temporary, write_atomic
+from megalr.data.indexed import token_dtype
+from megalr.data.lock import JobLock
+from megalr.data.manifest import MANIFEST_NAME, Manifest, read_json
+from megalr.data.parts import Part, plan_parts
+from megalr.data.pool import Failure, Outcome, Task, run_serial, run_workers
+from megalr.data.progress import ProgressLine
+from megalr.data.tokenizer import Tokenizer, describe, open_tokenizer, require_eos
+from megalr.data.work import FINISHED_FOLDER, PartResult, Progress, WorkSettings, load_finished
+from megalr.errors import UserError
+from megalr.version import __version__
+
+JOB_NAME = "job.json"
+TOKENIZER_FOLDER = "tokenizer"
+FAILURES_SHOWN = 3
+Runner = Callable[[list[Task], WorkSettings, str, Progress], Iterator[Outcome]]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The end of a job. ``complete``: every part is finished and the manifest is written."""
+
+    complete: bool
+    files: int
+    reused: int
+    documents: int
+    tokens: int
+    text_bytes: int
+    bad_lines: int
+    empty_documents: int
+    seconds: float
+    tokens_per_second: float
+    manifest: str | None
+
+
+class PreprocessJob:
+    """Prepares an output folder, runs the parts of one share, and writes the manifest at the end.
+
+    settings.output receives ``NAME.bin``/``.idx`` per part, ``finished/NAME.json`` when a part is
+    complete, ``tokenizer/`` (a copy), ``job.json`` (the settings) and ``manifest.json`` once all
+    parts of all shares are finished. Starting the same job again verifies what is finished and
+    does the rest; the files come out the same byte for byte.
+    """
+
+    def __init__(
+        self,
+        inputs: list[str],
+        settings: WorkSettings,
+        part_bytes: int,
+        share: int = 0,
+        shares: int = 1,
+    ) -> None:
+        self.settings, self.share, self.shares = settings, share, shares
+        self.tokenizer: Tokenizer = open_tokenizer(settings.tokenizer)
+        if settings.append_eos:
+            require_eos(self.tokenizer)
+        self.parts: dict[str, Part] = plan_parts(inputs, part_bytes)
+        self._record = settings.record(self.tokenizer.fingerprint)
+        # Largest first, so that no long part starts when the others are about to end.
+        names = sorted(self.parts, key=lambda name: (-_weight(self.parts[name]), name))
+        self.tasks: list[Task] = [(name, self.parts[name]) for name in names[share::shares]]
+        self.token = f"{share}-of-{shares}.{secrets.token_hex(4)}"
+
+    def run(self, runner: Runner) -> Summary:
+        """Process this share with ``runner``. Raises UserError naming the inputs that failed."""
+        output = self.settings.output
+        with disk_errors(output):
+            (output / FINISHED_FOLDER).mkdir(parents=True, exist_ok=True)
+        lock = JobLock(output, self.share, self.shares)
+        try:
+            self._prepare()
+            line = ProgressLine(len(self.tasks), sum(_weight(part) for _, part in self.tasks))
+            results, failures = self._collect(runner, line)
+            if failures:
+                raise self._failed(failures, len(results))
+            return self._finish(results, line)
+        finally:
+            lock.release()
+
+    def _prepare(self) -> None:
+        output = self.settings.output
+        job_file = output / JOB_NAME
+        if job_file.exists():
+            self._check_same(read_json(job_file), job_file)
+        else:
+            content = json.dumps(self._record, indent=1) + "\n"
+            write_atomic(job_file, content.encode(), self.token)
+        others = sorted(
+            path.stem
+            for path in (output / FINISHED_FOLDER).glob("*.json")
+            if path.stem not in self.parts and not is_temporary(path)
+        )
+        if others:
+            raise UserError(
+                f"{output}: holds shards of inputs that this command does not name ({others[0]} "
+                f"and {len(others) - 1} more); name all inputs at once or choose another folder"
+            )
+        for folder in (output, output / FINISHED_FOLDER):
+            for path in folder.glob(".*.partial"):
+                _, share, _, _ = path.name.rsplit(".", 3)
+                if share == f"{self.share}-of-{self.shares}" or not share.endswith(
+                    f"-of-{self.shares}"
+                ):
+                    path.unlink(missing_ok=True)  # left by a job that was killed
+        if not (output / TOKENIZER_FOLDER).exists():
+            temporary = output / f".{TOKENIZER_FOLDER}.{self.token}"
+            with disk_errors(output):
+                self.tokenizer.copy_to(temporary)
+                try:
+                    os.rename(temporary, output / TOKENIZER_FOLDER)
+                except OSError:  # another share was first
+                    shutil.rmtree(temporary)
+
+    def _check_same(self, found: Any, path: Path) -> None:
+        record = found if isinstance(found, dict) else {}
+        for key in sorted(set(self._record) | set(record)):
+            if record.get(key) != self._record.get(key):
+                raise UserError(
+                    f"{path}: this folder was started with {key} = {record.get(key)!r}, now it is "
+                    f"{self._record.get(key)!r}; use the same settings or another output folder"
+                )
+
+    def _collect(
+        self, runner: Runner, line: ProgressLine
+    ) -> tuple[list[PartResult], list[Failure]]:
+        results: list[PartResult] = []
+        failures: list[Failure] = []
+        try:
+            for outcome in runner(self.tasks, self.settings, self.token, line.add):
+                if isinstance(outcome, Failure):
+                    failures.append(outcome)
+                    line.message(f"failed: {outcome.message}")
+                    continue
+                results.append(outcome)
+                line.finish_part(_weight(self.parts[outcome.name]))
+                if outcome.report.bad and not outcome.reused:
+                    line.message(_bad_lines(self.parts[outcome.name], outcome))
+        finally:
+            line.close()
+        return results, failures
+
+    def _failed(self, failures: list[Failure], finished: int) -> UserError:
+        shown = "; ".join(failure.message for failure in failures[:FAILURES_SHOWN])
+        more = f"; and {len(failures) - FAILURES_SHOWN} more" * (len(failures) > FAILURES_SHOWN)
+        return UserError(
+            f"{len(failures)} of {len(self.tasks)} inputs failed: {shown}{more}. {finished} are "
+            f"finished and kept in {self.settings.output}; repair the rest and start again"
+        )
+
+    def _finish(self, results: list[PartResult], line: ProgressLine) -> Summary:
+        written = [result for result in results if not result.reused]
+        manifest = self._write_manifest()
+        summary = Summary(
+            complete=manifest is not None,
+            files=len(results),
+            reused=len(results) - len(written),
+            documents=line.documents,
+            tokens=line.tokens,
+            text_bytes=line.text_bytes,
+            bad_lines=sum(result.report.bad for result in results),
+            empty_documents=sum(result.report.empty for result in results),
+            seconds=round(line.seconds, 3),
+            tokens_per_second=round(line.tokens / line.seconds),
+            manifest=None if manifest is None else str(manifest),
+        )
+        name = "summary.json" if self.shares == 1 else f"summary-{self.share}-of-{self.shares}.json"
+        content = json.dumps(summary.__dict__, indent=1) + "\n"
+        write_atomic(self.settings.output / name, content.encode(), self.token)
+        return summary
+
+    def _write_manifest(self) -> Path | None:
+        """Write the manifest if the parts of all shares are finished."""
+        output = self.settings.output
+        shards = []
+        for name in self.parts:
+            if not (output / FINISHED_FOLDER / f"{name}.json").exists():
+                return None
+            settings, result = load_finished(output, name)
+            self._check_same(settings, output / FINISHED_FOLDER / f"{name}.json")
+            shards += list(result.shards)
+        if sum(shard.documents for shard in shards) == 0:
+            raise UserError(f"{output}: the inputs hold no document; check --input and --text_key")
+        manifest = Manifest(
+            tokenizer=describe(self.tokenizer, TOKENIZER_FOLDER),
+            append_eos=self.settings.append_eos,
+            dtype=token_dtype(self.tokenizer.vocab_size).name,
+            shards=tuple(shards),
+            program_version=__version__,
+            settings=self._record,
+        )
+        manifest.save(output, self.token)
+        return output / MANIFEST_NAME
+
+
+def _weight(part: Part) -> int:
+    """Bytes of input in a part; 1 for a file of the hub, whose size is not known."""
+    return (part.stop - part.start if part.unit == "bytes" else part.size) or 1
+
+
+def _bad_lines(part: Part, result: PartResult) -> str:
+    report = result.report
+    more = ", ..." if report.bad > len(report.reasons) else ""
+    return (
+        f"{part.file}: skipped {report.bad} bad of {report.records} records: "
+        f"{'; '.join(report.reasons)}{more}"
+    )
+
+
+def run_local(job: PreprocessJob, workers: int) -> Summary:
+    """Run a job on ``workers`` processes of this machine (1: in this process)."""
+    if workers < 1:
+        raise UserError(f"--workers is {workers}, it must be at least 1")
+
+    def runner(
+        tasks: list[Task], settings: WorkSettings, token: str, progress: Progress
+    ) -> Iterator[Outcome]:
+        if workers == 1 or len(tasks) <= 1:
+            return run_serial(tasks, settings, token, progress)
+        return run_workers(tasks, settings, token, workers, progress)
+
+    return job.run(runner)

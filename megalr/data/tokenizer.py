@@ -1,0 +1,194 @@
+"""Tokenizers: text to ids and back, and which files make one tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megalr.data.manifest import TokenizerInfo, read_json
+from megalr.errors import UserError
+
+Ids = NDArray[np.int32]
+SENTENCEPIECE_NAME = "spiece.model"
+CONFIG_NAME = "tokenizer_config.json"
+MARKER = "sentencepiece_model"  # key of our tokenizer_config.json: ids come from this file
+HUGGINGFACE_FILES = (
+    "*.json",
+    "*.model",
+    "merges.txt",
+    "vocab.txt",
+    "*.tiktoken",
+)
+
+
+class Tokenizer(Protocol):
+    """Ids are below ``vocab_size``; ``eos_id`` is None where the vocabulary has no EOS."""
+
+    kind: str
+    path: Path
+    vocab_size: int
+    eos_id: int | None
+    pad_id: int
+    fingerprint: str
+
+    def encode(self, texts: list[str], append_eos: bool) -> tuple[Ids, Ids]:
+        """Ids of all texts, concatenated, and the number of ids of each; both int32."""
+        ...
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of some ids."""
+        ...
+
+    def copy_to(self, folder: Path) -> None:
+        """Write the tokenizer's files into ``folder`` so that open_tokenizer reads them there."""
+        ...
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model; the fingerprint is the SHA-256 of the ``.model`` file."""
+
+    kind = "sentencepiece"
+
+    def __init__(self, path: Path) -> None:
+        import sentencepiece
+
+        self.path = path
+        content = path.read_bytes()
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: not a SentencePiece model ({error})") from None
+        self.fingerprint = hashlib.sha256(content).hexdigest()
+        self.vocab_size = self._model.get_piece_size()
+        self.eos_id = self._model.eos_id() if self._model.eos_id() >= 0 else None
+        self.pad_id = self._model.pad_id() if self._model.pad_id() >= 0 else self.eos_id or 0
+
+    def encode(self, texts: list[str], append_eos: bool) -> tuple[Ids, Ids]:
+        encode = self._model.encode
+        rows = [encode(text, add_eos=append_eos, return_type="numpy") for text in texts]
+        return _joined(rows)
+
+    def decode(self, ids: list[int]) -> str:
+        return self._model.decode(ids)
+
+    def copy_to(self, folder: Path) -> None:
+        from megalr.data.huggingface import write_huggingface_files
+
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(self.path, folder / SENTENCEPIECE_NAME)
+        write_huggingface_files(folder / SENTENCEPIECE_NAME, folder, MARKER)
+
+
+class HuggingFaceTokenizer:
+    """A folder that ``transformers.AutoTokenizer`` loads.
+
+    Special tokens that a document spells out are encoded as ordinary text, so a document can't
+    contain an EOS that the preprocessing did not put there. The fingerprint is the SHA-256 of names
+    and contents of the folder's tokenizer files.
+    """
+
+    kind = "huggingface"
+
+    def __init__(self, path: Path) -> None:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a worker is one core
+        from transformers import AutoTokenizer
+
+        self.path = path
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        except Exception as error:  # transformers raises nearly anything for a bad folder
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise UserError(f"{path}: transformers cannot load a tokenizer ({reason})") from None
+        self.fingerprint = _hash_files(path)
+        self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
+        self.eos_id = self._tokenizer.eos_token_id
+        pad = self._tokenizer.pad_token_id
+        self.pad_id = pad if pad is not None else self.eos_id or 0
+        self._backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if self._backend is not None:
+            self._backend.no_truncation()
+            self._backend.no_padding()
+            self._backend.encode_special_tokens = True
+
+    def encode(self, texts: list[str], append_eos: bool) -> tuple[Ids, Ids]:
+        if self._backend is not None:
+            encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+            rows = [encoding.ids for encoding in encodings]
+        else:
+            rows = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+        tail = [self.eos_id] if append_eos else []
+        return _joined([np.array(row + tail, np.int32) for row in rows])
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids)
+
+    def copy_to(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in _huggingface_files(self.path):
+            shutil.copyfile(file, folder / file.name)
+
+
+def _joined(rows: list[Ids]) -> tuple[Ids, Ids]:
+    lengths = np.fromiter(map(len, rows), np.int32, len(rows))
+    return (np.concatenate(rows) if rows else np.empty(0, np.int32)), lengths
+
+
+def _huggingface_files(folder: Path) -> list[Path]:
+    return sorted({file for pattern in HUGGINGFACE_FILES for file in folder.glob(pattern)})
+
+
+def _hash_files(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in _huggingface_files(folder):
+        content = file.read_bytes()
+        digest.update(f"{file.name}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
+
+
+def open_tokenizer(path: str | Path) -> Tokenizer:
+    """Open a ``*.model`` file, a folder of tools/train_tokenizer.py or a Hugging Face folder."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(
+            f"{path}: no such tokenizer; give a SentencePiece *.model file or a folder with the "
+            f"files of a Hugging Face tokenizer"
+        )
+    if path.is_file():
+        if path.suffix != ".model":
+            raise UserError(f"{path}: a tokenizer is a *.model file or a folder")
+        return SentencePieceTokenizer(path)
+    config = path / CONFIG_NAME
+    record = read_json(config) if config.is_file() else {}
+    name = record.get(MARKER) if isinstance(record, dict) else None
+    if name is not None:
+        if not (path / name).is_file():
+            raise UserError(f"{path / name}: no such file, but {config.name} names it")
+        return SentencePieceTokenizer(path / name)
+    return HuggingFaceTokenizer(path)
+
+
+def require_eos(tokenizer: Tokenizer) -> None:
+    """UserError if documents are to end in EOS and the tokenizer has none."""
+    if tokenizer.eos_id is None:
+        raise UserError(
+            f"{tokenizer.path}: the tokenizer has no end-of-sequence token to append to documents; "
+            f"use another tokenizer, or pass --no-append_eos to write documents without an end"
+        )
+
+
+def describe(tokenizer: Tokenizer, path: str) -> TokenizerInfo:
+    """The manifest's record of a tokenizer whose copy lies at ``path`` in the data folder."""
+    return TokenizerInfo(
+        path=path,
+        kind=tokenizer.kind,
+        fingerprint=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+    )

@@ -1,0 +1,220 @@
+"""From one part of the input to finished shards: what every worker does."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megalr.data.documents import DocumentReader, ReadOptions, ReadReport
+from megalr.data.files import sha256_of_file, write_atomic
+from megalr.data.manifest import ShardEntry, SourceInfo, entry_from_json, read_json
+from megalr.data.parts import Part
+from megalr.data.tokenizer import Ids, Tokenizer, open_tokenizer
+from megalr.data.writer import ShardWriter
+from megalr.errors import UserError
+
+FINISHED_FOLDER = "finished"
+Progress = Callable[[int, int, int], None]  # documents, bytes of text, tokens since the last call
+
+
+@dataclass(frozen=True)
+class WorkSettings:
+    """All that the shards depend on besides the input.
+
+    validation_fraction: documents whose hash falls below it go to a second shard of the split
+    validation, the rest to ``split``.
+    """
+
+    output: Path
+    tokenizer: Path
+    append_eos: bool = True
+    validation_fraction: float = 0.0
+    split: str = "train"
+    reading: ReadOptions = field(default_factory=ReadOptions)
+
+    def record(self, fingerprint: str) -> dict[str, Any]:
+        """What must agree between two runs into one folder; ``fingerprint`` of the tokenizer."""
+        return {
+            "tokenizer": fingerprint,
+            "append_eos": self.append_eos,
+            "text_key": self.reading.text_key,
+            "text_documents": self.reading.text_documents,
+            "validation_fraction": self.validation_fraction,
+            "split": self.split,
+        }
+
+
+@dataclass(frozen=True)
+class PartResult:
+    """A finished part: its shards, what was skipped, and whether it had been finished before."""
+
+    name: str
+    shards: tuple[ShardEntry, ...]
+    report: ReadReport
+    reused: bool = False
+
+
+class PartWorker:
+    """Turns parts into shards with one tokenizer; each worker process holds one."""
+
+    def __init__(self, settings: WorkSettings, job: str) -> None:
+        self.settings, self.job = settings, job
+        self.tokenizer: Tokenizer = open_tokenizer(settings.tokenizer)
+        self._record = settings.record(self.tokenizer.fingerprint)
+
+    def process(self, name: str, part: Part, progress: Progress) -> PartResult:
+        """Write the shards of a part, unless an earlier run finished them and they are intact."""
+        previous = finished_part(self.settings.output, name, part, self._record)
+        if previous is not None:
+            return previous
+        reader = DocumentReader(part, self.settings.reading)
+        with contextlib.ExitStack() as stack:
+            writers = {
+                split: stack.enter_context(
+                    ShardWriter(self._prefix(name, split), self.tokenizer.vocab_size, self.job)
+                )
+                for split in self._splits()
+            }
+            text_bytes = dict.fromkeys(writers, 0)
+            for texts in reader:
+                self._write_batch(texts, writers, text_bytes, reader.report, progress)
+            source = SourceInfo(
+                str(part.file), part.size, reader.report.sha256, part.unit, part.start, part.stop
+            )
+            shards = []
+            for split, writer in writers.items():
+                entry = ShardEntry(
+                    name=self._prefix(name, split).name,
+                    split=split,
+                    source=source,
+                    text_bytes=text_bytes[split],
+                    bad_lines=reader.report.bad,
+                    empty_documents=reader.report.empty,
+                    **asdict(writer.finish()),
+                )
+                shards.append(entry)
+        result = PartResult(name, tuple(shards), reader.report)
+        self._save(result)
+        return result
+
+    def _splits(self) -> list[str]:
+        both = self.settings.validation_fraction > 0
+        return [self.settings.split, "validation"] if both else [self.settings.split]
+
+    def _prefix(self, name: str, split: str) -> Path:
+        suffix = "" if split == self.settings.split else f".{split}"
+        return self.settings.output / f"{name}{suffix}"
+
+    def _write_batch(
+        self,
+        texts: list[str],
+        writers: dict[str, ShardWriter],
+        text_bytes: dict[str, int],
+        report: ReadReport,
+        progress: Progress,
+    ) -> None:
+        ids, lengths = self.tokenizer.encode(texts, self.settings.append_eos)
+        # A text of nothing but characters that the tokenizer drops has no ids of its own.
+        empty = lengths == (1 if self.settings.append_eos else 0)
+        if empty.any():
+            ids, lengths = ids[~np.repeat(empty, lengths)], lengths[~empty]
+            texts = [text for text, drop in zip(texts, empty, strict=True) if not drop]
+            report.empty += int(empty.sum())
+        encoded = [text.encode() for text in texts]
+        size = sum(map(len, encoded))
+        if len(writers) == 1:
+            (split,) = writers
+            writers[split].add(ids, lengths)
+            text_bytes[split] += size
+        else:
+            self._write_splits(encoded, ids, lengths, writers, text_bytes)
+        progress(len(texts), size, len(ids))
+
+    def _write_splits(
+        self,
+        encoded: list[bytes],
+        ids: Ids,
+        lengths: Ids,
+        writers: dict[str, ShardWriter],
+        text_bytes: dict[str, int],
+    ) -> None:
+        held_out = np.array(
+            [in_validation(text, self.settings.validation_fraction) for text in encoded], bool
+        )
+        sizes = np.array([len(text) for text in encoded], np.int64)
+        of_token = np.repeat(held_out, lengths)
+        for split, chosen in zip(writers, (False, True), strict=True):
+            writers[split].add(ids[of_token == chosen], lengths[held_out == chosen])
+            text_bytes[split] += int(sizes[held_out == chosen].sum())
+
+    def _save(self, result: PartResult) -> None:
+        content = {
+            "settings": self._record,
+            "shards": [asdict(shard) for shard in result.shards],
+            "report": asdict(result.report),
+        }
+        path = finished_path(self.settings.output, result.name)
+        write_atomic(path, (json.dumps(content, indent=1) + "\n").encode(), self.job)
+
+
+def in_validation(text: bytes, fraction: float) -> bool:
+    """Whether a document is held out: its hash, as a number in [0, 1), lies below ``fraction``.
+
+    Equal documents fall on the same side wherever they occur.
+    """
+    digest = hashlib.blake2b(text, digest_size=8).digest()
+    return int.from_bytes(digest, "big") < fraction * 2.0**64
+
+
+def finished_path(output: Path, name: str) -> Path:
+    return output / FINISHED_FOLDER / f"{name}.json"
+
+
+def load_finished(output: Path, name: str) -> tuple[dict[str, Any], PartResult]:
+    """The settings and the result that an earlier run recorded for a part; nothing is verified."""
+    path = finished_path(output, name)
+    content = read_json(path)
+    try:
+        shards = tuple(entry_from_json(shard, str(path)) for shard in content["shards"])
+        result = PartResult(name, shards, ReadReport(**content["report"]), reused=True)
+        return content["settings"], result
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged record of a finished file ({error})") from None
+
+
+def finished_part(
+    output: Path, name: str, part: Part, settings: dict[str, Any]
+) -> PartResult | None:
+    """The result of an earlier run if its source has the same size and every file its checksum."""
+    if not finished_path(output, name).exists():
+        return None
+    try:
+        recorded, result = load_finished(output, name)
+    except UserError:
+        return None  # damaged: the part is done again
+    source = result.shards[0].source
+    if recorded != settings or (source.bytes, source.start, source.stop) != (
+        part.size,
+        part.start,
+        part.stop,
+    ):
+        return None
+    for shard in result.shards:
+        prefix = output / shard.name
+        for suffix, size, sha256 in (
+            (".bin", shard.bin_bytes, shard.bin_sha256),
+            (".idx", shard.idx_bytes, shard.idx_sha256),
+        ):
+            path = Path(f"{prefix}{suffix}")
+            if not path.is_file() or path.stat().st_size != size:
+                return None
+            if sha256_of_file(path) != sha256:
+                return None
+    return result
