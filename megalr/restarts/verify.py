@@ -73,6 +73,6 @@ def _whole(state: ShardedState, parameter: nn.Parameter) -> Any:
     """A context in which the parameter is whole; ZeRO-3 keeps it cut."""
     if not hasattr(parameter, "ds_id"):
         return contextlib.nullcontext()
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     return GatheredParameters([parameter])
