@@ -39,6 +39,7 @@ KEYS_FREE_ON_RESUME = (
     "train.micro_batch_size",
     "train.gradient_accumulation",
     "train.compile",
+    "train.cuda_graphs",
     "train.activation_checkpointing",
     "evaluation.*",
     "checkpoint.*",

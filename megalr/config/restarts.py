@@ -40,7 +40,7 @@ class RestartsConfig(Section):
     """Moments that are set to zero: the average of gradients (first), of their squares (second)."""
     reset_counter: Literal["zero", "one", "keep"] = Field(default="zero", examples=["zero"])
     """What a reset makes of the optimizer's step counter, which bias correction uses: zero starts
-    it anew (what a new optimizer does), one is Stable-SPAM's choice, keep is SPAM's and ReLoRA's."""
+    it anew (as a new optimizer does), one is Stable-SPAM's choice, keep is SPAM's and ReLoRA's."""
     lr_recovery: Literal["none", "linear", "cosine"] = Field(default="none", examples=["linear"])
     """How the learning rate comes back after a reset: at once, or rising to the schedule's value
     along a line or half a cosine."""

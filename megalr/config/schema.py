@@ -128,7 +128,8 @@ class DataConfig(Section):
     validation: Annotated[tuple[str, ...], AsTuple, BeforeValidator(_paths)] | None = Field(
         default=None, examples=["data/c4-validation"]
     )
-    """Validation data: one preprocessed folder or a list of them; null = no evaluation."""
+    """Validation data: one preprocessed folder or a list of them; null = the documents that
+    preprocessing held out in the training folder, if any; no evaluation otherwise."""
     sequence_length: int = Field(default=256, ge=2, examples=[256])
     """Positions of a sample (tokens)."""
     packing: bool = Field(default=True, examples=[True])
@@ -158,12 +159,15 @@ class TrainConfig(Section):
     """Largest global norm of the gradient; larger ones are scaled down to it; 0 = no clipping."""
     compile: bool = Field(default=False, examples=[True])
     """Whether the decoder layers are compiled by torch.compile."""
+    cuda_graphs: bool = Field(default=False, examples=[True])
+    """Whether forward and backward of a micro-batch run as one CUDA graph, which takes launching
+    kernels off the critical path: for small models on a GPU; not with ZeRO stage 3 or offload."""
     activation_checkpointing: Literal["none", "full"] = Field(default="none", examples=["full"])
     """full: keep only each layer's input and recompute the layer in the backward pass."""
 
 
 class EvaluationConfig(Section):
-    """Evaluation on ``data.validation``; the last update is always evaluated."""
+    """Evaluation on the validation data; the last update is always evaluated."""
 
     every: int = Field(default=1000, ge=0, examples=[1000])
     """Updates between two evaluations; 0 = only at the end."""
