@@ -25,6 +25,8 @@ class GroupedLinear(nn.Module, ABC):
     def __init__(self, shape: LinearShape, bias: bool) -> None:
         super().__init__()
         self.shape = shape
+        # Plain sizes for forward: a compiled forward that read names would not be shared by blocks.
+        self.sizes = shape.out_features
         self.bias = nn.Parameter(torch.zeros(sum(shape.out_features))) if bias else None
 
     @abstractmethod
@@ -68,7 +70,7 @@ class FullRankLinear(GroupedLinear):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         y = F.linear(x, self.weight, self.bias)  # (..., sum m_i)
-        return y.split(self.shape.out_features, dim=-1)
+        return y.split(self.sizes, dim=-1)
 
     @torch.no_grad()
     def reset_parameters(self, seed: int, std: float) -> None:
@@ -128,7 +130,7 @@ class LowRankLinear(GroupedLinear):
         b = self.b if self.scale == 1.0 else self.b * self.scale
         parts = zip(
             h.split(self.rank, dim=-1),  # (..., r) each
-            b.split(self.shape.out_features),  # (m_i, r) each
+            b.split(self.sizes),  # (m_i, r) each
             self._biases(),
             strict=True,
         )
@@ -136,8 +138,8 @@ class LowRankLinear(GroupedLinear):
 
     def _biases(self) -> tuple[torch.Tensor | None, ...]:
         if self.bias is None:
-            return (None,) * len(self.shape.names)
-        return self.bias.split(self.shape.out_features)
+            return (None,) * len(self.sizes)
+        return self.bias.split(self.sizes)
 
     @torch.no_grad()
     def reset_parameters(self, seed: int, std: float) -> None:

@@ -145,6 +145,9 @@ class Decoder(nn.Module):
         make_linear: builds the linear layer of a group of matrices, so decides the method.
         checkpoint_blocks: recompute every block in the backward pass instead of keeping its
             activations.
+
+    ``graphed`` may be set to a faster computation of the scaled loss and its gradients (see
+    training.graphs); forward uses it in training.
     """
 
     def __init__(
@@ -153,6 +156,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_blocks = checkpoint_blocks
+        self.graphed: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] | None = None
         self.embedding = nn.Embedding(config.padded_vocab_size, config.hidden_size)
         self.positions = (
             nn.Embedding(config.max_positions, config.hidden_size)
@@ -170,12 +174,31 @@ class Decoder(nn.Module):
             cast(nn.Parameter, self.embedding.weight) if config.tie_embeddings else None,
         )
 
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits ``(B, S, V)`` of ``input_ids (B, S)``; with ``labels (B, S)`` the summed loss.
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        scale: float | None = None,
+    ) -> torch.Tensor:
+        """Logits ``(B, S, V)`` of ``input_ids (B, S)``, or the loss if ``labels (B, S)`` are given.
 
         ``labels[b, t]`` is the target of position t (already shifted), -100 where there is none.
-        The loss is a float32 scalar: the sum of -log p(label) over all targets.
+        The loss is a float32 scalar: the sum of -log p(label) over all targets, times ``scale``.
         """
+        if labels is None:
+            return self.head(self.hidden_states(input_ids))
+        if scale is None:
+            return self.summed_loss(input_ids, labels)
+        if self.graphed is not None and torch.is_grad_enabled():
+            return self.graphed(input_ids, labels, scale)
+        return self.summed_loss(input_ids, labels) * scale
+
+    def summed_loss(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Sum of -log p(label) over all targets, float32 scalar."""
+        return self.head(self.hidden_states(input_ids), labels)
+
+    def hidden_states(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """``(B, S, h)``: what the head reads."""
         S = input_ids.shape[1]
         x = self.embedding(input_ids)  # (B, S, h)
         rope = None
@@ -186,10 +209,11 @@ class Decoder(nn.Module):
         mask = self._window_mask(S, x.device)
         for layer in self.blocks():
             if self.checkpoint_blocks and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rope, mask, use_reentrant=False)
+                # Nothing random happens inside, so no generator state needs to be kept.
+                x = checkpoint(layer, x, rope, mask, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, rope, mask)
-        return self.head(self.norm(x), labels)
+        return self.norm(x)
 
     def _window_mask(self, S: int, device: torch.device) -> torch.Tensor | None:
         """``(S, S)`` True where a position may look; None if plain causal attention does it."""

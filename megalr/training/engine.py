@@ -14,6 +14,7 @@ from megalr.models.config import decoder_config
 from megalr.models.decoder import Decoder
 from megalr.optim.build import build_optimizer
 from megalr.optim.groups import parameter_groups
+from megalr.training.graphs import MicroBatchGraph
 
 
 def build_model(config: RunConfig, device: torch.device) -> Decoder:
@@ -43,7 +44,7 @@ def build_engine(config: RunConfig, ds_config: dict[str, Any], decoder: Decoder)
     """DeepSpeed's engine with the run's optimizer.
 
     Raises:
-        UserError: a combination that cannot work (compile with ZeRO-3).
+        UserError: a combination that cannot work (compilation or CUDA graphs with ZeRO-3, ...).
     """
     import deepspeed
 
@@ -60,10 +61,42 @@ def build_engine(config: RunConfig, ds_config: dict[str, Any], decoder: Decoder)
         factors += [pair.a, pair.b]
     groups = parameter_groups(decoder, factors, config.optimizer.weight_decay)
     optimizer = build_optimizer(config.optimizer, groups)
+    if config.train.cuda_graphs:
+        _check_graphs(ds_config, decoder)
+        # Capture is not possible on the default stream, and what the engine makes must live on
+        # the stream of the capture.
+        torch.cuda.set_stream(torch.cuda.Stream())
     engine, _, _, _ = deepspeed.initialize(
         model=decoder, optimizer=optimizer, config=ds_config, dist_init_required=False
     )
+    if config.train.cuda_graphs:
+        shape = config.train.micro_batch_size, config.data.sequence_length
+        decoder.graphed = MicroBatchGraph(decoder, shape, _gradients_are_used_up(engine))
     return engine
+
+
+def _check_graphs(ds_config: dict[str, Any], decoder: Decoder) -> None:
+    zero = ds_config["zero_optimization"]
+    reason = None
+    if decoder.embedding.weight.device.type != "cuda":
+        reason = "there is no CUDA device"
+    elif zero["stage"] == 3:
+        reason = "ZeRO stage 3 gathers weights by hooks, which a graph does not run"
+    elif zero.get("offload_optimizer", {}).get("device", "none") != "none":
+        reason = "the optimizer is offloaded, and gradients are still being copied at the next run"
+    if reason is not None:
+        raise UserError(f"train.cuda_graphs is true but {reason}: leave it out")
+
+
+def _gradients_are_used_up(engine: Any) -> bool:
+    """Whether the engine has used ``.grad`` up when the next micro-batch comes.
+
+    BF16_Optimizer adds every micro-batch to its own float32 buffer; the other wrappers add up in
+    ``.grad`` itself, which is used up only if there is nothing to add.
+    """
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+    return isinstance(engine.optimizer, BF16_Optimizer) or engine.gradient_accumulation_steps() == 1
 
 
 def set_learning_rate(engine: Any, learning_rate: float) -> None:

@@ -89,19 +89,20 @@ class Trainer:
 
         The gradient is that of the mean loss per target over the global batch, whatever the
         number of ranks and micro-batches: each micro-batch contributes its summed loss divided by
-        the global number of targets; the factor undoes the engine's averaging over micro-batches
-        and ranks.
+        the global number of targets, times the number of ranks because the engine averages over
+        them.
         """
         engine = self.engine
         set_learning_rate(engine, self.config.optimizer.lr * self.schedule(self.update))
-        scale = engine.dp_world_size * len(batch.micro_batches) / max(1, batch.num_targets)
+        scale = engine.dp_world_size / max(1, batch.num_targets)
         for input_ids, labels in batch.micro_batches:
             loss = engine(
                 input_ids.to(self.device, non_blocking=True),
                 labels.to(self.device, non_blocking=True),
+                scale,
             )
-            engine.backward(loss * scale)
-            self._interval.loss_sum += loss.detach()
+            engine.backward(loss, scale_wrt_gas=False)
+            self._interval.loss_sum += loss.detach() / scale
             if engine.get_global_grad_norm() is None and engine.is_gradient_accumulation_boundary():
                 self._interval.norm = plain_gradient_norm(engine.module)
             engine.step()

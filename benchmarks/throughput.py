@@ -1,0 +1,168 @@
+"""Training speed and memory of the real path: launcher, engine, loader, compiled blocks.
+
+    python benchmarks/throughput.py --cases 60m_low_rank 350m_low_rank --output benchmarks/results
+
+Each case is one run of ``launchers/pretrain.py`` under the ``deepspeed`` launcher on random tokens
+(or ``--data``). Reported: the median and the spread over the logged intervals after warm-up, peak
+memory of the CUDA allocator, seconds from start to the first update.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from megalr.data.files import sha256_of_file, write_atomic
+from megalr.data.manifest import Manifest, ShardEntry, SourceInfo, TokenizerInfo
+from megalr.data.writer import ShardWriter
+from megalr.errors import UserError, exit_cleanly
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measured run."""
+
+    preset: str
+    method: dict[str, Any]
+    micro_batch: int
+    precision: str = "bf16"
+    stage: int = 1
+    train: dict[str, Any] = field(default_factory=dict)
+
+
+LOW_60 = {"name": "low_rank", "rank": 128, "alpha": 32.0}
+LOW_350 = {"name": "low_rank", "rank": 256, "alpha": 32.0}
+LOW_1B = {"name": "low_rank", "rank": 512, "alpha": 32.0}
+FULL = {"name": "full_rank"}
+
+CASES: dict[str, Case] = {
+    "60m_low_rank": Case("llama_60m", LOW_60, 128),
+    "60m_low_rank_paper": Case("llama_60m", LOW_60, 128, "paper_bf16"),
+    "60m_full_rank": Case("llama_60m", FULL, 128),
+    "350m_low_rank": Case("llama_350m", LOW_350, 64),
+    "350m_low_rank_paper": Case("llama_350m", LOW_350, 64, "paper_bf16"),
+    "350m_full_rank": Case("llama_350m", FULL, 64),
+    "1b_low_rank": Case("llama_1b", LOW_1B, 64),
+    "1b_low_rank_paper": Case("llama_1b", LOW_1B, 64, "paper_bf16"),
+    "1b_full_rank": Case("llama_1b", FULL, 64),
+}
+
+
+def random_data(folder: Path, tokens: int = 20_000_000, vocab_size: int = 32000) -> Path:
+    """A data set of uniformly random ids, so that nothing but speed can be learned from it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / "tokenizer.model", b"random")
+    rng = np.random.default_rng(0)
+    with ShardWriter(folder / "train-00000", vocab_size) as writer:
+        lengths = np.full(tokens // 1000, 1000, np.int32)
+        writer.add(rng.integers(3, vocab_size, size=int(lengths.sum())), lengths)
+        done = writer.finish()
+    entry = ShardEntry(
+        name="train-00000", split="train", source=SourceInfo("random", 0, ""), **asdict(done)
+    )
+    tokenizer = TokenizerInfo(
+        "tokenizer.model",
+        "sentencepiece",
+        sha256_of_file(folder / "tokenizer.model"),
+        vocab_size,
+        1,
+        0,
+    )
+    Manifest(tokenizer, True, "uint16", (entry,)).save(folder)
+    return folder
+
+
+def run_case(name: str, case: Case, data: Path, work: Path, gpus: int, updates: int) -> dict:
+    """Run one case; return its numbers."""
+    folder = work / name
+    config = {
+        "run": {"dir": str(folder)},
+        "model": {"preset": case.preset},
+        "method": case.method,
+        "optimizer": {"lr": 1e-3},
+        "schedule": {"warmup_updates": 10},
+        "data": {"train": str(data), "sequence_length": 256},
+        "train": {
+            "updates": updates,
+            "global_batch_size": case.micro_batch * gpus,
+            "micro_batch_size": case.micro_batch,
+            "precision": case.precision,
+            "compile": True,
+            **case.train,
+        },
+        "checkpoint": {"every": 0},
+        "log": {"every": 10, "tensorboard": False},
+    }
+    paths = work / f"{name}.yaml", work / f"{name}.json"
+    paths[0].write_text(yaml.safe_dump(config))
+    paths[1].write_text(json.dumps({"zero_optimization": {"stage": case.stage}}))
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(gpus)]
+    command += [str(ROOT / "launchers" / "pretrain.py"), "--config", str(paths[0])]
+    command += ["--deepspeed_config", str(paths[1])]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    if done.returncode != 0:
+        raise UserError(f"case {name} failed:\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}")
+    return summary(name, case, folder / "metrics.jsonl", gpus)
+
+
+def summary(name: str, case: Case, metrics: Path, gpus: int) -> dict[str, Any]:
+    """Median and spread of the step lines after the first three."""
+    events = [json.loads(line) for line in metrics.read_text().splitlines()]
+    steps = [event for event in events if event["event"] == "step"]
+    start = next(event for event in events if event["event"] == "start")
+    rates = [step["tokens_per_second"] for step in steps[3:]]
+    return {
+        "case": name,
+        **asdict(case),
+        "gpus": gpus,
+        "tokens_per_second": round(statistics.median(rates)),
+        "tokens_per_second_range": [round(min(rates)), round(max(rates))],
+        "mfu": steps[-1]["mfu"],
+        "peak_memory_gib": round(max(step["peak_memory_gib"] for step in steps), 2),
+        "startup_seconds": start["startup_seconds"],
+        "first_interval_seconds": round(steps[0]["step_seconds"] * 10, 2),
+        "loss": [steps[0]["loss"], steps[-1]["loss"]],
+        "versions": start["versions"],
+    }
+
+
+def main() -> None:
+    """Run the chosen cases and write their numbers."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--gpus", type=int, default=1, help="data-parallel GPUs")
+    parser.add_argument("--updates", type=int, default=100)
+    parser.add_argument("--stage", type=int, help="ZeRO stage instead of the case's")
+    parser.add_argument("--data", type=Path, help="preprocessed data set (default: random tokens)")
+    parser.add_argument("--commit", default="unknown", help="commit to note in the result")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the result")
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    results = []
+    with tempfile.TemporaryDirectory() as work:
+        data = arguments.data or random_data(Path(work) / "data")
+        for name in arguments.cases:
+            case = CASES[name]
+            if arguments.stage is not None:
+                case = Case(**{**asdict(case), "stage": arguments.stage})
+            result = run_case(name, case, data, Path(work), arguments.gpus, arguments.updates)
+            print(json.dumps(result), flush=True)
+            results.append({**result, "commit": arguments.commit})
+            path = arguments.output / f"throughput_{arguments.gpus}gpu.json"
+            path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)
