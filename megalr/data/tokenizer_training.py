@@ -1,0 +1,155 @@
+"""Training a SentencePiece tokenizer on a bounded sample of the input."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megalr.data.documents import DocumentReader, ReadOptions
+from megalr.data.files import disk_errors
+from megalr.data.parts import Part, plan_parts
+from megalr.data.tokenizer import SENTENCEPIECE_NAME, SentencePieceTokenizer, open_tokenizer
+from megalr.errors import UserError
+
+LONGEST_SENTENCE = 4096  # bytes; SentencePiece leaves out longer ones, so they are cut
+SMALLEST_VOCABULARY = 3 + 256  # pad, eos, unk and the bytes
+
+
+@dataclass(frozen=True)
+class SampledText:
+    """How much text the training saw."""
+
+    files: int
+    documents: int
+    text_bytes: int
+
+
+def train_tokenizer(
+    inputs: Sequence[str],
+    output: Path,
+    vocab_size: int,
+    reading: ReadOptions,
+    sample_bytes: int = 200_000_000,
+    threads: int = 1,
+) -> tuple[SentencePieceTokenizer, SampledText]:
+    """Train a unigram model with byte fallback and write it as a tokenizer folder.
+
+    Ids: pad 0, eos 1, unk 2, no bos, then 256 bytes, then pieces. Text is not normalised and no
+    white space is dropped: decoding the ids of a text gives the text back, byte for byte. At most
+    ``sample_bytes`` of text are read, the same share from the head of every input file, which
+    bounds time and memory (about 15 bytes for each byte of text).
+
+    Raises UserError for unusable inputs, an occupied output folder, and a vocabulary size that is
+    too small for the characters or too large for the text.
+    """
+    import sentencepiece
+
+    if vocab_size <= SMALLEST_VOCABULARY:
+        raise UserError(
+            f"--vocab_size is {vocab_size}; more than {SMALLEST_VOCABULARY} are needed for the 256 "
+            f"bytes and 3 special ids"
+        )
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output}: exists and is not empty; choose another --output or delete it")
+    parts = plan_parts(inputs, part_bytes=1 << 60)
+    sample = _Sample(list(parts.values()), reading, sample_bytes)
+    temporary = output.with_name(f".{output.name}.partial")
+    with disk_errors(output):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(sample),
+                model_prefix=str(temporary / Path(SENTENCEPIECE_NAME).stem),
+                vocab_size=vocab_size,
+                model_type="unigram",
+                byte_fallback=True,
+                character_coverage=0.9995,
+                normalization_rule_name="identity",
+                remove_extra_whitespaces=False,
+                allow_whitespace_only_pieces=True,
+                max_sentence_length=LONGEST_SENTENCE + 16,
+                pad_id=0,
+                eos_id=1,
+                unk_id=2,
+                bos_id=-1,
+                seed_sentencepiece_size=min(1_000_000, max(100_000, 20 * vocab_size)),
+                num_threads=threads,
+                minloglevel=2,
+            )
+            (temporary / Path(SENTENCEPIECE_NAME).with_suffix(".vocab")).unlink()
+            SentencePieceTokenizer(temporary / SENTENCEPIECE_NAME).copy_to(output)
+        except RuntimeError as error:
+            raise UserError(_explained(str(error), vocab_size, sample)) from None
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    tokenizer = open_tokenizer(output)
+    assert isinstance(tokenizer, SentencePieceTokenizer)
+    return tokenizer, SampledText(len(parts), sample.documents, sample.text_bytes)
+
+
+class _Sample:
+    """Sentences of the head of every input."""
+
+    def __init__(self, parts: list[Part], reading: ReadOptions, sample_bytes: int) -> None:
+        self._parts, self._reading = parts, reading
+        self._share = max(1, sample_bytes // len(parts))
+        self.documents = self.text_bytes = 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        for part in self._parts:
+            left = self._share
+            for texts in DocumentReader(part, self._reading):
+                for text in texts:
+                    encoded = text.encode()
+                    yield from sentences(encoded[:left])
+                    self.documents += 1
+                    self.text_bytes += min(left, len(encoded))
+                    left -= len(encoded)
+                    if left <= 0:
+                        break
+                if left <= 0:
+                    break
+
+
+def sentences(text: bytes) -> Iterator[bytes]:
+    """The lines of a text, long ones cut at spaces into pieces of at most 4096 bytes."""
+    for line in text.splitlines():
+        while len(line) > LONGEST_SENTENCE:
+            cut = line.rfind(b" ", 1, LONGEST_SENTENCE)
+            cut = LONGEST_SENTENCE if cut < 0 else cut
+            yield _whole_characters(line[:cut])
+            line = line[cut:]
+        if line.strip():
+            yield _whole_characters(line)
+
+
+def _whole_characters(text: bytes) -> bytes:
+    """Without a character that a cut left incomplete at either end."""
+    return text.decode("utf-8", errors="ignore").encode()
+
+
+def _explained(message: str, vocab_size: int, sample: _Sample) -> str:
+    seen = f"{sample.documents} documents with {sample.text_bytes} bytes of text"
+    if too_high := re.search(r"Vocabulary size too high.*?<= (\d+)", message):
+        return (
+            f"--vocab_size {vocab_size} is too large for {seen}; give more text or at most "
+            f"{too_high[1]}"
+        )
+    if too_low := re.search(r"smaller than required_chars\D*(\d+) vs (\d+)", message):
+        return (
+            f"--vocab_size {vocab_size} is too small for the characters of {seen}; give at least "
+            f"{int(too_low[2]) + 1}"
+        )
+    if not sample.documents:
+        return "the inputs hold no document to train a tokenizer on; check --input and --text_key"
+    return f"SentencePiece cannot train on {seen}: {message.strip().splitlines()[-1]}"
+
+
+def default_threads() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0))
