@@ -42,8 +42,9 @@ _MAX_GRAM_CONDITION = 1e11
 # eigh leaves an absolute error of some 1e-16 max(S²), which in the balance is seen as
 # 1e-16 max(S)/min(S) (measured at the limit: 5e-12).
 _MIN_EIGENVALUE_RATIO = 1e-11
-# A re-seeded direction gets a factor row (or column) of squared norm _SEED_SHARE * ||S|| / sqrt(count),
-# which keeps the balance below 1e-7 of ||S|| while giving the zero side a gradient that Adam can use.
+# A re-seeded direction gets a row of A (or column of B) with squared norm
+# _SEED_SHARE * ||S|| / sqrt(count): the balance stays below 1e-7 ||S||, and the zero side gets a
+# gradient that Adam can use.
 _SEED_SHARE = 2e-8
 # Norm of a row of A drawn as the low-rank method draws it, U(-1/sqrt(n), 1/sqrt(n)): for a product
 # whose factors are both zero there is no other scale.
@@ -73,7 +74,7 @@ class Balanced:
 
 
 def gram(factor: Tensor, group: Group = None) -> Tensor:
-    """``factorᵀ factor`` (r, r) in float64 of a tall factor (rows, r) cut by rows over ``group``."""
+    """``factorᵀ factor`` (r, r), float64, of a tall factor (rows, r) cut by rows over ``group``."""
     tall = factor.double()
     product = tall.mT @ tall
     if group is not None:
@@ -93,7 +94,7 @@ def balancing_transforms(gram_b: Tensor, gram_a: Tensor) -> Transforms:
     scaled = gram_b / (norms.unsqueeze(-1) * norms.unsqueeze(-2))  # unit diagonal
 
     lower, failed = torch.linalg.cholesky_ex(scaled)
-    usable = (failed == 0) & lower.isfinite().all(dim=(-2, -1)) & gram_a.isfinite().all(dim=(-2, -1))
+    usable = (failed == 0) & (lower + gram_a).isfinite().all(dim=(-2, -1))
     lower = torch.where(usable[:, None, None], lower, identity)
     inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
     condition = torch.linalg.matrix_norm(scaled) * inverse.square().sum(dim=(-2, -1))
@@ -120,9 +121,10 @@ def balanced_factors(
 ) -> Balanced:
     """Balanced factors of ``b @ a`` for b (m, r) and a (r, n), results in the dtype of the inputs.
 
-    ``b_group``: the ranks over which B is cut by rows (None: whole here); ``a_group``: the ranks over
-    which A is cut by columns. A factor without a group must be the same on all ranks of the other's
-    group, and comes back the same bit for bit. Raises ValueError for factors that are not finite.
+    ``b_group``: the ranks over which B is cut by rows (None: whole here); ``a_group``: those over
+    which A is cut by columns. A factor without a group must be the same on all ranks of the
+    other's group, and comes back the same bit for bit. Raises ValueError for factors that are not
+    finite.
     """
     transforms = balancing_transforms(gram(b, b_group)[None], gram(a.mT, a_group)[None])
     for tensor in (transforms.t_b, transforms.t_a, transforms.singular_values):
@@ -143,9 +145,9 @@ def balanced_factors_by_qr(
     A direction whose singular value is zero would give a zero column of B' and a zero row of A',
     which no gradient can leave. It gets instead a small row of A' orthogonal to all others (or a
     column of B' where A has no room), the other factor staying zero: BA does not change. A product
-    that is zero altogether is left alone when one factor is not (gradients reach the other one), and
-    gets an A of orthogonal rows when both are zero. Rows of B and columns of A that are entirely
-    zero (padding) stay exactly zero.
+    that is zero altogether is left alone when one factor is not (gradients reach the other one),
+    and gets an A of orthogonal rows when both are zero. Rows of B and columns of A that are
+    entirely zero (padding) stay exactly zero.
     """
     tall_b, tall_a = b.double(), a.double().mT  # (m, r), (n, r)
     rank = b.shape[1]
@@ -248,9 +250,9 @@ def _zero_product(
 def _tall_qr(tall: Tensor, group: Group) -> tuple[Tensor, Tensor]:
     """Thin QR of a (rows, r) matrix cut by rows: Q (rows, r) of this rank and the common R (r, r).
 
-    Rows may be fewer than r: Q then has zero columns and R zero rows. Over a group each rank factors
-    its rows, the small R are stacked and factored again (TSQR, Demmel et al. 2012), which unlike
-    tall @ R⁻¹ is stable for any rank.
+    Rows may be fewer than r: Q then has zero columns and R zero rows. Over a group each rank
+    factors its rows, the small R are stacked and factored again (TSQR, Demmel et al. 2012), which
+    unlike tall @ R⁻¹ is stable for any rank.
     """
     rank = tall.shape[1]
     q, r = torch.linalg.qr(tall)

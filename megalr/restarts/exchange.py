@@ -9,6 +9,7 @@ in rounds of a bounded number of bytes; a round costs two all-to-alls (ZeRO), on
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,15 @@ Matrices = list[tuple[Tensor, Tensor]]  # (B (m, r), A (r, n)) of each pair
 # fp32 bytes of factors that a rank works on in one round; buffers for the exchange are about
 # twice as much. At least one matrix, whatever its size.
 BUCKET_BYTES = 64 << 20
+
+
+class _Piece(NamedTuple):
+    """Elements [start, stop) of the flattened B (side 0) or A (side 1) of a pair."""
+
+    pair: int
+    side: int
+    start: int
+    stop: int
 
 
 class FactorExchange:
@@ -42,7 +52,7 @@ class FactorExchange:
         self.rank = dist.get_rank(self.group)
         self.world_size = dist.get_world_size(self.group)
         parameters = [parameter for pair in self.pairs for parameter in (pair.b, pair.a)]
-        held = {name: state.held(p) for name, p in ((state.name(p), p) for p in parameters)}
+        held = {state.name(parameter): state.held(parameter) for parameter in parameters}
         self._held: list[dict[str, tuple[int, int]]] = [{} for _ in range(self.world_size)]
         dist.all_gather_object(self._held, held, group=self.group)
         self.owners = share_out([_cost(pair) for pair in self.pairs], self.world_size)
@@ -54,80 +64,78 @@ class FactorExchange:
     def gather(self, round_index: int) -> Matrices:
         """The factors of this rank's pairs of a round: views of the masters where it holds them
         whole on its device, float32 copies otherwise. Collective."""
-        mine = self.rounds[round_index][self.rank]
+        work = self.rounds[round_index]
+        mine = work[self.rank]
         if self._in_place():
             return [self._views(self.pairs[index]) for index in mine]
-        sources = self.rounds[round_index]
-        send = [self._pieces_held(self.rank, owner_pairs) for owner_pairs in sources]
-        received = self._exchange(
-            [_join([view for _, _, view in self._masters_of(p)], self.state.device) for p in send],
-            [sum(stop - start for _, start, stop in self._pieces_held(r, mine)) for r in self._ranks()],
-        )
         matrices = [self._empty(self.pairs[index]) for index in mine]
-        flats = {
-            key: matrix.view(-1)
-            for index, (b, a) in zip(mine, matrices, strict=True)
-            for key, matrix in (((index, 0), b), ((index, 1), a))
-        }
-        for source in self._ranks():
-            offset = 0
-            for key, start, stop in self._pieces_held(source, mine):
-                flats[key][start:stop] = received[source][offset : offset + stop - start]
-                offset += stop - start
+        self._transfer(
+            outgoing=[self._master_views(indices) for indices in work],
+            incoming=[self._matrix_views(rank, mine, matrices) for rank in self._ranks()],
+        )
         return matrices
 
     def publish(self, round_index: int, matrices: Matrices) -> None:
         """Write the results of all owners of a round into the masters of all ranks. Collective."""
-        if self.world_size == 1 and self._in_place():
-            return
-        if self._in_place():
-            self._broadcast(round_index, matrices)
-            return
-        mine = self.rounds[round_index][self.rank]
-        flats = {
-            key: matrix.view(-1)
-            for index, (b, a) in zip(mine, matrices, strict=True)
-            for key, matrix in (((index, 0), b), ((index, 1), a))
-        }
-        returned = [self._pieces_held(self.rank, owner_pairs) for owner_pairs in self.rounds[round_index]]
-        received = self._exchange(
-            [
-                _join([flats[k][i:j] for k, i, j in self._pieces_held(r, mine)], self.state.device)
-                for r in self._ranks()
-            ],
-            [sum(stop - start for _, start, stop in pieces) for pieces in returned],
-        )
-        for values, pieces in zip(received, returned, strict=True):
-            offset = 0
-            for _, _, view in self._masters_of(pieces):
-                view.copy_(values[offset : offset + view.numel()])
-                offset += view.numel()
+        work = self.rounds[round_index]
+        if not self._in_place():
+            self._transfer(
+                outgoing=[
+                    self._matrix_views(rank, work[self.rank], matrices) for rank in self._ranks()
+                ],
+                incoming=[self._master_views(indices) for indices in work],
+            )
+        elif self.world_size > 1:
+            self._broadcast(work)
 
-    # A piece is (key, start, stop): elements of the flattened B (key (pair, 0)) or A (key (pair, 1)).
-
-    def _pieces_held(
-        self, rank: int, indices: Sequence[int]
-    ) -> list[tuple[tuple[int, int], int, int]]:
+    def _pieces(self, rank: int, indices: Sequence[int]) -> Iterator[_Piece]:
         """What ``rank`` holds of the given pairs, in an order that all ranks agree on."""
-        pieces = []
         for index in indices:
             for side, (parameter, low, high) in enumerate(self._ranges(self.pairs[index])):
                 held_low, held_high = self._held[rank][self.state.name(parameter)]
                 start, stop = max(low, held_low), min(high, held_high)
                 if start < stop:
-                    pieces.append(((index, side), start - low, stop - low))
-        return pieces
+                    yield _Piece(index, side, start - low, stop - low)
 
-    def _masters_of(
-        self, pieces: Sequence[tuple[tuple[int, int], int, int]]
-    ) -> Iterator[tuple[tuple[int, int], int, Tensor]]:
-        """This rank's master of each of its pieces, as a 1-D view."""
-        for (index, side), start, stop in pieces:
-            parameter, low, _ = self._ranges(self.pairs[index])[side]
+    def _master_views(self, indices: Sequence[int]) -> list[Tensor]:
+        """This rank's masters of what it holds of the given pairs, as 1-D views."""
+        views = []
+        for piece in self._pieces(self.rank, indices):
+            parameter, low, _ = self._ranges(self.pairs[piece.pair])[piece.side]
             master = self.state.master(parameter)
-            assert master is not None  # _pieces_held says that this rank holds it
-            first = low + start - self._held[self.rank][self.state.name(parameter)][0]
-            yield (index, side), start, master[first : first + stop - start]
+            assert master is not None  # _pieces says that this rank holds some of it
+            offset = low - self._held[self.rank][self.state.name(parameter)][0]
+            views.append(master[offset + piece.start : offset + piece.stop])
+        return views
+
+    def _matrix_views(self, rank: int, indices: Sequence[int], matrices: Matrices) -> list[Tensor]:
+        """The parts of whole matrices (of the given pairs) that ``rank`` holds, as 1-D views."""
+        whole = dict(zip(indices, matrices, strict=True))
+        return [
+            whole[piece.pair][piece.side].view(-1)[piece.start : piece.stop]
+            for piece in self._pieces(rank, indices)
+        ]
+
+    def _transfer(self, outgoing: list[list[Tensor]], incoming: list[list[Tensor]]) -> None:
+        """All-to-all: ``outgoing[k]`` to rank k; what rank k sent into ``incoming[k]``."""
+        send_sizes = [sum(view.numel() for view in views) for views in outgoing]
+        receive_sizes = [sum(view.numel() for view in views) for views in incoming]
+        sent = torch.cat([_join(views, self.state.device) for views in outgoing])
+        received = torch.empty(sum(receive_sizes), device=self.state.device)
+        dist.all_to_all_single(received, sent, receive_sizes, send_sizes, group=self.group)
+        del sent
+        _spread(received, [view for views in incoming for view in views])
+
+    def _broadcast(self, work: list[list[int]]) -> None:
+        """Stage 0: every owner sends its results to all."""
+        for owner, indices in enumerate(work):
+            if not indices:
+                continue
+            views = [t.reshape(-1) for index in indices for t in self._views(self.pairs[index])]
+            joined = torch.cat(views)
+            dist.broadcast(joined, dist.get_global_rank(self.group, owner), group=self.group)
+            if owner != self.rank:
+                _spread(joined, views)
 
     def _ranges(self, pair: FactorPair) -> tuple[tuple[nn.Parameter, int, int], ...]:
         """For B and A: the parameter and the range of its flattened elements that is the matrix."""
@@ -151,29 +159,6 @@ class FactorExchange:
         rows, columns = pair.shape
         new = torch.empty((rows + columns) * pair.rank, device=self.state.device)
         return new[: rows * pair.rank].view(rows, -1), new[rows * pair.rank :].view(pair.rank, -1)
-
-    def _exchange(self, send: list[Tensor], receive_sizes: list[int]) -> tuple[Tensor, ...]:
-        """All-to-all: ``send[k]`` to rank k; what rank k sent, for every k."""
-        sizes = [chunk.numel() for chunk in send]
-        joined = torch.cat(send)
-        send.clear()  # the pieces are not needed twice
-        received = torch.empty(sum(receive_sizes), device=joined.device)
-        dist.all_to_all_single(received, joined, receive_sizes, sizes, group=self.group)
-        return received.split(receive_sizes)
-
-    def _broadcast(self, round_index: int, matrices: Matrices) -> None:
-        """Stage 0: every owner sends its results to all."""
-        for owner, indices in enumerate(self.rounds[round_index]):
-            if not indices:
-                continue
-            views = [t.reshape(-1) for i in indices for t in self._views(self.pairs[i])]
-            joined = torch.cat(views)
-            dist.broadcast(joined, dist.get_global_rank(self.group, owner), group=self.group)
-            if owner != self.rank:
-                for view, values in zip(
-                    views, joined.split([v.numel() for v in views]), strict=True
-                ):
-                    view.copy_(values)
 
     def _make_rounds(self, bucket_bytes: int) -> list[list[list[int]]]:
         """Cut each rank's pairs into buckets; shapes that are equal follow one another."""
@@ -215,7 +200,7 @@ def share_out(costs: Sequence[float], workers: int) -> list[int]:
 
 
 def _cost(pair: FactorPair) -> float:
-    """Relative time: the r x r eigenproblem (some 20 r^3) outweighs the products (4 (m + n) r^2)."""
+    """Relative time: the r x r eigenproblem, some 20 r^3, and the products, 4 (m + n) r^2."""
     return 20.0 * pair.rank**3 + 4.0 * sum(pair.shape) * pair.rank**2
 
 
@@ -223,4 +208,10 @@ def _join(views: Sequence[Tensor], device: torch.device) -> Tensor:
     """The views end to end, float32 on ``device``."""
     if not views:
         return torch.empty(0, device=device)
-    return torch.cat([view.reshape(-1) for view in views]).to(device, torch.float32)
+    return torch.cat(list(views)).to(device, torch.float32)
+
+
+def _spread(values: Tensor, views: Sequence[Tensor]) -> None:
+    """The inverse of :func:`_join`: write consecutive values into the views."""
+    for view, part in zip(views, values.split([v.numel() for v in views]), strict=True):
+        view.copy_(part)

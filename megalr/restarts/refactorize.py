@@ -46,7 +46,7 @@ def refactorize(exchange: FactorExchange) -> Refactorized:
         counts = [total + new for total, new in zip(counts, found, strict=True)]
         exchange.publish(index, matrices)
     exchange.state.refresh_weights()
-    by_qr, dead, reseeded = sum_over(counts, exchange.state, replicated=False)
+    by_qr, dead, reseeded = sum_over(counts, exchange.state)
     return Refactorized(len(exchange.pairs), by_qr, dead, reseeded)
 
 
@@ -81,10 +81,8 @@ def factor_parameters(pairs: Sequence[FactorPair]) -> list[nn.Parameter]:
     return list({id(p): p for pair in pairs for p in (pair.b, pair.a)}.values())
 
 
-def sum_over(values: Sequence[int], state: ShardedState, *, replicated: bool) -> list[int]:
-    """Sums over the ranks that share the masters; ``replicated``: all have the same numbers."""
-    if replicated:
-        return list(values)
+def sum_over(values: Sequence[int], state: ShardedState) -> list[int]:
+    """Sums over the ranks that share the masters."""
     total = torch.tensor(list(values), dtype=torch.int64, device=state.device)
     dist.all_reduce(total, group=state.process_group)
     return [int(value) for value in total.tolist()]

@@ -23,7 +23,7 @@ Counter = Literal["zero", "one", "keep"]
 
 @dataclass(frozen=True)
 class Reset:
-    """What a reset zeroed, summed over ranks."""
+    """What a reset zeroed, summed over ranks (at stage 0 each counts its own copy)."""
 
     elements: int  # moment elements that were zeroed
     total: int  # moment elements that exist; 0 before the first update
@@ -62,7 +62,7 @@ def reset_moments(
     """Zero the moments of the given kinds of ``parameters`` and restart their counters.
 
     Before the first update there are no moments: nothing happens and ``total`` is 0 on all ranks.
-    Collective (two sums). Raises RuntimeError if moments exist but none was zeroed.
+    Collective (one sum). Raises RuntimeError if moments exist but none was zeroed.
     """
     chosen = {id(p) for p in parameters}
     zeroed_names = state.moment_names(kinds)
@@ -79,7 +79,8 @@ def reset_moments(
                 elements += moments[name].numel()
     if counter != "keep":
         state.set_step_counters(parameters, 1 if counter == "one" else 0)
-    elements, total = sum_over((elements, total), state, replicated=state.replicated)
+    state.relink()  # so that DeepSpeed's own getters read the same moments
+    elements, total = sum_over((elements, total), state)
     names = tuple(state.name(p) for p in parameters)
     if total and parameters and not elements:
         raise RuntimeError(

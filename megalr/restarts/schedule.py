@@ -82,8 +82,8 @@ class RestartSchedule:
         return latest if latest > self.config.start_after else None
 
     def _published(self, t: int) -> float:
-        """The published factor: before the first restart ``base(t)``, from then on the quick-recovery
-        factor of t + 1, because its scheduler is rebuilt one step ahead."""
+        """The published factor: ``base(t)`` before the first restart, from then on the
+        quick-recovery factor of t + 1, because its scheduler is rebuilt one step ahead."""
         period = self.config.reset_period
         if period is None or t < period:
             return self.base(t)

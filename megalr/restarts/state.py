@@ -1,7 +1,7 @@
 """Access to the parameters' masters and optimizer states inside a DeepSpeed engine.
 
-Everything that depends on DeepSpeed's internals is in this file; the facts it relies on are listed in
-docs/deepspeed-notes.md, each with a test. What a rank holds of a parameter is a *fragment*: the
+Everything that depends on DeepSpeed's internals is in this file; the facts it relies on are listed
+in docs/deepspeed-notes.md, each with a test. What a rank holds of a parameter is a *fragment*: the
 elements [start, start + numel) of the flattened parameter, as 1-D views of the fp32 master (the
 truth; bf16 with ``paper_bf16``) and of every per-element optimizer state. Under ZeRO fragments of
 different ranks do not overlap; at stage 0 every rank holds everything.
@@ -106,15 +106,23 @@ class ShardedState:
         return slot.view(slot.flat) if slot else None
 
     def states(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Views of this rank's fragment of every per-element state; empty before the first update."""
+        """Views of this rank's fragment of every per-element state; empty before the first update.
+
+        Where a tensor of the optimizer is one parameter, states of other shapes (moments in a
+        projected space) belong to it as well and are given whole.
+        """
         slot = self._slot(parameter)
         if slot is None:
             return {}
-        return {
-            name: slot.view(value)
-            for name, value in self.base.state.get(slot.flat, {}).items()
-            if isinstance(value, Tensor) and value.dim() > 0 and value.shape == slot.flat.shape
-        }
+        views = {}
+        for name, value in self.base.state.get(slot.flat, {}).items():
+            if not isinstance(value, Tensor) or value.dim() == 0:
+                continue
+            if value.shape == slot.flat.shape:
+                views[name] = slot.view(value)
+            elif not self.one_counter_per_group:
+                views[name] = value.view(-1)
+        return views
 
     def moment_names(self, kinds: Iterable[str]) -> tuple[str, ...]:
         """Names of the states that are first and/or second moments for this optimizer."""

@@ -126,11 +126,12 @@ def test_equals_the_svd_definition_up_to_sign(name: str, method) -> None:
 
 def test_both_paths_agree_including_signs_and_repeat_themselves() -> None:
     b, a = _case("trained")
-    gram, qr = balanced_factors(b.double(), a.double()), balanced_factors_by_qr(b.double(), a.double())
+    b, a = b.double(), a.double()
+    gram, qr = balanced_factors(b, a), balanced_factors_by_qr(b, a)
     assert not gram.by_qr and qr.by_qr
     torch.testing.assert_close(gram.b, qr.b, rtol=0, atol=1e-7)
     torch.testing.assert_close(gram.a, qr.a, rtol=0, atol=1e-7)
-    again = balanced_factors(b.double(), a.double())
+    again = balanced_factors(b, a)
     assert torch.equal(gram.b, again.b) and torch.equal(gram.a, again.a)
 
 

@@ -26,9 +26,7 @@ def test_a_period_that_does_not_divide_the_run_means_what_it_says() -> None:
 
 
 def test_phase_window_and_independent_periods() -> None:
-    schedule = _schedule(
-        30, every=10, refactorize_every=6, phase=4, start_after=4, stop_before=6
-    )
+    schedule = _schedule(30, every=10, refactorize_every=6, phase=4, start_after=4, stop_before=6)
     assert _resets(schedule) == [14, 24]
     assert [u for u in range(1, 31) if schedule.refactorize_due(u)] == [10, 16, 22]
     only_reset = _schedule(30, reset_every=10)
@@ -113,9 +111,7 @@ def test_published_compat_equals_the_published_loop(
 
 
 def test_published_compat_has_the_documented_values_of_the_paper_setting() -> None:
-    schedule = _schedule(
-        11000, lambda t: _normal(t, 11000, 1100), every=200, compat="published"
-    )
+    schedule = _schedule(11000, lambda t: _normal(t, 11000, 1100), every=200, compat="published")
     target = 210 / 1100
     assert schedule.learning_rate_factor(200) == pytest.approx(0.112 * target, rel=1e-9)
     assert schedule.learning_rate_factor(209) == pytest.approx(210 / 1100)

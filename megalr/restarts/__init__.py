@@ -1,0 +1,1 @@
+"""Weight refactorization and momentum reset on the sharded state of a DeepSpeed engine."""

@@ -1,0 +1,219 @@
+"""Restarts of a run: what the training loop calls after every update.
+
+Order inside an update: step, restart if due, evaluate, save. So a checkpoint is always after the
+restart, and nothing about periodic restarts needs to be saved: they are a function of the update
+number and the configuration.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalr.config.restarts import RestartsConfig
+from megalr.errors import UserError
+from megalr.layers.factors import FactorPair
+from megalr.restarts.adaptive import SpikeDetector, any_rank
+from megalr.restarts.exchange import BUCKET_BYTES, FactorExchange
+from megalr.restarts.refactorize import (
+    factor_parameters,
+    largest_imbalance,
+    nonfinite_parameters,
+    refactorize,
+)
+from megalr.restarts.report import RestartReport, by_pattern
+from megalr.restarts.reset import check_counter_groups, reset_moments
+from megalr.restarts.schedule import BaseSchedule, RestartSchedule
+from megalr.restarts.state import ShardedState
+from megalr.restarts.verify import check_weights
+
+
+class Restarts:
+    """Refactorization and momentum reset of one run; create it on all ranks after the engine.
+
+    Args:
+        config: the section ``restarts``.
+        engine: DeepSpeed's engine.
+        pairs: the model's factorized matrices (``model.factor_pairs()``); empty for a dense one.
+        total_updates: updates of the whole run.
+        base_schedule: factor of the peak learning rate at update t (zero-based).
+
+    Raises:
+        UserError: what is asked for cannot work with this model, optimizer or engine.
+
+    Attributes:
+        seconds: time spent in restarts so far on this rank.
+    """
+
+    def __init__(
+        self,
+        config: RestartsConfig,
+        engine: Any,
+        pairs: Sequence[FactorPair],
+        total_updates: int,
+        base_schedule: BaseSchedule,
+        bucket_bytes: int = BUCKET_BYTES,
+    ) -> None:
+        self.config = config
+        self.schedule = RestartSchedule(config, total_updates, base_schedule)
+        self.seconds = 0.0
+        self._triggered_reset: int | None = None
+        self._spikes: SpikeDetector | None = None
+        if config.gradient_norm_spike is not None:
+            self._spikes = SpikeDetector(config.gradient_norm_spike, config.spike_window)
+        if not config.active:
+            return
+        _check_factors(config, pairs)
+        self._state = ShardedState(engine)
+        self._factors = factor_parameters(pairs)
+        self._to_reset = self._state.parameters()
+        if config.reset_scope == "factors":
+            self._to_reset = self._factors
+        if config.resets:
+            _check_moments(config, self._state.base)
+            check_counter_groups(self._state, self._to_reset, config.reset_counter)
+        if config.refactorizes:
+            self._exchange = FactorExchange(self._state, pairs, bucket_bytes)
+
+    def learning_rate_factor(self, t: int) -> float:
+        """Factor of the peak learning rate at update t (zero-based; t updates are done)."""
+        return self.schedule.learning_rate_factor(t, self._triggered_reset)
+
+    def after_update(
+        self, update: int, gradient_norm: Tensor | float | None = None
+    ) -> RestartReport | None:
+        """Restart if one is due after ``update`` updates; every rank calls it after every update.
+
+        ``gradient_norm`` is that of the update just made; needed with gradient_norm_spike only.
+        Returns what was done, None if nothing was due. With ``verify`` raises RuntimeError when
+        ranks disagree afterwards.
+        """
+        if not self.config.active:
+            return None
+        refactorizing = self.schedule.refactorize_due(update)
+        resetting = self.schedule.reset_due(update)
+        trigger, measured = "period", None
+        if self._spike(update, gradient_norm) and not resetting:
+            resetting, trigger = True, "gradient_norm"
+        if not refactorizing and self._imbalance_due(update):
+            measured = largest_imbalance(self._exchange)
+            if measured > (self.config.imbalance_threshold or 1.0):
+                refactorizing, resetting, trigger = True, True, "imbalance"
+        if not refactorizing and not resetting:
+            return None
+        report = RestartReport(update, trigger, imbalance=measured)
+        return self._restart(report, refactorizing, resetting)
+
+    def after_load(self) -> None:
+        """To be called after an in-process ``engine.load_checkpoint``: restores DeepSpeed's own
+        access to optimizer states, which loading breaks."""
+        if self.config.active:
+            self._state.relink()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the adaptive triggers must remember; plain values for the client state."""
+        spikes = None if self._spikes is None else self._spikes.state_dict()
+        return {"triggered_reset": self._triggered_reset, "spikes": spikes}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from :meth:`state_dict`."""
+        self._triggered_reset = state["triggered_reset"]
+        if self._spikes is not None and state["spikes"] is not None:
+            self._spikes.load_state_dict(state["spikes"])
+
+    def _restart(
+        self, report: RestartReport, refactorizing: bool, resetting: bool
+    ) -> RestartReport:
+        config = self.config
+        if refactorizing:
+            bad = nonfinite_parameters(self._state, self._factors)
+            if bad:
+                return replace(report, skipped_nonfinite=tuple(bad))
+            started = self._now()
+            done = refactorize(self._exchange)
+            report = replace(
+                report,
+                refactorized=True,
+                matrices=done.matrices,
+                matrices_by_qr=done.by_qr,
+                dead_directions=done.dead,
+                reseeded_directions=done.reseeded,
+                refactorize_seconds=self._now() - started,
+            )
+        if resetting:
+            started = self._now()
+            reset = reset_moments(
+                self._state, self._to_reset, config.reset_moments, config.reset_counter
+            )
+            report = replace(
+                report,
+                reset=True,
+                fraction_reset=reset.fraction,
+                parameters_reset=by_pattern(reset.parameters),
+                moments_reset=config.reset_moments,
+                reset_seconds=self._now() - started,
+            )
+            if not self.schedule.reset_due(report.update):
+                self._triggered_reset = report.update
+        self.seconds += report.refactorize_seconds + report.reset_seconds
+        if config.verify and refactorizing:
+            check_weights(self._state, self._state.parameters())
+            report = replace(report, verified=True)
+        return report
+
+    def _spike(self, update: int, gradient_norm: Tensor | float | None) -> bool:
+        if self._spikes is None:
+            return False
+        if gradient_norm is None:
+            raise ValueError("restarts.gradient_norm_spike needs the gradient norm of every update")
+        seen = self._spikes.observe(update, float(gradient_norm))
+        agreed = any_rank(seen, self._state.device, self._state.process_group)
+        return agreed and self.schedule.in_window(update)
+
+    def _imbalance_due(self, update: int) -> bool:
+        return (
+            self.config.imbalance_threshold is not None
+            and update % self.config.imbalance_every == 0
+            and self.schedule.in_window(update)
+        )
+
+    def _now(self) -> float:
+        if self._state.device.type == "cuda":
+            torch.cuda.synchronize(self._state.device)
+        return time.perf_counter()
+
+
+def _check_factors(config: RestartsConfig, pairs: Sequence[FactorPair]) -> None:
+    if pairs:
+        return
+    if config.refactorizes:
+        key = "refactorize_every" if config.refactorize_every is not None else "every"
+        if config.refactorize_period is None:
+            key = "imbalance_threshold"
+        raise UserError(
+            f"restarts.{key} = {getattr(config, key)} asks for refactorization, but this model has "
+            "no factors: use restarts.reset_every alone, or a method that has factors (low_rank)"
+        )
+    if config.reset_scope == "factors":
+        raise UserError(
+            "restarts.reset_scope = factors, but this model has no factors: use reset_scope all"
+        )
+
+
+def _check_moments(config: RestartsConfig, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse what can be seen before the first update; the reset itself sees the rest."""
+    defaults = optimizer.defaults
+    has = {
+        "first": "betas" in defaults or bool(defaults.get("momentum")),
+        "second": "betas" in defaults or "alpha" in defaults,
+    }
+    if not any(has[kind] for kind in config.reset_moments):
+        raise UserError(
+            f"restarts.reset_moments = {', '.join(config.reset_moments)}: the optimizer "
+            f"{type(optimizer).__name__} has no such moments; use restarts.refactorize_every alone"
+        )
