@@ -23,7 +23,7 @@ Design, and how it lives under ZeRO
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -101,13 +101,7 @@ class LogicalOptimizer(torch.optim.Optimizer):
 
     def layout(self, parameter: torch.Tensor) -> FlatLayout:
         """The layout of one tensor of ``param_groups``."""
-        try:
-            return self._layouts[parameter]
-        except KeyError:
-            raise RuntimeError(
-                "the optimizer was given a tensor that it has no layout for: call "
-                "megalr.optim.zero.attach_layouts after deepspeed.initialize"
-            ) from None
+        return self._layouts[parameter]
 
     def _moment_dtype(self, parameter: torch.Tensor) -> torch.dtype:
         return self.state_dtype or scalar_dtype(parameter.dtype)
@@ -124,12 +118,32 @@ class LogicalOptimizer(torch.optim.Optimizer):
         self._step_groups()
         return loss
 
+    def _entries(self) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
+        """(group, entry) of everything in ``param_groups`` that has a gradient.
+
+        DeepSpeed's bf16 wrapper of stage 0 makes a step with zero gradients while it is built, to
+        create state; here it would count as an update, so nothing is yielded then.
+        """
+        found = [
+            (group, parameter)
+            for group in self.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        unknown = [parameter for _, parameter in found if parameter not in self._layouts]
+        if not unknown:
+            yield from found
+        elif any(bool(parameter.grad.any()) for parameter in unknown):
+            raise RuntimeError(
+                "the optimizer was given tensors that it has no layout for: call "
+                "megalr.optim.zero.attach_layouts after deepspeed.initialize"
+            )
+
     def _step_groups(self) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    flat = parameter.detach().view(-1)
-                    self._update(parameter, flat, parameter.grad.reshape(-1), group)
+        for group, parameter in self._entries():
+            flat, grad = parameter.detach().view(-1), parameter.grad
+            assert grad is not None  # _entries
+            self._update(parameter, flat, grad.reshape(-1), group)
 
     def _update(
         self,

@@ -34,13 +34,6 @@ def buckets(
         yield bucket
 
 
-def _to_owner(layout: FlatLayout, tensor: LogicalTensor) -> tuple[Piece, ...]:
-    """The pieces that must reach the owner; of replicated tensors the owner has its own copy."""
-    if layout.replicated:
-        return tuple(piece for piece in tensor.pieces if piece.rank == tensor.owner)
-    return tensor.pieces
-
-
 def _all_to_all(
     parts: list[list[torch.Tensor]], counts: list[int], layout: FlatLayout, like: torch.Tensor
 ) -> list[torch.Tensor]:
@@ -66,7 +59,7 @@ def collect(
     Returns name -> tensor of the logical shape, for the tensors owned by this rank only.
     """
     world, rank = range(layout.world_size), layout.rank
-    if layout.world_size == 1 or layout.replicated:
+    if layout.world_size == 1:
         return {
             tensor.name: piece_view(flat, piece).view(tensor.shape)
             for tensor in tensors
@@ -75,7 +68,7 @@ def collect(
     outgoing: list[list[torch.Tensor]] = [[] for _ in world]
     incoming: list[list[tuple[LogicalTensor, Piece]]] = [[] for _ in world]
     for tensor in tensors:
-        for piece in _to_owner(layout, tensor):
+        for piece in tensor.pieces:
             if piece.rank == rank:
                 outgoing[tensor.owner].append(piece_view(flat, piece))
             if tensor.owner == rank:
@@ -128,6 +121,6 @@ def distribute(
 
 def reduce_over_ranks(values: torch.Tensor, layout: FlatLayout, op: Any) -> torch.Tensor:
     """Complete per-tensor partial results over the group, in place; a no-op on one process."""
-    if layout.sums_over_ranks:
+    if layout.world_size > 1:
         dist.all_reduce(values, op=op, group=layout.group)
     return values

@@ -61,15 +61,14 @@ class LogicalTensor:
 class FlatLayout:
     """The logical tensors of one flat storage, as every rank of ``group`` knows them.
 
-    ``replicated`` says that every rank holds all elements (ZeRO stage 0): ownership then only
-    shares out the work and the optimizer state. ``group`` None means a single process.
+    ``group`` is the process group of the ranks that share the storage; with ``world_size`` 1 it
+    is not used.
     """
 
     tensors: tuple[LogicalTensor, ...]
     rank: int = 0
     world_size: int = 1
     group: dist.ProcessGroup | None = None
-    replicated: bool = False
     local: tuple[tuple[LogicalTensor, Piece], ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -79,11 +78,6 @@ class FlatLayout:
     def is_whole(self, tensor: LogicalTensor) -> bool:
         """Whether one rank holds the tensor alone, so that nothing has to be exchanged."""
         return len(tensor.pieces) == 1
-
-    @property
-    def sums_over_ranks(self) -> bool:
-        """Whether a per-tensor sum has to be completed by the other ranks' shares."""
-        return self.world_size > 1 and not self.replicated
 
 
 def piece_view(flat: torch.Tensor, piece: Piece) -> torch.Tensor:

@@ -83,26 +83,25 @@ class LORO(LogicalOptimizer):
         return pairs
 
     def _step_groups(self) -> None:
-        pairs = self._pairs()
+        entries = list(self._entries())
+        pairs = self._pairs() if entries else []
         rank_of = {t.name: b[2].shape[1] for b, a in pairs for t in (b[2], a[2])}
         directions: dict[torch.Tensor, torch.Tensor] = {}
         sizes: dict[torch.Tensor, float] = {}
         exact = False
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                state["updates"] = state.get("updates", 0) + 1
-                state["step"] = state.get("step", 0) + 1
-                exact = state["updates"] % self.exact_every == 0
-                sizes[parameter] = adam_h.step_size(group["lr"], group["betas"], state["step"])
-                grad, dtype = parameter.grad.reshape(-1), self._moment_dtype(parameter)
-                found = adam_h.direction(state, grad, group["betas"], group["eps"], dtype)
-                directions[parameter] = found.to(parameter.dtype)
-                self._step_entry(
-                    parameter, directions[parameter], sizes[parameter], group, rank_of, exact
-                )
+        for group, parameter in entries:
+            state, grad = self.state[parameter], parameter.grad
+            assert grad is not None  # _entries
+            state["updates"] = state.get("updates", 0) + 1
+            state["step"] = state.get("step", 0) + 1
+            exact = state["updates"] % self.exact_every == 0
+            sizes[parameter] = adam_h.step_size(group["lr"], group["betas"], state["step"])
+            dtype = self._moment_dtype(parameter)
+            found = adam_h.direction(state, grad.reshape(-1), group["betas"], group["eps"], dtype)
+            directions[parameter] = found.to(parameter.dtype)
+            self._step_entry(
+                parameter, directions[parameter], sizes[parameter], group, rank_of, exact
+            )
         if exact and pairs:
             self._exact(pairs, directions, sizes)
         self._refresh_moments(directions, rank_of)

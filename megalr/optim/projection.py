@@ -96,9 +96,10 @@ def subspace_basis(
 
     ``start`` (the previous basis, d x r, or None) warms the iteration up; ``OVERSAMPLING`` more
     columns come from a generator seeded with ``seed``. After 3 rounds (6 without a start) with
-    G^T G (or G G^T) a Rayleigh-Ritz step turns the subspace into singular vectors in order, as Adam is
-    not invariant to rotations; vectors point along their predecessors, as moments are carried over
-    from one basis to the next. Cost O(m n r), no factorization of anything larger than r + 16.
+    G^T G (or G G^T) a Rayleigh-Ritz step turns the subspace into singular vectors in order, as
+    Adam is not invariant to rotations; vectors point along their predecessors, as moments are
+    carried over from one basis to the next. Cost O(m n r); nothing larger than r + 16 is
+    factorized.
     Source: Halko, Martinsson, Tropp 2011, algorithm 4.4.
     """
     matrix = grad.to(_work_dtype(grad.dtype))
