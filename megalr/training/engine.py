@@ -69,6 +69,9 @@ def build_engine(config: RunConfig, ds_config: dict[str, Any], decoder: Decoder)
     engine, _, _, _ = deepspeed.initialize(
         model=decoder, optimizer=optimizer, config=ds_config, dist_init_required=False
     )
+    # bf16 without ZeRO has made a step on zero gradients by now (docs/deepspeed-notes.md): harmless
+    # at learning rate 0, but Adam's counter and moments must start from nothing.
+    engine.basic_optimizer.state.clear()
     if config.train.cuda_graphs:
         shape = config.train.micro_batch_size, config.data.sequence_length
         decoder.graphed = MicroBatchGraph(decoder, shape, _gradients_are_used_up(engine))

@@ -101,7 +101,9 @@ class Trainer:
                 labels.to(self.device, non_blocking=True),
                 scale,
             )
-            engine.backward(loss, scale_wrt_gas=False)
+            # A tensor of its own: on the very output of the engine, DeepSpeed's hook divides by the
+            # number of micro-batches although it is told not to (docs/deepspeed-notes.md).
+            engine.backward(loss.clone(), scale_wrt_gas=False)
             self._interval.loss_sum += loss.detach() / scale
             if engine.get_global_grad_norm() is None and engine.is_gradient_accumulation_boundary():
                 self._interval.norm = plain_gradient_norm(engine.module)
