@@ -45,9 +45,12 @@ def _worker(rank: int, world_size: int, port: int, pipe: Connection) -> None:
         DS_ACCELERATOR="cpu",
         OMP_NUM_THREADS="1",
     )
+    import warnings
+
     import deepspeed
     import torch
 
+    warnings.simplefilter("ignore")  # DeepSpeed calls what torch has renamed since
     torch.set_num_threads(1)
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     while (job := pipe.recv()) is not None:

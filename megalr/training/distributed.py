@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -28,6 +29,8 @@ def start_distributed() -> torch.device:
     import deepspeed  # here, because it takes seconds and --help should not
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed 0.19 calls collectives that torch 2.13 has renamed: nothing a user can mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed")
     launched = "RANK" in os.environ or "OMPI_COMM_WORLD_RANK" in os.environ
     if not launched:
         with socket.socket() as probe:
