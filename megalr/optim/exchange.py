@@ -7,7 +7,7 @@ what has to move: under ZeRO 1 and 2 that is the few matrices that a slice bound
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -117,6 +117,37 @@ def distribute(
             pieces_here[tensor.name] = data.narrow(0, position, piece.length)
             position += piece.length
     return pieces_here
+
+
+def update_matrices(
+    layout: FlatLayout,
+    flat: torch.Tensor,
+    grad: torch.Tensor,
+    rule: Callable[[LogicalTensor, torch.Tensor], torch.Tensor],
+    apply: Callable[[torch.Tensor, torch.Tensor], Any],
+) -> None:
+    """Update every matrix of a slice, each by its owner.
+
+    ``rule(tensor, G)`` gives the update U of a whole matrix, on the owner only; ``apply(w, u)``
+    changes the elements of a weight that this rank holds by those of U, 1-D views.
+    """
+    for tensor, piece in layout.local:
+        if layout.is_whole(tensor):
+            update = rule(tensor, piece_view(grad, piece).view(tensor.shape))
+            apply(piece_view(flat, piece), update.reshape(-1))
+    cut = [tensor for tensor in layout.tensors if not layout.is_whole(tensor)]
+    for bucket in buckets(cut):
+        matrices = collect(layout, bucket, grad)
+        updates = {
+            tensor.name: rule(tensor, matrices[tensor.name]).to(flat.dtype)
+            for tensor in bucket
+            if tensor.owner == layout.rank
+        }
+        pieces = distribute(layout, bucket, updates, flat)
+        for tensor in bucket:
+            mine = tensor.piece_of(layout.rank)
+            if mine is not None:
+                apply(piece_view(flat, mine), pieces[tensor.name])
 
 
 def reduce_over_ranks(values: torch.Tensor, layout: FlatLayout, op: Any) -> torch.Tensor:

@@ -16,8 +16,8 @@ from torch.optim.optimizer import ParamsT
 from megalr.errors import UserError
 from megalr.optim import adam_h
 from megalr.optim.base import LogicalOptimizer, require_matrix
-from megalr.optim.exchange import buckets, collect, distribute
-from megalr.optim.layout import FlatLayout, LogicalTensor, piece_view
+from megalr.optim.exchange import update_matrices
+from megalr.optim.layout import LogicalTensor
 from megalr.optim.projection import BASES, leading_bases, mixed_seed, refresh_due
 
 COMPAT = ("none", "published")
@@ -78,38 +78,13 @@ class MatrixOptimizer(LogicalOptimizer):
             update = adam_h.direction(state, grad, betas, group["eps"], dtype)
             adam_h.apply_update(flat, update, size, decay)
             return
-        layout = self.layout(parameter)
-        for tensor, piece in layout.local:
-            if layout.is_whole(tensor):
-                matrix = piece_view(grad, piece).view(tensor.shape)
-                update = self._whole(parameter, tensor, matrix, group)
-                adam_h.apply_update(piece_view(flat, piece), update.reshape(-1), size, decay)
-        self._update_cut(parameter, layout, flat, grad, group, (size, decay))
-
-    def _update_cut(
-        self,
-        parameter: torch.Tensor,
-        layout: FlatLayout,
-        flat: torch.Tensor,
-        grad: torch.Tensor,
-        group: dict[str, Any],
-        scaling: tuple[float, float],
-    ) -> None:
-        """The matrices that several ranks hold parts of: to the owner, update, and back."""
-        cut = [tensor for tensor in layout.tensors if not layout.is_whole(tensor)]
-        for bucket in buckets(cut):
-            matrices = collect(layout, bucket, grad)
-            updates = {
-                tensor.name: self._whole(parameter, tensor, matrices[tensor.name], group).to(
-                    flat.dtype
-                )
-                for tensor in bucket
-                if tensor.owner == layout.rank
-            }
-            for name, update in distribute(layout, bucket, updates, flat).items():
-                piece = next(t for t in bucket if t.name == name).piece_of(layout.rank)
-                assert piece is not None  # distribute returns what this rank holds
-                adam_h.apply_update(piece_view(flat, piece), update, *scaling)
+        update_matrices(
+            self.layout(parameter),
+            flat,
+            grad,
+            lambda tensor, matrix: self._whole(parameter, tensor, matrix, group),
+            lambda weight, update: adam_h.apply_update(weight, update, size, decay),
+        )
 
     def _whole(
         self,

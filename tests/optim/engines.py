@@ -20,6 +20,7 @@ from megalr.optim import (
     Fira,
     GaLore,
     GoLore,
+    Muon,
     StableSPAM,
     projection,
 )
@@ -44,6 +45,9 @@ METHODS = {
     "apollo": lambda g: Apollo(with_rank(g), lr=3e-3),
     "apollo_mini": lambda g: ApolloMini(with_rank(g, rank=1), lr=3e-4),
     "golore": lambda g: GoLore(with_rank(g), lr=3e-3, total_updates=20, rand_ratio=0.5),
+    "muon": lambda g: Muon(
+        [{**h, "use_muon": h["name"] == "matrices"} for h in g], lr=3e-3, adam_lr_ratio=0.3
+    ),
     "loro": lambda g: LORO(g, lr=3e-3, hidden_size=16, exact_every=GAP),
 }  # fmt: skip
 ELEMENTWISE = ("spam", "spam_sparse", "stable_spam")
@@ -239,6 +243,13 @@ def floating(value):
 
 
 BF16 = {"bf16": {"enabled": True}}
+PAPER = {
+    "bf16": {
+        "enabled": True,
+        "bf16_master_weights_and_grads": True,
+        "bf16_optimizer_states": True,
+    }
+}
 ENGINES = {
     "stage 0": (0, {}),
     "stage 1": (1, {}),
@@ -252,6 +263,8 @@ ENGINES = {
     "bf16 stage 1, fp32 accumulation": (1, {**BF16, "data_types": {"grad_accum_dtype": "fp32"}}),
     "bf16 stage 2": (2, BF16),
     "bf16 stage 3": (3, BF16),
+    "bf16 masters and states, stage 1": (1, PAPER),
+    "bf16 masters and states, stage 3": (3, PAPER),
 }
 
 

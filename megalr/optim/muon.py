@@ -1,0 +1,122 @@
+"""Muon on whole matrices, with DeepSpeed's Newton-Schulz iteration."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.optim.optimizer import ParamsT
+
+from megalr.errors import UserError
+from megalr.optim import adam_h
+from megalr.optim.base import LogicalOptimizer
+from megalr.optim.exchange import update_matrices
+from megalr.optim.layout import LogicalTensor
+from megalr.optim.matrix import check_choice
+
+
+class Muon(LogicalOptimizer):
+    """Muon (Jordan et al. 2024): momentum whose singular values are all set to about one.
+
+    For each logical matrix of a group with ``use_muon``: M <- momentum * M + (1 - momentum) G,
+    U = NS5((1 - momentum) G + momentum M) * sqrt(max(1, m / n)),
+    W <- (1 - lr * weight_decay) W - lr U. Other groups: AdamW with learning rate
+    lr * ``adam_lr_ratio``. State: m n elements a matrix, on its owner; two moments elsewhere.
+
+    The update of a matrix is DeepSpeed's ``muon_update``. What is not taken from DeepSpeed is how
+    it sits inside ZeRO: there it orthogonalizes before the global norm is measured (so clipping
+    scales the finished update), takes matrices stacked in one parameter for a single one, and
+    handles ZeRO 3 apart.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 0.02,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-10,
+        weight_decay: float = 0.0,
+        *,
+        use_muon: bool = False,
+        momentum: float = 0.95,
+        ns_method: str = "gram",
+        adam_lr_ratio: float = 0.015,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        options = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "use_muon": use_muon,
+            "momentum": momentum,
+            "ns_method": ns_method,
+            "adam_lr_ratio": adam_lr_ratio,
+        }
+        super().__init__(params, options, state_dtype)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        check_choice("ns_method", group["ns_method"], ("gram", "standard"))
+        if not 0 <= group["momentum"] < 1:
+            raise UserError(f"momentum must be in [0, 1), got {group['momentum']}")
+        for parameter in group["params"]:
+            for tensor in self.layout(parameter).tensors:
+                if group["use_muon"] and len(tensor.shape) != 2:
+                    raise UserError(f"Muon needs matrices; {tensor.name} has shape {tensor.shape}")
+
+    def _update(
+        self,
+        parameter: torch.Tensor,
+        flat: torch.Tensor,
+        grad: torch.Tensor,
+        group: dict[str, Any],
+    ) -> None:
+        state, lr = self.state[parameter], group["lr"]
+        state["step"] = state.get("step", 0) + 1
+        if not group["use_muon"]:
+            self._adamw(parameter, flat, grad, group)
+            return
+        keep = 1 - lr * group["weight_decay"]
+        update_matrices(
+            self.layout(parameter),
+            flat,
+            grad,
+            lambda tensor, matrix: self._orthogonalized(parameter, tensor, matrix, group),
+            lambda weight, update: weight.mul_(keep).add_(update, alpha=-lr),
+        )
+
+    def _adamw(
+        self, parameter: torch.Tensor, flat: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]
+    ) -> None:
+        """AdamW as in torch: eps outside the bias correction, decay first."""
+        state, betas, lr = self.state[parameter], group["betas"], group["lr"]
+        lr, step = lr * group["adam_lr_ratio"], state["step"]
+        dtype = self._moment_dtype(parameter)
+        first, second = adam_h.advance_moments(state, grad, betas, dtype)
+        root = (second.sqrt() / math.sqrt(1 - betas[1] ** step)).add_(group["eps"])
+        flat.mul_(1 - lr * group["weight_decay"])
+        flat.add_((first / root).to(flat.dtype), alpha=-lr / (1 - betas[0] ** step))
+
+    def _orthogonalized(
+        self,
+        parameter: torch.Tensor,
+        tensor: LogicalTensor,
+        grad: torch.Tensor,
+        group: dict[str, Any],
+    ) -> torch.Tensor:
+        from deepspeed.runtime.zero.muon.original_muon import muon_update
+
+        own = self.state[parameter].setdefault("matrices", {}).setdefault(tensor.name, {})
+        dtype = self._moment_dtype(parameter)
+        if "momentum_buffer" not in own:
+            own["momentum_buffer"] = torch.zeros_like(grad, dtype=dtype)
+        # The function is compiled where it is defined; every shape would compile anew.
+        with torch.compiler.set_stance("force_eager"):
+            return muon_update(
+                grad.to(dtype, copy=True),  # it writes into its argument
+                own["momentum_buffer"],
+                beta=group["momentum"],
+                ns_method=group["ns_method"],
+            )
