@@ -3,15 +3,19 @@
 
     python tools/preprocess_c4.py --input 'c4/c4-train.*.json.gz' --tokenizer tokenizer/ \
         --output data/c4 --workers 16
+    mpirun -n 64 python tools/preprocess_c4.py ...             (ranks share the files out)
+    python tools/preprocess_c4.py ... --share 3/16             (one task of a SLURM array)
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 from megalr.data.documents import ReadOptions
+from megalr.data.mpi import launched_ranks, run_mpi, world_communicator
 from megalr.data.preprocess import PreprocessJob, run_local
 from megalr.data.work import WorkSettings
 from megalr.errors import UserError, exit_cleanly
@@ -71,11 +75,26 @@ def parse_arguments() -> argparse.Namespace:
         default=1024,
         help="uncompressed files larger than this are divided at line ends (default: 1024)",
     )
+    add(
+        "--share",
+        default="0/1",
+        metavar="I/N",
+        help="work on the I-th of N shares (I from 0); the last one to finish writes the manifest",
+    )
     return parser.parse_args()
+
+
+def parse_share(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    share, shares = (int(match[1]), int(match[2])) if match else (0, 0)
+    if share >= shares:
+        raise UserError(f"--share is '{text}', it must be I/N with I from 0 to N - 1, such as 0/16")
+    return share, shares
 
 
 def main() -> int:
     args = parse_arguments()
+    share, shares = parse_share(args.share)
     if not 0 <= args.validation_fraction < 1:
         raise UserError(f"--validation_fraction is {args.validation_fraction}, allowed is [0, 1)")
     if args.validation_fraction and args.split == "validation":
@@ -90,9 +109,18 @@ def main() -> int:
         split=args.split,
         reading=ReadOptions(args.text_key, args.text_documents, args.max_bad_lines),
     )
-    job = PreprocessJob(args.input, settings, args.part_megabytes << 20)
-    summary = run_local(job, args.workers)
-    print(json.dumps(summary.__dict__, indent=1))
+
+    def make_job() -> PreprocessJob:
+        return PreprocessJob(args.input, settings, args.part_megabytes << 20, share, shares)
+
+    if launched_ranks() > 1:
+        if args.workers != 1:
+            raise UserError("under MPI every rank is one worker: start more ranks, not --workers")
+        summary = run_mpi(make_job, world_communicator())
+    else:
+        summary = run_local(make_job(), args.workers)
+    if summary is not None:
+        print(json.dumps(summary.__dict__, indent=1))
     return 0
 
 

@@ -148,12 +148,14 @@ class DocumentReader:
                 stream.seek(position - 1)
                 position += len(stream.readline()) - 1  # the line that began before belongs there
             while position < self.part.stop:
-                lines = stream.readlines(min(BATCH_BYTES, self.part.stop - position))
+                lines: list[bytes] = []
+                end = min(position + BATCH_BYTES, self.part.stop)
+                while position < end and (line := stream.readline()):
+                    lines.append(line)
+                    position += len(line)
                 if not lines:
                     break
-                block = b"".join(lines)
-                digest.update(block)
-                position += len(block)
+                digest.update(b"".join(lines))
                 yield lines
         self.report.sha256 = digest.hexdigest()
 

@@ -20,11 +20,6 @@ def temporary_name(path: Path, job: str) -> Path:
     return path.with_name(f".{path.name}.{job}.partial")
 
 
-def is_temporary(path: Path) -> bool:
-    """Whether the file is the unfinished work of some job."""
-    return path.name.startswith(".") and path.name.endswith(".partial")
-
-
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn the system's write errors (disk full, quota, read-only, no permission) into one line."""

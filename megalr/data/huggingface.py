@@ -9,6 +9,8 @@ from typing import Any
 from megalr.errors import UserError
 
 UNIGRAM = 1  # sentencepiece_model.proto, TrainerSpec.ModelType
+MATCHED_TYPES = (1, 4)  # NORMAL and USER_DEFINED; the others never match running text
+UNMATCHED = 10_000.0  # below any score: tokenizers has no pieces that cannot match
 SPACE = "\u2581"
 
 
@@ -57,7 +59,11 @@ def _fast_tokenizer(proto: Any) -> Any:
     trainer, rules = proto.trainer_spec, proto.normalizer_spec
     if not rules.escape_whitespaces or trainer.treat_whitespace_as_suffix:
         raise UserError("SentencePiece models without leading escaped spaces are not supported")
-    vocabulary = [(piece.piece, piece.score) for piece in proto.pieces]
+    lowest = min(piece.score for piece in proto.pieces) - UNMATCHED
+    vocabulary = [
+        (piece.piece, piece.score if piece.type in MATCHED_TYPES else lowest)
+        for piece in proto.pieces
+    ]
     tokenizer = Tokenizer(
         models.Unigram(vocabulary, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback)
     )
@@ -74,7 +80,7 @@ def _fast_tokenizer(proto: Any) -> Any:
     if rules.add_dummy_prefix:
         decoding.append(decoders.Strip(" ", 1, 0))
     tokenizer.decoder = decoders.Sequence(decoding)
-    control = [p.piece for p in proto.pieces if p.type in (2, 3)]  # UNKNOWN and CONTROL
+    control = [p.piece for p in proto.pieces if p.type in (2, 3)]  # UNKNOWN, CONTROL
     tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in control])
     if trainer.eos_id >= 0:
         end = proto.pieces[trainer.eos_id].piece

