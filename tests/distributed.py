@@ -50,6 +50,9 @@ def _worker(rank: int, world_size: int, port: int, pipe: Connection) -> None:
     import deepspeed
     import torch
 
+    from megalr.training.distributed import skip_shared_memory_op
+
+    skip_shared_memory_op()
     warnings.simplefilter("ignore")  # DeepSpeed calls what torch has renamed since
     torch.set_num_threads(1)
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)

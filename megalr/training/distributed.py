@@ -54,9 +54,21 @@ def start_distributed() -> torch.device:
             )
         torch.cuda.set_device(local_rank)
         device = torch.device("cuda", local_rank)
+    skip_shared_memory_op()
     backend = "nccl" if device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
     return device
+
+
+def skip_shared_memory_op() -> None:
+    """Keep DeepSpeed from compiling its CPU shared-memory all-reduce, which only inference uses.
+
+    Compiling takes a minute at the first start of a machine, and a process killed meanwhile leaves
+    a lock that every later start waits for (docs/deepspeed-notes.md).
+    """
+    from deepspeed import ops
+
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def is_main() -> bool:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megalr.config.schema import RunConfig
 from megalr.data.loader import MicroBatch, UpdateBatch
 from megalr.models.flops import flops_per_token
-from megalr.optim.schedules import Schedule
+from megalr.restarts.controller import Restarts
 from megalr.training.checkpoint import save_checkpoint
 from megalr.training.engine import gradient_norm, plain_gradient_norm, set_learning_rate
 from megalr.training.evaluation import evaluate
@@ -34,11 +34,15 @@ class Trainer:
         device: where this rank computes.
         batches: this rank's UpdateBatch of every update from ``start`` on.
         validation: the fixed validation batches, iterable again and again; None without evaluation.
-        schedule: factor of the peak learning rate by update.
+        restarts: refactorization and momentum reset; also gives the learning rate's factor.
         metrics: where events go.
         state: further plain values to save in every checkpoint.
         start: updates done before.
         tokens: targets consumed before.
+
+    Attributes:
+        update: updates done.
+        train_seconds: time of the updates so far, without evaluation, saving and restarts.
     """
 
     def __init__(
@@ -48,7 +52,7 @@ class Trainer:
         device: torch.device,
         batches: Iterator[UpdateBatch],
         validation: Iterable[MicroBatch] | None,
-        schedule: Schedule,
+        restarts: Restarts,
         metrics: MetricsWriter,
         state: dict[str, Any],
         start: int = 0,
@@ -59,13 +63,14 @@ class Trainer:
         self.device = device
         self.batches = batches
         self.validation = validation
-        self.schedule = schedule
+        self.restarts = restarts
         self.metrics = metrics
         self.state = state
         self.update = start
         self.tokens = tokens
         self.folder = Path(config.run.dir)
         self.watch = Stopwatch()
+        self.train_seconds = 0.0
         self._interval = _Interval(device)
         self._flops_per_token = flops_per_token(engine.module, config.data.sequence_length)
         self._peak_flops = peak_flops(device, config.train.precision)
@@ -76,6 +81,7 @@ class Trainer:
         self.watch.lap()
         while self.update < config.train.updates:
             self.train_update(next(self.batches))
+            self.restart_if_due()
             last = self.update == config.train.updates
             if last or self.update % config.log.every == 0:
                 self.log_step()
@@ -93,7 +99,10 @@ class Trainer:
         them.
         """
         engine = self.engine
-        set_learning_rate(engine, self.config.optimizer.lr * self.schedule(self.update))
+        self._interval.learning_rate = (
+            self.config.optimizer.lr * self.restarts.learning_rate_factor(self.update)
+        )
+        set_learning_rate(engine, self._interval.learning_rate)
         scale = engine.dp_world_size / max(1, batch.num_targets)
         for input_ids, labels in batch.micro_batches:
             loss = engine(
@@ -115,6 +124,14 @@ class Trainer:
         self.tokens += batch.num_targets
         self.update += 1
 
+    def restart_if_due(self) -> None:
+        """Refactorize and reset if the configuration says so after this update; report it."""
+        before = self.restarts.seconds
+        report = self.restarts.after_update(self.update, self._interval.norm)
+        if report is not None:
+            self.metrics.write("restart", self.update, **report.metrics())
+            self.watch.exclude(self.restarts.seconds - before)
+
     def log_step(self) -> None:
         """Report the updates since the last report; the only place that waits for the device."""
         loss_sum = self._interval.loss_sum
@@ -122,6 +139,7 @@ class Trainer:
             dist.all_reduce(loss_sum)
         loss = float(loss_sum) / max(1, self._interval.targets)
         seconds = self.watch.lap()
+        self.train_seconds += seconds
         rate = self._interval.targets / seconds
         world = dist.get_world_size() if dist.is_initialized() else 1
         mfu: float | str = "n/a"
@@ -133,7 +151,7 @@ class Trainer:
             self.update,
             loss=loss,
             gradient_norm=float(self._interval.norm),
-            learning_rate=self.config.optimizer.lr * self.schedule(self.update - 1),
+            learning_rate=self._interval.learning_rate,
             tokens=self.tokens,
             tokens_per_second=rate,
             step_seconds=step_seconds,
@@ -159,7 +177,7 @@ class Trainer:
             self.engine,
             self.folder,
             self.update,
-            {**self.state, "tokens": self.tokens},
+            {**self.state, "tokens": self.tokens, "restarts": self.restarts.state_dict()},
             self.config.checkpoint.keep_last,
         )
         self.metrics.write("checkpoint", self.update, path=path, save_seconds=seconds)
@@ -177,6 +195,7 @@ class _Interval:
     def __init__(self, device: torch.device) -> None:
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.norm: torch.Tensor | float = float("nan")
+        self.learning_rate = 0.0
         self.targets = 0
         self.updates = 0
 

@@ -28,6 +28,7 @@ from megalr.errors import UserError
 from megalr.models.config import decoder_config
 from megalr.models.flops import parameter_count
 from megalr.optim.schedules import make_schedule
+from megalr.restarts.controller import Restarts
 from megalr.training.checkpoint import load_checkpoint
 from megalr.training.distributed import agree, is_main, on_main, start_distributed
 from megalr.training.engine import build_engine, build_model
@@ -57,11 +58,20 @@ def pretrain(config: RunConfig, ds_user: dict[str, Any], ds_source: str) -> None
     parameters = parameter_count(decoder)
     trainable = parameter_count(decoder, trainable_only=True)
     engine = build_engine(config, ds_config, decoder)
+    restarts = Restarts(
+        config.restarts,
+        engine,
+        decoder.factor_pairs(),
+        config.train.updates,
+        make_schedule(config.schedule, config.train.updates),
+    )
     folder = Path(config.run.dir)
     state: dict[str, Any] = {"update": 0, "tokens": 0}
     if tag is not None:
         state = load_checkpoint(engine, folder, tag)
         _check_data(state, train_data)
+        restarts.load_state_dict(state["restarts"])
+        restarts.after_load()
     metrics = MetricsWriter(
         folder,
         is_main(),
@@ -106,7 +116,7 @@ def pretrain(config: RunConfig, ds_user: dict[str, Any], ds_source: str) -> None
             device,
             loader,
             _validation(config, validation_data, world),
-            make_schedule(config.schedule, config.train.updates),
+            restarts,
             metrics,
             {"data_fingerprint": train_data.fingerprint},
             start=state["update"],
@@ -118,6 +128,8 @@ def pretrain(config: RunConfig, ds_user: dict[str, Any], ds_source: str) -> None
             trainer.update,
             updates=trainer.update,
             seconds=round(time.perf_counter() - started, 3),
+            train_seconds=round(trainer.train_seconds, 3),
+            restart_share=restarts.seconds / max(trainer.train_seconds, 1e-9),
             reason="finished",
         )
 

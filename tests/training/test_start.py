@@ -1,0 +1,66 @@
+"""How a process starts, and how ranks agree when one of them is in trouble."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megalr.errors import AgreedError, UserError
+from megalr.training.distributed import agree, on_main
+from tests.distributed import run_distributed
+
+
+def test_one_process_starts_without_a_launcher_and_compiles_nothing(tmp_path: Path) -> None:
+    code = (
+        "import torch.distributed as dist\n"
+        "from megalr.training.distributed import start_distributed\n"
+        "print(start_distributed(), dist.get_world_size(), dist.get_backend())\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    environment |= {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"), "DS_ACCELERATOR": "cpu"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.splitlines()[-1:] == ["cpu 1 gloo"], done.stderr
+    assert not (tmp_path / "extensions").exists()
+
+
+def _trouble_on(rank_in_trouble: int) -> str:
+    import torch.distributed as dist
+
+    error = UserError("no data here") if dist.get_rank() == rank_in_trouble else None
+    try:
+        agree(error)
+    except AgreedError as agreed:
+        return str(agreed)
+    return "fine"
+
+
+def _ask_main(fails: bool) -> object:
+    import torch.distributed as dist
+
+    def look() -> int:
+        assert dist.get_rank() == 0
+        if fails:
+            raise UserError("folder in use")
+        return 17
+
+    try:
+        return on_main(look)
+    except AgreedError as agreed:
+        return str(agreed)
+
+
+def test_all_ranks_stop_with_the_words_of_the_one_in_trouble() -> None:
+    assert run_distributed(_trouble_on, 3, 1) == ["rank 1: no data here"] * 3
+    assert run_distributed(_trouble_on, 3, -1) == ["fine"] * 3
+
+
+@pytest.mark.parametrize("fails, expected", [(False, 17), (True, "folder in use")])
+def test_main_rank_looks_and_all_ranks_hear(fails: bool, expected: object) -> None:
+    assert run_distributed(_ask_main, 3, fails) == [expected] * 3
