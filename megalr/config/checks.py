@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from megalr.config.optimizers import ADAMW_EPS
+from megalr.config.projected import PROJECTED_NAMES
+
 
 def cross_problems(value_of: Callable[[str], Any]) -> Iterator[tuple[str, str]]:
     """Yield (dotted key, what is wrong with it) for every rule that is broken.
@@ -13,6 +16,7 @@ def cross_problems(value_of: Callable[[str], Any]) -> Iterator[tuple[str, str]]:
     on (absent, or already found to be wrong); a rule that lacks a value says nothing.
     """
     yield from _batch_problems(value_of)
+    yield from _method_problems(value_of)
     warmup, updates = value_of("schedule.warmup_updates"), value_of("train.updates")
     if warmup is not None and updates is not None and warmup > updates:
         yield (
@@ -20,6 +24,21 @@ def cross_problems(value_of: Callable[[str], Any]) -> Iterator[tuple[str, str]]:
             f"more warm-up updates than the run has (train.updates = {updates}); "
             "lower the one or raise the other",
         )
+
+
+def _method_problems(value_of: Callable[[str], Any]) -> Iterator[tuple[str, str]]:
+    """Methods with an update rule of their own against the optimizer section."""
+    method, optimizer = value_of("method.name"), value_of("optimizer.name")
+    if method not in PROJECTED_NAMES:
+        return
+    if optimizer not in (None, "adamw"):
+        yield (
+            "optimizer.name",
+            f"method {method} brings its own update rule: keep adamw, whose learning rate, betas "
+            "and weight decay it uses",
+        )
+    elif value_of("optimizer.eps") not in (None, ADAMW_EPS):
+        yield "optimizer.eps", f"not used by method {method}: set method.eps instead"
 
 
 def _batch_problems(value_of: Callable[[str], Any]) -> Iterator[tuple[str, str]]:

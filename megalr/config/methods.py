@@ -11,9 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from megalr.config.base import AsTuple, Section
-
-Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]
-ALL_PROJECTIONS: tuple[Projection, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+from megalr.config.projected import ALL_PROJECTIONS, ProjectedMethods, Projection
 
 
 class FullRankMethod(Section):
@@ -48,4 +46,6 @@ class LowRankMethod(Section):
         return targets
 
 
-MethodConfig = Annotated[FullRankMethod | LowRankMethod, Field(discriminator="name")]
+MethodConfig = Annotated[
+    FullRankMethod | LowRankMethod | ProjectedMethods, Field(discriminator="name")
+]

@@ -5,23 +5,22 @@ To add one, write its class here and append it to ``OptimizerConfig``.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
 from megalr.config.base import Betas, Section
 
+ADAMW_EPS = 1e-8
 
-class AdamWOptimizer(Section):
-    """AdamW as in torch.optim.AdamW: bias-corrected moments, decoupled weight decay."""
 
-    name: Literal["adamw"] = "adamw"
+class _Adam(Section):
+    """What every optimizer has: all of them keep Adam's moments of some tensors."""
+
     lr: float = Field(gt=0, examples=[1.5e-3])
     """Peak learning rate: the schedule multiplies it by a factor of at most 1."""
     betas: Betas = Field(default=(0.9, 0.999), examples=[[0.9, 0.999]])
     """Decay rates of the first and second moment, a number in [0, 1) each."""
-    eps: float = Field(default=1e-8, gt=0, examples=[1e-8])
-    """Added to the root of the bias-corrected second moment."""
     weight_decay: float = Field(default=0.0, ge=0, examples=[0.01])
     """Decoupled weight decay: an update shrinks the weights by learning rate x weight_decay."""
 
@@ -33,5 +32,76 @@ class AdamWOptimizer(Section):
         return betas
 
 
-OptimizerConfig = AdamWOptimizer
-"""``Annotated[A | B, Field(discriminator="name")]`` as soon as there is a second class."""
+class AdamWOptimizer(_Adam):
+    """AdamW as in torch.optim.AdamW: bias-corrected moments, decoupled weight decay."""
+
+    name: Literal["adamw"] = "adamw"
+    eps: float = Field(default=ADAMW_EPS, gt=0, examples=[1e-8])
+    """Added to the root of the bias-corrected second moment."""
+
+
+class SPAMOptimizer(_Adam):
+    """SPAM: Adam with spike clipping, periodic reset of the moments and an optional mask."""
+
+    name: Literal["spam"] = "spam"
+    eps: float = Field(default=1e-6, gt=0, examples=[1e-6])
+    """Added to the root of the second moment, before the bias correction."""
+    threshold: float = Field(default=5000.0, ge=0, examples=[5000])
+    """A gradient element g with g^2 > threshold x second moment is clipped; 0 = no clipping."""
+    update_gap: int = Field(default=500, ge=0, examples=[500])
+    """Updates between two resets of the moments; 0 = none."""
+    warmup_epoch: int = Field(default=150, ge=0, examples=[150])
+    """Updates over which the learning rate recovers after a reset, a cosine from 1 %."""
+    grad_accu_steps: int = Field(default=20, ge=0, examples=[20])
+    """Updates after the start and after each reset without clipping."""
+    density: float = Field(default=1.0, gt=0, le=1, examples=[1.0])
+    """Share of the elements of target matrices that are trained at a time (a random mask)."""
+    compat: Literal["none", "published"] = Field(default="none", examples=["published"])
+    """published: elements whose second moment is still zero are clipped to zero, and target
+    matrices get no weight decay, as in the published code."""
+
+
+class StableSPAMOptimizer(_Adam):
+    """Stable-SPAM: spikes rescaled, gradient norms stabilized, moments reset now and then."""
+
+    name: Literal["stable_spam"] = "stable_spam"
+    eps: float = Field(default=1e-8, gt=0, examples=[1e-8])
+    """Added to the root of the bias-corrected second moment."""
+    gamma1: float = Field(default=0.85, ge=-1, lt=1, examples=[0.85])
+    """Decay rate of the average gradient norm; -1 = the first of betas."""
+    gamma2: float = Field(default=0.999, ge=0, lt=1, examples=[0.99999])
+    """Decay rate of the average squared gradient norm."""
+    gamma3: float = Field(default=0.999, ge=0, lt=1, examples=[0.999])
+    """Decay rate of the average largest element, beyond which elements are rescaled."""
+    total_T: int | None = Field(default=None, ge=1, examples=[20000])
+    """Updates over which the first of betas and gamma1 are annealed by a cosine to eta times
+    their value; null = train.updates."""
+    eta: float = Field(default=0.5, ge=0, le=1, examples=[0.5])
+    """What is left of the annealed decay rates at the end; 1 = no annealing."""
+    update_gap: int = Field(default=500, ge=0, examples=[1000])
+    """Updates between two resets of the moments; 0 = none."""
+    compat: Literal["none", "published"] = Field(default="none", examples=["published"])
+    """published: the old moments make one more step at a reset, bias corrections of the averages
+    restart with it, and annealing is periodic, as in the published code."""
+
+
+class MuonOptimizer(_Adam):
+    """Muon: orthogonalized momentum for target matrices, AdamW for everything else."""
+
+    name: Literal["muon"] = "muon"
+    betas: Betas = Field(default=(0.9, 0.95), examples=[[0.9, 0.95]])
+    """AdamW's decay rates, a number in [0, 1) each."""
+    eps: float = Field(default=1e-10, gt=0, examples=[1e-10])
+    """Added to the root of AdamW's bias-corrected second moment."""
+    momentum: float = Field(default=0.95, ge=0, lt=1, examples=[0.95])
+    """Decay rate of the momentum of target matrices."""
+    adam_lr_ratio: float = Field(default=0.015, gt=0, examples=[0.015])
+    """AdamW's learning rate as a share of lr (lr is the spectral norm of a matrix update)."""
+    ns_method: Literal["gram", "standard"] = Field(default="gram", examples=["gram"])
+    """Form of the Newton-Schulz iteration: gram is faster and runs in fp16, standard in bf16."""
+
+
+OptimizerConfig = Annotated[
+    AdamWOptimizer | SPAMOptimizer | StableSPAMOptimizer | MuonOptimizer,
+    Field(discriminator="name"),
+]
