@@ -54,8 +54,8 @@ class SpikeDetector:
         self._quiet_until = state["quiet_until"]
 
 
-def any_rank(flag: bool, device: torch.device, group: dist.ProcessGroup) -> bool:
-    """Whether the flag is up on some rank of the group; the same answer on all of them."""
-    value = torch.tensor(int(flag), dtype=torch.int32, device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX, group=group)
-    return bool(value.item())
+def largest_of_ranks(value: float, device: torch.device, group: dist.ProcessGroup) -> float:
+    """The largest value over the ranks of the group, so that all of them decide alike."""
+    tensor = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
+    return float(tensor)

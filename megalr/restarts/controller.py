@@ -18,7 +18,7 @@ from torch import Tensor
 from megalr.config.restarts import RestartsConfig
 from megalr.errors import UserError
 from megalr.layers.factors import FactorPair
-from megalr.restarts.adaptive import SpikeDetector, any_rank
+from megalr.restarts.adaptive import SpikeDetector, largest_of_ranks
 from megalr.restarts.exchange import BUCKET_BYTES, FactorExchange
 from megalr.restarts.refactorize import (
     factor_parameters,
@@ -171,9 +171,8 @@ class Restarts:
             return False
         if gradient_norm is None:
             raise ValueError("restarts.gradient_norm_spike needs the gradient norm of every update")
-        seen = self._spikes.observe(update, float(gradient_norm))
-        agreed = any_rank(seen, self._state.device, self._state.process_group)
-        return agreed and self.schedule.in_window(update)
+        norm = largest_of_ranks(float(gradient_norm), self._state.device, self._state.process_group)
+        return self._spikes.observe(update, norm) and self.schedule.in_window(update)
 
     def _imbalance_due(self, update: int) -> bool:
         return (

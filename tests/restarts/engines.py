@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -143,3 +143,15 @@ def logits(engine: Any, update: int = 0) -> Tensor:
     """Logits of the whole global batch on this rank."""
     with torch.no_grad():
         return engine(batch(update)[0]).float().clone()
+
+
+def message_of(function: Callable[..., Any], *args: Any) -> str:
+    """``Type: message`` of what ``function(*args)`` raises, "" if nothing.
+
+    Raising out of a worker would end all workers, which are dear to start.
+    """
+    try:
+        function(*args)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
