@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megalr.data.indexed import IndexedShard, allow_open_files
+from megalr.data.indexed import IndexedShard, allow_open_files, token_dtype
 from megalr.data.manifest import Manifest, ShardEntry, TokenizerInfo, check_sizes, load_manifest
 from megalr.data.order import SampleOrder
 from megalr.errors import UserError
@@ -37,9 +37,10 @@ class Source:
 class _Shard:
     """A shard of the manifest; its files are opened when a sample of it is first read."""
 
-    def __init__(self, folder: Path, entry: ShardEntry) -> None:
+    def __init__(self, folder: Path, entry: ShardEntry, dtype: np.dtype) -> None:
         self.prefix = folder / entry.name
         self.entry = entry
+        self._dtype = dtype
 
     @cached_property
     def files(self) -> IndexedShard:
@@ -49,6 +50,11 @@ class _Shard:
             raise UserError(
                 f"{self.prefix}.idx: {found[0]} documents and {found[1]} tokens, the manifest says "
                 f"{self.entry.documents} and {self.entry.tokens}; the files do not belong together"
+            )
+        if shard.dtype != self._dtype:
+            raise UserError(
+                f"{self.prefix}.idx: ids are {shard.dtype.name}, a vocabulary of this size needs "
+                f"{self._dtype.name}; the files do not belong together"
             )
         return shard
 
@@ -83,8 +89,11 @@ class TokenDataset:
         self.tokenizer: TokenizerInfo = _common_tokenizer(manifests)
         self.append_eos: bool = manifests[0][1].append_eos
         self.tokenizer_path: Path = manifests[0][0] / self.tokenizer.path
+        self._dtype = token_dtype(self.tokenizer.vocab_size)
         self._shards = [
-            _Shard(folder, entry) for folder, _, entries in manifests for entry in entries
+            _Shard(folder, entry, self._dtype)
+            for folder, _, entries in manifests
+            for entry in entries
         ]
         allow_open_files(len(self._shards) * (1 if packing else 2) + 256)
         tokens = np.array([shard.entry.tokens for shard in self._shards], np.int64)
@@ -153,26 +162,30 @@ class TokenDataset:
             return np.minimum(self._tokens[owner] - 1 - start, self.sequence_length)
         result = np.empty(len(samples), np.int64)
         for shard, rows, local in self._by_shard(samples):
-            result[rows] = shard.files.spans(local)[1]
+            result[rows] = shard.files.sizes(local)
         return np.maximum(np.minimum(result, self.sequence_length) - 1, 0)
 
-    def read(self, samples: Integers) -> tuple[Integers, Integers]:
-        """Inputs and labels of the given samples; both int64 (n, S).
+    def read(
+        self, samples: Integers, out: tuple[Integers, Integers] | None = None
+    ) -> tuple[Integers, Integers]:
+        """Inputs and labels of the given samples; both int64 (n, S), written to ``out`` if given.
 
         Raises UserError for an id outside the vocabulary and for damaged files.
         """
         n, length = len(samples), self.sequence_length
-        tokens = np.full((n, length + 1), self.pad_id, np.int64)
+        tokens = np.full((n, length + 1), self.pad_id, self._dtype)
         used = np.empty(n, np.int64)  # ids of each row, inputs and last target together
         for shard, rows, local in self._by_shard(samples):
             read = self._read_windows if self.packing else self._read_documents
             used[rows] = read(shard.files, local, rows, tokens)
         if n and (tokens.min() < 0 or tokens.max() >= self.vocab_size):
             raise self._wrong_id(samples, tokens)
+        inputs, labels = out or (np.empty((n, length), np.int64), np.empty((n, length), np.int64))
+        inputs[...], labels[...] = tokens[:, :-1], tokens[:, 1:]
         short = np.flatnonzero(used <= length)
-        inputs, labels = tokens[:, :-1].copy(), tokens[:, 1:].copy()
-        column = np.arange(length)
-        labels[short] = np.where(column < used[short, None] - 1, labels[short], NO_TARGET)
+        if len(short):
+            missing = np.arange(length) >= used[short, None] - 1
+            labels[short] = np.where(missing, NO_TARGET, labels[short])
         return inputs, labels
 
     def _by_shard(self, samples: Integers) -> Iterator[tuple[_Shard, Integers, Integers]]:
@@ -186,15 +199,21 @@ class TokenDataset:
             yield self._shards[owner[start]], rows[start:stop], local[start:stop]
 
     def _read_windows(
-        self, shard: IndexedShard, local: Integers, rows: Integers, out: Integers
+        self, shard: IndexedShard, local: Integers, rows: Integers, out: NDArray[Any]
     ) -> Integers:
-        starts = local * self.sequence_length
-        counts = np.minimum(shard.num_tokens - starts, self.sequence_length + 1)
-        _copy_rows(shard.tokens, starts, counts, rows, out)
+        length = self.sequence_length
+        counts = np.minimum(shard.num_tokens - local * length, length + 1)
+        whole = counts == length + 1
+        if whole.all():  # rows of a 2-D view are copied at the speed of memory
+            windows = shard.tokens[: shard.num_tokens // length * length].reshape(-1, length)
+            out[rows, :-1] = windows[local]
+            out[rows, -1] = shard.tokens[(local + 1) * length]
+        else:
+            _copy_rows(shard.tokens, local * length, counts, rows, out)
         return counts
 
     def _read_documents(
-        self, shard: IndexedShard, local: Integers, rows: Integers, out: Integers
+        self, shard: IndexedShard, local: Integers, rows: Integers, out: NDArray[Any]
     ) -> Integers:
         length = self.sequence_length
         starts, sizes = shard.spans(local)
@@ -204,7 +223,7 @@ class TokenDataset:
             out[rows[sizes > length], length - 1] = self.tokenizer.eos_id
         return counts
 
-    def _wrong_id(self, samples: Integers, tokens: Integers) -> UserError:
+    def _wrong_id(self, samples: Integers, tokens: NDArray[Any]) -> UserError:
         row, column = np.argwhere((tokens < 0) | (tokens >= self.vocab_size))[0]
         shard = self._shards[np.searchsorted(self._firsts, samples[row], side="right") - 1]
         return UserError(
@@ -214,7 +233,7 @@ class TokenDataset:
 
 
 def _copy_rows(
-    tokens: NDArray[Any], starts: Integers, counts: Integers, rows: Integers, out: Integers
+    tokens: NDArray[Any], starts: Integers, counts: Integers, rows: Integers, out: NDArray[Any]
 ) -> None:
     """``out[row, :count] = tokens[start : start + count]`` for every row."""
     for row, start, count in zip(rows.tolist(), starts.tolist(), counts.tolist(), strict=True):

@@ -266,6 +266,17 @@ class IndexedShard:
             )
         return start // self.dtype.itemsize, (stop - start) // self.dtype.itemsize
 
+    def sizes(self, documents: Integers) -> Integers:
+        """Number of tokens of each document, with fewer checks than :meth:`spans`."""
+        first = self.documents[documents]
+        if (
+            self.num_sequences == self.num_documents
+            and (first == documents).all()
+            and (self.documents[documents + 1] == documents + 1).all()
+        ):
+            return self.lengths[documents].astype(np.int64)  # one sequence a document
+        return self.spans(documents)[1]
+
     def document(self, number: int) -> NDArray[Any]:
         """The ids of one document, mapped read-only."""
         if not 0 <= number < self.num_documents:

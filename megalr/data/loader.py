@@ -103,7 +103,10 @@ class UpdateLoader:
         sources = np.bincount(
             self._dataset.source_of(samples), minlength=len(self._dataset.sources)
         )
-        inputs, labels = (self._tensor(a) for a in self._dataset.read(samples[self._mine]))
+        shape = (len(self._mine), self._dataset.sequence_length)
+        inputs = torch.empty(shape, dtype=torch.int64, pin_memory=self._pin_memory)
+        labels = torch.empty_like(inputs, pin_memory=self._pin_memory)
+        self._dataset.read(samples[self._mine], (inputs.numpy(), labels.numpy()))
         size = self._micro_batch_size
         micro_batches = list(zip(inputs.split(size), labels.split(size), strict=True))
         return UpdateBatch(update, micro_batches, num_targets, tuple(sources.tolist()))
@@ -123,10 +126,6 @@ class UpdateLoader:
             self._planned_samples = samples.reshape(updates, -1)
         row = update - self._planned_from
         return self._planned_samples[row], int(self._planned_targets[row])
-
-    def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor.pin_memory() if self._pin_memory else tensor
 
     def _prefetch(self, update: int) -> None:
         while not self._stopped.is_set():

@@ -201,3 +201,27 @@ def test_names_are_unique_and_do_not_depend_on_the_order_of_the_arguments(tmp_pa
     assert sum(name.startswith("c4.00000-") for name in names) == 2
     assert names[0] == f"big-part-00000-of-{len(plan) - 2:05d}"
     assert plan_parts([paths[0]], 1000).keys() == {"c4.00000"}
+
+
+def test_a_hub_data_set_is_streamed_file_by_file(tmp_path: Path) -> None:
+    """A folder of files opens the way a data set of the hub does."""
+    texts = [prose(30, seed=n) for n in range(2)]
+    for number, name in enumerate("ab"):
+        write_jsonl(tmp_path / f"{name}.json.gz", texts[number])
+    parts = plan_parts([f"hub:{tmp_path}"], 1 << 30)
+    assert len(parts) == 2
+    found = []
+    for part in parts.values():
+        found.append([t for batch in DocumentReader(part, ReadOptions()) for t in batch])
+    assert found == texts
+
+
+def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def fail(*_: object, **__: object) -> None:
+        raise ConnectionError("Couldn't reach 'allenai/c4' on the Hub\nmore")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(UserError, match=r"hub:allenai/c4: .*\(Couldn't reach .*local files"):
+        plan_parts(["hub:allenai/c4"], 1 << 30)

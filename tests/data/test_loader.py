@@ -103,11 +103,11 @@ class _FailsLater:
     def __getattr__(self, name: str):
         return getattr(self._dataset, name)
 
-    def read(self, samples: np.ndarray):
+    def read(self, samples: np.ndarray, out: tuple[np.ndarray, np.ndarray]):
         self.reads += 1
         if self.reads == 3:
             raise UserError("planted")
-        return self._dataset.read(samples)
+        return self._dataset.read(samples, out)
 
 
 def test_an_error_of_the_reading_thread_reaches_the_consumer_and_ends_the_loader(
