@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from megalr.optim.quantized import MINIMUM, decode, encode
+
 
 def advance_moments(
     state: dict[str, Any],
@@ -39,6 +41,26 @@ def direction(
     """N = m / (sqrt(v) + eps) after advancing the moments by ``grad``; dtype of the moments."""
     first, second = advance_moments(state, grad, betas, dtype)
     return first / second.sqrt().add_(eps)
+
+
+def direction_8bit(
+    state: dict[str, Any], grad: torch.Tensor, betas: tuple[float, float], eps: float
+) -> torch.Tensor:
+    """:func:`direction` with moments stored in 8 bits between updates, computed in fp32.
+
+    Tensors below 4096 elements keep fp32 moments.
+    """
+    if grad.numel() < MINIMUM:
+        return direction(state, grad, betas, eps, torch.float32)
+    moments: dict[str, Any] = {}
+    if "exp_avg" in state:
+        for key in ("exp_avg", "exp_avg_sq"):
+            moments[key] = decode(state[key], state[f"{key}_scale"], torch.float32)
+    found = direction(moments, grad, betas, eps, torch.float32)
+    for key in ("exp_avg", "exp_avg_sq"):
+        codes, scales = encode(moments[key], signed=key == "exp_avg")
+        state[key], state[f"{key}_scale"] = codes, scales
+    return found
 
 
 def step_size(lr: float, betas: tuple[float, float], step: int) -> float:

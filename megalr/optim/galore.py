@@ -24,7 +24,8 @@ class GaLore(MatrixOptimizer):
 
     State of a matrix of sizes s <= l (elements): s r + 2 l r (full: (m + n) r + 2 r^2).
     ``basis``: svd (the published full SVD), subspace (randomized iteration) or auto. ``limiter``:
-    Fira's limiter on the update (off as published).
+    Fira's limiter on the update (off as published). ``state_bits=8`` keeps the moments of target
+    matrices in 8 bits (:mod:`megalr.optim.quantized`): 2 l r bytes and a scale a 256 elements.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class GaLore(MatrixOptimizer):
         basis: str = "auto",
         stagger: bool = False,
         limiter: bool = False,
+        state_bits: int = 32,
         state_dtype: torch.dtype | None = None,
         seed: int = 0,
     ) -> None:
@@ -57,12 +59,15 @@ class GaLore(MatrixOptimizer):
             "basis": basis,
             "stagger": stagger,
             "limiter": limiter,
+            "state_bits": state_bits,
         }
         super().__init__(params, options, state_dtype, seed)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         side_of((1, 1), group["proj_type"])
+        if group["state_bits"] not in (8, 32):
+            raise UserError(f"state_bits must be 8 or 32, got {group['state_bits']}")
 
     def _refresh(
         self,
@@ -79,17 +84,21 @@ class GaLore(MatrixOptimizer):
         self, own: dict[str, Any], grad: torch.Tensor, group: dict[str, Any], dtype: torch.dtype
     ) -> torch.Tensor:
         betas, eps, scale = group["betas"], group["eps"], group["scale"]
+
+        def adam(low: torch.Tensor) -> torch.Tensor:
+            if group["state_bits"] == 8:
+                return adam_h.direction_8bit(own, low, betas, eps)
+            return adam_h.direction(own, low, betas, eps, dtype)
+
         side = side_of(tuple(grad.shape), group["proj_type"])
         basis = own["projector"].to(grad.dtype)
         if side == "full":
             other = own["projector2"].to(grad.dtype)
             low = basis.mT @ grad @ other
-            normalized = adam_h.direction(own, low, betas, eps, dtype).to(grad.dtype)
-            update = scale * (basis @ normalized @ other.mT)
+            update = scale * (basis @ adam(low).to(grad.dtype) @ other.mT)
         else:
             low = project(grad, basis, side)
-            normalized = adam_h.direction(own, low, betas, eps, dtype).to(grad.dtype)
-            update = scale * back_project(normalized, basis, side)
+            update = scale * back_project(adam(low).to(grad.dtype), basis, side)
         return limit_growth(own, update, guard=True) if group["limiter"] else update
 
 
