@@ -1,0 +1,34 @@
+# make quickstart   venv, text, tokenizer, shards, a 2-process DeepSpeed run, evaluation, loss curve
+# make test         venv, all tests
+# make lint         ruff and mypy
+#
+# PYTHON=python3.12 chooses the interpreter of the venv; INPUT='path/*.json.gz' gives the quickstart
+# your own text; ARGS='...' goes to pytest or, as section.key=value, to the quickstart's training.
+
+PYTHON ?= python3
+VENV ?= .venv
+INSTALLED := $(VENV)/.installed
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: venv quickstart test lint
+
+venv: $(INSTALLED)
+
+$(INSTALLED): setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 10) <= sys.version_info < (3, 13) else \
+	  "error: Python %d.%d: need 3.10, 3.11 or 3.12; name one with make PYTHON=python3.12" % sys.version_info[:2])'
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,mpi]'
+	touch $@
+
+quickstart: $(INSTALLED)
+	$(VENV)/bin/python tools/quickstart.py $(if $(INPUT),--input '$(INPUT)') $(ARGS)
+
+test: $(INSTALLED)
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy megalr

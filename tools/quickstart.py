@@ -1,0 +1,118 @@
+"""From nothing to a trained low-rank model: text, tokenizer, shards, training, report.
+
+Runs the command lines that one would type, prints each, and skips those whose results are there.
+
+python tools/quickstart.py [--input 'path/*.json.gz'] [section.key=value ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import os
+import sys
+import time
+from pathlib import Path
+
+from megalr.errors import UserError, exit_cleanly
+from megalr.steps import Step, run_steps
+from megalr.training.report import perplexity_change, read_run
+
+
+def text_steps(folder: Path, patterns: list[str], workers: str) -> list[Step]:
+    """Text, tokenizer and token shards; the user's text when patterns are given."""
+    text, tokenizer, data = folder / "text", folder / "tokenizer", folder / "data"
+    files = tuple(Path(name) for pattern in patterns for name in sorted(glob.glob(pattern)))
+    if patterns and not files:
+        raise UserError(f"--input {' '.join(patterns)}: no such file")
+    steps = []
+    if not patterns:
+        gather = ["python", "tools/gather_docs.py", "--output", str(text), "--workers", workers]
+        steps.append(Step("text", gather, [text / "gathered.json"]))
+        patterns = [f"{text}/train-*.json.gz"]
+    train_tokenizer = ["python", "tools/train_tokenizer.py", "--input", *patterns]
+    train_tokenizer += ["--vocab_size", "8192", "--sample_megabytes", "5"]
+    train_tokenizer += ["--output", str(tokenizer)]
+    steps.append(Step("tokenizer", train_tokenizer, [tokenizer], files, replaced=[tokenizer]))
+
+    preprocess = ["python", "tools/preprocess_c4.py", "--tokenizer", str(tokenizer)]
+    preprocess += ["--workers", workers, "--input"]
+    held_out = ["--validation_fraction", "0.02"] if files else []
+    train = data / "train"
+    command = [*preprocess, *patterns, "--output", str(train), *held_out]
+    steps.append(Step("shards", command, [train], files, replaced=[train]))
+    if not files:
+        validation = data / "validation"
+        command = [*preprocess, f"{text}/validation-*.json.gz", "--output", str(validation)]
+        command += ["--split", "validation"]
+        steps.append(Step("validation-shards", command, [validation], replaced=[validation]))
+    return steps
+
+
+def run_step(folder: Path, run: Path, own_text: bool, overrides: list[str]) -> Step:
+    """Training on every GPU (at most 4), or on two CPU processes."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    ranks = 2 if gpus == 0 else 1 << (min(gpus, 4).bit_length() - 1)
+    command = ["deepspeed", "--num_gpus", str(ranks), "launchers/pretrain.py"]
+    command += ["--config", "recipes/quickstart.yaml"]
+    command += ["--deepspeed_config", "ds_configs/zero2.json"]
+    command += [f"run.dir={run}", f"data.train={folder}/data/train"]
+    command += [f"data.validation={'null' if own_text else f'{folder}/data/validation'}"]
+    environment = {}
+    if gpus:
+        command += ["train.precision=bf16"]
+    else:
+        environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
+    return Step("training", command + overrides, [run / "metrics.jsonl"], environment=environment)
+
+
+def report_steps(folder: Path, run: Path) -> list[Step]:
+    """The loss curve as a picture, and a page with everything."""
+    return [
+        Step(
+            name,
+            ["python", "tools/report.py", str(run), "--output", str(folder / output)],
+            [folder / output],
+        )
+        for name, output in (("curve", "curve.png"), ("report", "report.html"))
+    ]
+
+
+def main() -> None:
+    """Parse the command line, run the steps, say where everything is."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument(
+        "--input", nargs="+", default=[], help="your own text, as for tools/preprocess_c4.py"
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="for all results (default: quickstart, with --input quickstart/own)",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments = parser.parse_intermixed_args()
+    started = time.perf_counter()
+    folder = arguments.folder or Path("quickstart/own" if arguments.input else "quickstart")
+    run = folder / "run"
+    steps = text_steps(folder, arguments.input, str(os.cpu_count() or 1))
+    steps.append(run_step(folder, run, bool(arguments.input), arguments.overrides))
+    steps += report_steps(folder, run)
+    programs = {
+        "python": sys.executable,
+        "deepspeed": str(Path(sys.executable).parent / "deepspeed"),
+    }
+    run_steps(steps, folder / "steps", programs)
+    print(
+        f"\n{perplexity_change(read_run(run))} ({time.perf_counter() - started:.0f} s)\n"
+        f"  curve      {folder / 'curve.png'}\n"
+        f"  report     {folder / 'report.html'}\n"
+        f"  run        {run} (config.yaml, metrics.jsonl, checkpoints/, tensorboard/)\n"
+        f"  tokenizer  {folder / 'tokenizer'}\n"
+        f"  shards     {folder / 'data'}"
+    )
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)
