@@ -2,8 +2,9 @@
 
 ``run_distributed(fn, 2, *args)`` calls ``fn(*args)`` on two processes that form one
 torch.distributed world and returns what each rank returned, in rank order. Starting a process that
-imports torch and DeepSpeed costs seconds, so the workers of each world size stay for later calls;
-a failing rank ends them all (its peers may be stuck in a collective) and its traceback is raised.
+imports torch and DeepSpeed costs seconds, so the workers of each world size stay for later calls. If a
+rank fails its traceback is raised; if its peers do not answer then (they may be stuck in a
+collective), the workers of that world are ended and the next call starts new ones.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import Any
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch", "deepspeed"])
 _POOLS: dict[int, _Pool] = {}
+PEER_SECONDS = 10.0
+"""How long the other ranks have to answer once one has failed."""
 
 
 class RankFailed(AssertionError):
@@ -69,6 +72,7 @@ def _worker(rank: int, world_size: int, port: int, pipe: Connection) -> None:
 class _Pool:
     def __init__(self, world_size: int) -> None:
         port = free_port()
+        self.stuck = False
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(world_size):
@@ -85,24 +89,31 @@ class _Pool:
         for pipe in self.pipes:
             pipe.send((function, args))
         results: dict[int, Any] = {}
+        failures: dict[int, str] = {}
         deadline = time.monotonic() + timeout
-        while len(results) < len(self.pipes):
-            waiting = [p for i, p in enumerate(self.pipes) if i not in results]
-            ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+        while len(results) + len(failures) < len(self.pipes):
+            missing = [i for i in range(len(self.pipes)) if i not in results and i not in failures]
+            ready = wait([self.pipes[i] for i in missing], max(0.0, deadline - time.monotonic()))
             if not ready:
-                raise RankFailed(
-                    f"ranks {[i for i in range(len(self.pipes)) if i not in results]} "
-                    f"did not finish within {timeout:.0f} s"
-                )
+                self.stuck = True
+                break
             for pipe in ready:
                 rank = self.pipes.index(pipe)  # type: ignore[arg-type]
                 try:
                     succeeded, value = pipe.recv()  # type: ignore[union-attr]
-                except EOFError as error:
-                    raise RankFailed(f"rank {rank} died without a word") from error
-                if not succeeded:
-                    raise RankFailed(f"rank {rank}:\n{value}")
-                results[rank] = value
+                except EOFError:
+                    self.stuck, succeeded, value = True, False, "died without a word"
+                if succeeded:
+                    results[rank] = value
+                else:
+                    failures[rank] = value
+                    # Peers either fail as well or wait in a collective that will never end.
+                    deadline = min(deadline, time.monotonic() + PEER_SECONDS)
+        if failures:
+            rank = min(failures)
+            raise RankFailed(f"rank {rank}:\n{failures[rank]}")
+        if self.stuck:
+            raise RankFailed(f"ranks {missing} did not finish within {timeout:.0f} s")
         return [results[rank] for rank in range(len(self.pipes))]
 
     def close(self) -> None:
@@ -120,8 +131,9 @@ def run_distributed(
         pool = _POOLS[world_size] = _Pool(world_size)
     try:
         return pool.run(function, args, timeout)
-    except BaseException:
-        _POOLS.pop(world_size).close()
+    except BaseException as error:
+        if pool.stuck or not isinstance(error, RankFailed):
+            _POOLS.pop(world_size).close()
         raise
 
 

@@ -56,7 +56,15 @@ def start_distributed() -> torch.device:
         device = torch.device("cuda", local_rank)
     skip_shared_memory_op()
     backend = "nccl" if device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    try:
+        deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    except dist.DistNetworkError as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise UserError(
+            f"the ranks cannot meet at {where} (MASTER_ADDR:MASTER_PORT): "
+            f"{str(error).splitlines()[0]} If another job uses the port, start this one with "
+            "--master_port of another number"
+        ) from error
     return device
 
 

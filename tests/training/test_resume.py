@@ -1,0 +1,130 @@
+"""A resumed run goes on bitwise; a folder that holds something else is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import RankFailed, run_distributed
+from tests.synthetic import write_dataset
+from tests.training.runs import events, losses, run, settings, zero
+
+EVERY = {"restarts": {"every": 4}}
+
+
+def _cut_back(folder: Path, update: int) -> None:
+    """Make a finished run look as if it had been killed after its checkpoint at ``update``."""
+    for checkpoint in (folder / "checkpoints").glob("update_*"):
+        if int(checkpoint.name.split("_")[1]) > update:
+            shutil.rmtree(checkpoint)
+
+
+@pytest.mark.parametrize("stage, precision", [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")])
+def test_resume_gives_bitwise_the_losses_norms_and_evaluations_of_the_unbroken_run(
+    stage: int, precision: str, data: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    options = {"train": {"precision": precision}, "checkpoint": {"every": 1, "keep_last": 20}}
+    values = settings(folder, data, **options, **EVERY)
+    run_distributed(run, 2, values, zero(stage))
+    unbroken = events(folder, "step"), events(folder, "eval")
+    # One update before a restart, at the restart, and after it.
+    for update in (7, 4, 5):
+        _cut_back(folder, update)
+        (folder / "metrics.jsonl").unlink()
+        run_distributed(run, 2, values, zero(stage))
+        assert [e["update"] for e in events(folder, "resume")] == [update]
+        for kind, expected in zip(("step", "eval"), unbroken, strict=True):
+            keys = ("update", "loss", "gradient_norm", "learning_rate", "tokens", "perplexity")
+            for ours in events(folder, kind):
+                theirs = next(e for e in expected if e["update"] == ours["update"])
+                assert {k: ours.get(k) for k in keys} == {k: theirs.get(k) for k in keys}
+        assert len(events(folder, "step")) == 10 - update
+
+
+def test_a_half_written_checkpoint_does_not_count_and_old_ones_are_deleted(
+    data: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    values = settings(folder, data, checkpoint={"every": 2, "keep_last": 2})
+    run_distributed(run, 1, values, zero(1))
+    assert sorted(p.name for p in (folder / "checkpoints").glob("update_*")) == [
+        "update_10",
+        "update_8",
+    ]
+    expected = losses(folder)
+    (folder / "checkpoints" / "update_10" / "complete.json").unlink()
+    run_distributed(run, 1, values, zero(1))
+    assert [e["update"] for e in events(folder, "resume")] == [8]
+    assert losses(folder) == expected
+
+
+def test_a_finished_run_started_again_changes_nothing(data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    values = settings(folder, data)
+    run_distributed(run, 1, values, zero(1))
+    steps = len(events(folder, "step"))
+    run_distributed(run, 1, values, zero(1))
+    assert len(events(folder, "step")) == steps
+    assert events(folder, "end")[-1]["updates"] == 10
+
+
+def test_what_does_not_belong_together_is_refused_and_left_alone(
+    data: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    values = settings(folder, data)
+    run_distributed(run, 2, values, zero(1))
+    before = (folder / "metrics.jsonl").read_bytes()
+
+    changed = settings(folder, data, optimizer={"lr": 0.02}, log={"every": 2})
+    with pytest.raises(RankFailed, match=r"optimizer.lr: 0.01 there, 0.02 here") as failure:
+        run_distributed(run, 2, changed, zero(1))
+    assert "log.every:" not in str(failure.value)
+    with pytest.raises(RankFailed, match="zero_stage 1; this start has zero_stage 2"):
+        run_distributed(run, 2, values, zero(2))
+    with pytest.raises(RankFailed, match=r"data_parallel_size 2; this start has .* 1"):
+        run_distributed(run, 1, values, zero(1))
+    with pytest.raises(RankFailed, match=r"run.resume is never"):
+        run_distributed(run, 1, settings(folder, data, run={"resume": "never"}), zero(1))
+    with pytest.raises(RankFailed, match=r"no finished checkpoint and run.resume is must"):
+        empty = settings(tmp_path / "empty", data, run={"resume": "must"})
+        run_distributed(run, 1, empty, zero(1))
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("not a run")
+    with pytest.raises(RankFailed, match=r"is not empty and holds no config.yaml"):
+        run_distributed(run, 1, settings(foreign, data), zero(1))
+    assert [p.name for p in foreign.iterdir()] == ["thesis.tex"]
+
+    other = write_dataset(tmp_path / "other", seed=1)
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace(str(data), str(other)))
+    with pytest.raises(RankFailed, match="was trained on other data"):
+        run_distributed(run, 2, settings(folder, other), zero(1))
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_folder_holds_what_the_documentation_says(data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    values = settings(folder, data, log={"tensorboard": True, "every": 3})
+    run_distributed(run, 2, values, zero(2))
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "config.yaml",
+        "ds_config.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+    }
+    resolved = json.loads((folder / "ds_config.json").read_text())
+    assert resolved["train_batch_size"] == 12
+    assert resolved["gradient_accumulation_steps"] == 3
+    assert [e["update"] for e in events(folder, "step")] == [3, 6, 9, 10]
+    start, end = events(folder, "start")[0], events(folder, "end")[0]
+    assert start["zero_stage"] == 2 and start["world_size"] == 2
+    assert end["reason"] == "finished"
+    assert any((folder / "tensorboard").iterdir())
