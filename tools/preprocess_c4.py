@@ -92,15 +92,18 @@ def parse_share(text: str) -> tuple[int, int]:
     return share, shares
 
 
-def main() -> int:
-    args = parse_arguments()
+def make_job(args: argparse.Namespace) -> PreprocessJob:
     share, shares = parse_share(args.share)
+    if args.workers < 1 or args.part_megabytes < 1:
+        raise UserError("--workers and --part_megabytes must be at least 1")
+    if args.workers > 1 and launched_ranks() > 1:
+        raise UserError("under MPI every rank is one worker: start more ranks, not --workers")
+    if args.max_bad_lines < 0:
+        raise UserError(f"--max_bad_lines is {args.max_bad_lines}, it cannot be negative")
     if not 0 <= args.validation_fraction < 1:
         raise UserError(f"--validation_fraction is {args.validation_fraction}, allowed is [0, 1)")
     if args.validation_fraction and args.split == "validation":
         raise UserError("--validation_fraction holds out a part of training data: drop --split")
-    if args.max_bad_lines < 0 or args.part_megabytes < 1:
-        raise UserError("--max_bad_lines cannot be negative, --part_megabytes must be at least 1")
     settings = WorkSettings(
         output=args.output,
         tokenizer=args.tokenizer,
@@ -109,16 +112,15 @@ def main() -> int:
         split=args.split,
         reading=ReadOptions(args.text_key, args.text_documents, args.max_bad_lines),
     )
+    return PreprocessJob(args.input, settings, args.part_megabytes << 20, share, shares)
 
-    def make_job() -> PreprocessJob:
-        return PreprocessJob(args.input, settings, args.part_megabytes << 20, share, shares)
 
+def main() -> int:
+    args = parse_arguments()
     if launched_ranks() > 1:
-        if args.workers != 1:
-            raise UserError("under MPI every rank is one worker: start more ranks, not --workers")
-        summary = run_mpi(make_job, world_communicator())
+        summary = run_mpi(lambda: make_job(args), world_communicator())
     else:
-        summary = run_local(make_job(), args.workers)
+        summary = run_local(make_job(args), args.workers)
     if summary is not None:
         print(json.dumps(summary.__dict__, indent=1))
     return 0

@@ -228,9 +228,6 @@ def _delete(path: Path) -> None:
 
 def run_local(job: PreprocessJob, workers: int) -> Summary:
     """Run a job on ``workers`` processes of this machine (1: in this process)."""
-    if workers < 1:
-        raise UserError(f"--workers is {workers}, it must be at least 1")
-
     def runner(
         tasks: list[Task], settings: WorkSettings, token: str, progress: Progress
     ) -> Iterator[Outcome]:

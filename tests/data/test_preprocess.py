@@ -347,7 +347,7 @@ def test_the_command_line_prints_the_summary_and_one_line_for_a_mistake(tmp_path
     assert (data.read(np.arange(data.num_samples))[0] < data.vocab_size).all()
     for wrong, message in [
         (["--share", "4/4"], "--share is '4/4'"),
-        (["--workers", "0"], "--workers is 0"),
+        (["--workers", "0"], "--workers and --part_megabytes must be at least 1"),
         (["--validation_fraction", "1"], "--validation_fraction is 1.0"),
         (["--input", "nothing*.gz"], "nothing*.gz: no such input file"),
     ]:
