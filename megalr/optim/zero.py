@@ -39,6 +39,12 @@ from megalr.optim.layout import (
 )
 from megalr.optim.loro import LORO
 from megalr.optim.matrix import MatrixOptimizer
+from megalr.optim.muon import Muon
+from megalr.optim.spam import SPAM
+from megalr.optim.stable_spam import StableSPAM
+
+
+WHOLE_MATRIX = (MatrixOptimizer, LORO, Muon)
 
 
 def attach_layouts(engine: Any) -> None:
@@ -47,11 +53,13 @@ def attach_layouts(engine: Any) -> None:
     Does nothing for optimizers that need none (torch's AdamW). Raises UserError for a whole-matrix
     optimizer at stage 0 on several ranks: every rank would keep all states and repeat every
     decomposition, and ranks whose results differ in the last digit would drift apart in silence.
+    Raises it too for an optimizer that looks at whole tensors under tensor parallelism.
     """
     wrapper = engine.optimizer
     base = getattr(wrapper, "optimizer", wrapper)
     if not isinstance(base, LogicalOptimizer):
         return
+    _refuse_tensor_parallelism(engine, base)
     names = {id(p): name for name, p in engine.module.named_parameters()}
     if hasattr(wrapper, "fp32_partitioned_groups_flat"):
         layouts = _stage3(wrapper, names)
@@ -78,13 +86,27 @@ def attach_layouts(engine: Any) -> None:
         )
     else:
         shared = dist.is_initialized() and dist.get_world_size(engine.data_parallel_group) > 1
-        if shared and isinstance(base, MatrixOptimizer | LORO):
+        if shared and isinstance(base, WHOLE_MATRIX):
             raise UserError(
                 f"{type(base).__name__} works on whole matrices and shares them out over the ranks "
                 "through ZeRO: zero_optimization.stage is 0 with several ranks, use stage 1 or more"
             )
         layouts = _whole(wrapper, base, names)
     base.attach_layouts(layouts)
+
+
+def _refuse_tensor_parallelism(engine: Any, base: LogicalOptimizer) -> None:
+    """A tensor-parallel rank holds a part of a matrix: its SVD, norm or maximum are not those."""
+    mpu = getattr(engine, "mpu", None)
+    size = 1 if mpu is None else mpu.get_model_parallel_world_size()
+    masked = isinstance(base, SPAM) and any(
+        g["density"] not in (None, 1) for g in base.param_groups
+    )
+    if size > 1 and (masked or isinstance(base, (*WHOLE_MATRIX, StableSPAM))):
+        raise UserError(
+            f"{type(base).__name__} looks at whole tensors and tensor parallelism over {size} ranks "
+            "cuts them: use data parallelism for it, or adamw or spam (density 1)"
+        )
 
 
 def _consecutive_offsets(parameters: Sequence[nn.Parameter]) -> dict[int, int]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from megalr.optim import GaLore
+from megalr.errors import UserError
+from megalr.optim import SPAM, GaLore, StableSPAM
 from megalr.optim.layout import LogicalTensor, assign_owners, cut_each, cut_over_slices
+from megalr.optim.zero import attach_layouts
 from tests.distributed import run_distributed
 from tests.optim import engines
 
@@ -62,9 +66,19 @@ def test_layouts_find_every_logical_tensor_in_every_kind_of_engine(world):
 
 
 def test_matrix_optimizers_are_refused_at_stage_0_on_several_ranks():
-    for method in ("galore", "loro"):
+    for method in ("galore", "loro", "muon"):
         for message in run_distributed(engines.refusal, 2, method):
             assert "zero_optimization.stage is 0 with several ranks, use stage 1 or more" in message
+
+
+def test_tensor_parallelism_is_refused_where_whole_tensors_are_looked_at():
+    mpu = SimpleNamespace(get_model_parallel_world_size=lambda: 2)
+    weight = torch.nn.Parameter(torch.randn(6, 4))
+    module = torch.nn.Module()
+    for optimizer in (GaLore([weight], rank=2), StableSPAM([weight]), SPAM([weight], density=0.5)):
+        engine = SimpleNamespace(optimizer=optimizer, mpu=mpu, module=module)
+        with pytest.raises(UserError, match="tensor parallelism over 2 ranks cuts them"):
+            attach_layouts(engine)
 
 
 def test_a_flat_slice_without_a_layout_is_never_taken_for_a_tensor():
