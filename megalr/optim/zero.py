@@ -43,7 +43,6 @@ from megalr.optim.muon import Muon
 from megalr.optim.spam import SPAM
 from megalr.optim.stable_spam import StableSPAM
 
-
 WHOLE_MATRIX = (MatrixOptimizer, LORO, Muon)
 
 
@@ -104,8 +103,8 @@ def _refuse_tensor_parallelism(engine: Any, base: LogicalOptimizer) -> None:
     )
     if size > 1 and (masked or isinstance(base, (*WHOLE_MATRIX, StableSPAM))):
         raise UserError(
-            f"{type(base).__name__} looks at whole tensors and tensor parallelism over {size} ranks "
-            "cuts them: use data parallelism for it, or adamw or spam (density 1)"
+            f"{type(base).__name__} looks at whole tensors and tensor parallelism over {size} "
+            "ranks cuts them: use data parallelism for it, or adamw or spam (density 1)"
         )
 
 
