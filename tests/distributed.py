@@ -2,8 +2,8 @@
 
 ``run_distributed(fn, 2, *args)`` calls ``fn(*args)`` on two processes that form one
 torch.distributed world and returns what each rank returned, in rank order. Starting a process that
-imports torch and DeepSpeed costs seconds, so the workers of each world size stay for later calls. If a
-rank fails its traceback is raised; if its peers do not answer then (they may be stuck in a
+imports torch and DeepSpeed costs seconds, so the workers of each world size stay for later calls.
+If a rank fails its traceback is raised; if its peers do not answer then (they may be stuck in a
 collective), the workers of that world are ended and the next call starts new ones.
 """
 
