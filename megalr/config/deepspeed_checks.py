@@ -43,7 +43,7 @@ def lay_over(
         elif name not in target:
             problems.append(f"{key} = {shown(value)}: unknown key; {_hint(name, prefix, target)}")
         elif not _same_kind(value, target[name]):
-            problems.append(f"{key} = {shown(value)}: must be like {target[name]!r}")
+            problems.append(f"{key} = {shown(value)}: must be like {shown(target[name])}")
         else:
             target[name] = value
     return problems
@@ -80,12 +80,14 @@ def _contradiction(key: str, value: Any, expected: Any, config: RunConfig) -> li
         return []
     run_key = FIXED_KEYS[key]
     if not run_key:
-        wanted = "its absence" if expected is None else repr(expected)
+        wanted = "its absence" if expected is None else shown(expected)
         return [f"{key} = {shown(value)}: megalr relies on {wanted}; leave the key out"]
     section, name = run_key.split(".")
     given = getattr(getattr(config, section), name)
     follows = f"{run_key} = {given}" if given is not None else f"{run_key}, computed"
-    return [f"{key} = {shown(value)}: the run asks for {expected!r} ({follows}); write 'auto' here"]
+    return [
+        f"{key} = {shown(value)}: the run asks for {shown(expected)} ({follows}); write 'auto' here"
+    ]
 
 
 def nested_problems(user: dict[str, Any]) -> list[str]:

@@ -116,9 +116,9 @@ def _merge_file(merged: Source, source: Source | None, problems: list[str]) -> N
 
 def _override(merged: Source, source: Source) -> None:
     for key in source.places:
-        stale = [old for old in merged.places if old.startswith(f"{key}.")]
-        for old in stale:
-            del merged.places[old]
+        for old in list(merged.places):
+            if old.startswith(f"{key}.") or key.startswith(f"{old}."):
+                del merged.places[old]
     _update(merged.values, source.values)
     merged.places.update(source.places)
 
@@ -162,7 +162,7 @@ def _validate(merged: Source) -> tuple[RunConfig | None, list[str]]:
             ]
     for key, text in cross_problems(lambda key: _trusted_value(values, wrong, key)):
         value = _trusted_value(values, wrong, key)
-        problems.append(f"{_place(merged, key)}{key} = {value}: {text}")
+        problems.append(f"{_place(merged, key)}{key} = {shown(value)}: {text}")
     return None, problems
 
 

@@ -19,8 +19,10 @@ def nearest(word: str, candidates: Iterable[str]) -> str | None:
 
 
 def shown(value: Any) -> str:
-    """The value as text of bounded length."""
-    text = repr(value)
+    """The value as text of bounded length, constants as YAML and JSON write them."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = repr(list(value) if isinstance(value, tuple) else value)
     return text if len(text) <= MAX_VALUE_LENGTH else text[: MAX_VALUE_LENGTH - 3] + "..."
 
 
@@ -66,6 +68,9 @@ def describe(root: type[BaseModel], error: ErrorDetails, values: dict[str, Any])
         return f" = {_not_one_of(error['input'], _literals(error))}"
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         return f" = {shown(error['input'])}: must be a section with keys of its own"
+    if kind == "too_short":
+        least = error["ctx"]["min_length"]
+        return f" = {shown(error['input'])}: must have at least {least} item{'s'[: least - 1]}"
     text = error["msg"].removeprefix("Value error, ")
     text = text.replace("Input should be", "must be").replace("should have", "must have")
     return f" = {shown(error['input'])}: {text[0].lower()}{text[1:]}"

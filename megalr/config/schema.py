@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from megalr.config.base import AsTuple, Section
 from megalr.config.checks import cross_problems
@@ -137,6 +137,13 @@ class DataConfig(Section):
     sample, cut at sequence_length and padded, as in the published comparisons."""
     prefetch_updates: int = Field(default=2, ge=0, examples=[2])
     """Batches prepared ahead of the training step (updates)."""
+
+    @field_validator("train")
+    @classmethod
+    def _weights_for_all_or_none(cls, train: tuple[DataSource, ...]) -> tuple[DataSource, ...]:
+        if len({source.weight is None for source in train}) > 1:
+            raise ValueError("must give a weight to every item or to none")
+        return train
 
 
 class TrainConfig(Section):

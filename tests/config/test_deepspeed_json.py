@@ -114,21 +114,21 @@ def test_all_mistakes_of_a_json_are_reported_together() -> None:
         "gradient_clippingg = 1.0: unknown key; did you mean gradient_clipping?",
         "optimizer = {'type': 'Adam'}: not possible here: use optimizer.* of the run",
         "scheduler = {}: not possible here: use schedule.* of the run",
-        "zero_optimization.overlap_com = True: unknown key; did you mean "
+        "zero_optimization.overlap_com = true: unknown key; did you mean "
         "zero_optimization.overlap_comm?",
         "zero_optimization.stage3_prefetch_bucket_sizes = 3: unknown key; did you mean "
         "zero_optimization.stage3_prefetch_bucket_size?",
         "zero_optimization.reduce_bucket_size = -3: must be greater than 0",
-        "zero_optimization.allgather_partitions = True: not possible here",
-        "zero_optimization.offload_optimizer.pin_memoryy = True: unknown key; did you mean "
+        "zero_optimization.allgather_partitions = true: not possible here",
+        "zero_optimization.offload_optimizer.pin_memoryy = true: unknown key; did you mean "
         "zero_optimization.offload_optimizer.pin_memory?",
         "zero_optimization.sub_group_size = 'auto': 'auto' has no meaning here",
-        "bf16.enabledd = True: unknown key; did you mean bf16.enabled?",
+        "bf16.enabledd = true: unknown key; did you mean bf16.enabled?",
         "train_micro_batch_size_per_gpu = 8: the run asks for 16 (train.micro_batch_size = 16)",
         "gradient_clipping = 0.25: the run asks for 1.0 (train.gradient_clipping = 1.0)",
-        "zero_allow_untested_optimizer = False: megalr relies on True",
+        "zero_allow_untested_optimizer = false: megalr relies on true",
         "steps_per_print = 'often': must be like 1000000000",
-        "comms_logger.enable = True: unknown key; did you mean comms_logger.enabled?",
+        "comms_logger.enable = true: unknown key; did you mean comms_logger.enabled?",
         "nonsense_of_mine = 1: unknown key; DeepSpeed would ignore it in silence",
     ]
     lines = message.splitlines()
@@ -164,8 +164,8 @@ def test_all_mistakes_of_a_json_are_reported_together() -> None:
             ("train.precision=paper_bf16",),
             "paper_bf16 cannot be offloaded",
         ),
-        ({"bf16": {"enabled": True}}, ("train.precision=fp32",), "the run asks for False"),
-        ({"fp16": {"enabled": True}}, (), "fp16.enabled = True: the run asks for False"),
+        ({"bf16": {"enabled": True}}, ("train.precision=fp32",), "the run asks for false"),
+        ({"fp16": {"enabled": True}}, (), "fp16.enabled = true: the run asks for false"),
         ({"communication_data_type": "fp16"}, (), "must be fp32 or bf16"),
     ],
 )

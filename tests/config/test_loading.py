@@ -98,7 +98,7 @@ def test_all_problems_come_together_with_place_value_and_nearest_key(tmp_path: P
         ("command line: data.train.0.pth = 'a': unknown key"),
         ("command line: lg = {'every': 1}: unknown key; did you mean log?"),
         ("command line: log = 3: must be a section with keys of its own"),
-        ("command line: run.seed = True: must be a valid integer"),
+        ("command line: run.seed = true: must be a valid integer"),
         ("command line: model.preset = 'llama_61m': must be one of llama_9m, llama_60m; did you"),
         (
             "command line: train.global_batch_size = 500: must be a multiple of micro_batch_size "
@@ -178,6 +178,15 @@ def test_missing_binary_and_malformed_input(tmp_path: Path) -> None:
     for override in ("updates", "=3", "train..updates=3", "train updates=3"):
         assert "must have the form section.key=value" in problems_of([], [override])
     assert "not valid YAML" in problems_of([], ["train.updates=[1"])
+
+
+def test_weights_are_given_to_every_data_set_or_to_none(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    config = load_run_config([path], ["data.train=[a, {path: b}]"])
+    assert [source.weight for source in config.data.train] == [None, None]
+    message = problems_of([path], ["data.train=[a, {path: b, weight: 2}]"])
+    assert message.startswith("command line: data.train = [")
+    assert message.endswith("must give a weight to every item or to none")
 
 
 def test_warmup_longer_than_the_run_and_impossible_accumulation(tmp_path: Path) -> None:
