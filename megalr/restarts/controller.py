@@ -27,7 +27,7 @@ from megalr.restarts.refactorize import (
     refactorize,
 )
 from megalr.restarts.report import RestartReport, by_pattern
-from megalr.restarts.reset import check_counter_groups, reset_moments
+from megalr.restarts.reset import check_groups, reset_moments
 from megalr.restarts.schedule import BaseSchedule, RestartSchedule
 from megalr.restarts.state import ShardedState
 from megalr.restarts.verify import check_weights
@@ -76,7 +76,7 @@ class Restarts:
             self._to_reset = self._factors
         if config.resets:
             _check_moments(config, self._state.base)
-            check_counter_groups(self._state, self._to_reset, config.reset_counter)
+            check_groups(self._state, self._to_reset, config.reset_counter)
         if config.refactorizes:
             self._exchange = FactorExchange(self._state, pairs, bucket_bytes)
 

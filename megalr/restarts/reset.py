@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from megalr.errors import UserError
+from megalr.optim.base import LogicalOptimizer
 from megalr.restarts.refactorize import sum_over
 from megalr.restarts.state import ShardedState
 
@@ -35,20 +36,24 @@ class Reset:
         return self.elements / self.total if self.total else 0.0
 
 
-def check_counter_groups(
-    state: ShardedState, parameters: Sequence[nn.Parameter], counter: Counter
-) -> None:
-    """Raise UserError if the counter cannot be restarted for these parameters alone."""
-    if counter == "keep" or not state.one_counter_per_group:
+def check_groups(state: ShardedState, parameters: Sequence[nn.Parameter], counter: Counter) -> None:
+    """Raise UserError if ``parameters`` cannot be reset without the rest of their param groups.
+
+    Under ZeRO a group has one step counter; optimizers of :mod:`megalr.optim` keep whole-matrix
+    states beside the flat ones and reset whole groups only.
+    """
+    if not state.one_counter_per_group:
+        return
+    if counter == "keep" and not isinstance(state.base, LogicalOptimizer):
         return
     chosen = {id(p) for p in parameters}
     for index, group in enumerate(state.groups()):
         inside = sum(id(p) in chosen for p in group)
         if 0 < inside < len(group):
             raise UserError(
-                f"restarts.reset_counter can restart only whole parameter groups under ZeRO, but "
-                f"group {index} has {inside} of {len(group)} parameters to reset: put them into a "
-                "group of their own or use reset_counter keep"
+                f"restarts.reset_scope = factors with reset_counter = {counter}: under ZeRO whole "
+                f"parameter groups are reset, but group {index} has {inside} factors among "
+                f"{len(group)} parameters; put the factors into a group of their own"
             )
 
 
@@ -64,27 +69,38 @@ def reset_moments(
     Before the first update there are no moments: nothing happens and ``total`` is 0 on all ranks.
     Collective (one sum). Raises RuntimeError if moments exist but none was zeroed.
     """
-    chosen = {id(p) for p in parameters}
-    zeroed_names = state.moment_names(kinds)
-    all_names = state.moment_names(("first", "second"))
-    elements = total = 0
-    for parameter in state.parameters():
-        moments = state.states(parameter)
-        total += sum(moments[name].numel() for name in all_names if name in moments)
-        if id(parameter) not in chosen:
-            continue
-        for name in zeroed_names:
-            if name in moments:
-                moments[name].zero_()
-                elements += moments[name].numel()
-    if counter != "keep":
-        state.set_step_counters(parameters, 1 if counter == "one" else 0)
+    names = state.moment_names(kinds)
+    if isinstance(state.base, LogicalOptimizer):
+        entries = state.entries(parameters)
+        counts = state.base.reset_moments(entries, names, counter)
+    else:
+        counts = _zero_fragments(state, parameters, names)
+        if counter != "keep":
+            state.set_step_counters(parameters, 1 if counter == "one" else 0)
     state.relink()  # so that DeepSpeed's own getters read the same moments
-    elements, total = sum_over((elements, total), state)
-    names = tuple(state.name(p) for p in parameters)
+    elements, total = sum_over(counts, state)
     if total and parameters and not elements:
         raise RuntimeError(
             f"the momentum reset found no {' or '.join(kinds)} moments of "
-            f"{len(names)} parameters in {type(state.base).__name__}"
+            f"{len(parameters)} parameters in {type(state.base).__name__}"
         )
-    return Reset(elements, total, names)
+    return Reset(elements, total, tuple(state.name(p) for p in parameters))
+
+
+def _zero_fragments(
+    state: ShardedState, parameters: Sequence[nn.Parameter], names: Sequence[str]
+) -> tuple[int, int]:
+    """Zero the named states of ``parameters`` here; elements zeroed and elements of moments."""
+    chosen = {id(p) for p in parameters}
+    every = state.moment_names(("first", "second"))
+    zeroed = total = 0
+    for parameter in state.parameters():
+        moments = state.states(parameter)
+        total += sum(moments[name].numel() for name in every if name in moments)
+        if id(parameter) not in chosen:
+            continue
+        for name in names:
+            if name in moments:
+                moments[name].zero_()
+                zeroed += moments[name].numel()
+    return zeroed, total

@@ -136,13 +136,18 @@ class ShardedState:
             groups[self._group_of[id(parameter)]].append(parameter)
         return groups
 
+    def entries(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+        """The tensors of the base optimizer that hold some of ``parameters`` on this rank."""
+        slots = (self._slot(parameter) for parameter in parameters)
+        return list({id(slot.flat): slot.flat for slot in slots if slot}.values())
+
     def set_step_counters(self, parameters: Iterable[nn.Parameter], value: int) -> None:
         """Set the optimizer's step counter where this rank holds some of ``parameters``.
 
         Under ZeRO one counter serves all parameters of a group (one flat slice): the caller passes
         whole groups.
         """
-        for flat in self._flats(parameters):
+        for flat in self.entries(parameters):
             state = self.base.state.get(flat, {})
             step = state.get("step")
             if isinstance(step, Tensor):
@@ -152,7 +157,7 @@ class ShardedState:
 
     def step_counters(self, parameters: Iterable[nn.Parameter]) -> list[int]:
         """Counters of the slices that hold ``parameters`` here; empty before the first update."""
-        states = (self.base.state.get(flat, {}) for flat in self._flats(parameters))
+        states = (self.base.state.get(flat, {}) for flat in self.entries(parameters))
         return [int(state["step"]) for state in states if "step" in state]
 
     @torch.no_grad()
@@ -180,17 +185,13 @@ class ShardedState:
         have none yet, and drops the links in ``load_checkpoint`` while marking them as present.
         """
         optimizer = self.engine.optimizer
-        ready = all(self.base.state.get(flat) for flat in self._flats(self._parameters))
+        ready = all(self.base.state.get(flat) for flat in self.entries(self._parameters))
         if hasattr(optimizer, "_hp_optimizer_states_linked") and ready:
             optimizer._hp_optimizer_states_linked = False
             optimizer._lazy_init_hp_params_optimizer_state()
 
     def _slot(self, parameter: nn.Parameter) -> Slot | None:
         return self._slots[id(parameter)]
-
-    def _flats(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-        slots = (self._slot(parameter) for parameter in parameters)
-        return list({id(slot.flat): slot.flat for slot in slots if slot}.values())
 
 
 def _refuse_unsupported(engine: Any) -> None:

@@ -8,8 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megalr.optim.galore import GaLore
+from megalr.optim.groups import parameter_groups
+from megalr.optim.spam import SPAM
+from megalr.optim.zero import attach_layouts
 from megalr.restarts.refactorize import factor_parameters
-from megalr.restarts.reset import check_counter_groups, reset_moments
+from megalr.restarts.reset import check_groups, reset_moments
 from megalr.restarts.state import ShardedState
 from tests.distributed import run_distributed
 from tests.restarts.engines import engine_of, message_of, train
@@ -118,7 +122,7 @@ def _counter(kind: str, counter: str, scope: str) -> list:
             train(engine, update)
         factors = factor_parameters(engine.module.factor_pairs())
         chosen = factors if scope == "factors" else state.parameters()
-        check_counter_groups(state, chosen, counter)
+        check_groups(state, chosen, counter)
         reset_moments(state, chosen, counter=counter)
         after = sorted(set(state.step_counters(factors)))
         train(engine, 3)
@@ -141,15 +145,14 @@ def _shared_group(counter: str) -> None:
     with engine_of("fp32 stage 2", optimizer=_one_group) as engine:
         state = ShardedState(engine)
         factors = factor_parameters(engine.module.factor_pairs())
-        check_counter_groups(state, factors, counter)
+        check_groups(state, factors, counter)
 
 
 def test_a_counter_shared_with_other_parameters_is_refused_unless_it_is_kept() -> None:
     run_distributed(_shared_group, 1, "keep")
     (message,) = run_distributed(message_of, 1, _shared_group, "zero")
-    assert (
-        message.startswith("UserError: restarts.reset_counter") and "group 0 has 16 of" in message
-    )
+    assert message.startswith("UserError: restarts.reset_scope = factors with reset_counter = zero")
+    assert "group 0 has 16 factors among" in message
 
 
 def _optimizers(name: str) -> tuple:
@@ -179,6 +182,46 @@ def test_any_optimizer_with_moments_can_be_reset() -> None:
     assert all(
         result[:3] == (False, 0.0, 0) for result in run_distributed(_optimizers, 2, "plain sgd")
     )
+
+
+def _of_megalr(name: str) -> tuple:
+    """Optimizers of this package keep whole-matrix states that DeepSpeed's API knows nothing of."""
+
+    def make(decoder):
+        factors = factor_parameters(decoder.factor_pairs())
+        groups = parameter_groups(decoder, factors, 0.0)
+        if name == "spam":
+            return SPAM(groups, lr=1e-3)
+        for group in groups:
+            if group["name"] == "factors":
+                group["rank"] = 3
+        return GaLore(groups, lr=1e-3)
+
+    with engine_of("fp32 stage 2", optimizer=make) as engine:
+        attach_layouts(engine)
+        state = ShardedState(engine)
+        factors = factor_parameters(engine.module.factor_pairs())
+        check_groups(state, factors, "zero")
+        early = reset_moments(state, factors).total
+        for update in range(2):
+            train(engine, update)
+        some = reset_moments(state, factors).fraction
+        counters = set(state.step_counters(factors))
+        every = reset_moments(state, state.parameters(), ("first",)).fraction
+        left = sum(
+            int(torch.count_nonzero(matrix["exp_avg"]))
+            for entry in state.entries(state.parameters())
+            for _, matrix in state.base.tensor_states(entry)
+        )
+        train(engine, 2)
+        return early, some, every, counters, left
+
+
+def test_the_optimizers_of_this_package_reset_their_whole_matrix_moments_too() -> None:
+    for name in ("spam", "galore"):
+        for early, some, every, counters, left in run_distributed(_of_megalr, 2, name):
+            assert early == 0 and left == 0 and every == 0.5
+            assert counters == {0} and 0.3 < some < 0.9
 
 
 def _wrong_kind() -> None:
