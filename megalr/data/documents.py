@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from megalr.data.files import sha256_of_file
 from megalr.data.hub import hub_values
-from megalr.data.parts import Part, text_kind
+from megalr.data.parts import Part, input_kind
 from megalr.data.streams import HashingReader, damage_reported, decompressed
 from megalr.errors import UserError
 
@@ -87,16 +87,16 @@ class DocumentReader:
     file and as soon as more records are bad than allowed.
     """
 
-    def __init__(self, part: Part, options: ReadOptions) -> None:
+    def __init__(self, part: Part, options: ReadOptions, report: ReadReport | None = None) -> None:
         self.part, self.options = part, options
-        self.report = ReadReport()
+        self.report = report or ReadReport()
 
     def __iter__(self) -> Iterator[list[str]]:
         if self.part.unit == "hub":
             yield from self._values(hub_values(self.part, self.options.text_key))
             self._check_bad(at_end=True)
             return
-        kind = text_kind(self.part.file)
+        kind = input_kind(self.part.file)
         with damage_reported(self.part.file):
             if kind == "parquet":
                 yield from self._values(self._parquet_values())

@@ -14,6 +14,7 @@ from megalr.data.hub import HUB_PREFIX, hub_shards
 from megalr.errors import UserError
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
+TOKEN_FILES = {".bin": "megatron", ".ds": "datatrove"}
 COMPRESSIONS = (".gz", ".zst")
 
 
@@ -34,8 +35,8 @@ class Part:
     count: int = 1
 
 
-def text_kind(path: Path) -> str:
-    """json, text or parquet, by the name without compression suffix; UserError otherwise."""
+def input_kind(path: Path) -> str:
+    """json, text, parquet, megatron or datatrove, by the name; UserError otherwise."""
     name = path.name.lower()
     for suffix in (".gz", ".zst"):
         name = name.removesuffix(suffix)
@@ -45,10 +46,17 @@ def text_kind(path: Path) -> str:
         return "text"
     if path.name.lower().endswith(".parquet"):
         return "parquet"
+    if path.suffix in TOKEN_FILES:
+        return TOKEN_FILES[path.suffix]
     raise UserError(
         f"{path}: unknown kind of input; known are .json, .jsonl, .ndjson and .txt (also with .gz "
-        f"or .zst), and .parquet"
+        f"or .zst), .parquet, .bin of Megatron and .ds of datatrove"
     )
+
+
+def holds_tokens(part: Part) -> bool:
+    """Whether the part was tokenized by another program already."""
+    return part.unit != "hub" and part.file.suffix in TOKEN_FILES
 
 
 def plan_parts(inputs: Sequence[str], part_bytes: int) -> dict[str, Part]:
@@ -79,10 +87,10 @@ def plan_parts(inputs: Sequence[str], part_bytes: int) -> dict[str, Part]:
 def _parts_of_file(file: Path, part_bytes: int) -> list[Part]:
     if file.is_dir():
         raise UserError(f"{file}: is a folder; give its files, for example '{file}/*.json.gz'")
-    kind, size = text_kind(file), file.stat().st_size
+    kind, size = input_kind(file), file.stat().st_size
     if size == 0:
         raise UserError(f"{file}: the file is empty; fetch it again or leave it out")
-    divisible = kind != "parquet" and file.suffix not in COMPRESSIONS
+    divisible = kind in ("json", "text") and file.suffix not in COMPRESSIONS
     count = -(-size // part_bytes) if divisible else 1
     if count == 1:
         return [Part(file, size)]
@@ -95,7 +103,7 @@ def _parts_of_file(file: Path, part_bytes: int) -> list[Part]:
 
 def _stem(file: Path) -> str:
     name = str(file).removeprefix(HUB_PREFIX) if str(file).startswith(HUB_PREFIX) else file.name
-    for suffix in (*COMPRESSIONS, *JSON_SUFFIXES, ".txt", ".parquet"):
+    for suffix in (*COMPRESSIONS, *JSON_SUFFIXES, ".txt", ".parquet", *TOKEN_FILES):
         name = name.removesuffix(suffix)
     return re.sub(r"[^A-Za-z0-9._-]", "_", name).strip(".") or "input"
 

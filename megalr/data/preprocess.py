@@ -68,6 +68,12 @@ class PreprocessJob:
         if settings.append_eos:
             require_eos(self.tokenizer)
         self.parts: dict[str, Part] = plan_parts(inputs, part_bytes)
+        for part in self.parts.values():
+            if part.file.parent == settings.output.resolve():
+                raise UserError(
+                    f"{part.file}: lies in the output folder, where it could be overwritten; "
+                    f"choose another --output"
+                )
         self._record = settings.record(self.tokenizer.fingerprint)
         # Largest first, so that no long part starts when the others are about to end.
         names = sorted(self.parts, key=lambda name: (-_weight(self.parts[name]), name))
@@ -228,6 +234,7 @@ def _delete(path: Path) -> None:
 
 def run_local(job: PreprocessJob, workers: int) -> Summary:
     """Run a job on ``workers`` processes of this machine (1: in this process)."""
+
     def runner(
         tasks: list[Task], settings: WorkSettings, token: str, progress: Progress
     ) -> Iterator[Outcome]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megalr.data.documents import DocumentReader, ReadOptions
 from megalr.data.files import disk_errors
-from megalr.data.parts import Part, plan_parts
+from megalr.data.parts import Part, holds_tokens, plan_parts
 from megalr.data.tokenizer import SENTENCEPIECE_NAME, SentencePieceTokenizer, open_tokenizer
 from megalr.errors import UserError
 
@@ -56,6 +56,9 @@ def train_tokenizer(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output}: exists and is not empty; choose another --output or delete it")
     parts = plan_parts(inputs, part_bytes=1 << 60)
+    for part in parts.values():
+        if holds_tokens(part):
+            raise UserError(f"{part.file}: holds tokens; a tokenizer is trained on text")
     sample = _Sample(list(parts.values()), reading, sample_bytes)
     temporary = output.with_name(f".{output.name}.partial")
     with disk_errors(output):

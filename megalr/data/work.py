@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megalr.data.documents import DocumentReader, ReadOptions, ReadReport
 from megalr.data.files import sha256_of_file, write_atomic
 from megalr.data.manifest import ShardEntry, SourceInfo, entry_from_json, read_json
-from megalr.data.parts import Part
-from megalr.data.tokenizer import Ids, Tokenizer, open_tokenizer
+from megalr.data.parts import Part, holds_tokens
+from megalr.data.token_sources import TokenReader
+from megalr.data.tokenizer import Tokenizer, open_tokenizer
 from megalr.data.writer import ShardWriter
 from megalr.errors import UserError
 
@@ -61,6 +63,16 @@ class PartResult:
     reused: bool = False
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """Documents: ids concatenated, ids and UTF-8 bytes of each, and what its split is hashed on."""
+
+    ids: NDArray[Any]
+    lengths: NDArray[Any]
+    text_bytes: NDArray[np.int64]
+    keys: list[bytes]
+
+
 class PartWorker:
     """Turns parts into shards with one tokenizer; each worker process holds one."""
 
@@ -74,7 +86,7 @@ class PartWorker:
         previous = finished_part(self.settings.output, name, part, self._record)
         if previous is not None:
             return previous
-        reader = DocumentReader(part, self.settings.reading)
+        report = ReadReport()
         with contextlib.ExitStack() as stack:
             writers = {
                 split: stack.enter_context(
@@ -83,10 +95,11 @@ class PartWorker:
                 for split in self._splits()
             }
             text_bytes = dict.fromkeys(writers, 0)
-            for texts in reader:
-                self._write_batch(texts, writers, text_bytes, reader.report, progress)
+            for batch in self._batches(part, report):
+                self._write_batch(batch, writers, text_bytes)
+                progress(len(batch.lengths), int(batch.text_bytes.sum()), len(batch.ids))
             source = SourceInfo(
-                str(part.file), part.size, reader.report.sha256, part.unit, part.start, part.stop
+                str(part.file), part.size, report.sha256, part.unit, part.start, part.stop
             )
             shards = []
             for split, writer in writers.items():
@@ -95,31 +108,39 @@ class PartWorker:
                     split=split,
                     source=source,
                     text_bytes=text_bytes[split],
-                    bad_lines=reader.report.bad,
-                    empty_documents=reader.report.empty,
+                    # What was skipped belongs to no split: it is counted once.
+                    bad_lines=report.bad if split == self.settings.split else 0,
+                    empty_documents=report.empty if split == self.settings.split else 0,
                     **asdict(writer.finish()),
                 )
                 shards.append(entry)
-        result = PartResult(name, tuple(shards), reader.report)
+        result = PartResult(name, tuple(shards), report)
         self._save(result)
         return result
 
+    @property
+    def _divides(self) -> bool:
+        return self.settings.validation_fraction > 0
+
     def _splits(self) -> list[str]:
-        both = self.settings.validation_fraction > 0
-        return [self.settings.split, "validation"] if both else [self.settings.split]
+        return [self.settings.split, "validation"] if self._divides else [self.settings.split]
 
     def _prefix(self, name: str, split: str) -> Path:
         suffix = "" if split == self.settings.split else f".{split}"
         return self.settings.output / f"{name}{suffix}"
 
-    def _write_batch(
-        self,
-        texts: list[str],
-        writers: dict[str, ShardWriter],
-        text_bytes: dict[str, int],
-        report: ReadReport,
-        progress: Progress,
-    ) -> None:
+    def _batches(self, part: Part, report: ReadReport) -> Iterator[_Batch]:
+        if holds_tokens(part):
+            eos_id = self.tokenizer.eos_id if self.settings.append_eos else None
+            for ids, lengths in TokenReader(part, eos_id, report):
+                pieces = np.split(ids, np.cumsum(lengths)[:-1]) if self._divides else []
+                keys = [piece.astype("<i8").tobytes() for piece in pieces]
+                yield _Batch(ids, lengths, np.zeros(len(lengths), np.int64), keys)
+            return
+        for texts in DocumentReader(part, self.settings.reading, report):
+            yield self._encode(texts, report)
+
+    def _encode(self, texts: list[str], report: ReadReport) -> _Batch:
         ids, lengths = self.tokenizer.encode(texts, self.settings.append_eos)
         # A text of nothing but characters that the tokenizer drops has no ids of its own.
         empty = lengths == (1 if self.settings.append_eos else 0)
@@ -128,31 +149,20 @@ class PartWorker:
             texts = [text for text, drop in zip(texts, empty, strict=True) if not drop]
             report.empty += int(empty.sum())
         encoded = [text.encode() for text in texts]
-        size = sum(map(len, encoded))
-        if len(writers) == 1:
-            (split,) = writers
-            writers[split].add(ids, lengths)
-            text_bytes[split] += size
-        else:
-            self._write_splits(encoded, ids, lengths, writers, text_bytes)
-        progress(len(texts), size, len(ids))
+        sizes = np.fromiter(map(len, encoded), np.int64, len(encoded))
+        return _Batch(ids, lengths, sizes, encoded if self._divides else [])
 
-    def _write_splits(
-        self,
-        encoded: list[bytes],
-        ids: Ids,
-        lengths: Ids,
-        writers: dict[str, ShardWriter],
-        text_bytes: dict[str, int],
+    def _write_batch(
+        self, batch: _Batch, writers: dict[str, ShardWriter], text_bytes: dict[str, int]
     ) -> None:
-        held_out = np.array(
-            [in_validation(text, self.settings.validation_fraction) for text in encoded], bool
-        )
-        sizes = np.array([len(text) for text in encoded], np.int64)
-        of_token = np.repeat(held_out, lengths)
-        for split, chosen in zip(writers, (False, True), strict=True):
-            writers[split].add(ids[of_token == chosen], lengths[held_out == chosen])
-            text_bytes[split] += int(sizes[held_out == chosen].sum())
+        fraction = self.settings.validation_fraction
+        held_out = np.zeros(len(batch.lengths), bool)
+        if self._divides:
+            held_out[:] = [in_validation(key, fraction) for key in batch.keys]
+        of_token = np.repeat(held_out, batch.lengths)
+        for split, chosen in zip(writers, (False, True), strict=False):
+            writers[split].add(batch.ids[of_token == chosen], batch.lengths[held_out == chosen])
+            text_bytes[split] += int(batch.text_bytes[held_out == chosen].sum())
 
     def _save(self, result: PartResult) -> None:
         content = {
