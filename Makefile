@@ -19,6 +19,7 @@ $(INSTALLED): setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 10) <= sys.version_info < (3, 13) else \
 	  "error: Python %d.%d: need 3.10, 3.11 or 3.12; name one with make PYTHON=python3.12" % sys.version_info[:2])'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV); the first time this takes minutes (PyTorch is large)."
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,mpi]'
 	touch $@
 
