@@ -22,7 +22,7 @@ class Step:
 
     ``outputs`` are files or folders; those in ``replaced`` are deleted before the command runs,
     for programs that do not write into a folder that is there. ``environment`` is added to the
-    process's own.
+    process's own. ``passing`` are words of the command that do not matter to the outputs.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Step:
     inputs: Sequence[Path] = ()
     replaced: Sequence[Path] = ()
     environment: dict[str, str] = field(default_factory=dict)
+    passing: Sequence[str] = ()
 
     def line(self) -> str:
         """The command as one would type it."""
@@ -74,7 +75,8 @@ def run_steps(steps: Sequence[Step], records: Path, programs: dict[str, str]) ->
 
 def _state(step: Step) -> dict[str, Any]:
     return {
-        "command": step.line(),
+        "command": [word for word in step.command if word not in step.passing],
+        "environment": step.environment,
         "inputs": {str(path): _contents(path) for path in step.inputs},
         "outputs": {str(path): _contents(path) for path in step.outputs},
     }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import glob
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -55,7 +56,8 @@ def run_step(folder: Path, run: Path, own_text: bool, overrides: list[str]) -> S
 
     gpus = torch.cuda.device_count()
     ranks = 2 if gpus == 0 else 1 << (min(gpus, 4).bit_length() - 1)
-    command = ["deepspeed", "--num_gpus", str(ranks), "launchers/pretrain.py"]
+    port = ["--master_port", str(free_port())]
+    command = ["deepspeed", "--num_gpus", str(ranks), *port, "launchers/pretrain.py"]
     command += ["--config", "recipes/quickstart.yaml"]
     command += ["--deepspeed_config", "ds_configs/zero2.json"]
     command += [f"run.dir={run}", f"data.train={folder}/data/train"]
@@ -65,7 +67,25 @@ def run_step(folder: Path, run: Path, own_text: bool, overrides: list[str]) -> S
         command += ["train.precision=bf16"]
     else:
         environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
-    return Step("training", command + overrides, [run / "metrics.jsonl"], environment=environment)
+    return Step(
+        "training",
+        command + overrides,
+        [run / "metrics.jsonl"],
+        environment=environment,
+        passing=port,
+    )
+
+
+def free_port() -> int:
+    """DeepSpeed's usual port for the ranks to meet, or another one when that is taken."""
+    for port in (29500, 0):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    raise UserError("no free port of the loopback interface for the ranks to meet")
 
 
 def report_steps(folder: Path, run: Path) -> list[Step]:
