@@ -47,7 +47,7 @@ class Restarts:
         UserError: what is asked for cannot work with this model, optimizer or engine.
 
     Attributes:
-        seconds: time spent in restarts so far on this rank.
+        seconds: time spent in restarts and in measuring the imbalance so far on this rank.
     """
 
     def __init__(
@@ -101,7 +101,9 @@ class Restarts:
         if self._spike(update, gradient_norm) and not resetting:
             resetting, trigger = True, "gradient_norm"
         if not refactorizing and self._imbalance_due(update):
+            started = self._now()
             measured = largest_imbalance(self._exchange)
+            self.seconds += self._now() - started
             if measured > (self.config.imbalance_threshold or 1.0):
                 refactorizing, resetting, trigger = True, True, "imbalance"
         if not refactorizing and not resetting:
@@ -131,10 +133,10 @@ class Restarts:
     ) -> RestartReport:
         config = self.config
         if refactorizing:
+            started = self._now()
             bad = nonfinite_parameters(self._state, self._factors)
             if bad:
                 return replace(report, skipped_nonfinite=tuple(bad))
-            started = self._now()
             done = refactorize(self._exchange)
             report = replace(
                 report,
