@@ -32,7 +32,11 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    return parser.parse_intermixed_args()
+    arguments = parser.parse_intermixed_args()
+    # Overrides right after --config are taken for files; no file of ours has "=" in its name.
+    arguments.overrides += [str(path) for path in arguments.config if "=" in str(path)]
+    arguments.config = [path for path in arguments.config if "=" not in str(path)]
+    return arguments
 
 
 def main() -> None:

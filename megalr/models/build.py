@@ -38,11 +38,11 @@ def _low_rank(method: Any, shape: LinearShape, bias: bool) -> GroupedLinear:
             f"{', '.join(n for n in names if n not in chosen)}: {', '.join(names)} read the same "
             "input and are stored together, so name all of them or none"
         )
-    largest = min(shape.in_used, *shape.out_used)
-    if method.rank > largest:
+    sides = [min(shape.in_used, rows) for rows in shape.out_used]
+    if method.rank > min(sides):
         raise UserError(
-            f"method.rank {method.rank} is larger than {largest}, the smaller side of "
-            f"{shape.names[0]}: choose a rank of at most {largest}"
+            f"method.rank {method.rank} is larger than {min(sides)}, the smaller side of "
+            f"{shape.names[sides.index(min(sides))]}: choose a rank of at most {min(sides)}"
         )
     return LowRankLinear(shape, method.rank, method.alpha, method.init, bias)
 

@@ -1,0 +1,42 @@
+"""Counts of parameters and FLOPs against torch's own counter and independent sums."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megalr.models.build import build_decoder
+from megalr.models.flops import flops_per_token, matrix_parameters, parameter_count
+from tests.models.settings import full_rank, low_rank, tiny
+
+
+@pytest.mark.parametrize("method", [full_rank(), low_rank()], ids=["full_rank", "low_rank"])
+def test_matrix_flops_equal_torchs_count_of_the_forward_pass(method: object) -> None:
+    config = tiny(num_kv_heads=None, pad_multiple=1)
+    decoder = build_decoder(config, method, seed=0)
+    ids = torch.zeros(1, 40, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        decoder(ids)
+    counted = counter.get_flop_counts()["Global"]
+    matrices = sum(v for op, v in counted.items() if "mm" in str(op) and "attention" not in str(op))
+    assert matrices == 2 * matrix_parameters(decoder) * 40
+
+
+def test_attention_counts_what_causal_masking_and_the_window_keep() -> None:
+    S = 12
+    for window in (None, 5):
+        decoder = build_decoder(tiny(sliding_window=window), full_rank(), seed=0)
+        pairs = sum(min(t + 1, window or S) for t in range(S))
+        per_layer = 2 * 2 * decoder.config.hidden_size * pairs / S  # scores and weighted sum
+        expected = 3 * (2 * matrix_parameters(decoder) + decoder.config.num_layers * per_layer)
+        assert flops_per_token(decoder, S) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("method", [full_rank(), low_rank()], ids=["full_rank", "low_rank"])
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True, "attention_bias": True}])
+def test_parameter_count_is_that_of_the_unpadded_model(method: object, changes: dict) -> None:
+    padded = build_decoder(tiny(pad_multiple=32, **changes), method, seed=0)
+    bare = build_decoder(tiny(pad_multiple=1, **changes), method, seed=0)
+    assert parameter_count(padded) == sum(p.numel() for p in bare.parameters())
+    assert parameter_count(padded) < sum(p.numel() for p in padded.parameters())
