@@ -38,7 +38,7 @@ class _Shard:
     """A shard of the manifest; its files are opened when a sample of it is first read."""
 
     def __init__(self, folder: Path, entry: ShardEntry, dtype: np.dtype) -> None:
-        self.prefix = folder / entry.name
+        self.prefix = f"{folder}/{entry.name}"  # a thousand Path objects take their time
         self.entry = entry
         self._dtype = dtype
 

@@ -22,6 +22,7 @@ Source: ``megatron/core/datasets/indexed_dataset.py`` of Megatron-LM.
 from __future__ import annotations
 
 import mmap
+import os
 import resource
 import struct
 from functools import cached_property
@@ -116,11 +117,14 @@ class IndexedShard:
     def _fail(self, path: Path, problem: str) -> UserError:
         return UserError(f"{path}: {problem}; the file is damaged or incomplete, write it again")
 
+    def _size(self, path: Path) -> int:
+        try:
+            return os.stat(path).st_size
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file; a shard is a .bin and an .idx file") from None
+
     def _read_header(self) -> None:
-        for path in (self.idx, self.bin):
-            if not path.is_file():
-                raise UserError(f"{path}: no such file; a shard is a .bin and an .idx file")
-        idx_bytes, bin_bytes = self.idx.stat().st_size, self.bin.stat().st_size
+        idx_bytes, bin_bytes = self._size(self.idx), self._size(self.bin)
         with open(self.idx, "rb") as stream:
             header = stream.read(HEADER.size)
         if len(header) < HEADER.size:
@@ -268,11 +272,8 @@ class IndexedShard:
 
     def sizes(self, documents: Integers) -> Integers:
         """Number of tokens of each document, with fewer checks than :meth:`spans`."""
-        first = self.documents[documents]
-        if (
-            self.num_sequences == self.num_documents
-            and (first == documents).all()
-            and (self.documents[documents + 1] == documents + 1).all()
+        if self.num_sequences == self.num_documents and np.array_equal(
+            self.documents[documents], documents
         ):
             return self.lengths[documents].astype(np.int64)  # one sequence a document
         return self.spans(documents)[1]

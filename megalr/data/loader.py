@@ -15,7 +15,7 @@ from megalr.errors import UserError
 
 MicroBatch = tuple[torch.Tensor, torch.Tensor]
 STOP_POLL_SECONDS = 0.2
-SAMPLES_PLANNED = 1 << 14  # samples whose place is computed in one go
+SAMPLES_PLANNED = 1 << 16  # samples whose place is computed in one go
 SAMPLES_AT_ONCE = 1 << 20  # samples whose targets are counted in one go
 
 
@@ -117,7 +117,8 @@ class UpdateLoader:
         Small batches are planned several updates at a time: the cost is per call and per shard.
         """
         if not 0 <= update - self._planned_from < len(self._planned_targets):
-            updates = max(1, SAMPLES_PLANNED // self._global_batch_size)
+            planned = min(SAMPLES_PLANNED, self._dataset.num_samples)
+            updates = max(1, planned // self._global_batch_size)
             first = update * self._global_batch_size
             positions = np.arange(first, first + updates * self._global_batch_size, dtype=np.int64)
             samples = self._dataset.sample_ids(positions, self._seed)

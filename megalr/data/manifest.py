@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -161,9 +162,9 @@ def check_sizes(folder: Path, shards: Iterable[ShardEntry]) -> None:
     """Compare the size of every file with the manifest (two ``stat`` calls a shard)."""
     for shard in shards:
         for suffix, expected in ((".bin", shard.bin_bytes), (".idx", shard.idx_bytes)):
-            path = folder / f"{shard.name}{suffix}"
+            path = f"{folder}/{shard.name}{suffix}"
             try:
-                size = path.stat().st_size
+                size = os.stat(path).st_size
             except FileNotFoundError:
                 raise UserError(
                     f"{path}: the manifest lists this file and it does not exist; copy the data "
