@@ -48,6 +48,20 @@ def test_bf16_loss_is_that_of_float32_on_the_same_logits() -> None:
     torch.testing.assert_close(head(x, labels), expected, rtol=1e-6, atol=1e-4)
 
 
+def test_scale_of_the_loss_is_not_rounded_to_bf16() -> None:
+    torch.manual_seed(0)
+    head = Head(60, 60, 16).to(torch.bfloat16)
+    head.reset_parameters(0, 0.3)
+    x = torch.randn(1, 64, 16, dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.randint(0, 60, (1, 64))
+    scale = 1 / 771  # a third of the way between two bf16 numbers
+    unscaled = torch.autograd.grad(head(x, labels), (x, head.weight))
+    scaled = torch.autograd.grad(head(x, labels) * scale, (x, head.weight))
+    for whole, part in zip(unscaled, scaled, strict=True):
+        ratio = part.double().norm() / whole.double().norm()
+        assert ratio.item() == pytest.approx(scale, rel=3e-4)
+
+
 def test_all_labels_ignored_is_zero_loss_and_zero_gradient() -> None:
     head = Head(10, 16, 4)
     head.reset_parameters(0, 0.5)
