@@ -51,11 +51,11 @@ def text_steps(folder: Path, patterns: list[str], workers: str) -> list[Step]:
 
 
 def run_step(folder: Path, run: Path, own_text: bool, overrides: list[str]) -> Step:
-    """Training on every GPU (at most 4), or on two CPU processes."""
+    """Training in two processes, on two GPUs where there are any; one on a single GPU."""
     import torch
 
     gpus = torch.cuda.device_count()
-    ranks = 2 if gpus == 0 else 1 << (min(gpus, 4).bit_length() - 1)
+    ranks = 1 if gpus == 1 else 2
     port = ["--master_port", str(free_port())]
     command = ["deepspeed", "--num_gpus", str(ranks), *port, "launchers/pretrain.py"]
     command += ["--config", "recipes/quickstart.yaml"]
