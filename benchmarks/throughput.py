@@ -100,6 +100,8 @@ def run_case(name: str, case: Case, data: Path, work: Path, gpus: int, updates: 
             "micro_batch_size": case.micro_batch,
             "precision": case.precision,
             "compile": True,
+            "cuda_graphs": True,
+            "gradient_clipping": 0.0,
             **case.train,
         },
         "checkpoint": {"every": 0},
