@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,6 +58,12 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def on_ranks(kinds: Iterable[str], few: Iterable[str]) -> list[tuple[int, str]]:
+    """(ranks, kind) of all ``kinds`` on three ranks, which cut factors inside rows, and of the
+    ``few`` on one and two."""
+    return [(ranks, kind) for ranks in (1, 2) for kind in few] + [(3, kind) for kind in kinds]
+
+
 def make_decoder(method: str = "low_rank") -> Decoder:
     """Two blocks whose factor parameters have sizes that 2 and 3 ranks cut inside rows."""
     sizes = DecoderConfig(
@@ -100,13 +106,19 @@ def make_optimizer(decoder: Decoder, lr: float = 2e-3, weight_decay: float = 0.0
 
 
 @contextmanager
-def engine_of(kind: str, method: str = "low_rank", optimizer: Any = None) -> Iterator[Any]:
-    """An engine of a kind of ``KINDS`` around the tiny decoder, destroyed at the end."""
+def engine_of(
+    kind: str, method: str = "low_rank", optimizer: Any = None, **zero_options: Any
+) -> Iterator[Any]:
+    """An engine of a kind of ``KINDS`` around the tiny decoder, destroyed at the end.
+
+    ``zero_options`` go past the checks of the DeepSpeed JSON.
+    """
     precision, zero = KINDS[kind]
     world = dist.get_world_size()
     config = _run_config(precision, method, micro=GLOBAL_BATCH // world)
     zero = {"reduce_bucket_size": 20_000, "allgather_bucket_size": 20_000, **zero}
     resolved = resolve_deepspeed_config(config, {"zero_optimization": zero}, "test", world)
+    resolved["zero_optimization"] |= zero_options
     decoder = make_decoder(method)
     engine, *_ = deepspeed.initialize(
         model=decoder,
