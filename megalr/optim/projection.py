@@ -72,21 +72,35 @@ def svd_bases(grad: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor
     return left[:, :rank], right[:rank].mT
 
 
-def _orthonormalize(columns: torch.Tensor) -> torch.Tensor:
-    """Orthonormal basis of the column space by two Cholesky-QR passes in float64, QR if needed.
+def _cholesky_qr(columns: torch.Tensor, passes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(orthonormal basis of the column space, zero or the code of a failure), in float64.
 
-    Much faster than Householder QR on a GPU. A column that depends on the others makes the Gram
-    matrix numerically singular; Householder QR then completes the basis.
+    Cholesky-QR: much faster than Householder QR on a GPU. One pass keeps columns independent, the
+    second makes them orthogonal to rounding. It fails where a column depends on the others.
     """
     result = columns.double()
-    scale = result.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
-    result = result / scale
-    for _ in range(2):
+    result = result / result.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
+    failed = torch.zeros((), dtype=torch.int32, device=columns.device)
+    for _ in range(passes):
         factor, info = torch.linalg.cholesky_ex(result.mT @ result)
-        if int(info) != 0:
-            return torch.linalg.qr(columns.double()).Q.to(columns.dtype)
         result = torch.linalg.solve_triangular(factor.mT, result, upper=True, left=False)
-    return result.to(columns.dtype)
+        failed = failed | info
+    return result.to(columns.dtype), failed
+
+
+def _iterate(matrix: torch.Tensor, columns: torch.Tensor, rounds: int) -> torch.Tensor:
+    """``rounds`` of orthonormalized power iteration with M^T M; orthonormal columns."""
+    start, failed = columns, torch.zeros((), dtype=torch.int32, device=columns.device)
+    for i in range(rounds):
+        passes = 2 if i == rounds - 1 else 1
+        columns, info = _cholesky_qr(matrix.mT @ (matrix @ columns), passes)
+        failed = failed | info
+    if int(failed) == 0:
+        return columns
+    columns = start
+    for _ in range(rounds):  # the matrix has a rank below the number of columns
+        columns = torch.linalg.qr(matrix.mT @ (matrix @ columns)).Q
+    return columns
 
 
 def subspace_basis(
@@ -112,8 +126,8 @@ def subspace_basis(
     columns = columns.to(matrix.device, matrix.dtype)
     if start is not None:
         columns = torch.cat([start.to(matrix.dtype), columns / math.sqrt(size)], dim=1)
-    for _ in range(COLD_ITERATIONS if start is None else POWER_ITERATIONS):
-        columns = _orthonormalize(matrix.mT @ (matrix @ columns))
+    rounds = COLD_ITERATIONS if start is None else POWER_ITERATIONS
+    columns = _iterate(matrix, columns, rounds)
     image = (matrix @ columns).double()
     _, rotation = torch.linalg.eigh(image.mT @ image)
     leading = rotation.flip(-1)[:, :rank].to(matrix.dtype)

@@ -146,32 +146,41 @@ def _stabilize(
     each, for all tensors of the layout together.
     """
     grad = grad.clone()
-    maxima, dtype = state["max_average"], state["max_average"].dtype
+    maxima = state["max_average"]
     # Bias corrections: k as published, or the number of updates the averages have seen.
     seen = state["step"] if group["compat"] == "published" else state["updates"]
-    index = {tensor.number: i for i, tensor in enumerate(layout.tensors)}
-    pieces = [(index[tensor.number], piece_view(grad, piece)) for tensor, piece in layout.local]
+    number = {tensor.number: i for i, tensor in enumerate(layout.tensors)}
+    held = torch.tensor([number[t.number] for t, _ in layout.local], device=grad.device)
+    pieces = [piece_view(grad, piece) for _, piece in layout.local]
     gamma3 = group["gamma3"]
-    largest = torch.zeros_like(maxima)
-    for i, piece in pieces:
-        largest[i] = piece.abs().amax().to(dtype)
+    largest = _per_tensor(pieces, held, math.inf, maxima)
     reduce_over_ranks(largest, layout, dist.ReduceOp.MAX)
     maxima.mul_(gamma3).add_(largest, alpha=1 - gamma3)
     limit = maxima / (1 - gamma3**seen)
-    squares = torch.zeros_like(maxima)
-    for i, piece in pieces:
-        clipped = piece / largest[i].to(grad.dtype) * limit[i].to(grad.dtype)
-        piece.copy_(torch.where(piece.abs() > limit[i], clipped, piece))
-        squares[i] = torch.linalg.vector_norm(piece, dtype=dtype).square()
-    reduce_over_ranks(squares, layout, dist.ReduceOp.SUM)
-    norms = squares.sqrt()
+    tops, bounds = largest[held].tolist(), limit[held].tolist()
+    for piece, top, bound in zip(pieces, tops, bounds, strict=True):
+        if top > bound:
+            piece.copy_(torch.where(piece.abs() > bound, piece / top * bound, piece))
+    norms = _per_tensor(pieces, held, 2, maxima)
+    if layout.world_size > 1:
+        norms = reduce_over_ranks(norms.square(), layout, dist.ReduceOp.SUM).sqrt()
     gamma1 = (group["betas"][0] if group["gamma1"] == -1 else group["gamma1"]) * sigma
     gamma2 = group["gamma2"]
     state["norm_average"].mul_(gamma1).add_(norms, alpha=1 - gamma1)
-    state["squared_norm_average"].mul_(gamma2).add_(squares, alpha=1 - gamma2)
+    state["squared_norm_average"].mul_(gamma2).add_(norms.square(), alpha=1 - gamma2)
     wanted = state["norm_average"] / (1 - gamma1**seen)
     root = (state["squared_norm_average"] / (1 - gamma2**seen)).sqrt() + group["eps"]
     factor = torch.where(norms > 0, wanted / root / norms, torch.ones_like(norms))
-    for i, piece in pieces:
-        piece.mul_(factor[i].to(grad.dtype))
+    if pieces:
+        torch._foreach_mul_(pieces, factor[held].tolist())
     return grad
+
+
+def _per_tensor(
+    pieces: list[torch.Tensor], held: torch.Tensor, order: float, like: torch.Tensor
+) -> torch.Tensor:
+    """Norm of each piece at the place of its tensor in a vector like ``like``, zero elsewhere."""
+    result = torch.zeros_like(like)
+    if pieces:
+        result[held] = torch.stack(torch._foreach_norm(pieces, order, like.dtype))
+    return result

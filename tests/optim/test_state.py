@@ -180,6 +180,20 @@ def test_subspace_iteration_finds_the_leading_singular_subspace():
     assert ((basis * exact).sum(dim=0).abs() > 1 - 1e-4).all()
 
 
+def test_subspace_iteration_survives_a_gradient_of_lower_rank_than_the_projection():
+    torch.manual_seed(0)
+    for exact_rank, g in (
+        (0, torch.zeros(200, 160)),
+        (3, torch.randn(200, 3) @ torch.randn(3, 160)),
+        (1, torch.eye(200, 160) * (torch.arange(200) == 5)[:, None]),
+    ):
+        for start in (None, torch.linalg.qr(torch.randn(160, 20)).Q):
+            basis = subspace_basis(g, 20, "right", start, 0)
+            assert basis.isfinite().all()
+            assert torch.allclose(basis.mT @ basis, torch.eye(20), atol=1e-4)
+            assert exact_rank == 0 or torch.allclose(g @ basis @ basis.mT, g, atol=1e-4)
+
+
 def test_refreshes_are_staggered_evenly_over_the_period():
     counts = [sum(refresh_due(t, 50, n, True) for n in range(1, 101)) for t in range(50)]
     assert sum(counts) == 100 and max(counts) <= 4
