@@ -1,0 +1,57 @@
+"""The recipes of the methods and optimizers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megalr.config import load_run_config
+from megalr.config.deepspeed import read_deepspeed_json, resolve_deepspeed_config
+from megalr.models.config import PRESETS
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes" / "methods").glob("*.yaml"))
+SIZES = ("60m", "130m", "350m", "1b")
+
+# Published values by model size: 60M, 130M, 350M, 1B.
+PUBLISHED = {
+    "galore": {"rank": (128, 256, 256, 1024), "scale": (0.25,) * 4, "update_proj_gap": (200,) * 4},
+    "fira": {"rank": (128, 256, 256, 512), "scale": (0.25, 0.25, 0.25, 0.0625)},
+    "apollo": {"rank": (128, 192, 256, 256), "scale_type": ("channel",) * 4},
+    "apollo_mini": {
+        "rank": (1,) * 4, "scale": (128, 192, 128, 128), "scale_front": (True, True, False, False)
+    },
+    "loro": {"rank": (128, 256, 256, 512), "exact_every": (500, 500, 500, 200)},
+}  # fmt: skip
+RATES = {
+    "galore": (0.01,) * 4,
+    "fira": (0.01,) * 4,
+    "apollo": (0.01,) * 4,
+    "apollo_mini": (0.01,) * 4,
+    "loro": (0.01, 0.01, 0.01, 0.005),
+    "spam": (1e-3, 8e-4, 4e-4, 2e-3),
+}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_loads_and_its_batch_can_be_cut(path):
+    config = load_run_config([path], presets=PRESETS)
+    assert config.run.dir == f"runs/{path.stem}"
+    name = path.stem.split("_", 2)[2]
+    assert name in (config.method.name, config.optimizer.name)
+    for ranks in (1, 2, 4):
+        user = read_deepspeed_json(ROOT / "ds_configs" / "zero1.json")
+        resolve_deepspeed_config(config, user, "zero1.json", ranks)
+    assert (config.train.global_batch_size, config.data.sequence_length) == (512, 256)
+
+
+@pytest.mark.parametrize("name", list(RATES))
+def test_published_settings_are_followed_at_every_size(name):
+    for i, size in enumerate(SIZES):
+        config = load_run_config([ROOT / "recipes" / "methods" / f"llama_{size}_{name}.yaml"])
+        assert config.optimizer.lr == RATES[name][i]
+        for key, values in PUBLISHED.get(name, {}).items():
+            assert getattr(config.method, key) == values[i]
+        updates = {"60m": 10_000, "130m": 20_000, "350m": 60_000, "1b": 100_000}[size]
+        assert config.train.updates == (20_000 if (name, size) == ("spam", "1b") else updates)
