@@ -32,7 +32,7 @@ from torch.optim.optimizer import ParamsT
 from megalr.errors import UserError
 from megalr.optim.layout import FlatLayout, LogicalTensor, trivial_layout
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
 def check_hyperparameters(
@@ -181,7 +181,7 @@ class LogicalOptimizer(torch.optim.Optimizer):
         """Zero moments on this rank; returns (elements zeroed, elements of moments held here).
 
         ``parameters`` are entries of ``param_groups`` (None: all that have state); ``moments`` a
-        choice of ``exp_avg`` and ``exp_avg_sq``; ``counter`` keep, zero or one: what happens to
+        choice of ``exp_avg``, ``exp_avg_sq`` and Muon's ``momentum_buffer``; ``counter`` keep, zero or one: what happens to
         the bias-correction counter. Entries before their first update have nothing to zero.
         """
         if counter not in ("keep", "zero", "one"):
