@@ -34,8 +34,9 @@ class ReadOptions:
 
 @dataclass
 class ReadReport:
-    """What was read so far: records, and those that were skipped."""
+    """What was read so far: bytes of the input file, records, and those that were skipped."""
 
+    input_bytes: int = 0
     records: int = 0
     bad: int = 0
     empty: int = 0
@@ -136,8 +137,11 @@ class DocumentReader:
         path = self.part.file
         with HashingReader(path) as raw, decompressed(raw, path) as stream:
             style = self.options.text_documents if kind == "text" else "line"
-            yield from _RECORDS[style](stream)
+            for records in _RECORDS[style](stream):
+                self.report.input_bytes = raw.bytes_read
+                yield records
             self.report.sha256 = raw.finish()
+            self.report.input_bytes = raw.bytes_read
 
     def _lines_of_range(self) -> Iterator[list[bytes]]:
         """Lines whose first byte lies in ``[start, stop)`` of an uncompressed file."""
@@ -156,6 +160,7 @@ class DocumentReader:
                 if not lines:
                     break
                 digest.update(b"".join(lines))
+                self.report.input_bytes += sum(map(len, lines))
                 yield lines
         self.report.sha256 = digest.hexdigest()
 

@@ -97,8 +97,8 @@ class _Coordinator:
         self._working = self._world.Get_size() - 1
         worker = PartWorker(settings, f"{job}-rank0")
 
-        def count(documents: int, text_bytes: int, tokens: int) -> None:
-            progress(documents, text_bytes, tokens)
+        def count(*counts: int) -> None:
+            progress(*counts)
             self._serve()
 
         while self._queue or self._working:

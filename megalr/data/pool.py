@@ -45,19 +45,19 @@ def attempt(worker: PartWorker, task: Task, progress: Progress) -> Outcome:
 class Throttle:
     """Adds up progress and hands it on at most every ``REPORT_SECONDS``."""
 
-    def __init__(self, send: Callable[[tuple[int, int, int]], None]) -> None:
-        self._send, self._last, self._sum = send, time.monotonic(), (0, 0, 0)
+    def __init__(self, send: Callable[[list[int]], None]) -> None:
+        self._send, self._last, self._sum = send, time.monotonic(), [0, 0, 0, 0]
 
-    def __call__(self, documents: int, text_bytes: int, tokens: int) -> None:
-        a, b, c = self._sum
-        self._sum = (a + documents, b + text_bytes, c + tokens)
+    def __call__(self, documents: int, text_bytes: int, tokens: int, input_bytes: int) -> None:
+        for place, count in enumerate((documents, text_bytes, tokens, input_bytes)):
+            self._sum[place] += count
         if time.monotonic() - self._last > REPORT_SECONDS:
             self.flush()
 
     def flush(self) -> None:
         if any(self._sum):
             self._send(self._sum)
-        self._sum, self._last = (0, 0, 0), time.monotonic()
+        self._sum, self._last = [0, 0, 0, 0], time.monotonic()
 
 
 def run_serial(

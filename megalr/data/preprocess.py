@@ -151,7 +151,7 @@ class PreprocessJob:
                     line.message(f"failed: {outcome.message}")
                     continue
                 results.append(outcome)
-                line.finish_part(_weight(self.parts[outcome.name]))
+                line.finish_part(_weight(self.parts[outcome.name]), outcome.reused)
                 if outcome.report.bad and not outcome.reused:
                     line.message(_bad_lines(self.parts[outcome.name], outcome))
         finally:

@@ -13,30 +13,30 @@ LIVE_SECONDS = 0.5
 class ProgressLine:
     """Counts documents, text and tokens over all workers and shows their rates and the ETA.
 
-    The ETA comes from the input bytes of the parts that are finished, and from text bytes within
-    them, since compressed sizes are all that is known beforehand.
+    The ETA comes from the bytes of the input files, compressed as they are, that were read so far.
     """
 
     def __init__(self, files: int, input_bytes: int, stream: TextIO | None = None) -> None:
         self.files, self.input_bytes = files, input_bytes
         self.documents = self.text_bytes = self.tokens = 0
-        self.finished = self.finished_bytes = 0
+        self.consumed_bytes = self.finished = self.skipped_bytes = 0
         self.started = time.monotonic()
         self._stream = sys.stderr if stream is None else stream
         self._live = self._stream.isatty()
         self._shown = 0.0 if self._live else self.started
 
-    def add(self, documents: int, text_bytes: int, tokens: int) -> None:
+    def add(self, documents: int, text_bytes: int, tokens: int, input_bytes: int) -> None:
         """Count work that was done."""
+        self.consumed_bytes += input_bytes
         self.documents += documents
         self.text_bytes += text_bytes
         self.tokens += tokens
         self.show()
 
-    def finish_part(self, input_bytes: int) -> None:
-        """Count a part that is finished."""
+    def finish_part(self, input_bytes: int, reused: bool) -> None:
+        """Count a part that is finished; ``reused``: by an earlier run, it cost hardly any time."""
         self.finished += 1
-        self.finished_bytes += input_bytes
+        self.skipped_bytes += input_bytes if reused else 0
         self.show()
 
     @property
@@ -47,8 +47,9 @@ class ProgressLine:
         """The line."""
         seconds = self.seconds
         eta = "?"
-        if self.finished_bytes and self.input_bytes:
-            eta = _clock(seconds * (self.input_bytes / self.finished_bytes - 1))
+        if self.consumed_bytes:
+            left = self.input_bytes - self.skipped_bytes - self.consumed_bytes
+            eta = _clock(seconds * max(left, 0) / self.consumed_bytes)
         return (
             f"{self.finished}/{self.files} files, {self.documents:,} documents "
             f"({self.documents / seconds:,.0f}/s), {self.text_bytes / 1e6:,.0f} MB "

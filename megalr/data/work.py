@@ -23,7 +23,8 @@ from megalr.data.writer import ShardWriter
 from megalr.errors import UserError
 
 FINISHED_FOLDER = "finished"
-Progress = Callable[[int, int, int], None]  # documents, bytes of text, tokens since the last call
+# Documents, bytes of text, tokens and bytes of input files since the last call.
+Progress = Callable[[int, int, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,16 @@ class PartWorker:
                 for split in self._splits()
             }
             text_bytes = dict.fromkeys(writers, 0)
+            consumed = 0
             for batch in self._batches(part, report):
                 self._write_batch(batch, writers, text_bytes)
-                progress(len(batch.lengths), int(batch.text_bytes.sum()), len(batch.ids))
+                progress(
+                    len(batch.lengths),
+                    int(batch.text_bytes.sum()),
+                    len(batch.ids),
+                    report.input_bytes - consumed,
+                )
+                consumed = report.input_bytes
             source = SourceInfo(
                 str(part.file), part.size, report.sha256, part.unit, part.start, part.stop
             )
