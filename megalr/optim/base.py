@@ -181,8 +181,9 @@ class LogicalOptimizer(torch.optim.Optimizer):
         """Zero moments on this rank; returns (elements zeroed, elements of moments held here).
 
         ``parameters`` are entries of ``param_groups`` (None: all that have state); ``moments`` a
-        choice of ``exp_avg``, ``exp_avg_sq`` and Muon's ``momentum_buffer``; ``counter`` keep, zero or one: what happens to
-        the bias-correction counter. Entries before their first update have nothing to zero.
+        choice of ``exp_avg``, ``exp_avg_sq`` and Muon's ``momentum_buffer``; ``counter`` keep,
+        zero or one: what happens to the bias-correction counter. Entries before their first
+        update have nothing to zero.
         """
         if counter not in ("keep", "zero", "one"):
             raise UserError(f"counter must be keep, zero or one, got {counter!r}")
