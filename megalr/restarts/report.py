@@ -1,11 +1,11 @@
-"""What one restart did, for the log line and for ``metrics.jsonl``."""
+"""What one restart did, for the log and for ``metrics.jsonl``."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -26,7 +26,7 @@ class RestartReport:
         reseeded_directions: of these, brought back to life.
         fraction_reset: share of all existing moment elements, over all ranks, that was zeroed;
             0 before the first update, when there are none.
-        parameters_reset: how many parameters were reset, by name with numbers replaced by ``*``.
+        parameters_reset: which parameters were reset, see :func:`by_pattern`.
         moments_reset: which moments, e.g. ``("first", "second")``.
         skipped_nonfinite: parameters that hold inf or nan; if any, nothing was done.
         imbalance: the measured imbalance where that was the trigger.
@@ -44,7 +44,7 @@ class RestartReport:
     dead_directions: int = 0
     reseeded_directions: int = 0
     fraction_reset: float = 0.0
-    parameters_reset: dict[str, int] = field(default_factory=dict)
+    parameters_reset: str = ""
     moments_reset: tuple[str, ...] = ()
     skipped_nonfinite: tuple[str, ...] = ()
     imbalance: float | None = None
@@ -69,45 +69,19 @@ class RestartReport:
             values |= {
                 "reset_seconds": self.reset_seconds,
                 "fraction_reset": self.fraction_reset,
-                "parameters_reset": dict(self.parameters_reset),
-                "moments_reset": list(self.moments_reset),
+                "moments_reset": ", ".join(self.moments_reset),
+                "parameters_reset": self.parameters_reset,
             }
         if self.imbalance is not None:
             values["imbalance"] = self.imbalance
         if self.verified:
             values["verified"] = True
         if self.skipped_nonfinite:
-            values["skipped_nonfinite"] = list(self.skipped_nonfinite)
+            values["skipped_nonfinite"] = by_pattern(self.skipped_nonfinite)
         return values
 
-    def log_line(self) -> str:
-        """One line for people."""
-        head = f"restart after update {self.update} ({self.trigger})"
-        if self.skipped_nonfinite:
-            more = len(self.skipped_nonfinite) - 1
-            others = f" and {more} more" if more else ""
-            return f"{head} SKIPPED: {self.skipped_nonfinite[0]}{others} hold inf or nan"
-        parts = []
-        if self.refactorized:
-            text = f"refactorized {self.matrices} matrices in {self.refactorize_seconds:.3f} s"
-            if self.matrices_by_qr:
-                text += f", {self.matrices_by_qr} of them by QR"
-            if self.dead_directions:
-                text += f", {self.dead_directions} dead directions"
-                text += f" ({self.reseeded_directions} re-seeded)"
-            parts.append(text)
-        if self.reset:
-            names = ", ".join(
-                name if count == 1 else f"{name} x{count}"
-                for name, count in self.parameters_reset.items()
-            )
-            parts.append(
-                f"reset {' and '.join(self.moments_reset)} moments, "
-                f"{100 * self.fraction_reset:.1f} % of all moment elements, of {names}"
-            )
-        return f"{head}: {'; '.join(parts)}"
 
-
-def by_pattern(names: Sequence[str]) -> dict[str, int]:
-    """Names with their numbers replaced by ``*``, and how many there are of each."""
-    return dict(Counter(re.sub(r"\d+", "*", name) for name in names))
+def by_pattern(names: Sequence[str]) -> str:
+    """``layers.*.attention.qkv.a x24, head.weight``: names with ``*`` for numbers, and how many."""
+    counts = Counter(re.sub(r"\d+", "*", name) for name in names)
+    return ", ".join(name if n == 1 else f"{name} x{n}" for name, n in counts.items())

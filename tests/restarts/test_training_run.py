@@ -1,0 +1,66 @@
+"""Restarts of a run that is started as users start it: events, learning rate, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import run_distributed
+from tests.restarts.engines import message_of
+from tests.synthetic import write_dataset
+from tests.training.runs import events, run, settings, zero
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data") / "synthetic")
+
+
+def test_a_run_reports_its_restarts_and_recovers_its_learning_rate(
+    data: Path, tmp_path: Path
+) -> None:
+    restarts = {
+        "refactorize_every": 2,
+        "reset_every": 5,
+        "reset_scope": "factors",
+        "lr_recovery": "linear",
+        "recovery_updates": 2,
+        "stop_before": 2,
+        "verify": True,
+    }
+    schedule = {"name": "constant", "warmup_updates": 0}
+    values = settings(tmp_path / "run", data, restarts=restarts, schedule=schedule)
+    run_distributed(run, 2, values, zero(2))
+    happened = events(tmp_path / "run", "restart")
+    assert [(e["update"], e["refactorized"], e["reset"]) for e in happened] == [
+        (2, True, False),
+        (4, True, False),
+        (5, False, True),
+        (6, True, False),
+        (8, True, False),
+    ]
+    reset = happened[2]
+    assert 0 < reset["fraction_reset"] < 1 and reset["moments_reset"] == "first, second"
+    assert "layers.*.attention.qkv.a x2" in reset["parameters_reset"]
+    assert all(e["verified"] and e["matrices"] == 14 for e in happened if e["refactorized"])
+    rates = [event["learning_rate"] for event in events(tmp_path / "run", "step")]
+    expected = [1.0] * 5 + [1 / 3, 2 / 3] + [1.0] * 3
+    assert rates == pytest.approx([0.01 * factor for factor in expected])
+    assert events(tmp_path / "run", "end")[0]["restart_share"] > 0
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line)
+
+
+def test_refactorization_of_a_dense_model_is_refused_and_reset_alone_works(
+    data: Path, tmp_path: Path
+) -> None:
+    dense = {"method": {"name": "full_rank"}}
+    values = settings(tmp_path / "refused", data, restarts={"every": 3}, **dense)
+    (message,) = run_distributed(message_of, 1, run, values, zero(1))
+    assert message.startswith("UserError: restarts.every = 3 asks for refactorization")
+    values = settings(tmp_path / "run", data, restarts={"reset_every": 3}, **dense)
+    run_distributed(run, 1, values, zero(1))
+    happened = events(tmp_path / "run", "restart")
+    assert [(e["update"], e["fraction_reset"]) for e in happened] == [(3, 1.0), (6, 1.0), (9, 1.0)]
