@@ -171,6 +171,7 @@ def curves(runs: Sequence[Run], panels: int = 2) -> Figure:
     """The first ``panels`` of ``PANELS``, two in a row, one line a run; restarts are marked."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     rows = math.ceil(panels / 2)
     figure = Figure(figsize=(11, 3.8 * rows), layout="constrained")
@@ -186,6 +187,10 @@ def curves(runs: Sequence[Run], panels: int = 2) -> Figure:
         axis.set_title(title)
         axis.set_xlabel({"update": "updates", "tokens": "training tokens"}[against])
         axis.set_yscale(scale)
+        if scale == "log":
+            for ticks in ("major", "minor"):  # 200 instead of 2 x 10^2
+                formatter = LogFormatter(minor_thresholds=(2, 0.5))
+                getattr(axis.yaxis, f"set_{ticks}_formatter")(formatter)
         axis.grid(alpha=0.3)
         if len(runs) > 1 and axis.lines:
             axis.legend(fontsize=8)
