@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,24 +12,45 @@ from megalr.optim.quantized import MINIMUM, decode, encode
 
 
 def advance_moments(
-    state: dict[str, Any],
-    grad: torch.Tensor,
+    states: Sequence[dict[str, Any]],
+    grads: Sequence[torch.Tensor],
     betas: tuple[float, float],
     dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """m <- b1 m + (1 - b1) g and v <- b2 v + (1 - b2) g*g, in place in ``state``; returns (m, v).
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """m <- b1 m + (1 - b1) g and v <- b2 v + (1 - b2) g*g of many tensors, in place in ``states``.
 
-    The moments are created as zeros of ``dtype`` and of the gradient's shape. In bf16 every
-    operation rounds to bf16, as in published pure-bf16 runs.
+    Returns the m and the v. Moments are created as zeros of ``dtype`` and of the gradient's shape.
+    In bf16 every operation rounds to bf16, as in published pure-bf16 runs. All tensors together
+    take a handful of kernels.
     """
-    if "exp_avg" not in state:
-        state["exp_avg"] = torch.zeros_like(grad, dtype=dtype)
-        state["exp_avg_sq"] = torch.zeros_like(grad, dtype=dtype)
-    grad = grad.to(dtype)
-    first, second = state["exp_avg"], state["exp_avg_sq"]
-    first.mul_(betas[0]).add_(grad, alpha=1 - betas[0])
-    second.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+    for state, grad in zip(states, grads, strict=True):
+        if "exp_avg" not in state:
+            state["exp_avg"] = torch.zeros_like(grad, dtype=dtype)
+            state["exp_avg_sq"] = torch.zeros_like(grad, dtype=dtype)
+    first = [state["exp_avg"] for state in states]
+    second = [state["exp_avg_sq"] for state in states]
+    cast = [grad.to(dtype) for grad in grads]
+    torch._foreach_mul_(first, betas[0])
+    torch._foreach_add_(first, cast, alpha=1 - betas[0])
+    torch._foreach_mul_(second, betas[1])
+    torch._foreach_addcmul_(second, cast, cast, value=1 - betas[1])
     return first, second
+
+
+def directions(
+    states: Sequence[dict[str, Any]],
+    grads: Sequence[torch.Tensor],
+    betas: tuple[float, float],
+    eps: float,
+    dtype: torch.dtype,
+) -> list[torch.Tensor]:
+    """N = m / (sqrt(v) + eps) of many tensors, moments advanced first; dtype of the moments."""
+    if not grads:
+        return []
+    first, second = advance_moments(states, grads, betas, dtype)
+    denominator = torch._foreach_sqrt(second)
+    torch._foreach_add_(denominator, eps)
+    return list(torch._foreach_div(first, denominator))
 
 
 def direction(
@@ -38,9 +60,8 @@ def direction(
     eps: float,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """N = m / (sqrt(v) + eps) after advancing the moments by ``grad``; dtype of the moments."""
-    first, second = advance_moments(state, grad, betas, dtype)
-    return first / second.sqrt().add_(eps)
+    """:func:`directions` of one tensor."""
+    return directions([state], [grad], betas, eps, dtype)[0]
 
 
 def direction_8bit(
@@ -68,8 +89,17 @@ def step_size(lr: float, betas: tuple[float, float], step: int) -> float:
     return lr * math.sqrt(1 - betas[1] ** step) / (1 - betas[0] ** step)
 
 
-def apply_update(weight: torch.Tensor, update: torch.Tensor, size: float, decay: float) -> None:
+def apply_updates(
+    weights: Sequence[torch.Tensor], updates: Sequence[torch.Tensor], size: float, decay: float
+) -> None:
     """W <- W - size * U, then W <- W - decay * W (decay = lr * weight_decay, on the new W)."""
-    weight.add_(update.to(weight.dtype), alpha=-size)
-    if decay > 0:
-        weight.mul_(1 - decay)
+    if weights:
+        cast = [update.to(weight.dtype) for weight, update in zip(weights, updates, strict=True)]
+        torch._foreach_add_(list(weights), cast, alpha=-size)
+        if decay > 0:
+            torch._foreach_mul_(list(weights), 1 - decay)
+
+
+def apply_update(weight: torch.Tensor, update: torch.Tensor, size: float, decay: float) -> None:
+    """:func:`apply_updates` of one tensor."""
+    apply_updates([weight], [update], size, decay)

@@ -10,6 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from megalr.errors import UserError
 from megalr.optim import adam_h
+from megalr.optim.galore import channel_factors
 from megalr.optim.layout import LogicalTensor
 from megalr.optim.matrix import COMPAT, MatrixOptimizer, check_choice, limit_growth
 from megalr.optim.projection import gaussian_basis, next_seed, project, side_of
@@ -100,28 +101,35 @@ class Apollo(MatrixOptimizer):
         return True
 
     def _rule(
-        self, own: dict[str, Any], grad: torch.Tensor, group: dict[str, Any], dtype: torch.dtype
-    ) -> torch.Tensor:
-        side = side_of(tuple(grad.shape), group["proj_type"])
-        if group["proj"] == "svd":
-            basis = own["projector"].to(grad.dtype)
-        else:
-            basis = gaussian_basis(grad, group["rank"], side, own["seed"])
-        low = project(grad, basis, side)
-        normalized = adam_h.direction(own, low, group["betas"], group["eps"], dtype)
-        normalized = normalized.to(grad.dtype)
-        if group["scale_type"] == "tensor":
-            factor = normalized.norm() / (low.norm() + 1e-8)
-        else:
-            axis = 1 if side == "right" else 0
-            factor = normalized.norm(dim=axis, keepdim=True)
-            factor = factor / (low.norm(dim=axis, keepdim=True) + 1e-8)
-        update, root = grad * factor, math.sqrt(group["scale"])
-        if group["scale_front"]:
-            update = update * root
+        self,
+        owns: list[dict[str, Any]],
+        grads: list[torch.Tensor],
+        group: dict[str, Any],
+        dtype: torch.dtype,
+    ) -> list[torch.Tensor]:
+        sides = [side_of(tuple(grad.shape), group["proj_type"]) for grad in grads]
+        low = []
+        for own, grad, side in zip(owns, grads, sides, strict=True):
+            if group["proj"] == "svd":
+                basis = own["projector"].to(grad.dtype)
+            else:
+                basis = gaussian_basis(grad, group["rank"], side, own["seed"])
+            low.append(project(grad, basis, side))
+        found = adam_h.directions(owns, low, group["betas"], group["eps"], dtype)
+        root = math.sqrt(group["scale"])
+        front = root if group["scale_front"] or not group["limiter"] else 1.0
+        updates = []
+        for grad, r, normalized, side in zip(grads, low, found, sides, strict=True):
+            n = normalized.to(grad.dtype)
+            if group["scale_type"] == "tensor":
+                factor = torch.linalg.vector_norm(n) / (torch.linalg.vector_norm(r) + 1e-8)
+            else:
+                factor = channel_factors(n, r, side)
+            updates.append(grad * (factor * front))
         if group["limiter"]:
-            update = limit_growth(own, update, guard=group["compat"] == "none")
-        return update if group["scale_front"] else update * root
+            guard, after = group["compat"] == "none", 1.0 if group["scale_front"] else root
+            limit_growth(owns, updates, guard=guard, factor=after)
+        return updates
 
 
 class ApolloMini(Apollo):

@@ -17,6 +17,9 @@ from megalr.optim.layout import FlatLayout, LogicalTensor, Piece, piece_view
 
 BUCKET_ELEMENTS = 64 * 1024 * 1024
 
+Item = tuple[LogicalTensor, torch.Tensor]
+"""A matrix and its whole gradient."""
+
 
 def buckets(
     tensors: Sequence[LogicalTensor], limit: int = BUCKET_ELEMENTS
@@ -123,31 +126,31 @@ def update_matrices(
     layout: FlatLayout,
     flat: torch.Tensor,
     grad: torch.Tensor,
-    rule: Callable[[LogicalTensor, torch.Tensor], torch.Tensor],
-    apply: Callable[[torch.Tensor, torch.Tensor], Any],
+    rule: Callable[[list[Item]], list[torch.Tensor]],
+    apply: Callable[[list[torch.Tensor], list[torch.Tensor]], Any],
 ) -> None:
     """Update every matrix of a slice, each by its owner.
 
-    ``rule(tensor, G)`` gives the update U of a whole matrix, on the owner only; ``apply(w, u)``
-    changes the elements of a weight that this rank holds by those of U, 1-D views.
+    ``rule`` turns (tensor, G) of whole matrices into their updates U, on the owner only; ``apply``
+    changes the elements of weights that this rank holds by those of U, 1-D views. Both are called
+    with as many matrices at a time as a bucket holds.
     """
-    for tensor, piece in layout.local:
-        if layout.is_whole(tensor):
-            update = rule(tensor, piece_view(grad, piece).view(tensor.shape))
-            apply(piece_view(flat, piece), update.reshape(-1))
-    cut = [tensor for tensor in layout.tensors if not layout.is_whole(tensor)]
-    for bucket in buckets(cut):
+    local = {tensor.name: piece for tensor, piece in layout.local}
+    for bucket in buckets([t for t, _ in layout.local if layout.is_whole(t)]):
+        pieces = [local[tensor.name] for tensor in bucket]
+        items = [
+            (tensor, piece_view(grad, piece).view(tensor.shape))
+            for tensor, piece in zip(bucket, pieces, strict=True)
+        ]
+        updates = [update.reshape(-1) for update in rule(items)]
+        apply([piece_view(flat, piece) for piece in pieces], updates)
+    for bucket in buckets([t for t in layout.tensors if not layout.is_whole(t)]):
         matrices = collect(layout, bucket, grad)
-        updates = {
-            tensor.name: rule(tensor, matrices[tensor.name]).to(flat.dtype)
-            for tensor in bucket
-            if tensor.owner == layout.rank
-        }
-        pieces = distribute(layout, bucket, updates, flat)
-        for tensor in bucket:
-            mine = tensor.piece_of(layout.rank)
-            if mine is not None:
-                apply(piece_view(flat, mine), pieces[tensor.name])
+        mine = [tensor for tensor in bucket if tensor.owner == layout.rank]
+        found = rule([(tensor, matrices[tensor.name]) for tensor in mine])
+        whole = {t.name: update.to(flat.dtype) for t, update in zip(mine, found, strict=True)}
+        parts = distribute(layout, bucket, whole, flat)
+        apply([piece_view(flat, local[name]) for name in parts], list(parts.values()))
 
 
 def reduce_over_ranks(values: torch.Tensor, layout: FlatLayout, op: Any) -> torch.Tensor:

@@ -81,25 +81,45 @@ class GaLore(MatrixOptimizer):
         return self._leading(own, tensor, grad, group, done, side)
 
     def _rule(
-        self, own: dict[str, Any], grad: torch.Tensor, group: dict[str, Any], dtype: torch.dtype
-    ) -> torch.Tensor:
-        betas, eps, scale = group["betas"], group["eps"], group["scale"]
-
-        def adam(low: torch.Tensor) -> torch.Tensor:
-            if group["state_bits"] == 8:
-                return adam_h.direction_8bit(own, low, betas, eps)
-            return adam_h.direction(own, low, betas, eps, dtype)
-
-        side = side_of(tuple(grad.shape), group["proj_type"])
-        basis = own["projector"].to(grad.dtype)
-        if side == "full":
-            other = own["projector2"].to(grad.dtype)
-            low = basis.mT @ grad @ other
-            update = scale * (basis @ adam(low).to(grad.dtype) @ other.mT)
+        self,
+        owns: list[dict[str, Any]],
+        grads: list[torch.Tensor],
+        group: dict[str, Any],
+        dtype: torch.dtype,
+    ) -> list[torch.Tensor]:
+        betas, eps = group["betas"], group["eps"]
+        sides = [side_of(tuple(grad.shape), group["proj_type"]) for grad in grads]
+        low = [_down(own, grad, side) for own, grad, side in zip(owns, grads, sides, strict=True)]
+        if group["state_bits"] == 8:
+            found = [
+                adam_h.direction_8bit(own, r, betas, eps) for own, r in zip(owns, low, strict=True)
+            ]
         else:
-            low = project(grad, basis, side)
-            update = scale * back_project(adam(low).to(grad.dtype), basis, side)
-        return limit_growth(own, update, guard=True) if group["limiter"] else update
+            found = adam_h.directions(owns, low, betas, eps, dtype)
+        torch._foreach_mul_(found, group["scale"])
+        updates = [
+            _up(own, normalized.to(grad.dtype), side)
+            for own, grad, normalized, side in zip(owns, grads, found, sides, strict=True)
+        ]
+        if group["limiter"]:
+            limit_growth(owns, updates, guard=True)
+        return updates
+
+
+def _down(own: dict[str, Any], grad: torch.Tensor, side: str) -> torch.Tensor:
+    """R from G: G P, P^T G or, for ``full``, P^T G Q."""
+    basis = own["projector"].to(grad.dtype)
+    if side == "full":
+        return basis.mT @ grad @ own["projector2"].to(grad.dtype)
+    return project(grad, basis, side)
+
+
+def _up(own: dict[str, Any], low: torch.Tensor, side: str) -> torch.Tensor:
+    """The way back of :func:`_down`, to the gradient's shape."""
+    basis = own["projector"].to(low.dtype)
+    if side == "full":
+        return basis @ low @ own["projector2"].to(low.dtype).mT
+    return back_project(low, basis, side)
 
 
 class Fira(MatrixOptimizer):
@@ -169,19 +189,41 @@ class Fira(MatrixOptimizer):
         return self._leading(own, tensor, grad, group, done, side)
 
     def _rule(
-        self, own: dict[str, Any], grad: torch.Tensor, group: dict[str, Any], dtype: torch.dtype
-    ) -> torch.Tensor:
+        self,
+        owns: list[dict[str, Any]],
+        grads: list[torch.Tensor],
+        group: dict[str, Any],
+        dtype: torch.dtype,
+    ) -> list[torch.Tensor]:
         scale, published = group["scale"], group["compat"] == "published"
-        side = side_of(tuple(grad.shape), group["proj_type"])
-        basis = own["projector"].to(grad.dtype)
-        low = project(grad, basis, side)
-        normalized = adam_h.direction(own, low, group["betas"], group["eps"], dtype)
-        normalized = normalized.to(grad.dtype)
-        axis = 1 if side == "right" else 0
-        factor = normalized.norm(dim=axis, keepdim=True)
-        factor = factor / (low.norm(dim=axis, keepdim=True) + 1e-8)
-        inside = back_project(low, basis, side)
-        residual = (grad - (scale * inside if published else inside)) * factor
+        sides = [side_of(tuple(grad.shape), group["proj_type"]) for grad in grads]
+        low = [_down(own, grad, side) for own, grad, side in zip(owns, grads, sides, strict=True)]
+        found = adam_h.directions(owns, low, group["betas"], group["eps"], dtype)
+        kept = scale if published else 1.0
+        residuals = []
+        for own, grad, r, normalized, side in zip(owns, grads, low, found, sides, strict=True):
+            factor = channel_factors(normalized.to(grad.dtype), r, side)
+            residuals.append(_add_back(grad, own, r, side, -kept).mul_(factor))
         if group["limiter"]:
-            residual = limit_growth(own, residual, guard=not published)
-        return residual.add_(back_project(normalized, basis, side), alpha=scale)
+            limit_growth(owns, residuals, guard=not published)
+        return [
+            _add_back(residual, own, normalized.to(residual.dtype), side, scale)
+            for own, residual, normalized, side in zip(owns, residuals, found, sides, strict=True)
+        ]
+
+
+def _add_back(
+    matrix: torch.Tensor, own: dict[str, Any], low: torch.Tensor, side: str, scale: float
+) -> torch.Tensor:
+    """matrix + scale * back_project(low), in one product."""
+    basis = own["projector"].to(matrix.dtype)
+    pair = (low, basis.mT) if side == "right" else (basis, low)
+    return torch.addmm(matrix, *pair, alpha=scale)
+
+
+def channel_factors(normalized: torch.Tensor, low: torch.Tensor, side: str) -> torch.Tensor:
+    """|N| / (|R| + 1e-8) along the axis of size r: (m, 1) for a right projection, else (1, n)."""
+    axis = 1 if side == "right" else 0
+    length = torch.linalg.vector_norm
+    above = length(normalized, dim=axis, keepdim=True)
+    return above / (length(low, dim=axis, keepdim=True) + 1e-8)

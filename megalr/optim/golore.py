@@ -103,10 +103,20 @@ class GoLore(MatrixOptimizer):
         return True
 
     def _rule(
-        self, own: dict[str, Any], grad: torch.Tensor, group: dict[str, Any], dtype: torch.dtype
-    ) -> torch.Tensor:
-        side, kappa = side_of(tuple(grad.shape), "std"), group["kappa"]
-        basis = own["projector"].to(grad.dtype)
-        low = kappa * project(grad, basis, side)
-        normalized = adam_h.direction(own, low, group["betas"], group["eps"], dtype)
-        return kappa * back_project(normalized.to(grad.dtype), basis, side)
+        self,
+        owns: list[dict[str, Any]],
+        grads: list[torch.Tensor],
+        group: dict[str, Any],
+        dtype: torch.dtype,
+    ) -> list[torch.Tensor]:
+        kappa = group["kappa"]
+        sides = [side_of(tuple(grad.shape), "std") for grad in grads]
+        bases = [own["projector"].to(grad.dtype) for own, grad in zip(owns, grads, strict=True)]
+        low = [project(g, p, side) for g, p, side in zip(grads, bases, sides, strict=True)]
+        torch._foreach_mul_(low, kappa)
+        found = adam_h.directions(owns, low, group["betas"], group["eps"], dtype)
+        torch._foreach_mul_(found, kappa)
+        return [
+            back_project(n.to(p.dtype), p, side)
+            for n, p, side in zip(found, bases, sides, strict=True)
+        ]

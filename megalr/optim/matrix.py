@@ -16,7 +16,7 @@ from torch.optim.optimizer import ParamsT
 from megalr.errors import UserError
 from megalr.optim import adam_h
 from megalr.optim.base import LogicalOptimizer, require_matrix
-from megalr.optim.exchange import update_matrices
+from megalr.optim.exchange import Item, update_matrices
 from megalr.optim.layout import LogicalTensor
 from megalr.optim.projection import BASES, leading_bases, mixed_seed, refresh_due
 
@@ -82,27 +82,32 @@ class MatrixOptimizer(LogicalOptimizer):
             self.layout(parameter),
             flat,
             grad,
-            lambda tensor, matrix: self._whole(parameter, tensor, matrix, group),
-            lambda weight, update: adam_h.apply_update(weight, update, size, decay),
+            lambda items: self._whole(parameter, items, group),
+            lambda weights, updates: adam_h.apply_updates(weights, updates, size, decay),
         )
 
     def _whole(
-        self,
-        parameter: torch.Tensor,
-        tensor: LogicalTensor,
-        grad: torch.Tensor,
-        group: dict[str, Any],
-    ) -> torch.Tensor:
-        """U for one whole matrix, after its projector was refreshed if that is due."""
+        self, parameter: torch.Tensor, items: list[Item], group: dict[str, Any]
+    ) -> list[torch.Tensor]:
+        """U of whole matrices, after the projectors that are due were refreshed."""
         state = self.state[parameter]
-        own = state.setdefault("matrices", {}).setdefault(tensor.name, {})
-        done = state["step"] - 1
-        due = refresh_due(done, group["update_proj_gap"], tensor.number, group["stagger"])
-        if (due or not self._has_projector(own)) and not self._refresh(
-            own, tensor, grad, group, done
-        ):
-            return torch.zeros_like(grad)
-        return self._rule(own, grad, group, self._moment_dtype(parameter))
+        store, done = state.setdefault("matrices", {}), state["step"] - 1
+        ready, owns, grads = [], [], []
+        for index, (tensor, grad) in enumerate(items):
+            own = store.setdefault(tensor.name, {})
+            due = refresh_due(done, group["update_proj_gap"], tensor.number, group["stagger"])
+            if (not due and self._has_projector(own)) or self._refresh(
+                own, tensor, grad, group, done
+            ):
+                ready.append(index)
+                owns.append(own)
+                grads.append(grad)
+        found = self._rule(owns, grads, group, self._moment_dtype(parameter)) if owns else []
+        updates: dict[int, torch.Tensor] = dict(zip(ready, found, strict=True))
+        return [
+            updates[i] if i in updates else torch.zeros_like(grad)
+            for i, (_, grad) in enumerate(items)
+        ]
 
     # -- what subclasses give -----------------------------------------------------------------
 
@@ -121,9 +126,13 @@ class MatrixOptimizer(LogicalOptimizer):
         raise NotImplementedError
 
     def _rule(
-        self, own: dict[str, Any], grad: torch.Tensor, group: dict[str, Any], dtype: torch.dtype
-    ) -> torch.Tensor:
-        """U of the gradient's shape; the weight moves by -step_size * U."""
+        self,
+        owns: list[dict[str, Any]],
+        grads: list[torch.Tensor],
+        group: dict[str, Any],
+        dtype: torch.dtype,
+    ) -> list[torch.Tensor]:
+        """U of each gradient's shape, from the matrices' own states; W moves by -step_size * U."""
         raise NotImplementedError
 
     def _leading(
@@ -147,22 +156,31 @@ class MatrixOptimizer(LogicalOptimizer):
 
 
 def limit_growth(
-    own: dict[str, Any], update: torch.Tensor, guard: bool, gamma: float = 1.01
-) -> torch.Tensor:
-    """Fira's norm-growth limiter: |U_t| <= gamma |U_{t-1}|, with |U_{t-1}| kept in ``own``.
+    owns: list[dict[str, Any]],
+    updates: list[torch.Tensor],
+    guard: bool,
+    gamma: float = 1.01,
+    factor: float = 1.0,
+) -> None:
+    """Fira's norm-growth limiter, in place: |U_t| <= gamma |U_{t-1}|; then U <- factor U.
 
-    l = max(|U| / (p + 1e-8), gamma) / gamma; U <- U / l; p <- |U| / l. The first call only
-    remembers the norm. With ``guard`` a remembered norm of zero counts as a first call: as
-    published it would hold the tensor at norm 1e-8 and let it grow by 1 % an update.
+    With p = |U_{t-1}| kept as ``update_norm``: l = max(|U| / (p + 1e-8), gamma) / gamma;
+    U <- U / l; p <- |U| / l. The first call only remembers the norm. With ``guard`` a remembered
+    norm of zero counts as a first call: as published it would hold the tensor at norm 1e-8 and let
+    it grow by 1 % an update.
     """
-    dtype = torch.float64 if update.dtype == torch.float64 else torch.float32
-    norm = torch.linalg.vector_norm(update, dtype=dtype)
-    if "update_norm" not in own:
-        own["update_norm"] = norm
-        return update
-    previous = own["update_norm"]
-    ratio = (norm / (previous + 1e-8)).clamp_min(gamma) / gamma
+    dtype = torch.float64 if updates[0].dtype == torch.float64 else torch.float32
+    norms = torch.stack(torch._foreach_norm(updates, 2, dtype))
+    new = [own.get("update_norm") is None for own in owns]
+    previous = torch.stack(
+        [norms[i] if new[i] else own["update_norm"] for i, own in enumerate(owns)]
+    )
+    ratios = (norms / (previous + 1e-8)).clamp_min(gamma) / gamma
+    first = torch.tensor(new, device=norms.device)
     if guard:
-        ratio = torch.where(previous > 0, ratio, torch.ones_like(ratio))
-    own["update_norm"] = norm / ratio
-    return update / ratio.to(update.dtype)
+        first |= previous == 0
+    ratios = torch.where(first, torch.ones_like(ratios), ratios)
+    for own, norm in zip(owns, (norms / ratios).unbind(), strict=True):
+        own["update_norm"] = norm.clone()
+    for update, scale in zip(updates, (factor / ratios).to(updates[0].dtype).unbind(), strict=True):
+        update.mul_(scale)

@@ -78,13 +78,18 @@ class Muon(LogicalOptimizer):
         if not group["use_muon"]:
             self._adamw(parameter, flat, grad, group)
             return
-        keep = 1 - lr * group["weight_decay"]
+
+        def move(weights: list[torch.Tensor], updates: list[torch.Tensor]) -> None:
+            if weights:
+                torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+                torch._foreach_add_(weights, updates, alpha=-lr)
+
         update_matrices(
             self.layout(parameter),
             flat,
             grad,
-            lambda tensor, matrix: self._orthogonalized(parameter, tensor, matrix, group),
-            lambda weight, update: weight.mul_(keep).add_(update, alpha=-lr),
+            lambda items: [self._orthogonalized(parameter, t, g, group) for t, g in items],
+            move,
         )
 
     def _adamw(
@@ -94,7 +99,7 @@ class Muon(LogicalOptimizer):
         state, betas, lr = self.state[parameter], group["betas"], group["lr"]
         lr, step = lr * group["adam_lr_ratio"], state["step"]
         dtype = self._moment_dtype(parameter)
-        first, second = adam_h.advance_moments(state, grad, betas, dtype)
+        (first,), (second,) = adam_h.advance_moments([state], [grad], betas, dtype)
         root = (second.sqrt() / math.sqrt(1 - betas[1] ** step)).add_(group["eps"])
         flat.mul_(1 - lr * group["weight_decay"])
         flat.add_((first / root).to(flat.dtype), alpha=-lr / (1 - betas[0] ** step))
