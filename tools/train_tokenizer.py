@@ -34,8 +34,8 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--sample_megabytes",
         type=int,
-        default=200,
-        help="text to train on, the same share from every file (default: 200)",
+        default=100,
+        help="text to train on, the same share from every file (default: 100)",
     )
     add("--threads", type=int, default=default_threads(), help="default: all cores")
     return parser.parse_args()

@@ -35,6 +35,10 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise UserError(
                 f"{path}: cannot write ({error.strerror}); choose another output folder"
             ) from error
+        if error.errno in (errno.EEXIST, errno.ENOTDIR):
+            raise UserError(
+                f"{path}: is a file where a folder is needed; choose another"
+            ) from error
         raise
 
 

@@ -33,7 +33,7 @@ def train_tokenizer(
     output: Path,
     vocab_size: int,
     reading: ReadOptions,
-    sample_bytes: int = 200_000_000,
+    sample_bytes: int = 100_000_000,
     threads: int = 1,
 ) -> tuple[SentencePieceTokenizer, SampledText]:
     """Train a unigram model with byte fallback and write it as a tokenizer folder.
@@ -41,7 +41,7 @@ def train_tokenizer(
     Ids: pad 0, eos 1, unk 2, no bos, then 256 bytes, then pieces. Text is not normalised and no
     white space is dropped: decoding the ids of a text gives the text back, byte for byte. At most
     ``sample_bytes`` of text are read, the same share from the head of every input file, which
-    bounds time and memory (about 15 bytes for each byte of text).
+    bounds time and memory (about 20 bytes for each byte of text).
 
     Raises UserError for unusable inputs, an occupied output folder, and a vocabulary size that is
     too small for the characters or too large for the text.

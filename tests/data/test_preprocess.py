@@ -359,3 +359,11 @@ def test_the_command_line_prints_the_summary_and_one_line_for_a_mistake(tmp_path
         assert failed.returncode == 2
         assert failed.stderr.startswith("error: ") and message in failed.stderr
         assert len(failed.stderr.strip().splitlines()) == 1
+
+
+def test_an_output_that_cannot_be_a_folder_is_refused(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", prose(5))
+    (tmp_path / "file").write_text("precious")
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match="is a file where a folder is needed"):
+            preprocess([path], output)
