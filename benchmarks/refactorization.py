@@ -33,10 +33,12 @@ from torch import Tensor
 from megalr.config.deepspeed import resolve_deepspeed_config
 from megalr.config.schema import RunConfig
 from megalr.errors import exit_cleanly
+from megalr.layers.factors import FactorPair
 from megalr.models.config import decoder_config
 from megalr.restarts.algebra import balance_in_place, balanced_factors, balanced_factors_by_qr
 from megalr.restarts.controller import Restarts
 from megalr.restarts.refactorize import WORKSPACE_BYTES, factor_parameters
+from megalr.restarts.report import RestartReport
 from megalr.restarts.state import ShardedState
 from megalr.training.distributed import start_distributed
 from megalr.training.engine import build_engine, build_model, set_learning_rate
@@ -208,6 +210,32 @@ def run_config(model: str, arguments: argparse.Namespace, micro: int) -> RunConf
     )
 
 
+def timed_restarts(
+    restarts: Restarts, state: ShardedState, pairs: list[FactorPair], repeats: int
+) -> tuple[list[RestartReport], int, int]:
+    """Reports of restarts after the first (which warms up), peak memory in them, the part of it
+    that the restart itself takes (bytes)."""
+    reports, peak, workspace = [], 0, 0
+    cuda = state.device.type == "cuda"
+    for number in range(repeats + 1):
+        for parameter in factor_parameters(pairs):  # balanced factors would be easier
+            if (master := state.master(parameter)) is not None:
+                master.normal_(0.0, 0.05)
+        state.refresh_weights()
+        synchronize(state.device)
+        dist.barrier()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(state.device)
+            held = torch.cuda.memory_allocated(state.device)
+        report = restarts.after_update(number + 1)
+        if cuda:
+            peak = max(peak, torch.cuda.max_memory_allocated(state.device))
+            workspace = max(workspace, peak - held)
+        if report is not None and number > 0:
+            reports.append(report)
+    return reports, peak, workspace
+
+
 def in_engine(model: str, arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Restarts and updates of a training run on all ranks."""
     world = dist.get_world_size()
@@ -231,23 +259,9 @@ def in_engine(model: str, arguments: argparse.Namespace, device: torch.device) -
     update()  # compiles, creates the optimizer's state
     update_seconds = seconds_of(update, device, repeats=2)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    reports, workspace, restart_peak = [], 0, 0
-    for number in range(arguments.repeats + 1):
-        for parameter in factor_parameters(pairs):  # as hard as factors that have trained on
-            if (master := state.master(parameter)) is not None:
-                master.normal_(0.0, 0.05)
-        state.refresh_weights()
-        synchronize(device)
-        dist.barrier()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            held = torch.cuda.memory_allocated(device)
-        reports.append(restarts.after_update(number + 1))
-        if device.type == "cuda":
-            restart_peak = max(restart_peak, torch.cuda.max_memory_allocated(device))
-            workspace = max(workspace, torch.cuda.max_memory_allocated(device) - held)
-    refactorize = [report.refactorize_seconds for report in reports[1:] if report]
-    reset = [report.reset_seconds for report in reports[1:] if report]
+    reports, restart_peak, workspace = timed_restarts(restarts, state, pairs, arguments.repeats)
+    refactorize = [report.refactorize_seconds for report in reports]
+    reset = [report.reset_seconds for report in reports]
     both = statistics.median(refactorize) + statistics.median(reset)
     engine.destroy()
     row = {
@@ -256,7 +270,7 @@ def in_engine(model: str, arguments: argparse.Namespace, device: torch.device) -
         "zero_stage": arguments.stage,
         "compiled": arguments.compile,
         "matrices": len(pairs),
-        "by_qr": max(report.matrices_by_qr for report in reports if report),
+        "by_qr": max(report.matrices_by_qr for report in reports),
         "refactorize_seconds": statistics.median(refactorize),
         "refactorize_seconds_range": [min(refactorize), max(refactorize)],
         "reset_seconds": statistics.median(reset),
@@ -341,7 +355,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--period", type=int, default=200, help="updates between restarts")
     parser.add_argument("--batch", type=int, default=512, help="sequences an update")
-    parser.add_argument("--stage", type=int, default=1, choices=[0, 1, 2, 3])
+    parser.add_argument("--stage", type=int, default=1, choices=[1, 2, 3])
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=cuda)
     parser.add_argument("--commit", help="commit to note in the result, default: git's")
     parser.add_argument("--output", type=Path, required=True, help="folder of the results")

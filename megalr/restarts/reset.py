@@ -42,7 +42,7 @@ def check_groups(state: ShardedState, parameters: Sequence[nn.Parameter], counte
     Under ZeRO a group has one step counter; optimizers of :mod:`megalr.optim` keep whole-matrix
     states beside the flat ones and reset whole groups only.
     """
-    if not state.one_counter_per_group:
+    if state.replicated:
         return
     if counter == "keep" and not isinstance(state.base, LogicalOptimizer):
         return

@@ -55,9 +55,8 @@ class ShardedState:
     Attributes:
         base: the optimizer that makes the update (torch's AdamW, ...), without wrappers.
         process_group: the data-parallel ranks that share the masters.
-        replicated: every rank holds every master entirely (stage 0).
+        replicated: every rank holds every master entirely, each a tensor of its own (stage 0).
         device: where the engine computes; masters may live elsewhere (CPU offload).
-        one_counter_per_group: parameters of a param group share one step counter.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -68,7 +67,6 @@ class ShardedState:
         self.process_group: dist.ProcessGroup = engine.seq_data_parallel_group
         self.device = torch.device(engine.device)
         self.replicated = engine.zero_optimization_stage() == 0
-        self.one_counter_per_group = not self.replicated or hasattr(optimizer, "fp32_groups_flat")
         self._slots: dict[int, Slot | None] = {}
         self._names = {id(p): name for name, p in engine.module.named_parameters()}
         self._parameters: list[nn.Parameter] = []
@@ -120,7 +118,7 @@ class ShardedState:
                 continue
             if value.shape == slot.flat.shape:
                 views[name] = slot.view(value)
-            elif not self.one_counter_per_group:
+            elif self.replicated:
                 views[name] = value.view(-1)
         return views
 
@@ -233,13 +231,6 @@ def _slots(
         ):
             for parameter, master in zip(weights, masters, strict=True):
                 yield parameter, group, Slot(master, 0, 0, master.numel(), group)
-    elif hasattr(optimizer, "fp32_groups_flat"):  # FP16_Optimizer: parameters laid end to end
-        for group, weights in enumerate(optimizer.fp16_groups):
-            offset = 0
-            for parameter in weights:
-                flat = optimizer.fp32_groups_flat[group]
-                yield parameter, group, Slot(flat, offset, 0, parameter.numel(), group)
-                offset += parameter.numel()
     elif optimizer is base:
         for group, settings in enumerate(base.param_groups):
             for parameter in settings["params"]:
