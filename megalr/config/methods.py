@@ -20,23 +20,15 @@ class FullRankMethod(Section):
     name: Literal["full_rank"] = "full_rank"
 
 
-class LowRankMethod(Section):
-    """Target matrices are stored as factors, W = (alpha / rank) B A; no full matrix is kept."""
+class _Factorized(Section):
+    """What the methods with factors have in common."""
 
-    name: Literal["low_rank"] = "low_rank"
     rank: int = Field(ge=1, examples=[128])
     """Rank r of the factors: B is (out, r), A is (r, in)."""
-    alpha: float = Field(default=32.0, gt=0, examples=[32])
-    """Scale of the product: W = (alpha / rank) B A. It also scales the gradients of both factors,
-    so a good learning rate depends on it."""
     targets: Annotated[tuple[Projection, ...], AsTuple] = Field(
         default=ALL_PROJECTIONS, min_length=1, examples=[["q", "k", "v", "o"]]
     )
     """Projections of every layer that are factorised; the others stay whole."""
-    init: Literal["kaiming", "full_rank_variance"] = Field(default="kaiming", examples=["kaiming"])
-    """How the factors start. kaiming: both Kaiming-uniform (a = sqrt 5), as published.
-    full_rank_variance: normal factors scaled so that the entries of W have the variance of the
-    full-rank initialisation."""
 
     @field_validator("targets")
     @classmethod
@@ -46,6 +38,45 @@ class LowRankMethod(Section):
         return targets
 
 
+class _Scaled(_Factorized):
+    """Methods whose product of factors is scaled by alpha / rank."""
+
+    alpha: float = Field(default=32.0, gt=0, examples=[32])
+    """Scale of the product: (alpha / rank) B A. It also scales the gradients of both factors, so a
+    good learning rate depends on it."""
+
+
+class LowRankMethod(_Scaled):
+    """Target matrices are stored as factors, W = (alpha / rank) B A; no full matrix is kept."""
+
+    name: Literal["low_rank"] = "low_rank"
+    init: Literal["kaiming", "full_rank_variance"] = Field(default="kaiming", examples=["kaiming"])
+    """How the factors start. kaiming: both Kaiming-uniform (a = sqrt 5), as published.
+    full_rank_variance: normal factors scaled so that the entries of W have the variance of the
+    full-rank initialisation."""
+
+
+class SLTrainMethod(_Scaled):
+    """SLTrain: W = (alpha / rank) B A + S, S sparse on a fixed random support."""
+
+    name: Literal["sltrain"] = "sltrain"
+    density: float = Field(default=0.01, gt=0, lt=1, examples=[0.03])
+    """Share of the entries of a matrix that S has; the published scripts use 0.03."""
+
+
+class LoraMethod(_Scaled):
+    """LoRA: W = W0 + (alpha / rank) B A with W0 frozen; factors, embeddings and norms train."""
+
+    name: Literal["lora"] = "lora"
+
+
+class ColaMethod(_Factorized):
+    """CoLA: a SiLU between the factors, y = B silu(A x); there is no matrix W."""
+
+    name: Literal["cola"] = "cola"
+
+
 MethodConfig = Annotated[
-    FullRankMethod | LowRankMethod | ProjectedMethods, Field(discriminator="name")
+    FullRankMethod | LowRankMethod | SLTrainMethod | LoraMethod | ColaMethod | ProjectedMethods,
+    Field(discriminator="name"),
 ]

@@ -92,29 +92,22 @@ class FullRankLinear(GroupedLinear):
         self.weight[self.used_rows(index), : self.shape.in_used] = weight.to(self.weight)
 
 
-class LowRankLinear(GroupedLinear):
-    """``y_i = (alpha/r) (x A_i^T) B_i^T (+ b_i)``: no full matrix is ever formed.
+class FactorizedLinear(GroupedLinear):
+    """Factors A_i (r x n), B_i (m_i x r) of the matrices of one group, and what they share.
 
-    METHODS: Low-Rank, arXiv 2505.22922 §3. Parameters: ``a (G r, n)`` stacks the G factors A_i,
-    which read the same x and run as one GEMM; ``b (sum m_i, r)`` stacks the factors B_i.
+    Parameters: ``a (G r, n)`` stacks the G factors A_i, which read the same x and run as one GEMM;
+    ``b (sum m_i, r)`` stacks the factors B_i.
 
     Args:
         shape: sizes of the group.
         rank: r, at most min(m, n) of every matrix of the group.
         alpha: numerator of the scale alpha / r.
-        init: ``kaiming``: A ~ U(+-1/sqrt(n)), B ~ U(+-1/sqrt(r)), the published choice
-            (Kaiming uniform, a = sqrt 5), whose W has variance (alpha/r)^2 / (9 n).
-            ``full_rank_variance``: normal factors whose W has the variance of the full-rank init
-            and whose expected Gram matrices are equal (balanced): m var(B) = n var(A).
         bias: adds a dense vector to each output.
     """
 
-    def __init__(
-        self, shape: LinearShape, rank: int, alpha: float, init: str, bias: bool = False
-    ) -> None:
+    def __init__(self, shape: LinearShape, rank: int, alpha: float, bias: bool = False) -> None:
         super().__init__(shape, bias)
         self.rank = rank
-        self.init = init
         self.scale = alpha / rank
         self.a = nn.Parameter(torch.empty(len(shape.names) * rank, shape.in_features))
         self.b = nn.Parameter(torch.empty(sum(shape.out_features), rank))
@@ -124,22 +117,82 @@ class LowRankLinear(GroupedLinear):
     def _a_ranges(self) -> list[tuple[int, int]]:
         return [(i * self.rank, (i + 1) * self.rank) for i in range(len(self.shape.names))]
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        h = F.linear(x, self.a)  # (..., G r)
+    def low_rank_outputs(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """``scale (x A_i^T) B_i^T`` for every matrix, ``(..., m_i)`` each; no bias."""
+        return self._expand(F.linear(x, self.a), (None,) * len(self.sizes))
+
+    def outputs_of(self, h: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """``scale h_i B_i^T (+ bias_i)`` of bottlenecks ``h (..., G r)``, ``(..., m_i)`` each."""
+        if self.bias is None:
+            return self._expand(h, (None,) * len(self.sizes))
+        return self._expand(h, self.bias.split(self.sizes))
+
+    def _expand(
+        self, h: torch.Tensor, biases: tuple[torch.Tensor | None, ...]
+    ) -> tuple[torch.Tensor, ...]:
         # The scale goes to B: m x r products instead of one a token.
         b = self.b if self.scale == 1.0 else self.b * self.scale
         parts = zip(
             h.split(self.rank, dim=-1),  # (..., r) each
             b.split(self.sizes),  # (m_i, r) each
-            self._biases(),
+            biases,
             strict=True,
         )
         return tuple(F.linear(h_i, b_i, bias) for h_i, b_i, bias in parts)  # (..., m_i) each
 
-    def _biases(self) -> tuple[torch.Tensor | None, ...]:
-        if self.bias is None:
-            return (None,) * len(self.sizes)
-        return self.bias.split(self.sizes)
+    def used_factors(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of A_index (r, n) and B_index (m, r) without padding."""
+        a_start = index * self.rank
+        a = self.a.detach()[a_start : a_start + self.rank, : self.shape.in_used]
+        return a, self.b.detach()[self.used_rows(index)]
+
+    def dense_weight(self, index: int) -> torch.Tensor:
+        """``scale * B A`` of one matrix without padding, multiplied in float32, ``(m, n)``."""
+        a, b = self.used_factors(index)
+        return self.scale * (b.float() @ a.float())
+
+    def load_dense(self, index: int, weight: torch.Tensor) -> None:
+        """Set the factors to the best rank-r approximation of ``weight (m, n)``, balanced."""
+        u, s, vh = torch.linalg.svd(weight.double() / self.scale, full_matrices=False)
+        root = s[: self.rank].sqrt()
+        a, b = self.used_factors(index)
+        a.copy_(root[:, None] * vh[: self.rank])
+        b.copy_(u[:, : self.rank] * root)
+
+    def factor_pairs(self) -> list[FactorPair]:
+        """The factor pairs of this group, in order."""
+        return [
+            FactorPair(name, self.b, b_rows, self.a, a_rows, self.scale)
+            for name, b_rows, a_rows in zip(
+                self.shape.names, self.shape.row_ranges(), self._a_ranges(), strict=True
+            )
+        ]
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.rank}, scale={self.scale:g}"
+
+
+class LowRankLinear(FactorizedLinear):
+    """``y_i = (alpha/r) (x A_i^T) B_i^T (+ b_i)``: no full matrix is ever formed.
+
+    METHODS: Low-Rank, arXiv 2505.22922 §3.
+
+    Args:
+        shape, rank, alpha, bias: as in FactorizedLinear.
+        init: ``kaiming``: A ~ U(+-1/sqrt(n)), B ~ U(+-1/sqrt(r)), the published choice
+            (Kaiming uniform, a = sqrt 5), whose W has variance (alpha/r)^2 / (9 n).
+            ``full_rank_variance``: normal factors whose W has the variance of the full-rank init
+            and whose expected Gram matrices are equal (balanced): m var(B) = n var(A).
+    """
+
+    def __init__(
+        self, shape: LinearShape, rank: int, alpha: float, init: str, bias: bool = False
+    ) -> None:
+        super().__init__(shape, rank, alpha, bias)
+        self.init = init
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.outputs_of(F.linear(x, self.a))
 
     @torch.no_grad()
     def reset_parameters(self, seed: int, std: float) -> None:
@@ -152,7 +205,7 @@ class LowRankLinear(GroupedLinear):
         n = self.shape.in_used
         for index, name in enumerate(self.shape.names):
             m = self.shape.out_used[index]
-            a, b = self._used(index)
+            a, b = self.used_factors(index)
             gen_a = named_generator(seed, f"{name}.A", a.device)
             gen_b = named_generator(seed, f"{name}.B", b.device)
             draw_a = torch.empty(self.rank, n, device=a.device)
@@ -168,34 +221,3 @@ class LowRankLinear(GroupedLinear):
                 draw_b.normal_(0.0, math.sqrt(product) / ratio, generator=gen_b)
             a.copy_(draw_a)
             b.copy_(draw_b)
-
-    def _used(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views of A_index (r, n) and B_index (m, r) without padding."""
-        a_start = index * self.rank
-        a = self.a.detach()[a_start : a_start + self.rank, : self.shape.in_used]
-        return a, self.b.detach()[self.used_rows(index)]
-
-    def dense_weight(self, index: int) -> torch.Tensor:
-        """``scale * B A`` of one matrix without padding, multiplied in float32, ``(m, n)``."""
-        a, b = self._used(index)
-        return self.scale * (b.float() @ a.float())
-
-    def load_dense(self, index: int, weight: torch.Tensor) -> None:
-        """Set the factors to the best rank-r approximation of ``weight (m, n)``, balanced."""
-        u, s, vh = torch.linalg.svd(weight.double() / self.scale, full_matrices=False)
-        root = s[: self.rank].sqrt()
-        a, b = self._used(index)
-        a.copy_(root[:, None] * vh[: self.rank])
-        b.copy_(u[:, : self.rank] * root)
-
-    def factor_pairs(self) -> list[FactorPair]:
-        """The factor pairs of this group, in order."""
-        return [
-            FactorPair(name, self.b, b_rows, self.a, a_rows, self.scale)
-            for name, b_rows, a_rows in zip(
-                self.shape.names, self.shape.row_ranges(), self._a_ranges(), strict=True
-            )
-        ]
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, rank={self.rank}, scale={self.scale:g}"

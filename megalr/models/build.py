@@ -5,10 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from megalr.errors import UserError
+from megalr.layers.cola import CoLALinear
 from megalr.layers.factors import LinearShape
 from megalr.layers.linear import FullRankLinear, GroupedLinear, LowRankLinear
+from megalr.layers.lora import LoRALinear
+from megalr.layers.sltrain import SLTrainLinear
 from megalr.models.config import DecoderConfig
 from megalr.models.decoder import Decoder, MakeLinear
+
+FACTORIZED = ("low_rank", "sltrain", "lora", "relora", "cola")
+"""Methods whose target matrices are stored as factors."""
 
 
 def projection_names(shape: LinearShape) -> list[str]:
@@ -16,41 +22,54 @@ def projection_names(shape: LinearShape) -> list[str]:
     return [name.rsplit(".", 1)[1] for name in shape.names]
 
 
-def make_linear_of(method: Any) -> MakeLinear:
-    """The builder of linear layers for a method.
+def make_linear_of(method: Any, seed: int) -> MakeLinear:
+    """The builder of linear layers for a method; ``seed`` gives the supports of SLTrain.
+
+    A method without factors (full_rank, and those that are an optimizer) makes dense layers.
 
     Raises:
         UserError: rank larger than a matrix, or targets that split a group.
     """
-    if method.name == "low_rank":
-        return lambda shape, bias: _low_rank(method, shape, bias)
-    return FullRankLinear
+    if method.name not in FACTORIZED:
+        return FullRankLinear
+
+    def make(shape: LinearShape, bias: bool) -> GroupedLinear:
+        if not _is_target(method, shape):
+            return FullRankLinear(shape, bias)
+        if method.name == "low_rank":
+            return LowRankLinear(shape, method.rank, method.alpha, method.init, bias)
+        if method.name == "sltrain":
+            return SLTrainLinear(shape, method.rank, method.alpha, method.density, seed, bias)
+        if method.name == "cola":
+            return CoLALinear(shape, method.rank, bias)
+        return LoRALinear(shape, method.rank, method.alpha, bias)
+
+    return make
 
 
-def _low_rank(method: Any, shape: LinearShape, bias: bool) -> GroupedLinear:
+def _is_target(method: Any, shape: LinearShape) -> bool:
+    """Whether the method factorizes this group; its rank must fit then."""
     names = projection_names(shape)
     chosen = [name for name in names if name in method.targets]
-    if not chosen:
-        return FullRankLinear(shape, bias)
-    if chosen != names:
+    if chosen and chosen != names:
         raise UserError(
             f"method.targets names {', '.join(chosen)} but not "
             f"{', '.join(n for n in names if n not in chosen)}: {', '.join(names)} read the same "
             "input and are stored together, so name all of them or none"
         )
     sides = [min(shape.in_used, rows) for rows in shape.out_used]
-    if method.rank > min(sides):
+    if chosen and method.rank > min(sides):
         raise UserError(
             f"method.rank {method.rank} is larger than {min(sides)}, the smaller side of "
             f"{shape.names[sides.index(min(sides))]}: choose a rank of at most {min(sides)}"
         )
-    return LowRankLinear(shape, method.rank, method.alpha, method.init, bias)
+    return bool(chosen)
 
 
 def build_decoder(
     config: DecoderConfig, method: Any, seed: int, checkpoint_blocks: bool = False
 ) -> Decoder:
     """A decoder in float32 on the default device with weights drawn from ``seed``."""
-    decoder = Decoder(config, make_linear_of(method), checkpoint_blocks)
+    decoder = Decoder(config, make_linear_of(method, seed), checkpoint_blocks)
     decoder.reset_parameters(seed)
     return decoder

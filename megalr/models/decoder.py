@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megalr.layers.factors import FactorPair, LinearShape
 from megalr.layers.head import Head, init_rows
-from megalr.layers.linear import GroupedLinear
+from megalr.layers.linear import FactorizedLinear, GroupedLinear
 from megalr.models.config import DecoderConfig
 
 MakeLinear = Callable[[LinearShape, bool], GroupedLinear]
@@ -235,6 +235,11 @@ class Decoder(nn.Module):
     def factor_pairs(self) -> list[FactorPair]:
         """All factorized matrices, in order; empty for a dense model."""
         return [pair for linear in self.linears() for pair in linear.factor_pairs()]
+
+    def factor_parameters(self) -> list[nn.Parameter]:
+        """The parameters that hold factors, also where their product is not a matrix (CoLA)."""
+        factorized = (linear for linear in self.linears() if isinstance(linear, FactorizedLinear))
+        return [parameter for linear in factorized for parameter in (linear.a, linear.b)]
 
     @torch.no_grad()
     def reset_parameters(self, seed: int) -> None:

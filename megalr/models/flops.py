@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from megalr.layers.linear import LowRankLinear
+from megalr.layers.linear import FactorizedLinear, FullRankLinear
+from megalr.layers.lora import LoRALinear
+from megalr.layers.sltrain import SLTrainLinear
 from megalr.models.decoder import Decoder
 
 
 def matrix_parameters(decoder: Decoder) -> int:
     """Weights that multiply every token: matrices of the blocks (factors where factorized) and
-    the head, without padding. Embedding, norms and biases do not count."""
+    the head, without padding. Embedding, norms and biases do not count.
+
+    A LoRA layer multiplies by its frozen matrix and its factors. An SLTrain layer counts its
+    factors and its sparse values, which is what its algebra needs; that it multiplies by the dense
+    sum is how it is computed.
+    """
     count = decoder.config.vocab_size * decoder.config.hidden_size
     for linear in decoder.linears():
         shape = linear.shape
-        if isinstance(linear, LowRankLinear):
+        if isinstance(linear, FactorizedLinear):
             count += sum((shape.in_used + m) * linear.rank for m in shape.out_used)
-        else:
+        if isinstance(linear, SLTrainLinear):
+            count += linear.values.numel()
+        if isinstance(linear, FullRankLinear | LoRALinear):
             count += sum(shape.in_used * m for m in shape.out_used)
     return count
 
@@ -50,9 +59,10 @@ def parameter_count(decoder: Decoder, trainable_only: bool = False) -> int:
         if linear.bias is not None:
             padding += sum(spare)
         spare_columns = shape.in_features - shape.in_used
-        if isinstance(linear, LowRankLinear):
+        if isinstance(linear, FactorizedLinear):
             padding += sum(spare) * linear.rank
             padding += spare_columns * linear.rank * len(shape.names)
-        else:
+        frozen = isinstance(linear, LoRALinear) and not trainable_only
+        if isinstance(linear, FullRankLinear) or frozen:
             padding += sum(spare) * shape.in_features + spare_columns * sum(shape.out_used)
     return stored - padding

@@ -15,7 +15,7 @@ def parameter_groups(
 
     * ``factors``: the factors of factorized matrices. They have a group of their own because
       ZeRO keeps one Adam step counter per group, and a momentum reset may restart theirs alone.
-    * ``matrices``: every other parameter of two dimensions.
+    * ``matrices``: every other parameter of two dimensions, and the sparse values of SLTrain.
     * ``vectors``: norms and biases, without weight decay.
     """
     factor_ids = {id(parameter) for parameter in factors}
@@ -26,7 +26,8 @@ def parameter_groups(
         if id(parameter) in factor_ids:
             chosen["factors"].append(parameter)
         else:
-            chosen["matrices" if parameter.dim() > 1 else "vectors"].append(parameter)
+            matrix = parameter.dim() > 1 or hasattr(parameter, "row_blocks")
+            chosen["matrices" if matrix else "vectors"].append(parameter)
     return [
         {
             "name": name,

@@ -56,10 +56,7 @@ def build_engine(config: RunConfig, ds_config: dict[str, Any], decoder: Decoder)
                 "compilation; use stage 1 or 2, or train.compile=false"
             )
         compile_blocks(decoder)
-    factors: list[nn.Parameter] = []
-    for pair in decoder.factor_pairs():
-        factors += [pair.a, pair.b]
-    groups = parameter_groups(decoder, factors, config.optimizer.weight_decay)
+    groups = parameter_groups(decoder, decoder.factor_parameters(), config.optimizer.weight_decay)
     optimizer = build_optimizer(config.optimizer, groups)
     if config.train.cuda_graphs:
         _check_graphs(ds_config, decoder)

@@ -33,3 +33,8 @@ def low_rank(rank: int = 8, **changes: Any) -> SimpleNamespace:
     """Settings of the low-rank method."""
     options = {"alpha": 16.0, "init": "kaiming", "targets": ALL_TARGETS}
     return SimpleNamespace(name="low_rank", rank=rank, **{**options, **changes})
+
+
+def factorized(name: str, rank: int = 8) -> SimpleNamespace:
+    """Settings of another method with factors."""
+    return SimpleNamespace(name=name, rank=rank, alpha=16.0, density=0.1, targets=ALL_TARGETS)

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megalr.models.build import build_decoder
 from megalr.models.flops import flops_per_token, matrix_parameters, parameter_count
-from tests.models.settings import full_rank, low_rank, tiny
+from tests.models.settings import factorized, full_rank, low_rank, tiny
 
 
 @pytest.mark.parametrize("method", [full_rank(), low_rank()], ids=["full_rank", "low_rank"])
@@ -33,10 +33,16 @@ def test_attention_counts_what_causal_masking_and_the_window_keep() -> None:
         assert flops_per_token(decoder, S) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("method", [full_rank(), low_rank()], ids=["full_rank", "low_rank"])
+@pytest.mark.parametrize(
+    "method",
+    [full_rank(), low_rank(), *(factorized(name) for name in ("sltrain", "lora", "cola"))],
+    ids=lambda method: method.name,
+)
 @pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True, "attention_bias": True}])
 def test_parameter_count_is_that_of_the_unpadded_model(method: object, changes: dict) -> None:
     padded = build_decoder(tiny(pad_multiple=32, **changes), method, seed=0)
     bare = build_decoder(tiny(pad_multiple=1, **changes), method, seed=0)
     assert parameter_count(padded) == sum(p.numel() for p in bare.parameters())
     assert parameter_count(padded) < sum(p.numel() for p in padded.parameters())
+    trained = sum(p.numel() for p in bare.parameters() if p.requires_grad)
+    assert parameter_count(padded, trainable_only=True) == trained

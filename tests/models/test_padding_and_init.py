@@ -10,13 +10,17 @@ import torch
 from megalr.errors import UserError
 from megalr.export.names import dense_state_dict
 from megalr.layers.factors import LinearShape
-from megalr.layers.linear import FullRankLinear, LowRankLinear
+from megalr.layers.linear import FactorizedLinear, FullRankLinear, LowRankLinear
 from megalr.models.build import build_decoder
 from megalr.models.config import PRESETS, decoder_config
 from megalr.models.decoder import Decoder
-from tests.models.settings import full_rank, low_rank, tiny
+from tests.models.settings import factorized, full_rank, low_rank, tiny
 
-METHODS = {"full_rank": full_rank(), "low_rank": low_rank()}
+METHODS = {
+    "full_rank": full_rank(),
+    "low_rank": low_rank(),
+    **{name: factorized(name) for name in ("sltrain", "lora", "cola")},
+}
 
 
 def _padding(decoder: Decoder) -> list[torch.Tensor]:
@@ -26,8 +30,8 @@ def _padding(decoder: Decoder) -> list[torch.Tensor]:
     parts.append(decoder.head.weight[config.vocab_size :])
     for linear in decoder.linears():
         shape = linear.shape
-        rows = linear.b if isinstance(linear, LowRankLinear) else linear.weight
-        columns = linear.a if isinstance(linear, LowRankLinear) else linear.weight
+        rows = linear.b if isinstance(linear, FactorizedLinear) else linear.weight
+        columns = linear.a if isinstance(linear, FactorizedLinear) else linear.weight
         parts.append(columns[:, shape.in_used :])
         for (start, stop), used in zip(shape.row_ranges(), shape.out_used, strict=True):
             parts.append(rows[start + used : stop])

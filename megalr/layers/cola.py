@@ -1,0 +1,54 @@
+"""CoLA: a nonlinearity between the factors (METHODS §15; arXiv 2502.10940)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from megalr.errors import UserError
+from megalr.layers.factors import FactorPair, LinearShape, named_generator
+from megalr.layers.linear import FactorizedLinear
+
+
+class CoLALinear(FactorizedLinear):
+    """``y_i = silu(x A_i^T) B_i^T (+ bias_i)``: an auto-encoder in place of each matrix.
+
+    Both factors ~ N(0, sigma^2) with ``sigma = r^(-1/4) (n + m)^(-1/4)``; no scale. There is no
+    matrix W with this function, so nothing to refactorize, no dense weight and no dense export.
+    """
+
+    def __init__(self, shape: LinearShape, rank: int, bias: bool = False) -> None:
+        super().__init__(shape, rank, float(rank), bias)  # scale 1
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.outputs_of(F.silu(F.linear(x, self.a)))
+
+    @torch.no_grad()
+    def reset_parameters(self, seed: int, std: float) -> None:
+        """Draw both factors; padding is zero (silu(0) = 0 keeps it so)."""
+        self.a.zero_()
+        self.b.zero_()
+        for index, name in enumerate(self.shape.names):
+            a, b = self.used_factors(index)
+            sigma = (self.rank * (a.shape[1] + b.shape[0])) ** -0.25
+            for factor, kind in ((a, "A"), (b, "B")):
+                generator = named_generator(seed, f"{name}.{kind}", factor.device)
+                draw = torch.empty(factor.shape, device=factor.device)
+                factor.copy_(draw.normal_(0.0, sigma, generator=generator))
+
+    def factor_pairs(self) -> list[FactorPair]:
+        """None: the product of the factors is not the function of the layer."""
+        return []
+
+    def dense_weight(self, index: int) -> torch.Tensor:
+        """Raises UserError: there is none."""
+        raise UserError(
+            f"{self.shape.names[index]} is a CoLA layer, whose function is not a matrix: it has no "
+            "dense weight"
+        )
+
+    def load_dense(self, index: int, weight: torch.Tensor) -> None:
+        """Raises UserError: a matrix cannot be turned into this layer."""
+        raise UserError(
+            f"{self.shape.names[index]} is a CoLA layer, which cannot take the weights of a matrix"
+        )

@@ -1,0 +1,67 @@
+"""LoRA for pretraining: a frozen dense matrix plus trained factors (METHODS §6)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from megalr.layers.factors import LinearShape, named_generator, set_row_blocks
+from megalr.layers.linear import FactorizedLinear
+
+
+class LoRALinear(FactorizedLinear):
+    """``y_i = x (W0_i + (alpha/r) B_i A_i)^T (+ bias_i)``; W0 is frozen, A and B train.
+
+    Init: W0 ~ N(0, std^2) as in the full-rank model, A ~ U(+-1/sqrt(n)), B = 0. (Published code
+    zeroes A as well, which gives both factors zero gradients for ever.)
+
+    Parameters: ``weight (sum m_i, n)`` without gradient, ``a (G r, n)``, ``b (sum m_i, r)``.
+    """
+
+    def __init__(self, shape: LinearShape, rank: int, alpha: float, bias: bool = False) -> None:
+        super().__init__(shape, rank, alpha, bias)
+        rows = sum(shape.out_features)
+        self.weight = nn.Parameter(torch.empty(rows, shape.in_features), requires_grad=False)
+        set_row_blocks(self.weight, shape.names, shape.row_ranges())
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        frozen = F.linear(x, self.weight, self.bias).split(self.sizes, dim=-1)
+        return tuple(y + z for y, z in zip(frozen, self.low_rank_outputs(x), strict=True))
+
+    @torch.no_grad()
+    def reset_parameters(self, seed: int, std: float) -> None:
+        """Draw W0 and A, zero B and the padding."""
+        self.weight.zero_()
+        for index, name in enumerate(self.shape.names):
+            used = self.weight[self.used_rows(index), : self.shape.in_used]
+            draw = torch.empty(used.shape, device=used.device)
+            used.copy_(draw.normal_(0.0, std, generator=named_generator(seed, name, used.device)))
+        self.reset_factors(seed)
+
+    @torch.no_grad()
+    def reset_factors(self, seed: int) -> None:
+        """A ~ U(+-1/sqrt(n)), B = 0, padding 0."""
+        self.a.zero_()
+        self.b.zero_()
+        bound = 1 / math.sqrt(self.shape.in_used)
+        for index, name in enumerate(self.shape.names):
+            a, _ = self.used_factors(index)
+            draw = torch.empty(a.shape, device=a.device)
+            a.copy_(
+                draw.uniform_(-bound, bound, generator=named_generator(seed, f"{name}.A", a.device))
+            )
+
+    def dense_weight(self, index: int) -> torch.Tensor:
+        """``W0 + scale * B A`` of one matrix without padding, float32, ``(m, n)``."""
+        frozen = self.weight.detach()[self.used_rows(index), : self.shape.in_used].float()
+        return frozen + super().dense_weight(index)
+
+    @torch.no_grad()
+    def load_dense(self, index: int, weight: torch.Tensor) -> None:
+        """W0 takes ``weight``; B becomes zero."""
+        self.weight[self.used_rows(index), : self.shape.in_used] = weight.to(self.weight)
+        _, b = self.used_factors(index)
+        b.zero_()
