@@ -217,6 +217,11 @@ class TokenDataset:
     ) -> Integers:
         length = self.sequence_length
         starts, sizes = shard.spans(local)
+        if not np.array_equal(sizes, shard.sizes(local)):  # what the targets were counted from
+            raise UserError(
+                f"{shard.idx}: document boundaries and lengths contradict each other; the file is "
+                f"damaged, run the preprocessing again"
+            )
         counts = np.minimum(sizes, length)
         _copy_rows(shard.tokens, starts, counts, rows, out)
         if self.append_eos and self.tokenizer.eos_id is not None:
