@@ -107,6 +107,44 @@ def test_function_kept_and_factors_balanced_for_every_engine(world_size: int, ki
         assert first["rounds"] == {1: first["rounds"], 2: 7, 3: 5}[world_size]
 
 
+def _deficient(kind: str) -> list:
+    """One matrix with B = 0, as new adapters have it, and one with two equal columns in B."""
+    with engine_of(kind) as engine:
+        train(engine, 0)
+        state = ShardedState(engine)
+        exchange = FactorExchange(state, engine.module.factor_pairs(), 1000)
+        for index, work in enumerate(exchange.rounds):
+            matrices = exchange.gather(index)
+            for pair, (b, _) in zip(work[exchange.rank], matrices, strict=True):
+                if pair == 2:
+                    b.zero_()
+                elif pair == 9:
+                    b[:, 4] = b[:, 1]
+            exchange.publish(index, matrices)
+        state.refresh_weights()
+        before, products = logits(engine), _products(exchange)
+        first = refactorize(exchange)
+        after, again = logits(engine), _products(exchange)
+        for (old, _, _), (new, _, _) in zip(products, again, strict=True):
+            assert (new - old).norm() <= 1e-7 * old.norm()
+        assert torch.count_nonzero(again[2][1]) == 0  # B of the zero product is left alone
+        losses = [train(engine, update) for update in range(1, 4)]
+        second = refactorize(exchange)
+        return [first, second, float((after - before).abs().max()), losses]
+
+
+@pytest.mark.parametrize("kind", ["fp32 stage 0", "fp32 stage 2", "fp32 stage 3"])
+def test_dead_directions_are_counted_over_ranks_and_live_again_after_a_few_updates(
+    kind: str,
+) -> None:
+    results = run_distributed(_deficient, 3, kind)
+    for first, second, change, losses in results:
+        assert (first.by_qr, first.dead, first.reseeded) == (2, 5 + 1, 1)
+        assert second.dead == 0
+        assert change < 1e-5
+        assert losses == results[0][3]
+
+
 def _break_one_rank(kind: str, what: str) -> None:
     with engine_of(kind) as engine:
         state = ShardedState(engine)
