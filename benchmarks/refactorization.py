@@ -37,7 +37,8 @@ from megalr.layers.factors import FactorPair
 from megalr.models.config import decoder_config
 from megalr.restarts.algebra import balance_in_place, balanced_factors, balanced_factors_by_qr
 from megalr.restarts.controller import Restarts
-from megalr.restarts.refactorize import WORKSPACE_BYTES, factor_parameters
+from megalr.restarts.exchange import workspace_of
+from megalr.restarts.refactorize import factor_parameters
 from megalr.restarts.report import RestartReport
 from megalr.restarts.state import ShardedState
 from megalr.training.distributed import start_distributed
@@ -134,13 +135,14 @@ def whole_models(models: list[str], repeats: int, device: torch.device) -> list[
                 for target, source in zip(pair, copy, strict=True):
                     target.copy_(source)
 
+        workspace = workspace_of(4 * rank * sum(m + n for m, n in shapes))
         times, extra = [], 0
         for _ in range(repeats + 1):
             restore()  # balanced factors would make the eigenproblems diagonal, hence easier
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
                 held = torch.cuda.memory_allocated(device)
-            work = partial(balance_in_place, pairs, workspace_bytes=WORKSPACE_BYTES)
+            work = partial(balance_in_place, pairs, workspace_bytes=workspace)
             times.append(seconds_of(work, device))
             if device.type == "cuda":
                 extra = torch.cuda.max_memory_allocated(device) - held

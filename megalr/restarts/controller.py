@@ -19,7 +19,7 @@ from megalr.config.restarts import RestartsConfig
 from megalr.errors import UserError
 from megalr.layers.factors import FactorPair
 from megalr.restarts.adaptive import SpikeDetector, largest_of_ranks
-from megalr.restarts.exchange import BUCKET_BYTES, FactorExchange
+from megalr.restarts.exchange import FactorExchange
 from megalr.restarts.refactorize import (
     factor_parameters,
     largest_imbalance,
@@ -57,7 +57,6 @@ class Restarts:
         pairs: Sequence[FactorPair],
         total_updates: int,
         base_schedule: BaseSchedule,
-        bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         self.config = config
         self.schedule = RestartSchedule(config, total_updates, base_schedule)
@@ -78,7 +77,7 @@ class Restarts:
             _check_moments(config, self._state.base)
             check_groups(self._state, self._to_reset, config.reset_counter)
         if config.refactorizes:
-            self._exchange = FactorExchange(self._state, pairs, bucket_bytes)
+            self._exchange = FactorExchange(self._state, pairs)
 
     def learning_rate_factor(self, t: int) -> float:
         """Factor of the peak learning rate at update t (zero-based; t updates are done)."""

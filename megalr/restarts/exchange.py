@@ -20,9 +20,7 @@ from megalr.restarts.state import ShardedState
 
 Matrices = list[tuple[Tensor, Tensor]]  # (B (m, r), A (r, n)) of each pair
 
-# fp32 bytes of factors that a rank works on in one round; buffers for the exchange are about
-# twice as much. At least one matrix, whatever its size.
-BUCKET_BYTES = 64 << 20
+MIB = 1 << 20
 
 
 class _Piece(NamedTuple):
@@ -37,6 +35,9 @@ class _Piece(NamedTuple):
 class FactorExchange:
     """The plan of rounds for a model's factor pairs; the same on all ranks.
 
+    ``bucket_bytes``: fp32 bytes of factors that a rank works on in one round (at least one matrix);
+    the buffers of the exchange take twice as much. None: :func:`bucket_of` all factors.
+
     Attributes:
         pairs: the factorized matrices.
         owners: rank of the process group that works on each pair.
@@ -44,7 +45,7 @@ class FactorExchange:
     """
 
     def __init__(
-        self, state: ShardedState, pairs: Sequence[FactorPair], bucket_bytes: int = BUCKET_BYTES
+        self, state: ShardedState, pairs: Sequence[FactorPair], bucket_bytes: int | None = None
     ) -> None:
         self.state = state
         self.pairs = list(pairs)
@@ -59,7 +60,12 @@ class FactorExchange:
         if self.world_size == 1 and self._masters_on_device():
             self.rounds = [[list(range(len(self.pairs)))]]  # in place: nothing to buffer
         else:
-            self.rounds = self._make_rounds(bucket_bytes)
+            self.rounds = self._make_rounds(bucket_bytes or bucket_of(self.factor_bytes))
+
+    @property
+    def factor_bytes(self) -> int:
+        """fp32 bytes of all factors."""
+        return sum(_bytes(pair) for pair in self.pairs)
 
     def gather(self, round_index: int) -> Matrices:
         """The factors of this rank's pairs of a round: views of the masters where it holds them
@@ -167,8 +173,7 @@ class FactorExchange:
         for rank in self._ranks():
             size = bucket_bytes
             for index in (i for i in order if self.owners[i] == rank):
-                pair = self.pairs[index]
-                needed = 4 * pair.rank * sum(pair.shape)
+                needed = _bytes(self.pairs[index])
                 if size + needed > bucket_bytes:
                     buckets[rank].append([])
                     size = 0
@@ -188,6 +193,24 @@ class FactorExchange:
         return range(self.world_size)
 
 
+def bucket_of(factor_bytes: int) -> int:
+    """Bytes of factors in one round: a 16th of all, 8 to 48 MiB.
+
+    Together with :func:`workspace_of` chosen to take less than 1 % of the peak memory of training
+    runs of 60M to 7B parameters.
+    """
+    return min(48 * MIB, max(8 * MIB, factor_bytes // 16))
+
+
+def workspace_of(factor_bytes: int) -> int:
+    """Bytes for one batch of r x r matrices: a sixth of all factors, 32 to 126 MiB.
+
+    That is 30 matrices of r = 128, 6 of r = 512. A function of the model alone, because the size of
+    a batch may change the last bits of its results.
+    """
+    return min(126 * MIB, max(32 * MIB, factor_bytes // 6))
+
+
 def share_out(costs: Sequence[float], workers: int) -> list[int]:
     """A worker for every cost: the dearest first, each to the worker with least work so far."""
     load = [0.0] * workers
@@ -197,6 +220,11 @@ def share_out(costs: Sequence[float], workers: int) -> list[int]:
         owners[index] = owner
         load[owner] += costs[index]
     return owners
+
+
+def _bytes(pair: FactorPair) -> int:
+    """Bytes of both factors in fp32."""
+    return 4 * pair.rank * sum(pair.shape)
 
 
 def _cost(pair: FactorPair) -> float:

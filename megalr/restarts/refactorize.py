@@ -16,11 +16,8 @@ from torch import nn
 
 from megalr.layers.factors import FactorPair
 from megalr.restarts.algebra import balance_in_place, gram, imbalance
-from megalr.restarts.exchange import FactorExchange
+from megalr.restarts.exchange import FactorExchange, workspace_of
 from megalr.restarts.state import ShardedState
-
-# Bytes for one batch of r x r float64 matrices: 8 matrices of r = 512, 130 of r = 128.
-WORKSPACE_BYTES = 168 << 20
 
 
 @dataclass(frozen=True)
@@ -40,9 +37,10 @@ def refactorize(exchange: FactorExchange) -> Refactorized:
     The caller has made sure that the factors are finite (:func:`nonfinite_parameters`).
     """
     counts = [0, 0, 0]
+    workspace = workspace_of(exchange.factor_bytes)
     for index in range(len(exchange.rounds)):
         matrices = exchange.gather(index)
-        found = balance_in_place(matrices, workspace_bytes=WORKSPACE_BYTES)
+        found = balance_in_place(matrices, workspace_bytes=workspace)
         counts = [total + new for total, new in zip(counts, found, strict=True)]
         exchange.publish(index, matrices)
     exchange.state.refresh_weights()
