@@ -2,17 +2,19 @@
 
     python benchmarks/optimizers.py --models llama_350m llama_1b --output benchmarks/results
 
-Weights and gradients are fp32 tensors of the model's shapes (what a ZeRO slice holds on one rank);
-there is no model around them. Reported for each optimizer: the first update (all projectors are
-found), the median of later ones, the optimizer's state and the extra peak during an update. Beside
-them the time to find one projector of each shape by a full SVD, and by subspace iteration without
-and with the previous basis, with the share of the best possible energy that it captures.
+Weights and gradients are flat fp32 slices that hold the model's tensors, as ZeRO on one rank gives
+them to its optimizer; there is no model around them. Reported for each optimizer: the first update
+(all projectors are found), the median of later ones, the optimizer's state and the extra peak
+during an update. Beside them the time to find one projector of each shape by a full SVD, and by
+subspace iteration without and with the previous basis, with the share of the best possible energy
+that it captures.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import time
@@ -26,10 +28,12 @@ import torch
 from megalr.errors import exit_cleanly
 from megalr.models.config import decoder_config
 from megalr.optim import SPAM, Apollo, ApolloMini, Fira, GaLore, GoLore, Muon, StableSPAM
+from megalr.optim.base import LogicalOptimizer
+from megalr.optim.layout import FlatLayout, LogicalTensor, Piece
 from megalr.optim.projection import side_of, subspace_basis, svd_bases
 
 Shape = tuple[int, int]
-RANKS = {"llama_60m": 128, "llama_130m": 256, "llama_350m": 256, "llama_1b": 512}
+RANKS = {"llama_9m": 16, "llama_60m": 128, "llama_130m": 256, "llama_350m": 256, "llama_1b": 512}
 GAP = 200
 OPTIMIZERS: dict[str, Callable[[Any, int], torch.optim.Optimizer]] = {
     "adamw (torch, fused)": lambda g, r: torch.optim.AdamW(g, fused=True),
@@ -97,24 +101,41 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
     return []
 
 
+def sliced(name: str, model: str, device: torch.device) -> torch.optim.Optimizer:
+    """The optimizer over two flat slices with gradients, as ZeRO on one rank gives them to it."""
+    shapes, sizes = target_shapes(model), decoder_config(model, {})
+    others = [(sizes.vocab_size, sizes.hidden_size)] * 2
+    groups = [
+        {"name": label, "params": [torch.nn.Parameter(torch.empty(s, device="meta")) for s in part]}
+        for label, part in (("targets", shapes), ("others", others))
+    ]
+    made = OPTIMIZERS[name](groups, RANKS[model])
+    layouts: dict[torch.Tensor, FlatLayout] = {}
+    number = 0
+    for group, part in zip(made.param_groups, (shapes, others), strict=True):
+        flat = torch.nn.Parameter(0.02 * torch.randn(sum(map(math.prod, part)), device=device))
+        flat.grad, tensors, offset = torch.empty_like(flat), [], 0
+        for shape in part:
+            number += 1
+            piece = Piece(0, 0, offset, math.prod(shape))
+            tensors.append(LogicalTensor(f"tensor{number}", shape, (piece,), 0, number))
+            flat.grad[offset : offset + piece.length] = gradient(shape, device, number).flatten()
+            offset += piece.length
+        group["params"] = [flat]
+        layouts[flat] = FlatLayout(tuple(tensors))
+    if isinstance(made, LogicalOptimizer):
+        made.attach_layouts(layouts)
+    return made
+
+
 def measure(name: str, model: str, repeats: int, device: torch.device) -> dict[str, Any]:
     """Numbers of one optimizer on the tensors of one model."""
-    shapes = target_shapes(model)
-    sizes = decoder_config(model, {})
-    others = 2 * sizes.vocab_size * sizes.hidden_size
-    targets = [torch.nn.Parameter(0.02 * torch.randn(s, device=device)) for s in shapes]
-    rest = torch.nn.Parameter(0.02 * torch.randn(others, device=device))
-    for i, p in enumerate(targets):
-        p.grad = gradient(shapes[i], device, i)
-    rest.grad = 1e-3 * torch.randn(others, device=device)
-    groups = [{"name": "targets", "params": targets}, {"name": "others", "params": [rest]}]
-    optimizer = OPTIMIZERS[name](groups, RANKS[model])
+    optimizer = sliced(name, model, device)
     before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
     first = timed(optimizer.step, device)
     times = [timed(optimizer.step, device) for _ in range(repeats)]
-    state = sum(
-        t.numel() * t.element_size() for s in optimizer.state.values() for t in tensors_in(s)
-    )
+    tensors = [tensor for state in optimizer.state.values() for tensor in tensors_in(state)]
+    state = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     peak = 0
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -9,10 +9,16 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from megalr.errors import UserError
-from megalr.optim import adam_h
 from megalr.optim.galore import channel_factors
 from megalr.optim.layout import LogicalTensor
-from megalr.optim.matrix import COMPAT, MatrixOptimizer, check_choice, limit_growth
+from megalr.optim.matrix import (
+    COMPAT,
+    MatrixOptimizer,
+    adam_directions,
+    check_choice,
+    limit_growth,
+    stacked,
+)
 from megalr.optim.projection import gaussian_basis, next_seed, project, side_of
 
 
@@ -103,33 +109,31 @@ class Apollo(MatrixOptimizer):
     def _rule(
         self,
         owns: list[dict[str, Any]],
-        grads: list[torch.Tensor],
+        grads: torch.Tensor,
         group: dict[str, Any],
         dtype: torch.dtype,
-    ) -> list[torch.Tensor]:
-        sides = [side_of(tuple(grad.shape), group["proj_type"]) for grad in grads]
-        low = []
-        for own, grad, side in zip(owns, grads, sides, strict=True):
-            if group["proj"] == "svd":
-                basis = own["projector"].to(grad.dtype)
-            else:
-                basis = gaussian_basis(grad, group["rank"], side, own["seed"])
-            low.append(project(grad, basis, side))
-        found = adam_h.directions(owns, low, group["betas"], group["eps"], dtype)
+    ) -> torch.Tensor:
+        side = side_of(tuple(grads.shape[1:]), group["proj_type"])
+        if group["proj"] == "svd":
+            basis = stacked(owns, "projector", grads.dtype)
+        else:
+            rank = group["rank"]
+            basis = torch.stack([gaussian_basis(grads[0], rank, side, o["seed"]) for o in owns])
+        low = project(grads, basis, side)
+        normalized = adam_directions(owns, low, group, dtype)
+        if group["scale_type"] == "tensor":
+            length = torch.linalg.vector_norm
+            above = length(normalized, dim=(1, 2), keepdim=True)
+            factors = above / (length(low, dim=(1, 2), keepdim=True) + 1e-8)
+        else:
+            factors = channel_factors(normalized, low, side)
         root = math.sqrt(group["scale"])
         front = root if group["scale_front"] or not group["limiter"] else 1.0
-        updates = []
-        for grad, r, normalized, side in zip(grads, low, found, sides, strict=True):
-            n = normalized.to(grad.dtype)
-            if group["scale_type"] == "tensor":
-                factor = torch.linalg.vector_norm(n) / (torch.linalg.vector_norm(r) + 1e-8)
-            else:
-                factor = channel_factors(n, r, side)
-            updates.append(grad * (factor * front))
+        grads *= factors * front
         if group["limiter"]:
             guard, after = group["compat"] == "none", 1.0 if group["scale_front"] else root
-            limit_growth(owns, updates, guard=guard, factor=after)
-        return updates
+            limit_growth(owns, grads, guard=guard, factor=after)
+        return grads
 
 
 class ApolloMini(Apollo):

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megalr.optim.layout import FlatLayout, LogicalTensor, Piece, piece_view
 
-BUCKET_ELEMENTS = 64 * 1024 * 1024
+BUCKET_ELEMENTS = 32 * 1024 * 1024
 
 Item = tuple[LogicalTensor, torch.Tensor]
 """A matrix and its whole gradient."""

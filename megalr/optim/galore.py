@@ -10,7 +10,14 @@ from torch.optim.optimizer import ParamsT
 from megalr.errors import UserError
 from megalr.optim import adam_h
 from megalr.optim.layout import LogicalTensor
-from megalr.optim.matrix import COMPAT, MatrixOptimizer, check_choice, limit_growth
+from megalr.optim.matrix import (
+    COMPAT,
+    MatrixOptimizer,
+    adam_directions,
+    check_choice,
+    limit_growth,
+    stacked,
+)
 from megalr.optim.projection import back_project, project, side_of
 
 
@@ -83,43 +90,27 @@ class GaLore(MatrixOptimizer):
     def _rule(
         self,
         owns: list[dict[str, Any]],
-        grads: list[torch.Tensor],
+        grads: torch.Tensor,
         group: dict[str, Any],
         dtype: torch.dtype,
-    ) -> list[torch.Tensor]:
-        betas, eps = group["betas"], group["eps"]
-        sides = [side_of(tuple(grad.shape), group["proj_type"]) for grad in grads]
-        low = [_down(own, grad, side) for own, grad, side in zip(owns, grads, sides, strict=True)]
+    ) -> torch.Tensor:
+        side = side_of(tuple(grads.shape[1:]), group["proj_type"])
+        basis = stacked(owns, "projector", grads.dtype)
+        other = stacked(owns, "projector2", grads.dtype) if side == "full" else None
+        low = project(grads, basis, side) if other is None else basis.mT @ grads @ other
         if group["state_bits"] == 8:
-            found = [
-                adam_h.direction_8bit(own, r, betas, eps) for own, r in zip(owns, low, strict=True)
-            ]
+            betas, eps = group["betas"], group["eps"]
+            parts = zip(owns, low.unbind(), strict=True)
+            found = [adam_h.direction_8bit(own, part, betas, eps) for own, part in parts]
+            normalized = torch.stack(found).to(low.dtype)
         else:
-            found = adam_h.directions(owns, low, betas, eps, dtype)
-        torch._foreach_mul_(found, group["scale"])
-        updates = [
-            _up(own, normalized.to(grad.dtype), side)
-            for own, grad, normalized, side in zip(owns, grads, found, sides, strict=True)
-        ]
-        if group["limiter"]:
-            limit_growth(owns, updates, guard=True)
-        return updates
-
-
-def _down(own: dict[str, Any], grad: torch.Tensor, side: str) -> torch.Tensor:
-    """R from G: G P, P^T G or, for ``full``, P^T G Q."""
-    basis = own["projector"].to(grad.dtype)
-    if side == "full":
-        return basis.mT @ grad @ own["projector2"].to(grad.dtype)
-    return project(grad, basis, side)
-
-
-def _up(own: dict[str, Any], low: torch.Tensor, side: str) -> torch.Tensor:
-    """The way back of :func:`_down`, to the gradient's shape."""
-    basis = own["projector"].to(low.dtype)
-    if side == "full":
-        return basis @ low @ own["projector2"].to(low.dtype).mT
-    return back_project(low, basis, side)
+            normalized = adam_directions(owns, low, group, dtype)
+        normalized *= group["scale"]
+        if other is None:
+            updates = back_project(normalized, basis, side)
+        else:
+            updates = basis @ normalized @ other.mT
+        return limit_growth(owns, updates, guard=True) if group["limiter"] else updates
 
 
 class Fira(MatrixOptimizer):
@@ -191,39 +182,34 @@ class Fira(MatrixOptimizer):
     def _rule(
         self,
         owns: list[dict[str, Any]],
-        grads: list[torch.Tensor],
+        grads: torch.Tensor,
         group: dict[str, Any],
         dtype: torch.dtype,
-    ) -> list[torch.Tensor]:
+    ) -> torch.Tensor:
         scale, published = group["scale"], group["compat"] == "published"
-        sides = [side_of(tuple(grad.shape), group["proj_type"]) for grad in grads]
-        low = [_down(own, grad, side) for own, grad, side in zip(owns, grads, sides, strict=True)]
-        found = adam_h.directions(owns, low, group["betas"], group["eps"], dtype)
-        kept = scale if published else 1.0
-        residuals = []
-        for own, grad, r, normalized, side in zip(owns, grads, low, found, sides, strict=True):
-            factor = channel_factors(normalized.to(grad.dtype), r, side)
-            residuals.append(_add_back(grad, own, r, side, -kept).mul_(factor))
+        side = side_of(tuple(grads.shape[1:]), group["proj_type"])
+        basis = stacked(owns, "projector", grads.dtype)
+        low = project(grads, basis, side)
+        normalized = adam_directions(owns, low, group, dtype)
+        factors = channel_factors(normalized, low, side)
+        residual = _add_back(grads, low, basis, side, -scale if published else -1.0)
+        residual *= factors
         if group["limiter"]:
-            limit_growth(owns, residuals, guard=not published)
-        return [
-            _add_back(residual, own, normalized.to(residual.dtype), side, scale)
-            for own, residual, normalized, side in zip(owns, residuals, found, sides, strict=True)
-        ]
+            limit_growth(owns, residual, guard=not published)
+        return _add_back(residual, normalized, basis, side, scale)
 
 
 def _add_back(
-    matrix: torch.Tensor, own: dict[str, Any], low: torch.Tensor, side: str, scale: float
+    matrices: torch.Tensor, low: torch.Tensor, basis: torch.Tensor, side: str, scale: float
 ) -> torch.Tensor:
-    """matrix + scale * back_project(low), in one product."""
-    basis = own["projector"].to(matrix.dtype)
+    """matrices += scale * back_project(low), in one product and in place."""
     pair = (low, basis.mT) if side == "right" else (basis, low)
-    return torch.addmm(matrix, *pair, alpha=scale)
+    return matrices.baddbmm_(*pair, alpha=scale)
 
 
 def channel_factors(normalized: torch.Tensor, low: torch.Tensor, side: str) -> torch.Tensor:
-    """|N| / (|R| + 1e-8) along the axis of size r: (m, 1) for a right projection, else (1, n)."""
-    axis = 1 if side == "right" else 0
+    """|N| / (|R| + 1e-8) along the axis of size r: (b, m, 1) for a right projection, (b, 1, n)."""
+    axis = -1 if side == "right" else -2
     length = torch.linalg.vector_norm
     above = length(normalized, dim=axis, keepdim=True)
     return above / (length(low, dim=axis, keepdim=True) + 1e-8)

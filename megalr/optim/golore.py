@@ -8,9 +8,8 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from megalr.errors import UserError
-from megalr.optim import adam_h
 from megalr.optim.layout import LogicalTensor
-from megalr.optim.matrix import MatrixOptimizer
+from megalr.optim.matrix import MatrixOptimizer, adam_directions, stacked
 from megalr.optim.projection import (
     back_project,
     mixed_seed,
@@ -105,18 +104,12 @@ class GoLore(MatrixOptimizer):
     def _rule(
         self,
         owns: list[dict[str, Any]],
-        grads: list[torch.Tensor],
+        grads: torch.Tensor,
         group: dict[str, Any],
         dtype: torch.dtype,
-    ) -> list[torch.Tensor]:
-        kappa = group["kappa"]
-        sides = [side_of(tuple(grad.shape), "std") for grad in grads]
-        bases = [own["projector"].to(grad.dtype) for own, grad in zip(owns, grads, strict=True)]
-        low = [project(g, p, side) for g, p, side in zip(grads, bases, sides, strict=True)]
-        torch._foreach_mul_(low, kappa)
-        found = adam_h.directions(owns, low, group["betas"], group["eps"], dtype)
-        torch._foreach_mul_(found, kappa)
-        return [
-            back_project(n.to(p.dtype), p, side)
-            for n, p, side in zip(found, bases, sides, strict=True)
-        ]
+    ) -> torch.Tensor:
+        side, kappa = side_of(tuple(grads.shape[1:]), "std"), group["kappa"]
+        basis = stacked(owns, "projector", grads.dtype)
+        low = kappa * project(grads, basis, side)
+        normalized = adam_directions(owns, low, group, dtype)
+        return back_project(kappa * normalized, basis, side)

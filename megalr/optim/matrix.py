@@ -102,12 +102,29 @@ class MatrixOptimizer(LogicalOptimizer):
                 ready.append(index)
                 owns.append(own)
                 grads.append(grad)
-        found = self._rule(owns, grads, group, self._moment_dtype(parameter)) if owns else []
-        updates: dict[int, torch.Tensor] = dict(zip(ready, found, strict=True))
+        updates = self._batched(owns, grads, group, self._moment_dtype(parameter))
+        found = dict(zip(ready, updates, strict=True))
         return [
-            updates[i] if i in updates else torch.zeros_like(grad)
-            for i, (_, grad) in enumerate(items)
+            found[i] if i in found else torch.zeros_like(grad) for i, (_, grad) in enumerate(items)
         ]
+
+    def _batched(
+        self,
+        owns: list[dict[str, Any]],
+        grads: list[torch.Tensor],
+        group: dict[str, Any],
+        dtype: torch.dtype,
+    ) -> list[torch.Tensor]:
+        """The rule on matrices of one shape at a time: many small kernels become few large ones."""
+        by_shape: dict[torch.Size, list[int]] = {}
+        for index, grad in enumerate(grads):
+            by_shape.setdefault(grad.shape, []).append(index)
+        updates: dict[int, torch.Tensor] = {}
+        for indices in by_shape.values():
+            batch = torch.stack([grads[i] for i in indices])
+            found = self._rule([owns[i] for i in indices], batch, group, dtype)
+            updates.update(zip(indices, found.unbind(), strict=True))
+        return [updates[i] for i in range(len(grads))]
 
     # -- what subclasses give -----------------------------------------------------------------
 
@@ -128,11 +145,14 @@ class MatrixOptimizer(LogicalOptimizer):
     def _rule(
         self,
         owns: list[dict[str, Any]],
-        grads: list[torch.Tensor],
+        grads: torch.Tensor,
         group: dict[str, Any],
         dtype: torch.dtype,
-    ) -> list[torch.Tensor]:
-        """U of each gradient's shape, from the matrices' own states; W moves by -step_size * U."""
+    ) -> torch.Tensor:
+        """U (b, m, n) of the gradients (b, m, n) of b matrices with the states ``owns``.
+
+        A weight moves by -step_size * U. ``grads`` may be overwritten.
+        """
         raise NotImplementedError
 
     def _leading(
@@ -155,26 +175,37 @@ class MatrixOptimizer(LogicalOptimizer):
         return True
 
 
+def stacked(owns: list[dict[str, Any]], key: str, dtype: torch.dtype) -> torch.Tensor:
+    """One state of several matrices of equal shape as a batch, in ``dtype``."""
+    return torch.stack([own[key] for own in owns]).to(dtype)
+
+
+def adam_directions(
+    owns: list[dict[str, Any]], low: torch.Tensor, group: dict[str, Any], dtype: torch.dtype
+) -> torch.Tensor:
+    """N of ADAM-H on a batch of projected gradients, in their dtype."""
+    found = adam_h.directions(owns, low.unbind(), group["betas"], group["eps"], dtype)
+    return torch.stack(found).to(low.dtype)
+
+
 def limit_growth(
     owns: list[dict[str, Any]],
-    updates: list[torch.Tensor],
+    updates: torch.Tensor,
     guard: bool,
     gamma: float = 1.01,
     factor: float = 1.0,
-) -> None:
+) -> torch.Tensor:
     """Fira's norm-growth limiter, in place: |U_t| <= gamma |U_{t-1}|; then U <- factor U.
 
-    With p = |U_{t-1}| kept as ``update_norm``: l = max(|U| / (p + 1e-8), gamma) / gamma;
-    U <- U / l; p <- |U| / l. The first call only remembers the norm. With ``guard`` a remembered
-    norm of zero counts as a first call: as published it would hold the tensor at norm 1e-8 and let
-    it grow by 1 % an update.
+    For each matrix of the batch (b, m, n), with p = |U_{t-1}| kept as ``update_norm``:
+    l = max(|U| / (p + 1e-8), gamma) / gamma; U <- U / l; p <- |U| / l. The first call only
+    remembers the norm. With ``guard`` a remembered norm of zero counts as a first call: as
+    published it would hold the tensor at norm 1e-8 and let it grow by 1 % an update.
     """
-    dtype = torch.float64 if updates[0].dtype == torch.float64 else torch.float32
-    norms = torch.stack(torch._foreach_norm(updates, 2, dtype))
-    new = [own.get("update_norm") is None for own in owns]
-    previous = torch.stack(
-        [norms[i] if new[i] else own["update_norm"] for i, own in enumerate(owns)]
-    )
+    dtype = torch.float64 if updates.dtype == torch.float64 else torch.float32
+    norms = torch.linalg.vector_norm(updates, dim=(1, 2), dtype=dtype)
+    new = ["update_norm" not in own for own in owns]
+    previous = torch.stack([norms[i] if new[i] else o["update_norm"] for i, o in enumerate(owns)])
     ratios = (norms / (previous + 1e-8)).clamp_min(gamma) / gamma
     first = torch.tensor(new, device=norms.device)
     if guard:
@@ -182,5 +213,4 @@ def limit_growth(
     ratios = torch.where(first, torch.ones_like(ratios), ratios)
     for own, norm in zip(owns, (norms / ratios).unbind(), strict=True):
         own["update_norm"] = norm.clone()
-    for update, scale in zip(updates, (factor / ratios).to(updates[0].dtype).unbind(), strict=True):
-        update.mul_(scale)
+    return updates.mul_((factor / ratios).to(updates.dtype)[:, None, None])

@@ -25,7 +25,7 @@ PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 BASES = ("auto", "svd", "subspace")
 OVERSAMPLING = 16
 POWER_ITERATIONS = 3
-COLD_ITERATIONS = 6
+COLD_ITERATIONS = 4
 # Below this size the full SVD costs no more than the iteration and is exact.
 SMALL_SIDE = 128
 
@@ -109,7 +109,7 @@ def subspace_basis(
     """Leading singular vectors of one side by randomized subspace iteration.
 
     ``start`` (the previous basis, d x r, or None) warms the iteration up; ``OVERSAMPLING`` more
-    columns come from a generator seeded with ``seed``. After 3 rounds (6 without a start) with
+    columns come from a generator seeded with ``seed``. After 3 rounds (4 without a start) with
     G^T G (or G G^T) a Rayleigh-Ritz step turns the subspace into singular vectors in order, as
     Adam is not invariant to rotations; vectors point along their predecessors, as moments are
     carried over from one basis to the next. Cost O(m n r); nothing larger than r + 16 is
