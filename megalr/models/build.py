@@ -13,7 +13,7 @@ from megalr.layers.sltrain import SLTrainLinear
 from megalr.models.config import DecoderConfig
 from megalr.models.decoder import Decoder, MakeLinear
 
-FACTORIZED = ("low_rank", "sltrain", "lora", "relora", "cola")
+FACTORIZED = ("low_rank", "loro", "sltrain", "lora", "cola")
 """Methods whose target matrices are stored as factors."""
 
 
@@ -38,6 +38,8 @@ def make_linear_of(method: Any, seed: int) -> MakeLinear:
             return FullRankLinear(shape, bias)
         if method.name == "low_rank":
             return LowRankLinear(shape, method.rank, method.alpha, method.init, bias)
+        if method.name == "loro":
+            return LowRankLinear(shape, method.rank, float(method.rank), "xavier", bias)
         if method.name == "sltrain":
             return SLTrainLinear(shape, method.rank, method.alpha, method.density, seed, bias)
         if method.name == "cola":

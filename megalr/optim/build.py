@@ -1,4 +1,4 @@
-"""From the run's ``optimizer`` section to a torch optimizer that DeepSpeed wraps."""
+"""From a run's ``optimizer`` and ``method`` sections to the optimizer that DeepSpeed wraps."""
 
 from __future__ import annotations
 
@@ -6,12 +6,25 @@ from typing import Any
 
 import torch
 
+from megalr.optim.methods import Groups, RunFacts, make_optimizer
 
-def build_optimizer(settings: Any, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+
+def build_optimizer(
+    settings: Any, method: Any, groups: Groups, facts: RunFacts
+) -> torch.optim.Optimizer:
     """The optimizer over ``groups`` (see optim.groups).
 
-    ``adamw`` is torch's fused AdamW (decoupled decay, epsilon outside the bias correction), on
-    CUDA and on the CPU (offload). The learning rate is 0 until the loop sets it before every
-    update, so that nothing the engine does before the first one can change a weight.
+    Plain ``adamw`` is torch's fused AdamW (decoupled decay, epsilon outside the bias correction),
+    on CUDA and on the CPU (offload); everything else is this package's (see optim.methods). The
+    learning rate is 0 until the loop sets it before every update, so that nothing the engine does
+    before the first one can change a weight.
+
+    Raises:
+        UserError: a method and an optimizer that do not go together, a rank beyond a matrix.
     """
-    return torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, eps=settings.eps, fused=True)
+    optimizer = make_optimizer(settings, method, groups, facts) or torch.optim.AdamW(
+        groups, lr=0.0, betas=settings.betas, eps=settings.eps, fused=True
+    )
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    return optimizer

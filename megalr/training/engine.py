@@ -14,6 +14,8 @@ from megalr.models.config import decoder_config
 from megalr.models.decoder import Decoder
 from megalr.optim.build import build_optimizer
 from megalr.optim.groups import parameter_groups
+from megalr.optim.methods import RunFacts
+from megalr.optim.zero import attach_layouts
 from megalr.training.graphs import MicroBatchGraph
 
 
@@ -57,7 +59,13 @@ def build_engine(config: RunConfig, ds_config: dict[str, Any], decoder: Decoder)
             )
         compile_blocks(decoder)
     groups = parameter_groups(decoder, decoder.factor_parameters(), config.optimizer.weight_decay)
-    optimizer = build_optimizer(config.optimizer, groups)
+    facts = RunFacts(
+        total_updates=config.train.updates,
+        hidden_size=decoder.config.hidden_size,
+        seed=config.run.seed,
+        bf16_states=config.train.precision == "paper_bf16",
+    )
+    optimizer = build_optimizer(config.optimizer, config.method, groups, facts)
     if config.train.cuda_graphs:
         _check_graphs(ds_config, decoder)
         # Capture is not possible on the default stream, and what the engine makes must live on
@@ -69,6 +77,7 @@ def build_engine(config: RunConfig, ds_config: dict[str, Any], decoder: Decoder)
     # bf16 without ZeRO has made a step on zero gradients by now (docs/deepspeed-notes.md): harmless
     # at learning rate 0, but Adam's counter and moments must start from nothing.
     engine.basic_optimizer.state.clear()
+    attach_layouts(engine)
     if config.train.cuda_graphs:
         shape = config.train.micro_batch_size, config.data.sequence_length
         decoder.graphed = MicroBatchGraph(decoder, shape, _gradients_are_used_up(engine))

@@ -68,6 +68,15 @@ def test_weights_depend_on_seed_and_name_not_on_padding_or_depth() -> None:
         assert "norm" in name or not torch.equal(other[name], tensor)
 
 
+def test_loro_is_a_low_rank_model_with_xavier_factors_and_no_scale() -> None:
+    decoder = build_decoder(tiny(hidden_size=480, num_heads=6), factorized("loro", 64), seed=0)
+    layer = decoder.blocks()[0].attention.o
+    assert isinstance(layer, LowRankLinear) and layer.scale == 1.0
+    assert layer.a.std().item() == pytest.approx(math.sqrt(2 / (64 + 480)), rel=0.03)
+    assert layer.b.std().item() == pytest.approx(math.sqrt(2 / (64 + 480)), rel=0.03)
+    assert len(decoder.factor_pairs()) == 14
+
+
 @pytest.mark.parametrize("m, n", [(600, 300), (300, 600)])
 def test_init_variances_are_the_documented_ones(m: int, n: int) -> None:
     rank, alpha, std = 64, 16.0, 0.02

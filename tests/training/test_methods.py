@@ -1,0 +1,58 @@
+"""Every method and optimizer trains in the loop, the same on any number of ranks, and resumes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import RankFailed, run_distributed
+from tests.training.runs import events, losses, run, settings, zero
+from tests.training.test_resume import _cut_back
+
+GAP = {"rank": 4, "update_proj_gap": 4}
+METHODS: dict[str, dict[str, dict]] = {
+    "sltrain": {"method": {"name": "sltrain", "rank": 8, "alpha": 16.0, "density": 0.1}},
+    "lora": {"method": {"name": "lora", "rank": 8, "alpha": 16.0}},
+    "cola": {"method": {"name": "cola", "rank": 8}},
+    "galore": {"method": {"name": "galore", **GAP}},
+    "fira": {"method": {"name": "fira", **GAP}},
+    "apollo": {"method": {"name": "apollo", **GAP}},
+    "apollo_mini": {"method": {"name": "apollo_mini", "update_proj_gap": 4}},
+    "golore": {"method": {"name": "golore", **GAP}},
+    "loro": {"method": {"name": "loro", "rank": 8, "exact_every": 4}},
+    "spam": {"optimizer": {"name": "spam", "update_gap": 6, "warmup_epoch": 2}},
+    "stable_spam": {"optimizer": {"name": "stable_spam", "update_gap": 6}},
+    "muon": {"optimizer": {"name": "muon"}},
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_three_ranks_give_the_losses_of_one_and_resume_bitwise(
+    name: str, data: Path, tmp_path: Path
+) -> None:
+    sections = {**METHODS[name], "checkpoint": {"every": 5, "keep_last": 9}}
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    run_distributed(run, 1, settings(alone, data, **sections), zero(0))
+    values = settings(shared, data, **sections)
+    run_distributed(run, 3, values, zero(2))
+    assert losses(shared) == pytest.approx(losses(alone), abs=2e-5)
+    assert losses(alone)[-1] < losses(alone)[0] - 0.02
+    unbroken = losses(shared)
+    _cut_back(shared, 5)
+    (shared / "metrics.jsonl").unlink()
+    run_distributed(run, 3, values, zero(2))
+    assert [e["update"] for e in events(shared, "resume")] == [5]
+    assert losses(shared) == unbroken[5:]
+
+
+def test_refactorization_needs_factors_whose_product_is_the_matrix(
+    data: Path, tmp_path: Path
+) -> None:
+    for name in ("cola", "galore"):
+        values = settings(tmp_path / name, data, **METHODS[name], restarts={"every": 4})
+        with pytest.raises(RankFailed, match="this model has no factors"):
+            run_distributed(run, 1, values, zero(1))
+    values = settings(tmp_path / "sltrain", data, **METHODS["sltrain"], restarts={"every": 4})
+    run_distributed(run, 2, values, zero(1))
+    assert [e["matrices"] for e in events(tmp_path / "sltrain", "restart")] == [14, 14]
