@@ -80,19 +80,33 @@ def loop(tokenizer: Path, texts: list[str], repeats: int) -> dict[str, Any]:
 def run_tool(
     inputs: list[str], tokenizer: Path, output: Path, workers: int
 ) -> tuple[dict[str, Any], float, float]:
-    """Summary of the tool, CPU seconds of its processes, peak resident MiB of the largest."""
+    """Summary of the tool, CPU seconds of its processes, peak resident MiB of the first."""
     command = [sys.executable, str(ROOT / "tools" / "preprocess_c4.py"), "--input", *inputs]
     command += ["--tokenizer", str(tokenizer), "--output", str(output), "--workers", str(workers)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    peak = 0
     with tempfile.TemporaryFile("w+") as out:
         process = subprocess.Popen(command, stdout=out, env=environment)
-        _, status, usage = os.wait4(process.pid, 0)
+        while True:
+            ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+            if ended:
+                break
+            peak = max(peak, high_water_kib(process.pid))
+            time.sleep(0.1)
         process.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
         text = out.read()
     if process.returncode:
         raise SystemExit(process.returncode)
-    return json.loads(text), usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
+    return json.loads(text), usage.ru_utime + usage.ru_stime, peak / 1024
+
+
+def high_water_kib(pid: int) -> int:
+    """Peak resident size of a process so far (ru_maxrss would count this process before exec)."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1])
+    return 0
 
 
 def end_to_end(
