@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from megalr.optim.quantized import MINIMUM, decode, encode
+from megalr.optim.quantized import BLOCK, MINIMUM, decode, encode
+
+PIECE = 16 * 1024 * 1024
 
 
 def advance_moments(
@@ -64,24 +66,58 @@ def direction(
     return directions([state], [grad], betas, eps, dtype)[0]
 
 
-def direction_8bit(
-    state: dict[str, Any], grad: torch.Tensor, betas: tuple[float, float], eps: float
+def directions_8bit(
+    states: Sequence[dict[str, Any]], grads: torch.Tensor, betas: tuple[float, float], eps: float
 ) -> torch.Tensor:
-    """:func:`direction` with moments stored in 8 bits between updates, computed in fp32.
+    """N of a batch (b, ...) of tensors whose moments are kept in 8 bits between updates.
 
-    Tensors below 4096 elements keep fp32 moments.
+    Computed in fp32. Tensors below 4096 elements keep fp32 moments.
     """
-    if grad.numel() < MINIMUM:
-        return direction(state, grad, betas, eps, torch.float32)
+    if grads[0].numel() < MINIMUM:
+        return torch.stack(directions(states, grads.unbind(), betas, eps, torch.float32))
     moments: dict[str, Any] = {}
-    if "exp_avg" in state:
-        for key in ("exp_avg", "exp_avg_sq"):
-            moments[key] = decode(state[key], state[f"{key}_scale"], torch.float32)
-    found = direction(moments, grad, betas, eps, torch.float32)
+    for key, dtype in (("exp_avg", torch.int8), ("exp_avg_sq", torch.uint8)):
+        for state in states:
+            if key not in state:
+                state[key] = torch.zeros_like(grads[0], dtype=dtype)
+                blocks = -(-grads[0].numel() // BLOCK)
+                state[f"{key}_scale"] = grads.new_zeros(blocks, dtype=torch.float32)
+        codes = torch.stack([state[key] for state in states])
+        scales = torch.stack([state[f"{key}_scale"] for state in states])
+        moments[key] = decode(codes, scales)
+    found = direction(moments, grads, betas, eps, torch.float32)
     for key in ("exp_avg", "exp_avg_sq"):
         codes, scales = encode(moments[key], signed=key == "exp_avg")
-        state[key], state[f"{key}_scale"] = codes, scales
+        for state, code, scale in zip(states, codes, scales, strict=True):
+            state[key].copy_(code)
+            state[f"{key}_scale"].copy_(scale)
     return found
+
+
+def update_flat(
+    flat: torch.Tensor,
+    grad: torch.Tensor,
+    state: dict[str, Any],
+    group: dict[str, Any],
+    scaling: tuple[float, float],
+    dtype: torch.dtype,
+    prepare: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+) -> None:
+    """ADAM-H's update of a flat slice with ``scaling`` = (step size, decay), piece by piece.
+
+    A slice holds most of a model: in pieces of 16 M elements the temporaries stay small.
+    ``prepare(g, v)`` may change a piece of the gradient, given the second moments before it enters.
+    """
+    if "exp_avg" not in state:
+        state["exp_avg"] = torch.zeros_like(flat, dtype=dtype)
+        state["exp_avg_sq"] = torch.zeros_like(flat, dtype=dtype)
+    parts = [x.split(PIECE) for x in (flat, grad, state["exp_avg"], state["exp_avg_sq"])]
+    for weight, g, first, second in zip(*parts, strict=True):
+        if prepare is not None:
+            g = prepare(g, second)
+        moments = {"exp_avg": first, "exp_avg_sq": second}
+        update = direction(moments, g, group["betas"], group["eps"], dtype)
+        apply_update(weight, update, *scaling)
 
 
 def step_size(lr: float, betas: tuple[float, float], step: int) -> float:

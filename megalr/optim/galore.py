@@ -99,10 +99,8 @@ class GaLore(MatrixOptimizer):
         other = stacked(owns, "projector2", grads.dtype) if side == "full" else None
         low = project(grads, basis, side) if other is None else basis.mT @ grads @ other
         if group["state_bits"] == 8:
-            betas, eps = group["betas"], group["eps"]
-            parts = zip(owns, low.unbind(), strict=True)
-            found = [adam_h.direction_8bit(own, part, betas, eps) for own, part in parts]
-            normalized = torch.stack(found).to(low.dtype)
+            found = adam_h.directions_8bit(owns, low, group["betas"], group["eps"])
+            normalized = found.to(low.dtype)
         else:
             normalized = adam_directions(owns, low, group, dtype)
         normalized *= group["scale"]

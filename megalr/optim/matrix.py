@@ -75,8 +75,7 @@ class MatrixOptimizer(LogicalOptimizer):
         decay = lr * group["weight_decay"]
         if group["rank"] is None:
             dtype = self._moment_dtype(parameter)
-            update = adam_h.direction(state, grad, betas, group["eps"], dtype)
-            adam_h.apply_update(flat, update, size, decay)
+            adam_h.update_flat(flat, grad, state, group, (size, decay), dtype)
             return
         update_matrices(
             self.layout(parameter),

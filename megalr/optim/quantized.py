@@ -36,26 +36,33 @@ def _levels(signed: bool, device: torch.device) -> torch.Tensor:
 
 
 def encode(values: torch.Tensor, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes of the same shape, fp32 scale of each block of 256 elements in row-major order)."""
-    flat = values.float().reshape(-1)
-    blocks = -(-flat.numel() // BLOCK)
-    padded = torch.nn.functional.pad(flat, (0, blocks * BLOCK - flat.numel())).view(blocks, BLOCK)
-    scales = padded.abs().amax(dim=1)
-    unit = padded / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+    """(codes of the same shape, fp32 scales (b, blocks)) of a batch of b tensors (b, ...).
+
+    Blocks of 256 elements in row-major order of each tensor.
+    """
+    flat = values.float().flatten(1)
+    count = -(-flat.shape[1] // BLOCK)
+    blocks = torch.nn.functional.pad(flat, (0, count * BLOCK - flat.shape[1]))
+    blocks = blocks.view(len(flat), count, BLOCK)
+    scales = blocks.abs().amax(dim=2)
+    unit = blocks / scales.clamp_min(torch.finfo(torch.float32).tiny)[..., None]
     levels = torch.cat([unit.new_zeros(1), _levels(signed, values.device)])
     middles = (levels[1:] + levels[:-1]) / 2
     codes = torch.bucketize(unit.abs(), middles)  # index of the nearest level
     if signed:
         codes = torch.where(unit < 0, -codes, codes)
     codes = codes.to(torch.int8 if signed else torch.uint8)
-    return codes.view(-1)[: flat.numel()].view(values.shape), scales
+    return codes.flatten(1)[:, : flat.shape[1]].reshape(values.shape), scales
 
 
-def decode(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The inverse of :func:`encode`, in ``dtype`` and the shape of ``codes``."""
+def decode(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """The inverse of :func:`encode`: fp32 values of the shape of ``codes``."""
     signed = codes.dtype == torch.int8
-    levels = torch.cat([scales.new_zeros(1), _levels(signed, codes.device)])
-    index = codes.reshape(-1).int()
-    values = levels[index.abs()] * (index.sign() if signed else 1)
-    spread = scales.repeat_interleave(BLOCK)[: index.numel()]
-    return (values * spread).to(dtype).view(codes.shape)
+    positive = _levels(signed, codes.device)
+    table = torch.cat([positive.new_zeros(1), positive])
+    if signed:  # negative codes index the table from its end
+        table = torch.cat([table, -positive.flip(0)])
+    flat = codes.flatten(1)
+    values = table[flat.long()] if signed else table[flat.int()]
+    spread = scales.repeat_interleave(BLOCK, dim=1)[:, : flat.shape[1]]
+    return (values * spread).view(codes.shape)

@@ -93,32 +93,51 @@ class SPAM(LogicalOptimizer):
             state.update(step=0, updates=0, since_reset=group["warmup_epoch"] + 1, masks=0)
             if masked:
                 state["mask"] = self._draw_mask(self.layout(parameter), flat, group, 0)
-        mask = state.get("mask")
-        if mask is not None:
-            grad = grad[mask]
         update_number = state["updates"] + 1
         if gap and update_number % gap == 0 and "exp_avg" in state:
             state["exp_avg"].zero_()
             state["exp_avg_sq"].zero_()
         state["step"] += 1
-        grad = _clip_spikes(grad, state, group, update_number)
-        dtype = self._moment_dtype(parameter)
-        update = adam_h.direction(state, grad, group["betas"], group["eps"], dtype)
-        if mask is not None:
-            update = torch.zeros_like(flat, dtype=dtype).masked_scatter_(mask, update)
         size = _warmup(state["since_reset"], group["warmup_epoch"]) * adam_h.step_size(
             group["lr"], group["betas"], state["step"]
         )
         decay = group["lr"] * group["weight_decay"]
         if group["compat"] == "published" and group["density"] is not None:
             decay = 0.0
-        adam_h.apply_update(flat, update, size, decay)
+        self._move(parameter, flat, grad, group, (size, decay), update_number)
         state["updates"] = update_number
         state["since_reset"] += 1
         if gap and (update_number + 1) % gap == 0:
             state["since_reset"] = 0
             if masked:
                 self._change_mask(parameter, flat, group)
+
+    def _move(
+        self,
+        parameter: torch.Tensor,
+        flat: torch.Tensor,
+        grad: torch.Tensor,
+        group: dict[str, Any],
+        scaling: tuple[float, float],
+        update_number: int,
+    ) -> None:
+        """Clip spikes and make the step, on all elements or on those of the mask."""
+        state, dtype = self.state[parameter], self._moment_dtype(parameter)
+        clipping = "exp_avg_sq" in state and _clips(group, update_number)
+
+        def clip(g: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+            return _clip_spikes(g, second, group) if clipping else g
+
+        mask = state.get("mask")
+        if mask is None:
+            adam_h.update_flat(flat, grad, state, group, scaling, dtype, clip)
+            return
+        grad = grad[mask]
+        if clipping:
+            grad = clip(grad, state["exp_avg_sq"])
+        update = adam_h.direction(state, grad, group["betas"], group["eps"], dtype)
+        update = torch.zeros_like(flat, dtype=dtype).masked_scatter_(mask, update)
+        adam_h.apply_update(flat, update, *scaling)
 
     def _draw_mask(
         self, layout: FlatLayout, flat: torch.Tensor, group: dict[str, Any], index: int
@@ -158,15 +177,15 @@ def _warmup(since_reset: int, length: int) -> float:
     return 1 - 0.99 * 0.5 * (1 + math.cos(math.pi * since_reset / (length + 1)))
 
 
-def _clip_spikes(
-    grad: torch.Tensor, state: dict[str, Any], group: dict[str, Any], update_number: int
-) -> torch.Tensor:
-    """Clip g to sign(g) sqrt(threshold v) where g^2 > threshold v, if moments are old enough."""
-    gap, patience, threshold = group["update_gap"], group["grad_accu_steps"], group["threshold"]
-    since = update_number % gap if gap else update_number
-    if not threshold or min(update_number, since) < patience or "exp_avg_sq" not in state:
-        return grad
-    limit = (threshold * state["exp_avg_sq"]).to(grad.dtype)
+def _clips(group: dict[str, Any], update_number: int) -> bool:
+    """Whether spikes are clipped at this update: the moments are old enough."""
+    since = update_number % group["update_gap"] if group["update_gap"] else update_number
+    return group["threshold"] > 0 and min(update_number, since) >= group["grad_accu_steps"]
+
+
+def _clip_spikes(grad: torch.Tensor, second: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+    """Clip g to sign(g) sqrt(threshold v) where g^2 > threshold v."""
+    limit = (group["threshold"] * second).to(grad.dtype)
     spike = grad.square() > limit
     if group["compat"] == "none":
         spike &= limit > 0

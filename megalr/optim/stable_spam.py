@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,10 +12,22 @@ import torch.distributed as dist
 from torch.optim.optimizer import ParamsT
 
 from megalr.errors import UserError
+from megalr.optim import adam_h
 from megalr.optim.base import LogicalOptimizer, scalar_dtype
 from megalr.optim.exchange import reduce_over_ranks
-from megalr.optim.layout import FlatLayout, piece_view
+from megalr.optim.layout import FlatLayout, Piece, piece_view
 from megalr.optim.matrix import COMPAT, check_choice
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is done to one piece of the gradient: elements above ``bound`` are rescaled by
+    ``bound / largest``, then all are multiplied by ``factor``."""
+
+    piece: Piece
+    largest: float
+    bound: float
+    factor: float
 
 
 class StableSPAM(LogicalOptimizer):
@@ -89,7 +103,7 @@ class StableSPAM(LogicalOptimizer):
         grad: torch.Tensor,
         group: dict[str, Any],
     ) -> None:
-        state, (beta1, beta2) = self.state[parameter], group["betas"]
+        state = self.state[parameter]
         layout = self.layout(parameter)
         if not state:
             dtype = self._moment_dtype(parameter)
@@ -104,25 +118,49 @@ class StableSPAM(LogicalOptimizer):
         sigma = _anneal(state["updates"], group["total_T"], group["eta"], published)
         if group["weight_decay"] > 0:
             flat.mul_(1 - group["lr"] * group["weight_decay"])
-        grad = _stabilize(layout, grad, state, group, sigma)
-        first, second, beta1 = state["exp_avg"], state["exp_avg_sq"], beta1 * sigma
-        grad = grad.to(first.dtype)
-        gap = group["update_gap"]
-        reset = gap != 0 and state["updates"] % gap == 0
+        reset = group["update_gap"] != 0 and state["updates"] % group["update_gap"] == 0
+        changes = _statistics(layout, grad, state, group, sigma)
         if reset:
             state["step"] = 1
             if not published:
-                first.zero_()
-                second.zero_()
-        first.mul_(beta1).add_(grad, alpha=1 - beta1)
-        second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+                state["exp_avg"].zero_()
+                state["exp_avg_sq"].zero_()
+        for part in _parts(changes):
+            self._step_part(flat, grad, state, group, sigma, part)
+        if reset and published:
+            state["exp_avg"].zero_()
+            state["exp_avg_sq"].zero_()
+
+    def _step_part(
+        self,
+        flat: torch.Tensor,
+        grad: torch.Tensor,
+        state: dict[str, Any],
+        group: dict[str, Any],
+        sigma: float,
+        part: list[Change],
+    ) -> None:
+        """Stabilize the gradient of some neighbouring tensors and make AdamW's step there."""
+        begin = part[0].piece.offset
+        length = part[-1].piece.offset + part[-1].piece.length - begin
+        dtype = state["exp_avg"].dtype
+        g = grad.narrow(0, begin, length).clone()
+        views = [g.narrow(0, c.piece.offset - begin, c.piece.length) for c in part]
+        for view, change in zip(views, part, strict=True):
+            if change.largest > change.bound:
+                view.copy_(_rescaled(view, change))
+        torch._foreach_mul_(views, [change.factor for change in part])
+        g = g.to(dtype)
+        first, second, weight = (
+            x.narrow(0, begin, length) for x in (state["exp_avg"], state["exp_avg_sq"], flat)
+        )
+        beta1, beta2 = group["betas"][0] * sigma, group["betas"][1]
+        first.mul_(beta1).add_(g, alpha=1 - beta1)
+        second.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         step = state["step"]
         denominator = (second.sqrt() / math.sqrt(1 - beta2**step)).add_(group["eps"])
-        size = group["lr"] / (1 - beta1**step)
-        flat.add_((first / denominator).to(flat.dtype), alpha=-size)
-        if reset and published:
-            first.zero_()
-            second.zero_()
+        update = (first / denominator).to(weight.dtype)
+        weight.add_(update, alpha=-group["lr"] / (1 - beta1**step))
 
 
 def _anneal(update: int, total: int | None, eta: float, periodic: bool) -> float:
@@ -133,19 +171,24 @@ def _anneal(update: int, total: int | None, eta: float, periodic: bool) -> float
     return eta + (1 - eta) * 0.5 * (1 + math.cos(math.pi * position / (total + 1)))
 
 
-def _stabilize(
+def _rescaled(piece: torch.Tensor, change: Change) -> torch.Tensor:
+    """AdaClip of one piece: elements above the bound times bound / largest."""
+    scale = change.bound / change.largest
+    return torch.where(piece.abs() > change.bound, piece * scale, piece)
+
+
+def _statistics(
     layout: FlatLayout,
     grad: torch.Tensor,
     state: dict[str, Any],
     group: dict[str, Any],
     sigma: float,
-) -> torch.Tensor:
-    """AdaClip and AdaGN of every tensor of the layout; returns a new flat gradient.
+) -> list[Change]:
+    """Advance M, a and b of every tensor; how each piece held here is to be changed.
 
     The maximum and the norm of a tensor that is cut over ranks are completed by one all-reduce
     each, for all tensors of the layout together.
     """
-    grad = grad.clone()
     maxima = state["max_average"]
     # Bias corrections: k as published, or the number of updates the averages have seen.
     seen = state["step"] if group["compat"] == "published" else state["updates"]
@@ -157,11 +200,17 @@ def _stabilize(
     reduce_over_ranks(largest, layout, dist.ReduceOp.MAX)
     maxima.mul_(gamma3).add_(largest, alpha=1 - gamma3)
     limit = maxima / (1 - gamma3**seen)
-    tops, bounds = largest[held].tolist(), limit[held].tolist()
-    for piece, top, bound in zip(pieces, tops, bounds, strict=True):
-        if top > bound:
-            piece.copy_(torch.where(piece.abs() > bound, piece / top * bound, piece))
+    changes = [
+        Change(piece, top, bound, 1.0)
+        for (_, piece), top, bound in zip(
+            layout.local, largest[held].tolist(), limit[held].tolist(), strict=True
+        )
+    ]
     norms = _per_tensor(pieces, held, 2, maxima)
+    for i, (view, change) in enumerate(zip(pieces, changes, strict=True)):
+        if change.largest > change.bound:
+            clipped = _rescaled(view, change)
+            norms[held[i]] = torch.linalg.vector_norm(clipped, dtype=norms.dtype)
     if layout.world_size > 1:
         norms = reduce_over_ranks(norms.square(), layout, dist.ReduceOp.SUM).sqrt()
     gamma1 = (group["betas"][0] if group["gamma1"] == -1 else group["gamma1"]) * sigma
@@ -170,10 +219,23 @@ def _stabilize(
     state["squared_norm_average"].mul_(gamma2).add_(norms.square(), alpha=1 - gamma2)
     wanted = state["norm_average"] / (1 - gamma1**seen)
     root = (state["squared_norm_average"] / (1 - gamma2**seen)).sqrt() + group["eps"]
-    factor = torch.where(norms > 0, wanted / root / norms, torch.ones_like(norms))
-    if pieces:
-        torch._foreach_mul_(pieces, factor[held].tolist())
-    return grad
+    factors = torch.where(norms > 0, wanted / root / norms, torch.ones_like(norms))
+    return [
+        replace(change, factor=factor)
+        for change, factor in zip(changes, factors[held].tolist(), strict=True)
+    ]
+
+
+def _parts(changes: list[Change], limit: int = adam_h.PIECE) -> Iterator[list[Change]]:
+    """Runs of neighbouring pieces of about ``limit`` elements, so that temporaries stay small."""
+    part: list[Change] = []
+    for change in sorted(changes, key=lambda c: c.piece.offset):
+        if part and change.piece.offset + change.piece.length - part[0].piece.offset > limit:
+            yield part
+            part = []
+        part.append(change)
+    if part:
+        yield part
 
 
 def _per_tensor(
