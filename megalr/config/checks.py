@@ -24,6 +24,28 @@ def cross_problems(value_of: Callable[[str], Any]) -> Iterator[tuple[str, str]]:
             f"more warm-up updates than the run has (train.updates = {updates}); "
             "lower the one or raise the other",
         )
+    yield from _cycle_problems(value_of, warmup, updates)
+
+
+def _cycle_problems(
+    value_of: Callable[[str], Any], warmup: int | None, updates: int | None
+) -> Iterator[tuple[str, str]]:
+    """The cycles of schedule cosine_restarts against the run's length and the warm-up."""
+    cycle = value_of("schedule.cycle_updates")
+    if cycle is None or value_of("schedule.name") != "cosine_restarts":
+        return
+    if updates is not None and updates % cycle:
+        yield (
+            "schedule.cycle_updates",
+            f"must divide train.updates {updates}; the nearest run: "
+            f"{max(1, round(updates / cycle)) * cycle} updates",
+        )
+    first = (warmup or 0) + (value_of("schedule.adjust_updates") or 0)
+    if first > cycle:
+        yield (
+            "schedule.cycle_updates",
+            f"must be at least warmup_updates + adjust_updates = {first}",
+        )
 
 
 def _method_problems(value_of: Callable[[str], Any]) -> Iterator[tuple[str, str]]:

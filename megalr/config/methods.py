@@ -70,6 +70,25 @@ class LoraMethod(_Scaled):
     name: Literal["lora"] = "lora"
 
 
+class ReloraMethod(_Scaled):
+    """ReLoRA: LoRA whose product is merged into W0 again and again, with new factors after it.
+
+    Merges and resets come after the first update of a period (1001, 2001, ... for 1000), which with
+    schedule.name cosine_restarts is the one whose learning rate is 0.
+    """
+
+    name: Literal["relora"] = "relora"
+    merge_every: int = Field(ge=2, examples=[1000])
+    """Updates between two merges: W0 += (alpha / rank) B A, new random A, B = 0."""
+    reset_every: int | None = Field(default=None, ge=2, examples=[1000])
+    """Updates between two resets of the factors' moments; null = merge_every."""
+    reset: Literal["random", "magnitude", "none"] = Field(default="random", examples=["magnitude"])
+    """What a reset zeroes of each moment of the factors: random entries, the smallest ones of each
+    matrix, or nothing. Adam's step counter is kept."""
+    reset_fraction: float = Field(default=0.999, gt=0, le=1, examples=[0.8])
+    """Share of the entries that a reset zeroes; 0.999 random and 0.8 by magnitude are published."""
+
+
 class ColaMethod(_Factorized):
     """CoLA: a SiLU between the factors, y = B silu(A x); there is no matrix W."""
 
@@ -77,6 +96,12 @@ class ColaMethod(_Factorized):
 
 
 MethodConfig = Annotated[
-    FullRankMethod | LowRankMethod | SLTrainMethod | LoraMethod | ColaMethod | ProjectedMethods,
+    FullRankMethod
+    | LowRankMethod
+    | SLTrainMethod
+    | LoraMethod
+    | ReloraMethod
+    | ColaMethod
+    | ProjectedMethods,
     Field(discriminator="name"),
 ]

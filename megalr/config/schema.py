@@ -94,8 +94,25 @@ class ConstantSchedule(Section):
     min_lr_ratio: ClassVar[float] = 1.0
 
 
+class CosineRestartsSchedule(Section):
+    """ReLoRA's jagged cosine: one cosine over the run, with a short warm-up in every cycle."""
+
+    name: Literal["cosine_restarts"] = "cosine_restarts"
+    warmup_updates: int = Field(default=0, ge=0, examples=[500])
+    """Updates during which the learning rate rises linearly from 0 to its peak."""
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1, examples=[0.1])
+    """Learning rate at the last update as a share of the peak."""
+    cycle_updates: int = Field(ge=1, examples=[1000])
+    """Length of a cycle; it must divide train.updates."""
+    restart_warmup_updates: int = Field(default=100, ge=1, examples=[100])
+    """Updates at the start of every later cycle that rise from 0 to the cosine."""
+    adjust_updates: int = Field(default=0, ge=0, examples=[0])
+    """Shifts the cycles to come this many updates earlier (for a run that goes on from another)."""
+
+
 ScheduleConfig = Annotated[
-    CosineSchedule | LinearSchedule | ConstantSchedule, Field(discriminator="name")
+    CosineSchedule | LinearSchedule | ConstantSchedule | CosineRestartsSchedule,
+    Field(discriminator="name"),
 ]
 
 

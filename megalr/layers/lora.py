@@ -39,20 +39,27 @@ class LoRALinear(FactorizedLinear):
             used = self.weight[self.used_rows(index), : self.shape.in_used]
             draw = torch.empty(used.shape, device=used.device)
             used.copy_(draw.normal_(0.0, std, generator=named_generator(seed, name, used.device)))
-        self.reset_factors(seed)
+        self.a.copy_(self.draw_a(seed))
+        self.b.zero_()
 
     @torch.no_grad()
-    def reset_factors(self, seed: int) -> None:
-        """A ~ U(+-1/sqrt(n)), B = 0, padding 0."""
-        self.a.zero_()
-        self.b.zero_()
-        bound = 1 / math.sqrt(self.shape.in_used)
+    def draw_a(self, seed: int, draw: str = "") -> torch.Tensor:
+        """``(G r, n)`` float32: A_i ~ U(+-1/sqrt(n)), padding 0; ``draw`` names a further draw."""
+        values = torch.zeros(self.a.shape, device=self.a.device)
+        n = self.shape.in_used
         for index, name in enumerate(self.shape.names):
-            a, _ = self.used_factors(index)
-            draw = torch.empty(a.shape, device=a.device)
-            a.copy_(
-                draw.uniform_(-bound, bound, generator=named_generator(seed, f"{name}.A", a.device))
-            )
+            generator = named_generator(seed, f"{name}.A{draw}", values.device)
+            rows = torch.empty(self.rank, n, device=values.device)
+            rows.uniform_(-1 / math.sqrt(n), 1 / math.sqrt(n), generator=generator)
+            values[index * self.rank : (index + 1) * self.rank, :n] = rows
+        return values
+
+    @torch.no_grad()
+    def merge_(self) -> None:
+        """``W0 <- W0 + (alpha/r) B A``, multiplied and added in float32, rounded once."""
+        for index in range(len(self.sizes)):
+            used = self.weight[self.used_rows(index), : self.shape.in_used]
+            used.copy_(self.dense_weight(index))
 
     def dense_weight(self, index: int) -> torch.Tensor:
         """``W0 + scale * B A`` of one matrix without padding, float32, ``(m, n)``."""

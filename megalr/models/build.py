@@ -13,7 +13,7 @@ from megalr.layers.sltrain import SLTrainLinear
 from megalr.models.config import DecoderConfig
 from megalr.models.decoder import Decoder, MakeLinear
 
-FACTORIZED = ("low_rank", "loro", "sltrain", "lora", "cola")
+FACTORIZED = ("low_rank", "loro", "sltrain", "lora", "relora", "cola")
 """Methods whose target matrices are stored as factors."""
 
 

@@ -21,7 +21,10 @@ def make_schedule(settings: Any, total_updates: int) -> Schedule:
     * ``cosine``: q + (1 - q) (1 + cos(pi p)) / 2
     * ``linear``: q + (1 - q) (1 - p)
     * ``constant``: 1
+    * ``cosine_restarts``: ReLoRA's, see :func:`cosine_restarts`
     """
+    if settings.name == "cosine_restarts":
+        return cosine_restarts(settings, total_updates)
     warmup: int = settings.warmup_updates
     floor: float = settings.min_lr_ratio
     shapes: dict[str, Callable[[float], float]] = {
@@ -36,5 +39,34 @@ def make_schedule(settings: Any, total_updates: int) -> Schedule:
             return t / warmup
         progress = min(1.0, (t - warmup) / max(1, total_updates - warmup))
         return floor + (1.0 - floor) * shape(progress)
+
+    return factor
+
+
+def cosine_restarts(settings: Any, total_updates: int) -> Schedule:
+    """ReLoRA's jagged cosine (METHODS §6).
+
+    With C = ``cycle_updates``, w2 = ``restart_warmup_updates``, tau = t + ``adjust_updates``,
+    d = tau mod C, n = tau div C and c the cosine from 1 to the floor:
+
+    * t < w: t / w
+    * d < w2 and t >= C: d / w2 * c((n C + w2 - w) / (N - w)), a ramp to what the cosine has then
+    * else c((tau - w) / (N - w))
+    """
+    warmup, floor = settings.warmup_updates, settings.min_lr_ratio
+    cycle, ramp = settings.cycle_updates, settings.restart_warmup_updates
+    span = max(1, total_updates - warmup)
+
+    def cosine(progress: float) -> float:
+        return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+
+    def factor(t: int) -> float:
+        if t < warmup:
+            return t / warmup
+        shifted = t + settings.adjust_updates
+        number, done = divmod(shifted, cycle)
+        if done < ramp and t >= cycle:
+            return done / ramp * cosine((number * cycle + ramp - warmup) / span)
+        return cosine((shifted - warmup) / span)
 
     return factor

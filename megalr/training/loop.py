@@ -18,6 +18,7 @@ from megalr.config.schema import RunConfig
 from megalr.data.loader import MicroBatch, UpdateBatch
 from megalr.models.flops import flops_per_token
 from megalr.restarts.controller import Restarts
+from megalr.restarts.relora import Relora
 from megalr.training.checkpoint import save_checkpoint
 from megalr.training.engine import gradient_norm, plain_gradient_norm, set_learning_rate
 from megalr.training.evaluation import evaluate
@@ -35,6 +36,7 @@ class Trainer:
         batches: this rank's UpdateBatch of every update from ``start`` on.
         validation: the fixed validation batches, iterable again and again; None without evaluation.
         restarts: refactorization and momentum reset; also gives the learning rate's factor.
+        relora: ReLoRA's merges; None for other methods.
         metrics: where events go.
         state: further plain values to save in every checkpoint.
         start: updates done before.
@@ -53,6 +55,7 @@ class Trainer:
         batches: Iterator[UpdateBatch],
         validation: Iterable[MicroBatch] | None,
         restarts: Restarts,
+        relora: Relora | None,
         metrics: MetricsWriter,
         state: dict[str, Any],
         start: int = 0,
@@ -64,6 +67,7 @@ class Trainer:
         self.batches = batches
         self.validation = validation
         self.restarts = restarts
+        self.relora = relora
         self.metrics = metrics
         self.state = state
         self.update = start
@@ -125,7 +129,11 @@ class Trainer:
         self.update += 1
 
     def restart_if_due(self) -> None:
-        """Refactorize and reset if the configuration says so after this update; report it."""
+        """Refactorize, reset or merge if that is due after this update; report it."""
+        merge = self.relora.after_update(self.update) if self.relora is not None else None
+        if merge is not None:
+            self.metrics.write("merge", self.update, **merge.metrics())
+            self.watch.exclude(merge.merge_seconds)
         before = self.restarts.seconds
         report = self.restarts.after_update(self.update, self._interval.norm)
         if report is not None:

@@ -25,10 +25,12 @@ from megalr.data import (
     open_validation_data,
 )
 from megalr.errors import UserError
+from megalr.layers.lora import LoRALinear
 from megalr.models.config import decoder_config
 from megalr.models.flops import parameter_count
 from megalr.optim.schedules import make_schedule
 from megalr.restarts.controller import Restarts
+from megalr.restarts.relora import Relora
 from megalr.training.checkpoint import load_checkpoint
 from megalr.training.distributed import agree, is_main, on_main, start_distributed
 from megalr.training.engine import build_engine, build_model
@@ -65,6 +67,10 @@ def pretrain(config: RunConfig, ds_user: dict[str, Any], ds_source: str) -> None
         config.train.updates,
         make_schedule(config.schedule, config.train.updates),
     )
+    relora = None
+    if config.method.name == "relora":
+        layers = [linear for linear in decoder.linears() if isinstance(linear, LoRALinear)]
+        relora = Relora(config.method, engine, layers, config.run.seed)
     folder = Path(config.run.dir)
     state: dict[str, Any] = {"update": 0, "tokens": 0}
     if tag is not None:
@@ -117,6 +123,7 @@ def pretrain(config: RunConfig, ds_user: dict[str, Any], ds_source: str) -> None
             loader,
             _validation(config, validation_data, world),
             restarts,
+            relora,
             metrics,
             {"data_fingerprint": train_data.fingerprint},
             start=state["update"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -46,3 +47,24 @@ def test_floor_warm_up_and_end() -> None:
     assert schedule(60) == pytest.approx(0.55)  # half-way: (1 + floor) / 2
     assert schedule(110) == pytest.approx(0.1) == schedule(1000)
     assert make_schedule(_settings("linear", 0, 0.2), 4)(2) == pytest.approx(0.6)
+
+
+def test_jagged_cosine_is_that_of_the_formula() -> None:
+    """ReLoRA (METHODS §6): w 4, w2 3, C 20, N 60, floor 0.1."""
+    settings = SimpleNamespace(
+        **vars(_settings("cosine_restarts", 4, 0.1)),
+        cycle_updates=20,
+        restart_warmup_updates=3,
+        adjust_updates=0,
+    )
+    schedule = make_schedule(settings, 60)
+
+    def cosine(t: float) -> float:
+        return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (t - 4) / 56))
+
+    assert [schedule(t) for t in (0, 2, 4)] == pytest.approx([0, 0.5, 1.0])
+    assert [schedule(t) for t in (5, 19)] == pytest.approx([cosine(5), cosine(19)])
+    ramp = [cosine(23) * k / 3 for k in range(3)]
+    assert [schedule(t) for t in (20, 21, 22)] == pytest.approx(ramp)
+    assert schedule(23) == pytest.approx(cosine(23))
+    assert [schedule(t) for t in (40, 41, 59)] == pytest.approx([0, cosine(43) / 3, cosine(59)])

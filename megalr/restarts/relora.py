@@ -1,0 +1,155 @@
+"""ReLoRA: merge the factors into the frozen matrix, start new factors, prune their moments.
+
+METHODS §6. Under ZeRO every rank holds the frozen matrices whole (they have no optimizer state) and
+its fragments of the factors' masters and moments; a merge computes on the weights that the model
+uses, so the network's function is that of before up to the rounding of W0, and writes the new
+factors into the fragments.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from megalr.errors import UserError
+from megalr.layers.factors import named_generator
+from megalr.layers.lora import LoRALinear
+from megalr.restarts.refactorize import sum_over
+from megalr.restarts.state import ShardedState
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What happened after an update; the fields of the ``merge`` event."""
+
+    merged: bool
+    matrices: int
+    reset: bool
+    fraction_reset: float
+    merge_seconds: float
+
+    def metrics(self) -> dict[str, Any]:
+        """The fields as a dictionary."""
+        return asdict(self)
+
+
+class Relora:
+    """Merges and resets of one run; create it on all ranks after the engine.
+
+    Args:
+        method: the section ``method`` (ReloraMethod).
+        engine: DeepSpeed's engine.
+        layers: the model's LoRA layers.
+        seed: seed of the run; gives the new factors and the random resets.
+
+    Raises:
+        UserError: ZeRO stage 3, or an optimizer other than AdamW.
+    """
+
+    def __init__(self, method: Any, engine: Any, layers: Sequence[LoRALinear], seed: int) -> None:
+        self.method = method
+        self.layers = layers
+        self.seed = seed
+        self.seconds = 0.0
+        self.reset_every = method.reset_every or method.merge_every
+        self.state = ShardedState(engine)
+        if engine.zero_optimization_stage() == 3:
+            raise UserError(
+                "method.name=relora with ZeRO stage 3: the frozen matrices are cut over ranks and "
+                "cannot be merged in place; use stage 1 or 2"
+            )
+        if not isinstance(self.state.base, torch.optim.AdamW):
+            raise UserError(
+                f"method.name=relora resets AdamW's moments; optimizer.name must be adamw, got "
+                f"{type(self.state.base).__name__}"
+            )
+
+    @torch.no_grad()
+    def after_update(self, update: int) -> MergeReport | None:
+        """Merge and reset if due after ``update`` updates; every rank calls it every time."""
+        merging = _first_of_period(update, self.method.merge_every)
+        resetting = self.method.reset != "none" and _first_of_period(update, self.reset_every)
+        if not merging and not resetting:
+            return None
+        started = time.perf_counter()
+        if merging:
+            self._merge(update)
+        fraction = self._prune(update) if resetting else 0.0
+        if self.state.device.type == "cuda":
+            torch.cuda.synchronize(self.state.device)
+        seconds = time.perf_counter() - started
+        self.seconds += seconds
+        matrices = sum(len(layer.sizes) for layer in self.layers) if merging else 0
+        return MergeReport(merging, matrices, resetting, fraction, seconds)
+
+    def _merge(self, update: int) -> None:
+        group = self.state.process_group
+        for layer in self.layers:
+            layer.merge_()
+            # Ranks of one kind of device compute the same; this makes it certain.
+            dist.broadcast(layer.weight, dist.get_global_rank(group, 0), group=group)
+            self._write(layer.a, layer.draw_a(self.seed, f"@{update}"))
+            self._write(layer.b, torch.zeros(layer.b.shape, device=layer.b.device))
+        self.state.refresh_weights()
+
+    def _write(self, parameter: nn.Parameter, values: torch.Tensor) -> None:
+        """Put this rank's part of ``values`` into its fragment of the master."""
+        master = self.state.master(parameter)
+        if master is not None:
+            start, stop = self.state.held(parameter)
+            master.copy_(values.view(-1)[start:stop])
+
+    def _prune(self, update: int) -> float:
+        """Zero the chosen share of the factors' moments; the share zeroed over all ranks."""
+        zeroed = total = 0
+        names = self.state.moment_names(("first", "second"))
+        for layer in self.layers:
+            for parameter in (layer.a, layer.b):
+                start, stop = self.state.held(parameter)
+                fragments = self.state.states(parameter)
+                for name in names:
+                    fragment = fragments.get(name)
+                    keep = self._kept(parameter, name, fragment, update)[start:stop]
+                    if fragment is not None:
+                        fragment.mul_(keep.to(fragment.device))
+                        zeroed += int((~keep).sum())
+                        total += fragment.numel()
+        self.state.relink()  # so that DeepSpeed's own getters read the same moments
+        zeroed, total = sum_over([zeroed, total], self.state)
+        return zeroed / total if total else 0.0
+
+    def _kept(
+        self, parameter: nn.Parameter, moment: str, fragment: torch.Tensor | None, update: int
+    ) -> torch.Tensor:
+        """Mask over the whole flattened parameter, the same on all ranks: what stays."""
+        size, device = self.state.numel(parameter), self.state.device
+        fraction = self.method.reset_fraction
+        if self.method.reset == "random":
+            key = f"{self.state.name(parameter)}.{moment}@{update}"
+            draw = torch.empty(size, device=device)
+            return draw.uniform_(generator=named_generator(self.seed, key, device)) >= fraction
+        whole = torch.zeros(size, device=device)
+        if fragment is not None:
+            start, stop = self.state.held(parameter)
+            whole[start:stop] = fragment.to(device).abs()
+        if not self.state.replicated:
+            dist.all_reduce(whole, group=self.state.process_group)
+        keep = torch.empty(size, dtype=torch.bool, device=device)
+        columns = self.state.shape(parameter)[1]
+        for _, first, last in parameter.row_blocks:  # type: ignore[attr-defined]
+            block = whole[first * columns : last * columns]
+            # kthvalue: torch.quantile refuses more than 16 M elements.
+            rank = max(1, min(block.numel(), round(fraction * (block.numel() - 1)) + 1))
+            keep[first * columns : last * columns] = block > block.kthvalue(rank).values
+        return keep
+
+
+def _first_of_period(update: int, period: int) -> bool:
+    """Whether ``update`` (one-based) is the first of a later period."""
+    return update > period and update % period == 1
