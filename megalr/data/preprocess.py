@@ -94,6 +94,7 @@ class PreprocessJob:
                 raise self._failed(failures, len(results))
             return self._finish(results, line)
         finally:
+            self._remove_unfinished()
             lock.release()
 
     def _prepare(self) -> None:
@@ -114,13 +115,7 @@ class PreprocessJob:
                 f"{output}: holds shards of inputs that this command does not name ({others[0]} "
                 f"and {len(others) - 1} more); name all inputs at once or choose another folder"
             )
-        for folder in (output, output / FINISHED_FOLDER):
-            for path in folder.glob(".*.partial"):
-                _, share, _, _ = path.name.rsplit(".", 3)
-                if share == f"{self.share}-of-{self.shares}" or not share.endswith(
-                    f"-of-{self.shares}"
-                ):
-                    _delete(path)  # left by a job that was killed
+        self._remove_unfinished()
         if not (output / TOKENIZER_FOLDER).exists():
             temporary = temporary_name(output / TOKENIZER_FOLDER, self.token)
             with disk_errors(output):
@@ -129,6 +124,15 @@ class PreprocessJob:
                     os.rename(temporary, output / TOKENIZER_FOLDER)
                 except OSError:  # another share was first
                     _delete(temporary)
+
+    def _remove_unfinished(self) -> None:
+        """Delete what this share, or a job with another division, did not finish."""
+        for folder in (self.settings.output, self.settings.output / FINISHED_FOLDER):
+            for path in folder.glob(".*.partial"):
+                _, share, _, _ = path.name.rsplit(".", 3)
+                running = share.endswith(f"-of-{self.shares}")  # perhaps: another share of this job
+                if share == f"{self.share}-of-{self.shares}" or not running:
+                    _delete(path)
 
     def _check_same(self, found: Any, path: Path) -> None:
         record = found if isinstance(found, dict) else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,8 @@ class ShardWriter:
     def discard(self) -> None:
         """Delete what was written (after an error)."""
         self._bin.discard()
-        self._lengths_stream.close()
+        with contextlib.suppress(OSError):  # closing flushes, which fails again on a full disk
+            self._lengths_stream.close()
         self._lengths.unlink(missing_ok=True)
 
     def __enter__(self) -> ShardWriter:
