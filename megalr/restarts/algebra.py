@@ -32,6 +32,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megalr.restarts.eigen import eigh
+
 Group = dist.ProcessGroup | None
 
 # Largest ||G|| * trace(G^-1) of the column-scaled Gram matrix G = B̂ᵀB̂ that the Gram path accepts.
@@ -103,7 +105,7 @@ def balancing_transforms(gram_b: Tensor, gram_a: Tensor) -> Transforms:
     lower = lower * norms.unsqueeze(-1)  # D L
     core = lower.mT @ gram_a @ lower
     core = torch.where(usable[:, None, None], (core + core.mT) / 2, identity)
-    eigenvalues, vectors = torch.linalg.eigh(core)  # ascending
+    eigenvalues, vectors = eigh(core)  # ascending
     eigenvalues, vectors = eigenvalues.flip(-1), vectors.flip(-1)
     reliable = usable & (eigenvalues[:, -1] > _MIN_EIGENVALUE_RATIO * eigenvalues[:, 0])
 

