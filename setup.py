@@ -23,7 +23,7 @@ setup(
         "torch>=2.6",
         "transformers>=4.51",
         "datasets>=3.0",
-        "sentencepiece>=0.2.0",
+        "sentencepiece>=0.2.2",
         "mpi4py>=4.0",
         "numpy>=1.26",
         "pydantic>=2.7",

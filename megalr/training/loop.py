@@ -124,6 +124,7 @@ class Trainer:
         if engine.get_global_grad_norm() is not None:
             self._interval.norm = gradient_norm(engine)
         self._interval.targets += batch.num_targets
+        self._interval.samples.append(batch.samples_by_source)
         self._interval.updates += 1
         self.tokens += batch.num_targets
         self.update += 1
@@ -165,6 +166,7 @@ class Trainer:
             step_seconds=step_seconds,
             mfu=mfu,
             peak_memory_gib=peak_memory_gib(self.device),
+            samples_by_source=[sum(counts) for counts in zip(*self._interval.samples, strict=True)],
             eta_seconds=step_seconds * (self.config.train.updates - self.update),
         )
         self._interval = _Interval(self.device)
@@ -205,6 +207,7 @@ class _Interval:
         self.norm: torch.Tensor | float = float("nan")
         self.learning_rate = 0.0
         self.targets = 0
+        self.samples: list[tuple[int, ...]] = []  # of each source of the data, by update
         self.updates = 0
 
 

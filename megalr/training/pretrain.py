@@ -167,8 +167,8 @@ def _open_data_here(config: RunConfig) -> tuple[TokenDataset, TokenDataset | Non
     check_vocabulary(train, vocab_size)
     validation = None
     paths = list(data.validation or ())
-    if not paths and len(data.train) == 1 and has_validation_split(data.train[0].path):
-        paths = [data.train[0].path]
+    if not paths and all(has_validation_split(source.path) for source in data.train):
+        paths = [source.path for source in data.train]
     if paths:
         validation = open_validation_data(
             paths, sequence_length=data.sequence_length, packing=data.packing
