@@ -37,13 +37,21 @@ def buckets(
         yield bucket
 
 
+def _device_of(layout: FlatLayout, like: torch.Tensor) -> torch.device:
+    """Where collectives of the layout's group run: NCCL cannot take slices offloaded to the CPU."""
+    if like.device.type == "cpu" and "nccl" in dist.get_backend(layout.group):
+        return torch.device("cuda", torch.cuda.current_device())
+    return like.device
+
+
 def _all_to_all(
     parts: list[list[torch.Tensor]], counts: list[int], layout: FlatLayout, like: torch.Tensor
 ) -> list[torch.Tensor]:
     """Send ``parts[k]`` to rank k; returns what each rank sent here, flat, ``counts[k]`` long."""
+    device = _device_of(layout, like)
     send = [part.reshape(-1) for rank_parts in parts for part in rank_parts]
-    buffer = torch.cat(send) if send else like.new_empty(0)
-    received = like.new_empty(sum(counts))
+    buffer = (torch.cat(send) if send else like.new_empty(0)).to(device)
+    received = like.new_empty(sum(counts), device=device)
     dist.all_to_all_single(
         received,
         buffer,
@@ -51,7 +59,7 @@ def _all_to_all(
         input_split_sizes=[sum(part.numel() for part in rank_parts) for rank_parts in parts],
         group=layout.group,
     )
-    return list(received.split(counts))
+    return list(received.to(like.device).split(counts))
 
 
 def collect(
@@ -156,5 +164,7 @@ def update_matrices(
 def reduce_over_ranks(values: torch.Tensor, layout: FlatLayout, op: Any) -> torch.Tensor:
     """Complete per-tensor partial results over the group, in place; a no-op on one process."""
     if layout.world_size > 1:
-        dist.all_reduce(values, op=op, group=layout.group)
+        moved = values.to(_device_of(layout, values))
+        dist.all_reduce(moved, op=op, group=layout.group)
+        values.copy_(moved)
     return values
