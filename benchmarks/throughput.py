@@ -46,6 +46,10 @@ LOW_60 = {"name": "low_rank", "rank": 128, "alpha": 32.0}
 LOW_350 = {"name": "low_rank", "rank": 256, "alpha": 32.0}
 LOW_1B = {"name": "low_rank", "rank": 512, "alpha": 32.0}
 FULL = {"name": "full_rank"}
+SPARSE_350 = {"name": "sltrain", "rank": 256, "alpha": 16.0, "density": 0.03}
+SPARSE_1B = {"name": "sltrain", "rank": 512, "alpha": 8.0, "density": 0.03}
+GALORE_350 = {"name": "galore", "rank": 256, "scale": 0.25, "update_proj_gap": 200}
+FIRA_350 = {"name": "fira", "rank": 256, "scale": 0.25, "update_proj_gap": 200}
 
 CASES: dict[str, Case] = {
     "60m_low_rank": Case("llama_60m", LOW_60, 128),
@@ -57,6 +61,10 @@ CASES: dict[str, Case] = {
     "1b_low_rank": Case("llama_1b", LOW_1B, 64),
     "1b_low_rank_paper": Case("llama_1b", LOW_1B, 64, "paper_bf16"),
     "1b_full_rank": Case("llama_1b", FULL, 64),
+    "350m_sltrain": Case("llama_350m", SPARSE_350, 64),
+    "1b_sltrain": Case("llama_1b", SPARSE_1B, 64),
+    "350m_galore": Case("llama_350m", GALORE_350, 64),
+    "350m_fira": Case("llama_350m", FIRA_350, 64),
 }
 
 
