@@ -39,7 +39,7 @@ class _SingularVectors(_Projected):
     basis: Literal["auto", "svd", "subspace"] = Field(default="auto", examples=["svd"])
     """How singular vectors are found. svd: full SVD in fp32, as published. subspace: randomized
     subspace iteration, many times cheaper. auto: subspace where that pays (matrices beyond 128
-    and ranks below half of the smaller side), svd elsewhere."""
+    and ranks up to three quarters of the smaller side), svd elsewhere."""
 
 
 class GaLoreMethod(_SingularVectors):

@@ -149,11 +149,11 @@ def leading_bases(
     """Bases of the leading singular vectors for ``side`` (two of them, left and right, for full).
 
     ``basis`` is ``svd`` (full SVD), ``subspace`` (the iteration above) or ``auto``: the iteration
-    where it pays, that is when the smaller side exceeds 128 and the rank is below half of it.
-    Returned in the gradient's dtype.
+    where it pays, that is when the smaller side exceeds 128 and the rank is at most three quarters
+    of it. Returned in the gradient's dtype.
     """
     small = min(grad.shape)
-    if basis == "svd" or (basis == "auto" and (small <= SMALL_SIDE or 2 * rank >= small)):
+    if basis == "svd" or (basis == "auto" and (small <= SMALL_SIDE or 4 * rank > 3 * small)):
         left, right = svd_bases(grad, rank)
         found = {"left": (left,), "right": (right,), "full": (left, right)}[side]
     else:

@@ -8,7 +8,17 @@ import pytest
 import torch
 
 from megalr.errors import UserError
-from megalr.optim import LORO, SPAM, Apollo, ApolloMini, Fira, GaLore, GoLore, StableSPAM
+from megalr.optim import (
+    LORO,
+    SPAM,
+    Apollo,
+    ApolloMini,
+    Fira,
+    GaLore,
+    GoLore,
+    StableSPAM,
+    projection,
+)
 from megalr.optim.projection import refresh_due, subspace_basis, svd_bases
 
 R = {"rank": 2, "update_proj_gap": 3}
@@ -179,6 +189,23 @@ def test_subspace_iteration_finds_the_leading_singular_subspace():
     g = u * 0.8 ** torch.arange(200) @ v.T  # a decaying spectrum: the vectors themselves
     basis, exact = subspace_basis(g, 20, "right", None, 0), svd_bases(g, 20)[1]
     assert ((basis * exact).sum(dim=0).abs() > 1 - 1e-4).all()
+
+
+def test_auto_takes_the_full_svd_where_the_iteration_would_not_pay(monkeypatch):
+    called = []
+    monkeypatch.setattr(
+        projection, "svd_bases", lambda g, r: called.append(r) or (g.new_zeros(1), g.new_zeros(1))
+    )
+    monkeypatch.setattr(
+        projection, "subspace_basis", lambda g, r, side, start, seed: g.new_zeros(g.shape[1], r)
+    )
+    for shape, rank, svd in (
+        ((300, 128), 8, True), ((300, 129), 8, False), ((129, 300), 96, False),
+        ((200, 160), 120, False), ((200, 160), 121, True),
+    ):  # fmt: skip
+        called.clear()
+        projection.leading_bases(torch.randn(shape), rank, "right")
+        assert bool(called) == svd
 
 
 def test_subspace_iteration_survives_a_gradient_of_lower_rank_than_the_projection():
