@@ -3,8 +3,8 @@
     python benchmarks/methods.py --train DATA --validation DATA --output benchmarks/results
 
 Runs ``launchers/pretrain.py`` for each method with its published settings where the recipes of 60M
-have them, the learning rate chosen for this short run. Several runs share the GPU (``--parallel``),
-so seconds are not compared. Writes methods_9m.json.
+have them, the learning rate chosen for this short run. ``--parallel`` runs go on at a time, shared
+out over the GPUs, so seconds are not compared. Writes methods_9m.json after every run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,9 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def run_method(name: str, arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
+def run_method(
+    name: str, arguments: argparse.Namespace, work: Path, gpu: int | None
+) -> dict[str, Any]:
     """One run; its perplexities by update, or the end of its output if it failed."""
     config = {
         "run": {"dir": str(work / name)},
@@ -73,7 +75,7 @@ def run_method(name: str, arguments: argparse.Namespace, work: Path) -> dict[str
         "schedule": {"warmup_updates": 20},
         "data": {"train": str(arguments.train), "validation": str(arguments.validation)},
         "train": {"updates": 200, "global_batch_size": 128, "micro_batch_size": 128},
-        "evaluation": {"every": 50},
+        "evaluation": {"every": 100},
         "checkpoint": {"every": 0},
         "log": {"every": 50, "tensorboard": False},
         **METHODS[name],
@@ -81,7 +83,10 @@ def run_method(name: str, arguments: argparse.Namespace, work: Path) -> dict[str
     path = work / f"{name}.yaml"
     path.write_text(yaml.safe_dump(config))
     command = [sys.executable, str(ROOT / "launchers" / "pretrain.py"), "--config", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     if done.returncode != 0:
         return {"method": name, "failed": (done.stdout + done.stderr)[-1500:]}
     lines = (work / name / "metrics.jsonl").read_text().splitlines()
@@ -108,15 +113,22 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the result")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    import torch
+
+    gpus = torch.cuda.device_count()
+    results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(arguments.parallel) as pool:
-        results = list(
-            pool.map(lambda name: run_method(name, arguments, Path(work)), arguments.methods)
-        )
-    for result in results:
-        print(result["method"], result.get("perplexity") or result["failed"], flush=True)
-    record = {"commit": arguments.commit, "results": results}
-    (arguments.output / "methods_9m.json").write_text(json.dumps(record, indent=1) + "\n")
+        runs = [
+            pool.submit(run_method, name, arguments, Path(work), number % gpus if gpus else None)
+            for number, name in enumerate(arguments.methods)
+        ]
+        for run in as_completed(runs):
+            result = run.result()
+            results.append(result)
+            print(result["method"], result.get("perplexity") or result["failed"], flush=True)
+            record = {"commit": arguments.commit, "results": results}
+            text = json.dumps(record, indent=1) + "\n"
+            (arguments.output / "methods_9m.json").write_text(text)
 
 
 if __name__ == "__main__":
