@@ -39,6 +39,8 @@ def test_recipe_loads_and_its_batch_can_be_cut(path):
     config = load_run_config([path], presets=PRESETS)
     assert config.run.dir == f"runs/{path.stem}"
     name = path.stem.split("_", 2)[2]
+    assert (config.restarts.every == 200) == name.endswith("_restarts")
+    name = name.removesuffix("_restarts")
     assert name in (config.method.name, config.optimizer.name)
     for ranks in (1, 2, 4):
         user = read_deepspeed_json(ROOT / "ds_configs" / "zero1.json")
@@ -55,3 +57,19 @@ def test_published_settings_are_followed_at_every_size(name):
             assert getattr(config.method, key) == values[i]
         updates = {"60m": 10_000, "130m": 20_000, "350m": 60_000, "1b": 100_000}[size]
         assert config.train.updates == (20_000 if (name, size) == ("spam", "1b") else updates)
+
+
+def test_sltrain_recipes_follow_its_scripts():
+    """METHODS §7: rank, alpha, updates and warm-up by size; density 0.03, learning rate 3e-3."""
+    published = {
+        "60m": (128, 32, 11_000, 1_100),
+        "130m": (256, 16, 22_000, 2_200),
+        "350m": (256, 16, 65_000, 6_500),
+        "1b": (512, 8, 140_000, 10_000),
+    }
+    for size, expected in published.items():
+        config = load_run_config([ROOT / "recipes" / "methods" / f"llama_{size}_sltrain.yaml"])
+        method, train = config.method, config.train
+        warmup = config.schedule.warmup_updates
+        assert (method.rank, method.alpha, train.updates, warmup) == expected
+        assert method.density == 0.03 and config.optimizer.lr == 3e-3
