@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from megalr.errors import AgreedError, UserError
-from megalr.training.distributed import agree, on_main
+from megalr.training.distributed import agree, on_main, start_distributed
 from tests.distributed import run_distributed
 
 
@@ -28,6 +29,17 @@ def test_one_process_starts_without_a_launcher_and_compiles_nothing(tmp_path: Pa
     )
     assert done.stdout.splitlines()[-1:] == ["cpu 1 gloo"], done.stderr
     assert not (tmp_path / "extensions").exists()
+
+
+def test_more_processes_than_gpus_is_refused_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="process 3 of this machine has no GPU: 2 visible"):
+        start_distributed()
 
 
 def _trouble_on(rank_in_trouble: int) -> str:
