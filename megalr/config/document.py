@@ -111,6 +111,7 @@ def renewed(page: str) -> str:
 
 
 def main() -> int:
+    """Renew the tables of the page that is named on the command line."""
     if len(sys.argv) != 2:
         raise UserError("usage: python -m megalr.config.document docs/config.md")
     path = Path(sys.argv[1])

@@ -63,10 +63,12 @@ def dtype_code(dtype: np.dtype) -> int:
 
 
 def bin_path(prefix: str | Path) -> Path:
+    """The file of the token ids of a shard."""
     return Path(f"{prefix}.bin")
 
 
 def idx_path(prefix: str | Path) -> Path:
+    """The file of the lengths and offsets of a shard."""
     return Path(f"{prefix}.idx")
 
 

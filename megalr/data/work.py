@@ -192,6 +192,7 @@ def in_validation(text: bytes, fraction: float) -> bool:
 
 
 def finished_path(output: Path, name: str) -> Path:
+    """The record that part ``name`` is finished."""
     return output / FINISHED_FOLDER / f"{name}.json"
 
 

@@ -27,6 +27,7 @@ from megalr.data import (
 from megalr.errors import UserError
 from megalr.layers.lora import LoRALinear
 from megalr.models.config import decoder_config
+from megalr.models.decoder import Decoder
 from megalr.models.flops import parameter_count
 from megalr.optim.schedules import make_schedule
 from megalr.restarts.controller import Restarts
@@ -36,7 +37,7 @@ from megalr.training.distributed import agree, is_main, on_main, start_distribut
 from megalr.training.engine import build_engine, build_model
 from megalr.training.loop import Trainer
 from megalr.training.metrics import MetricsWriter
-from megalr.training.run_folder import prepare_run_folder
+from megalr.training.run_folder import CHECKPOINTS, check_run_folder, write_run_folder
 
 
 def pretrain(config: RunConfig, ds_user: dict[str, Any], ds_source: str) -> None:
@@ -55,31 +56,15 @@ def pretrain(config: RunConfig, ds_user: dict[str, Any], ds_source: str) -> None
     world = dist.get_world_size()
     ds_config = resolve_deepspeed_config(config, ds_user, ds_source, world)
     train_data, validation_data = _open_data(config)
-    tag = on_main(lambda: prepare_run_folder(config, ds_config))
+    tag = on_main(lambda: check_run_folder(config))
     decoder = build_model(config, device)
-    parameters = parameter_count(decoder)
-    trainable = parameter_count(decoder, trainable_only=True)
+    facts = _facts(config, ds_config, decoder, train_data)
     engine = build_engine(config, ds_config, decoder)
-    restarts = Restarts(
-        config.restarts,
-        engine,
-        decoder.factor_pairs(),
-        config.train.updates,
-        make_schedule(config.schedule, config.train.updates),
-    )
-    relora = None
-    if config.method.name == "relora":
-        layers = [linear for linear in decoder.linears() if isinstance(linear, LoRALinear)]
-        relora = Relora(config.method, engine, layers, config.run.seed)
-    folder = Path(config.run.dir)
-    state: dict[str, Any] = {"update": 0, "tokens": 0}
-    if tag is not None:
-        state = load_checkpoint(engine, folder, tag)
-        _check_data(state, train_data)
-        restarts.load_state_dict(state["restarts"])
-        restarts.after_load()
+    restarts, relora = _make_restarts(config, engine, decoder)
+    on_main(lambda: write_run_folder(config, ds_config))
+    state = _resume(config, engine, restarts, tag, train_data)
     metrics = MetricsWriter(
-        folder,
+        Path(config.run.dir),
         is_main(),
         config.train.updates,
         config.log.tensorboard,
@@ -98,24 +83,11 @@ def pretrain(config: RunConfig, ds_user: dict[str, Any], ds_source: str) -> None
         pin_memory=device.type == "cuda",
     )
     with metrics, loader:
-        metrics.write(
-            "start",
-            state["update"],
-            model=config.model.preset,
-            method=config.method.name,
-            parameters=parameters,
-            trainable_parameters=trainable,
-            world_size=world,
-            data_parallel_size=world,
-            precision=config.train.precision,
-            zero_stage=ds_config["zero_optimization"]["stage"],
-            train_samples=train_data.num_samples,
-            train_tokens=train_data.num_tokens,
-            startup_seconds=round(time.perf_counter() - started, 3),
-            versions=versions(device),
-        )
+        seconds = round(time.perf_counter() - started, 3)
+        facts |= {"startup_seconds": seconds, "versions": versions(device)}
+        metrics.write("start", state["update"], **facts)
         if tag is not None:
-            metrics.write("resume", state["update"], path=f"checkpoints/{tag}")
+            metrics.write("resume", state["update"], path=f"{CHECKPOINTS}/{tag}")
         trainer = Trainer(
             config,
             engine,
@@ -139,6 +111,60 @@ def pretrain(config: RunConfig, ds_user: dict[str, Any], ds_source: str) -> None
             restart_share=restarts.seconds / max(trainer.train_seconds, 1e-9),
             reason="finished",
         )
+
+
+def _facts(
+    config: RunConfig, ds_config: dict[str, Any], decoder: Decoder, data: TokenDataset
+) -> dict[str, Any]:
+    """What the ``start`` event says of the run; before ZeRO-3 cuts the parameters."""
+    return {
+        "model": config.model.preset,
+        "method": config.method.name,
+        "optimizer": config.optimizer.name,
+        "parameters": parameter_count(decoder),
+        "trainable_parameters": parameter_count(decoder, trainable_only=True),
+        "world_size": dist.get_world_size(),
+        "data_parallel_size": dist.get_world_size(),
+        "precision": config.train.precision,
+        "zero_stage": ds_config["zero_optimization"]["stage"],
+        "train_samples": data.num_samples,
+        "train_tokens": data.num_tokens,
+    }
+
+
+def _make_restarts(
+    config: RunConfig, engine: Any, decoder: Decoder
+) -> tuple[Restarts, Relora | None]:
+    """The run's restarts, and ReLoRA's merges if that is its method."""
+    restarts = Restarts(
+        config.restarts,
+        engine,
+        decoder.factor_pairs(),
+        config.train.updates,
+        make_schedule(config.schedule, config.train.updates),
+    )
+    if config.method.name != "relora":
+        return restarts, None
+    layers = [linear for linear in decoder.linears() if isinstance(linear, LoRALinear)]
+    return restarts, Relora(config.method, engine, layers, config.run.seed)
+
+
+def _resume(
+    config: RunConfig, engine: Any, restarts: Restarts, tag: str | None, data: TokenDataset
+) -> dict[str, Any]:
+    """Load the checkpoint if there is one; the update and the targets to go on from."""
+    if tag is None:
+        return {"update": 0, "tokens": 0}
+    state = load_checkpoint(engine, Path(config.run.dir), tag)
+    if state["data_fingerprint"] != data.fingerprint:
+        raise UserError(
+            f"the checkpoint of update {state['update']} was trained on other data (fingerprint "
+            f"{state['data_fingerprint'][:12]}, now {data.fingerprint[:12]}): give the same "
+            "data.train, or a new run.dir"
+        )
+    restarts.load_state_dict(state["restarts"])
+    restarts.after_load()
+    return state
 
 
 def _open_data(config: RunConfig) -> tuple[TokenDataset, TokenDataset | None]:
@@ -176,16 +202,6 @@ def _open_data_here(config: RunConfig) -> tuple[TokenDataset, TokenDataset | Non
     if validation is not None:
         check_same_tokenizer(train, validation)
     return train, validation
-
-
-def _check_data(state: dict[str, Any], data: TokenDataset) -> None:
-    """Refuse to go on with data whose samples would not be those of the interrupted run."""
-    if state["data_fingerprint"] != data.fingerprint:
-        raise UserError(
-            f"the checkpoint of update {state['update']} was trained on other data (fingerprint "
-            f"{state['data_fingerprint'][:12]}, now {data.fingerprint[:12]}): give the same "
-            "data.train, or a new run.dir"
-        )
 
 
 def _validation(

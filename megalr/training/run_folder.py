@@ -36,8 +36,8 @@ def checkpoint_tags(folder: Path) -> list[str]:
     return [p.name for p in sorted(finished, key=lambda p: int(p.name.split("_")[1]))]
 
 
-def prepare_run_folder(config: RunConfig, ds_config: dict[str, Any]) -> str | None:
-    """Check the folder against the run, write its files; return the checkpoint to resume from.
+def check_run_folder(config: RunConfig) -> str | None:
+    """Check the folder against the run, writing nothing; the checkpoint to resume from.
 
     Called on one rank. ``run.resume`` decides: ``never`` refuses a folder with a run in it,
     ``must`` one without a checkpoint, ``auto`` continues if the configuration is the same.
@@ -46,8 +46,7 @@ def prepare_run_folder(config: RunConfig, ds_config: dict[str, Any]) -> str | No
         Tag of the newest finished checkpoint, None to start from the beginning.
 
     Raises:
-        UserError: the folder holds another run (the differing keys are named), or cannot be
-            written.
+        UserError: the folder holds something else, or another run (the differing keys are named).
     """
     folder = Path(config.run.dir)
     saved = folder / CONFIG
@@ -68,13 +67,25 @@ def prepare_run_folder(config: RunConfig, ds_config: dict[str, Any]) -> str | No
         raise UserError(
             f"run.dir {folder} is not empty and holds no {CONFIG}: choose another run.dir"
         )
+    return tags[-1] if tags else None
+
+
+def write_run_folder(config: RunConfig, ds_config: dict[str, Any]) -> None:
+    """Make the folder and write the resolved configurations into it; called on one rank.
+
+    Only once everything that can be wrong with the run has been found: a folder claimed by a run
+    that never began would refuse its corrected configuration.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    folder = Path(config.run.dir)
     try:
         (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        write_atomically(saved, dump_config(config))
+        write_atomically(folder / CONFIG, dump_config(config))
         write_atomically(folder / DS_CONFIG, json.dumps(ds_config, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"run.dir {folder} cannot be written: {error.strerror}") from error
-    return tags[-1] if tags else None
 
 
 def _compare(saved: Path, config: RunConfig) -> None:

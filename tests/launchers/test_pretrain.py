@@ -80,7 +80,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert "Traceback" not in output
     (line,) = [line for line in output.splitlines() if line.startswith("error:")]
     assert message in line
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not (tmp_path / "run").exists()  # a mistake claims no folder
 
 
 def test_print_config_prints_the_resolved_run_and_stops(data: Path, tmp_path: Path) -> None:
