@@ -1,0 +1,110 @@
+"""The ranks as a grid: tensor parallelism inside, data parallelism across."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from megalr.errors import UserError
+
+Group = dist.ProcessGroup | None
+"""A process group; None stands for a group of one, which costs nothing."""
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Sizes, places and groups of one rank. ``rank = data_rank * tensor_size + tensor_rank``.
+
+    Neighbouring ranks (one machine, fast links) form a tensor-parallel group and read the same
+    batches; ranks with the same place in their tensor-parallel groups form a data-parallel group.
+    It is also the ``mpu`` that DeepSpeed asks for its groups.
+
+    Attributes:
+        tensor_size, tensor_rank, tensor_group: tensor parallelism; the group is None if size is 1.
+        data_size, data_rank, data_group: data parallelism; the group always exists if
+            torch.distributed is initialised.
+    """
+
+    tensor_size: int = 1
+    tensor_rank: int = 0
+    tensor_group: Group = None
+    data_size: int = 1
+    data_rank: int = 0
+    data_group: Group = None
+    _tensor_group: Group = None  # as the engine wants it: a group also if it has one member
+
+    # The interface of DeepSpeed's mpu; its names, not ours.
+    def get_model_parallel_rank(self) -> int:
+        """Place in the tensor-parallel group."""
+        return self.tensor_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        """Size of the tensor-parallel group."""
+        return self.tensor_size
+
+    def get_model_parallel_group(self) -> Group:
+        """The tensor-parallel group."""
+        return self._tensor_group
+
+    def get_data_parallel_rank(self) -> int:
+        """Place in the data-parallel group."""
+        return self.data_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        """Size of the data-parallel group."""
+        return self.data_size
+
+    def get_data_parallel_group(self) -> Group:
+        """The data-parallel group."""
+        return self.data_group
+
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_model_parallel_group
+
+
+def check_tensor_size(tensor: int, world: int) -> None:
+    """Raise UserError unless ``world`` ranks can be cut into groups of ``tensor``."""
+    if tensor > world or world % tensor:
+        fitting = [size for size in range(1, world + 1) if world % size == 0]
+        raise UserError(
+            f"parallel.tensor {tensor} does not divide the {world} ranks of this start: use one of "
+            f"{', '.join(map(str, fitting))}, or another number of ranks"
+        )
+
+
+def make_mesh(tensor: int, device_type: str) -> Mesh:
+    """The mesh of the initialised world with tensor-parallel groups of ``tensor`` ranks.
+
+    Every rank must call it.
+
+    Raises:
+        UserError: ``tensor`` does not divide the world; the sizes that do are named.
+    """
+    world, rank = dist.get_world_size(), dist.get_rank()
+    check_tensor_size(tensor, world)
+    if tensor == 1:
+        return Mesh(data_size=world, data_rank=rank, data_group=dist.group.WORLD)
+    grid = init_device_mesh(
+        device_type, (world // tensor, tensor), mesh_dim_names=("data", "tensor")
+    )
+    group = grid.get_group("tensor")
+    return Mesh(
+        tensor_size=tensor,
+        tensor_rank=rank % tensor,
+        tensor_group=group,
+        data_size=world // tensor,
+        data_rank=rank // tensor,
+        data_group=grid.get_group("data"),
+        _tensor_group=group,
+    )
+
+
+def sum_over(values: torch.Tensor, group: Group) -> torch.Tensor:
+    """``values`` summed in place over the group."""
+    if group is not None:
+        dist.all_reduce(values, group=group)
+    return values
