@@ -95,12 +95,12 @@ class ShardedState:
 
     def held(self, parameter: nn.Parameter) -> tuple[int, int]:
         """``(start, stop)`` of the flattened parameter that this rank holds; empty as (0, 0)."""
-        slot = self._slot(parameter)
+        slot = self.slot(parameter)
         return (slot.start, slot.start + slot.numel) if slot else (0, 0)
 
     def master(self, parameter: nn.Parameter) -> Tensor | None:
         """View of this rank's fragment of the master, 1-D; None if it holds nothing of it."""
-        slot = self._slot(parameter)
+        slot = self.slot(parameter)
         return slot.view(slot.flat) if slot else None
 
     def states(self, parameter: nn.Parameter) -> dict[str, Tensor]:
@@ -109,7 +109,7 @@ class ShardedState:
         Where a tensor of the optimizer is one parameter, states of other shapes (moments in a
         projected space) belong to it as well and are given whole.
         """
-        slot = self._slot(parameter)
+        slot = self.slot(parameter)
         if slot is None:
             return {}
         views = {}
@@ -136,7 +136,7 @@ class ShardedState:
 
     def entries(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
         """The tensors of the base optimizer that hold some of ``parameters`` on this rank."""
-        slots = (self._slot(parameter) for parameter in parameters)
+        slots = (self.slot(parameter) for parameter in parameters)
         return list({id(slot.flat): slot.flat for slot in slots if slot}.values())
 
     def set_step_counters(self, parameters: Iterable[nn.Parameter], value: int) -> None:
@@ -188,8 +188,23 @@ class ShardedState:
             optimizer._hp_optimizer_states_linked = False
             optimizer._lazy_init_hp_params_optimizer_state()
 
-    def _slot(self, parameter: nn.Parameter) -> Slot | None:
+    def slot(self, parameter: nn.Parameter) -> Slot | None:
+        """Where this rank keeps its part of the parameter; None if it holds nothing of it."""
         return self._slots[id(parameter)]
+
+    def flats(self) -> list[tuple[Tensor, list[nn.Parameter]]]:
+        """Every tensor under which the base optimizer files state here, in the order of its
+        ``state_dict``, with the parameters of which it holds parts on this or another rank."""
+        optimizer = self.engine.optimizer
+        if self.engine.zero_optimization_stage() == 3:
+            return list(
+                zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True)
+            )
+        slots = [(parameter, self.slot(parameter)) for parameter in self._parameters]
+        if self.replicated:
+            return [(slot.flat, [parameter]) for parameter, slot in slots if slot]
+        flats = [group["params"][0] for group in self.base.param_groups]
+        return list(zip(flats, self.groups(), strict=True))
 
 
 def _refuse_unsupported(engine: Any) -> None:
