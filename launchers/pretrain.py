@@ -9,9 +9,8 @@ import argparse
 import os
 from pathlib import Path
 
-from megalr.config.deepspeed import read_deepspeed_json
-from megalr.config.loading import dump_config, load_run_config
 from megalr.errors import AgreedError, UserError, exit_cleanly
+from megalr.training.signals import StopRequest
 
 DEFAULT_DEEPSPEED = {"zero_optimization": {"stage": 1}}
 
@@ -39,9 +38,16 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def main() -> None:
-    """Parse, then run."""
+def main() -> int:
+    """Parse, then run; 0 when finished, 75 when stopped on request (docs/health.md)."""
     arguments = parse_arguments()
+    request = StopRequest()
+    if not arguments.print_config:
+        request.listen()
+    # After listening, because these take a second.
+    from megalr.config.deepspeed import read_deepspeed_json
+    from megalr.config.loading import dump_config, load_run_config
+
     try:
         # Every rank reads the same files, so every rank finds the same mistakes.
         from megalr.models.config import PRESETS
@@ -56,10 +62,11 @@ def main() -> None:
         raise AgreedError(str(error)) from error
     if arguments.print_config:
         print(dump_config(config), end="")
-        return
+        return 0
     from megalr.training.pretrain import pretrain
 
-    pretrain(config, ds_user, str(arguments.deepspeed_config or "default DeepSpeed config"))
+    source = str(arguments.deepspeed_config or "default DeepSpeed config")
+    return pretrain(config, ds_user, source, request)
 
 
 if __name__ == "__main__":

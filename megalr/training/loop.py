@@ -1,13 +1,15 @@
 """The training loop.
 
 Order inside an update: step, restart if due, evaluate, save. So a checkpoint is always after the
-restart, and resuming from it repeats nothing and skips nothing.
+restart, and resuming from it repeats nothing and skips nothing. A run that is asked to stop saves
+after the update it is in; an evaluation that was left out or broken off for it comes first when the
+run goes on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,26 @@ from megalr.training.engine import gradient_norm, plain_gradient_norm, set_learn
 from megalr.training.evaluation import evaluate
 from megalr.training.hardware import peak_flops, peak_memory_gib
 from megalr.training.metrics import MetricsWriter, Stopwatch
+from megalr.training.stopping import StopCheck
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run is; saved in every checkpoint.
+
+    Attributes:
+        update: updates done.
+        tokens: targets consumed.
+        evaluation_pending: the evaluation after the last update is still to be made.
+    """
+
+    update: int = 0
+    tokens: int = 0
+    evaluation_pending: bool = False
 
 
 class Trainer:
-    """Runs updates ``start .. train.updates - 1`` on an engine.
+    """Runs the updates from ``start`` to ``train.updates`` on an engine.
 
     Args:
         config: the run.
@@ -38,9 +56,9 @@ class Trainer:
         restarts: refactorization and momentum reset; also gives the learning rate's factor.
         relora: ReLoRA's merges; None for other methods.
         metrics: where events go.
+        stop: the ranks' decision to stop.
         state: further plain values to save in every checkpoint.
-        start: updates done before.
-        tokens: targets consumed before.
+        start: how far the run is.
 
     Attributes:
         update: updates done.
@@ -57,9 +75,9 @@ class Trainer:
         restarts: Restarts,
         relora: Relora | None,
         metrics: MetricsWriter,
+        stop: StopCheck,
         state: dict[str, Any],
-        start: int = 0,
-        tokens: int = 0,
+        start: Position,
     ) -> None:
         self.config = config
         self.engine = engine
@@ -69,9 +87,11 @@ class Trainer:
         self.restarts = restarts
         self.relora = relora
         self.metrics = metrics
+        self.stop = stop
         self.state = state
-        self.update = start
-        self.tokens = tokens
+        self.update = start.update
+        self.tokens = start.tokens
+        self.evaluation_pending = start.evaluation_pending
         self.folder = Path(config.run.dir)
         self.watch = Stopwatch()
         self.train_seconds = 0.0
@@ -79,20 +99,48 @@ class Trainer:
         self._flops_per_token = flops_per_token(engine.module, config.data.sequence_length)
         self._peak_flops = peak_flops(device, config.train.precision)
 
+    @property
+    def position(self) -> Position:
+        """How far the run is."""
+        return Position(self.update, self.tokens, self.evaluation_pending)
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.update >= self.config.train.updates and not self.evaluation_pending
+
     def run(self) -> None:
-        """Train to the end; evaluate and save as configured, and after the last update."""
-        config = self.config
+        """Train to the end, or until the ranks agree to stop; see :attr:`finished`.
+
+        Evaluates and saves as configured, and after the last update. A stop before the first
+        update saves nothing, because nothing is new.
+        """
         self.watch.lap()
-        while self.update < config.train.updates:
+        if not self.stop.agreed(now=True) and self.evaluation_pending:
+            self.evaluate()
+        while self.update < self.config.train.updates and self.stop.reason is None:
             self.train_update(next(self.batches))
             self.restart_if_due()
-            last = self.update == config.train.updates
-            if last or self.update % config.log.every == 0:
+            self.finish_update()
+        if self.stop.reason is not None:
+            if self._interval.updates:
                 self.log_step()
-            if self.validation is not None and (last or _due(self.update, config.evaluation.every)):
-                self.evaluate()
-            if last or _due(self.update, config.checkpoint.every):
-                self.save()
+            self.metrics.write("signal", self.update, signal=self.stop.reason)
+            self.stop.honoured()
+
+    def finish_update(self) -> None:
+        """Report, evaluate and save, each if it is due; look whether to stop."""
+        config = self.config
+        last = self.update == config.train.updates
+        self.stop.agreed()
+        if last or self.update % config.log.every == 0:
+            self.log_step()
+        if self.validation is not None and (last or _due(self.update, config.evaluation.every)):
+            self.evaluation_pending = True
+            self.evaluate()
+        if last or self.stop.reason is not None or _due(self.update, config.checkpoint.every):
+            self.save()
+            self.stop.agreed(now=True)
 
     def train_update(self, batch: UpdateBatch) -> None:
         """One optimizer step on the global batch.
@@ -172,13 +220,22 @@ class Trainer:
         self._interval = _Interval(self.device)
 
     def evaluate(self) -> None:
-        """Evaluate on the validation set and report it."""
-        if self.validation is None:
+        """Evaluate on the validation set and report it, unless the run is to stop."""
+        if self.validation is None or self.stop.agreed(now=True):
             return
         self._wait()
-        result = evaluate(self.engine.module, self.validation, self.device)
-        self.metrics.write("eval", self.update, **asdict(result))
+        result = evaluate(self.engine.module, self._until_stopped(self.validation), self.device)
         self.watch.exclude(result.eval_seconds)
+        if not self.stop.agreed(now=True):
+            self.metrics.write("eval", self.update, **asdict(result))
+            self.evaluation_pending = False
+
+    def _until_stopped(self, batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
+        """The batches, ending early, on all ranks at the same one, when the run is to stop."""
+        for batch in batches:
+            yield batch
+            if self.stop.agreed():
+                return
 
     def save(self) -> None:
         """Save a checkpoint and report it."""
@@ -187,7 +244,7 @@ class Trainer:
             self.engine,
             self.folder,
             self.update,
-            {**self.state, "tokens": self.tokens, "restarts": self.restarts.state_dict()},
+            {**self.state, **asdict(self.position), "restarts": self.restarts.state_dict()},
             self.config.checkpoint.keep_last,
         )
         self.metrics.write("checkpoint", self.update, path=path, save_seconds=seconds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -35,24 +36,38 @@ from megalr.restarts.relora import Relora
 from megalr.training.checkpoint import load_checkpoint
 from megalr.training.distributed import agree, is_main, on_main, start_distributed
 from megalr.training.engine import build_engine, build_model
-from megalr.training.loop import Trainer
+from megalr.training.loop import Position, Trainer
 from megalr.training.metrics import MetricsWriter
 from megalr.training.run_folder import CHECKPOINTS, check_run_folder, write_run_folder
+from megalr.training.signals import STOPPED, StopRequest
+from megalr.training.stopping import StopCheck
 
 
-def pretrain(config: RunConfig, ds_user: dict[str, Any], ds_source: str) -> None:
+def pretrain(
+    config: RunConfig,
+    ds_user: dict[str, Any],
+    ds_source: str,
+    request: StopRequest | None = None,
+) -> int:
     """Run the configuration on all ranks of the world, from its newest checkpoint if it has one.
 
     Args:
         config: the run.
         ds_user: the user's DeepSpeed JSON.
         ds_source: where that came from, for messages.
+        request: what this process is asked by signals; None: signals are not listened to.
+
+    Returns:
+        The exit code, the same on every rank: 0, or STOPPED after a stop on request.
 
     Raises:
         UserError: anything that the user can put right, on every rank.
     """
     started = time.perf_counter()
     device = start_distributed()
+    stop = StopCheck(request or StopRequest(), Path(config.run.dir), device)
+    if stop.agreed(now=True):
+        return _stopped_at_start(stop)
     world = dist.get_world_size()
     ds_config = resolve_deepspeed_config(config, ds_user, ds_source, world)
     train_data, validation_data = _open_data(config)
@@ -60,9 +75,11 @@ def pretrain(config: RunConfig, ds_user: dict[str, Any], ds_source: str) -> None
     decoder = build_model(config, device)
     facts = _facts(config, ds_config, decoder, train_data)
     engine = build_engine(config, ds_config, decoder)
+    if stop.agreed(now=True):
+        return _stopped_at_start(stop)
     restarts, relora = _make_restarts(config, engine, decoder)
     on_main(lambda: write_run_folder(config, ds_config))
-    state = _resume(config, engine, restarts, tag, train_data)
+    start = _resume(config, engine, restarts, tag, train_data)
     metrics = MetricsWriter(
         Path(config.run.dir),
         is_main(),
@@ -78,16 +95,16 @@ def pretrain(config: RunConfig, ds_user: dict[str, Any], ds_source: str) -> None
         rank=dist.get_rank(),
         world_size=world,
         seed=config.run.seed,
-        start_update=state["update"],
+        start_update=start.update,
         prefetch_updates=config.data.prefetch_updates,
         pin_memory=device.type == "cuda",
     )
     with metrics, loader:
         seconds = round(time.perf_counter() - started, 3)
         facts |= {"startup_seconds": seconds, "versions": versions(device)}
-        metrics.write("start", state["update"], **facts)
+        metrics.write("start", start.update, **facts)
         if tag is not None:
-            metrics.write("resume", state["update"], path=f"{CHECKPOINTS}/{tag}")
+            metrics.write("resume", start.update, path=f"{CHECKPOINTS}/{tag}")
         trainer = Trainer(
             config,
             engine,
@@ -97,9 +114,9 @@ def pretrain(config: RunConfig, ds_user: dict[str, Any], ds_source: str) -> None
             restarts,
             relora,
             metrics,
+            stop,
             {"data_fingerprint": train_data.fingerprint},
-            start=state["update"],
-            tokens=state["tokens"],
+            start,
         )
         trainer.run()
         metrics.write(
@@ -109,8 +126,17 @@ def pretrain(config: RunConfig, ds_user: dict[str, Any], ds_source: str) -> None
             seconds=round(time.perf_counter() - started, 3),
             train_seconds=round(trainer.train_seconds, 3),
             restart_share=restarts.seconds / max(trainer.train_seconds, 1e-9),
-            reason="finished",
+            reason="finished" if trainer.finished else stop.reason,
         )
+    return 0 if trainer.finished else STOPPED
+
+
+def _stopped_at_start(stop: StopCheck) -> int:
+    """End a run that was asked to stop before anything of it was there to save."""
+    stop.honoured()
+    if is_main():
+        print(f"stopped during start-up ({stop.reason})", flush=True)
+    return STOPPED
 
 
 def _facts(
@@ -151,10 +177,10 @@ def _make_restarts(
 
 def _resume(
     config: RunConfig, engine: Any, restarts: Restarts, tag: str | None, data: TokenDataset
-) -> dict[str, Any]:
-    """Load the checkpoint if there is one; the update and the targets to go on from."""
+) -> Position:
+    """Load the checkpoint if there is one; where to go on from."""
     if tag is None:
-        return {"update": 0, "tokens": 0}
+        return Position()
     state = load_checkpoint(engine, Path(config.run.dir), tag)
     if state["data_fingerprint"] != data.fingerprint:
         raise UserError(
@@ -164,7 +190,7 @@ def _resume(
         )
     restarts.load_state_dict(state["restarts"])
     restarts.after_load()
-    return state
+    return Position(**{field.name: state[field.name] for field in fields(Position)})
 
 
 def _open_data(config: RunConfig) -> tuple[TokenDataset, TokenDataset | None]:

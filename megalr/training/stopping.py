@@ -1,0 +1,98 @@
+"""The decision to stop, taken by all ranks together.
+
+A signal may reach one rank only (the ``deepspeed`` launcher signals its processes one after the
+other, each with up to 30 s to end), and a stop file is seen by whoever looks. A rank that stopped
+alone would leave the others in a collective; so the ranks ask each other.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megalr.training.distributed import is_main
+from megalr.training.signals import StopRequest
+
+STOP_FILE = "stop"
+"""Name of the file in the run's folder that asks it to stop."""
+
+CHECK_SECONDS = 1.0
+"""About how often the ranks ask each other."""
+
+_STOP_FILE_SEEN = 1  # beside the numbers of signals, none of the stop signals has this one
+
+
+class StopCheck:
+    """Asks all ranks, about once a second, whether any of them was asked to stop.
+
+    A question is one all-reduce of two numbers that the host waits for. How many calls lie between
+    two questions follows from the slowest rank's time, which travels with the question, so every
+    rank asks at the same calls. It starts at 1, at most doubles, and is 1 again after
+    ``agreed(now=True)``.
+
+    Args:
+        request: what this process was asked by signals.
+        folder: the run's folder, where rank 0 looks for the stop file.
+        device: where the collective lives.
+        clock: seconds from any origin.
+
+    Attributes:
+        reason: name of the signal, or ``stop_file``; None until the ranks have agreed to stop.
+    """
+
+    def __init__(
+        self,
+        request: StopRequest,
+        folder: Path,
+        device: torch.device,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.request = request
+        self.file = folder / STOP_FILE
+        self.device = device
+        self.reason: str | None = None
+        self._clock = clock
+        self._every = 1
+        self._calls = 0
+        self._asked = clock()
+
+    def agreed(self, now: bool = False) -> bool:
+        """Whether the run is to stop; the same answer on every rank.
+
+        Every rank must make the same calls. Without ``now`` most of them only count.
+        """
+        if self.reason is not None:
+            return True
+        self._calls += 1
+        if self._calls < self._every and not now:
+            return False
+        code, seconds = self._ask(self._clock() - self._asked)
+        affordable = int(self._calls * CHECK_SECONDS / max(seconds, 1e-6))
+        self._every = 1 if now else max(1, min(affordable, 2 * self._every))
+        self._calls, self._asked = 0, self._clock()
+        if code == _STOP_FILE_SEEN:
+            self.reason = "stop_file"
+        elif code:
+            self.reason = signal.Signals(code).name
+        return self.reason is not None
+
+    def honoured(self) -> None:
+        """Remove the stop file, so that the run can be started again."""
+        if is_main():
+            self.file.unlink(missing_ok=True)
+
+    def _ask(self, seconds: float) -> tuple[int, float]:
+        """Largest request and longest time over the ranks."""
+        code = self.request.signal
+        if not code and is_main() and self.file.exists():
+            code = _STOP_FILE_SEEN
+        told = torch.tensor([float(code), seconds], dtype=torch.float64, device=self.device)
+        if dist.is_initialized():
+            dist.all_reduce(told, op=dist.ReduceOp.MAX)
+        largest, longest = told.tolist()
+        return int(largest), longest
