@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from megalr.errors import UserError
 from megalr.layers.factors import FactorPair, LinearShape, named_generator
 from megalr.layers.linear import FactorizedLinear
+from megalr.layers.norm import Unscaled
 
 
 class CoLALinear(FactorizedLinear):
@@ -20,8 +21,8 @@ class CoLALinear(FactorizedLinear):
     def __init__(self, shape: LinearShape, rank: int, bias: bool = False) -> None:
         super().__init__(shape, rank, float(rank), bias)  # scale 1
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return self.outputs_of(F.silu(F.linear(x, self.a)))
+    def forward(self, x: torch.Tensor | Unscaled) -> tuple[torch.Tensor, ...]:
+        return self.outputs_of(F.silu(self.bottleneck(x)))
 
     @torch.no_grad()
     def reset_parameters(self, seed: int, std: float) -> None:
@@ -29,12 +30,17 @@ class CoLALinear(FactorizedLinear):
         self.a.zero_()
         self.b.zero_()
         for index, name in enumerate(self.shape.names):
-            a, b = self.used_factors(index)
-            sigma = (self.rank * (a.shape[1] + b.shape[0])) ** -0.25
-            for factor, kind in ((a, "A"), (b, "B")):
-                generator = named_generator(seed, f"{name}.{kind}", factor.device)
-                draw = torch.empty(factor.shape, device=factor.device)
-                factor.copy_(draw.normal_(0.0, sigma, generator=generator))
+            m, n, r, device = (
+                self.shape.out_used[index],
+                self.shape.in_used,
+                self.rank,
+                self.a.device,
+            )
+            sigma = (r * (n + m)) ** -0.25
+            a, b = torch.empty(r, n, device=device), torch.empty(m, r, device=device)
+            a.normal_(0.0, sigma, generator=named_generator(seed, f"{name}.A", device))
+            b.normal_(0.0, sigma, generator=named_generator(seed, f"{name}.B", device))
+            self.load_factors(index, a, b)
 
     def factor_pairs(self) -> list[FactorPair]:
         """None: the product of the factors is not the function of the layer."""

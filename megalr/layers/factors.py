@@ -14,6 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from megalr.parallel.plan import WHOLE, Cut
+from megalr.parallel.shards import Shard, cut_rows
+
 
 @dataclass(frozen=True)
 class LinearShape:
@@ -21,10 +24,11 @@ class LinearShape:
 
     Attributes:
         names: logical name of each matrix, e.g. ``("layers.0.attention.q", ...)``.
-        in_features: columns as stored, padding included.
-        out_features: rows as stored of each matrix, padding included.
+        in_features: columns, padding included.
+        out_features: rows of each matrix, padding included.
         in_used: columns that carry the model; those beyond are zero and stay zero.
         out_used: rows that carry the model, of each matrix.
+        cut: which rows and columns this rank holds; the sizes above are those of whole matrices.
     """
 
     names: tuple[str, ...]
@@ -32,14 +36,61 @@ class LinearShape:
     out_features: tuple[int, ...]
     in_used: int
     out_used: tuple[int, ...]
+    cut: Cut = WHOLE
+
+    @property
+    def local_in(self) -> int:
+        """Columns held here, padding included."""
+        start, stop = self.cut.columns(self.in_features)
+        return stop - start
+
+    @property
+    def local_out(self) -> tuple[int, ...]:
+        """Rows of each matrix held here, padding included."""
+        return tuple(stop - start for start, stop in map(self.cut.rows, self.out_features))
 
     def row_ranges(self) -> list[tuple[int, int]]:
-        """``(start, stop)`` rows of each matrix in the stack, padding included."""
+        """``(start, stop)`` rows of each matrix in the stack held here, padding included."""
         ranges, start = [], 0
-        for rows in self.out_features:
+        for rows in self.local_out:
             ranges.append((start, start + rows))
             start += rows
         return ranges
+
+    def held_rows(self, index: int) -> slice:
+        """Rows of the unpadded matrix ``index`` that this rank holds."""
+        start, stop = self.cut.rows(self.out_features[index])
+        used = self.out_used[index]
+        return slice(min(start, used), min(stop, used))
+
+    def held_columns(self) -> slice:
+        """Columns of the unpadded matrices that this rank holds."""
+        start, stop = self.cut.columns(self.in_features)
+        return slice(min(start, self.in_used), min(stop, self.in_used))
+
+    def shard(self, rows: int | None = None, columns: int | None = None) -> Shard | None:
+        """What this rank holds of a stack of weights; None if that is all of it.
+
+        The default is the stack of the matrices, ``(sum m_i, n)``.
+
+        Args:
+            rows: rows of a stack that is never cut by rows (the factors A).
+            columns: columns where they are never cut (r, for the factors B); 0 for a vector.
+        """
+        mesh = self.cut.mesh
+        cut_by_rows = self.cut.outputs and rows is None
+        cut_by_columns = self.cut.inputs and columns is None
+        if mesh.tensor_size == 1 or not (cut_by_rows or cut_by_columns):
+            return None
+        height = sum(self.out_features) if rows is None else rows
+        width = self.in_features if columns is None else columns
+        return Shard(
+            (height, width) if width else (height,),
+            cut_rows(self.out_features, mesh.tensor_rank, mesh.tensor_size)
+            if cut_by_rows
+            else None,
+            self.cut.columns(self.in_features) if cut_by_columns else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -51,6 +102,8 @@ class FactorPair:
         b: parameter whose rows ``b_rows`` are B (m x r).
         a: parameter whose rows ``a_rows`` are A (r x n).
         scale: alpha / r; it is not part of the factors.
+        cut: over which ranks B is cut by rows (``outputs``) and A by columns (``inputs``); the
+            parameters and the ranges above are those of this rank.
     """
 
     name: str
@@ -59,6 +112,7 @@ class FactorPair:
     a: nn.Parameter
     a_rows: tuple[int, int]
     scale: float
+    cut: Cut = WHOLE
 
     @property
     def rank(self) -> int:
@@ -67,7 +121,7 @@ class FactorPair:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """``(m, n)`` of W as stored, padding included."""
+        """``(rows of B, columns of A)`` as stored here, padding included."""
         columns = getattr(self.a, "ds_shape", self.a.shape)[1]  # ZeRO-3 empties .shape
         return self.b_rows[1] - self.b_rows[0], columns
 

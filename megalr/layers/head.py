@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megalr.layers.factors import named_generator
-
-IGNORE = -100
-"""Label of a position that has no target."""
+from megalr.layers.embedding import init_rows, vocabulary_shard
+from megalr.layers.parallel_loss import IGNORE, ParallelLoss
+from megalr.parallel.collectives import gather
+from megalr.parallel.mesh import ONE_RANK, Mesh
+from megalr.parallel.shards import part_of, set_shard
 
 CHUNK_BYTES = 512 * 2**20
 """Size that one chunk of logits may have in the model's dtype."""
@@ -83,6 +84,8 @@ class Head(nn.Module):
         padded_vocab_size: rows stored; those from ``vocab_size`` on are zero and never probable.
         hidden_size: h.
         weight: the embedding's parameter to tie the head to, or None for a weight of its own.
+        mesh: the ranks over which the rows of W are cut. The gradient of x is then a partial sum,
+            and the logits of all ranks are never brought together for the loss.
     """
 
     def __init__(
@@ -91,31 +94,37 @@ class Head(nn.Module):
         padded_vocab_size: int,
         hidden_size: int,
         weight: nn.Parameter | None = None,
+        mesh: Mesh = ONE_RANK,
     ) -> None:
         super().__init__()
         self.vocab_size = vocab_size
+        self.group = mesh.tensor_group
         self.tied = weight is not None
-        self.weight = (
-            weight
-            if weight is not None
-            else nn.Parameter(torch.empty(padded_vocab_size, hidden_size))
-        )
+        self.start, stop = part_of(padded_vocab_size, mesh.tensor_rank, mesh.tensor_size)
+        rows = stop - self.start
+        self.weight = weight if weight is not None else nn.Parameter(torch.empty(rows, hidden_size))
+        set_shard(self.weight, vocabulary_shard(padded_vocab_size, hidden_size, mesh))
         self.kernel: Callable[..., torch.Tensor] = loss_and_gradient_
+        if self.group is not None:
+            self.kernel = ParallelLoss(self.group, self.start)
 
     def compile_loss(self) -> None:
         """Compile the loss kernel, so that no float32 copy of a chunk is stored either."""
-        self.kernel = torch.compile(loss_and_gradient_, dynamic=False)
+        if isinstance(self.kernel, ParallelLoss):
+            self.kernel.compile()
+        else:
+            self.kernel = torch.compile(loss_and_gradient_, dynamic=False)
 
     @torch.no_grad()
     def reset_parameters(self, seed: int, std: float) -> None:
         """Draw W from N(0, std^2); padded rows are zero. A tied head has nothing to draw."""
         if not self.tied:
-            init_rows(self.weight, self.vocab_size, seed, "head", std)
+            init_rows(self.weight, self.vocab_size, seed, "head", std, self.start)
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Logits ``(B, S, vocab_size)``, or the summed loss (float32) if ``labels`` are given."""
         if labels is None:
-            return F.linear(x, self.weight)[..., : self.vocab_size]
+            return gather(F.linear(x, self.weight), self.group)[..., : self.vocab_size]
         tokens = labels.numel()
         largest = max(1, CHUNK_BYTES // (self.weight.shape[0] * x.element_size()))
         chunk = -(-tokens // -(-tokens // largest))  # equal chunks: one shape to compile
@@ -128,11 +137,3 @@ class Head(nn.Module):
             self.kernel,
             torch.is_grad_enabled(),
         )
-
-
-@torch.no_grad()
-def init_rows(weight: torch.Tensor, used: int, seed: int, name: str, std: float) -> None:
-    """Fill the first ``used`` rows from N(0, std^2) by the generator of ``name``, zero the rest."""
-    weight.zero_()
-    generator = named_generator(seed, name, weight.device)
-    weight[:used].normal_(0.0, std, generator=generator)

@@ -2,6 +2,9 @@
 
 Every layer maps ``x (..., n)`` to a tuple with one output per logical matrix and offers the same
 interface: ``reset_parameters``, ``dense_weight``, ``load_dense`` and ``factor_pairs``.
+
+Under tensor parallelism a layer holds the rows and columns that ``shape.cut`` says; weights are
+drawn whole from the run's seed and cut, so they do not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -14,6 +17,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from megalr.layers.factors import FactorPair, LinearShape, named_generator, set_row_blocks
+from megalr.layers.norm import Unscaled
+from megalr.parallel.collectives import copy, reduce
+from megalr.parallel.shards import set_shard
 
 
 class GroupedLinear(nn.Module, ABC):
@@ -26,8 +32,12 @@ class GroupedLinear(nn.Module, ABC):
         super().__init__()
         self.shape = shape
         # Plain sizes for forward: a compiled forward that read names would not be shared by blocks.
-        self.sizes = shape.out_features
-        self.bias = nn.Parameter(torch.zeros(sum(shape.out_features))) if bias else None
+        self.sizes = shape.local_out
+        self.input_group = shape.cut.input_group
+        self.output_group = shape.cut.output_group
+        self.bias = nn.Parameter(torch.zeros(sum(self.sizes))) if bias else None
+        if self.bias is not None:
+            set_shard(self.bias, shape.shard(columns=0))
 
     @abstractmethod
     def reset_parameters(self, seed: int, std: float) -> None:
@@ -35,16 +45,26 @@ class GroupedLinear(nn.Module, ABC):
 
     @abstractmethod
     def dense_weight(self, index: int) -> torch.Tensor:
-        """The matrix W_index without padding, float32, ``(m, n)``."""
+        """What this rank holds of the matrix W_index without padding, float32, ``(m, n)``."""
 
     @abstractmethod
     def load_dense(self, index: int, weight: torch.Tensor) -> None:
-        """Set W_index to ``weight (m, n)``, or as near as the layer can come."""
+        """Set W_index to the whole ``weight (m, n)``, or as near as the layer can come."""
 
     def used_rows(self, index: int) -> slice:
-        """Rows of matrix ``index`` in the stack, without padding."""
+        """Rows of matrix ``index`` in the stack held here, without padding."""
         start, _ = self.shape.row_ranges()[index]
-        return slice(start, start + self.shape.out_used[index])
+        held = self.shape.held_rows(index)
+        return slice(start, start + held.stop - held.start)
+
+    def used_columns(self) -> slice:
+        """Columns held here, without padding."""
+        held = self.shape.held_columns()
+        return slice(0, held.stop - held.start)
+
+    def held_part(self, index: int, weight: torch.Tensor) -> torch.Tensor:
+        """What this rank holds of the whole unpadded ``weight (m, n)`` of matrix ``index``."""
+        return weight[self.shape.held_rows(index), self.shape.held_columns()]
 
     def factor_pairs(self) -> list[FactorPair]:
         """The factorized matrices of this layer; none for a dense layer."""
@@ -60,16 +80,24 @@ class GroupedLinear(nn.Module, ABC):
 class FullRankLinear(GroupedLinear):
     """``y_i = x W_i^T (+ b_i)`` for the matrices of one group, in one GEMM.
 
-    Parameter ``weight`` is ``(sum m_i, n)``: the matrices W_i stacked by rows.
+    Parameter ``weight`` is ``(sum m_i, n)``: the matrices W_i stacked by rows. Under tensor
+    parallelism n numbers a token are summed going back where W is cut by rows, m going forward
+    where it is cut by columns.
     """
 
     def __init__(self, shape: LinearShape, bias: bool = False) -> None:
         super().__init__(shape, bias)
-        self.weight = nn.Parameter(torch.empty(sum(shape.out_features), shape.in_features))
+        self.weight = nn.Parameter(torch.empty(sum(self.sizes), shape.local_in))
         set_row_blocks(self.weight, shape.names, shape.row_ranges())
+        set_shard(self.weight, shape.shard())
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        y = F.linear(x, self.weight, self.bias)  # (..., sum m_i)
+        x = copy(x, self.output_group)
+        if self.input_group is None:
+            y = F.linear(x, self.weight, self.bias)  # (..., sum m_i)
+        else:
+            y = reduce(F.linear(x, self.weight), self.input_group)
+            y = y if self.bias is None else y + self.bias  # once, not by every rank
         return y.split(self.sizes, dim=-1)
 
     @torch.no_grad()
@@ -77,19 +105,22 @@ class FullRankLinear(GroupedLinear):
         """Draw every W_i from N(0, std^2); padding is zero."""
         self.weight.zero_()
         for index, name in enumerate(self.shape.names):
-            used = self.weight[self.used_rows(index), : self.shape.in_used]
-            # Drawn without padding, so the numbers do not depend on pad_multiple.
-            draw = torch.empty(used.shape, device=used.device)
-            used.copy_(draw.normal_(0.0, std, generator=named_generator(seed, name, used.device)))
+            # Drawn whole and without padding, so the numbers depend on neither ranks nor padding.
+            draw = torch.empty(
+                self.shape.out_used[index], self.shape.in_used, device=self.weight.device
+            )
+            draw.normal_(0.0, std, generator=named_generator(seed, name, draw.device))
+            self.load_dense(index, draw)
 
     def dense_weight(self, index: int) -> torch.Tensor:
-        """W_index without padding, float32, ``(m, n)``."""
-        return self.weight.detach()[self.used_rows(index), : self.shape.in_used].float()
+        """What this rank holds of W_index without padding, float32, ``(m, n)``."""
+        return self.weight.detach()[self.used_rows(index), self.used_columns()].float()
 
     @torch.no_grad()
     def load_dense(self, index: int, weight: torch.Tensor) -> None:
-        """Set W_index to ``weight (m, n)``."""
-        self.weight[self.used_rows(index), : self.shape.in_used] = weight.to(self.weight)
+        """Set W_index to the whole ``weight (m, n)``."""
+        part = self.held_part(index, weight)
+        self.weight[self.used_rows(index), self.used_columns()] = part.to(self.weight)
 
 
 class FactorizedLinear(GroupedLinear):
@@ -97,6 +128,10 @@ class FactorizedLinear(GroupedLinear):
 
     Parameters: ``a (G r, n)`` stacks the G factors A_i, which read the same x and run as one GEMM;
     ``b (sum m_i, r)`` stacks the factors B_i.
+
+    Under tensor parallelism A is cut by columns where the input is cut, B by rows where the outputs
+    are, and G r numbers a token are summed: ``x A^T`` going forward in the first case, its gradient
+    going back in the second. A factor that is not cut has the same gradient on all ranks.
 
     Args:
         shape: sizes of the group.
@@ -109,20 +144,32 @@ class FactorizedLinear(GroupedLinear):
         super().__init__(shape, bias)
         self.rank = rank
         self.scale = alpha / rank
-        self.a = nn.Parameter(torch.empty(len(shape.names) * rank, shape.in_features))
-        self.b = nn.Parameter(torch.empty(sum(shape.out_features), rank))
+        stacked = len(shape.names) * rank
+        self.a = nn.Parameter(torch.empty(stacked, shape.local_in))
+        self.b = nn.Parameter(torch.empty(sum(self.sizes), rank))
         set_row_blocks(self.a, tuple(f"{n}.A" for n in shape.names), self._a_ranges())
         set_row_blocks(self.b, tuple(f"{n}.B" for n in shape.names), shape.row_ranges())
+        set_shard(self.a, shape.shard(rows=stacked))
+        set_shard(self.b, shape.shard(columns=rank))
 
     def _a_ranges(self) -> list[tuple[int, int]]:
         return [(i * self.rank, (i + 1) * self.rank) for i in range(len(self.shape.names))]
 
+    def bottleneck(self, x: torch.Tensor | Unscaled) -> torch.Tensor:
+        """``x A_i^T`` of the whole input side by side, ``(..., G r)``, the same on all ranks."""
+        if isinstance(x, Unscaled):
+            h = reduce(F.linear(x.values, self.a), self.input_group)
+            return x.scaled(h, self.input_group)
+        return reduce(F.linear(x, self.a), self.input_group)
+
     def low_rank_outputs(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """``scale (x A_i^T) B_i^T`` for every matrix, ``(..., m_i)`` each; no bias."""
-        return self._expand(F.linear(x, self.a), (None,) * len(self.sizes))
+        h = copy(self.bottleneck(x), self.output_group)
+        return self._expand(h, (None,) * len(self.sizes))
 
     def outputs_of(self, h: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """``scale h_i B_i^T (+ bias_i)`` of bottlenecks ``h (..., G r)``, ``(..., m_i)`` each."""
+        h = copy(h, self.output_group)
         if self.bias is None:
             return self._expand(h, (None,) * len(self.sizes))
         return self._expand(h, self.bias.split(self.sizes))
@@ -141,13 +188,26 @@ class FactorizedLinear(GroupedLinear):
         return tuple(F.linear(h_i, b_i, bias) for h_i, b_i, bias in parts)  # (..., m_i) each
 
     def used_factors(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views of A_index (r, n) and B_index (m, r) without padding."""
+        """Views of what this rank holds of A_index (r, n) and B_index (m, r), without padding."""
         a_start = index * self.rank
-        a = self.a.detach()[a_start : a_start + self.rank, : self.shape.in_used]
+        a = self.a.detach()[a_start : a_start + self.rank, self.used_columns()]
         return a, self.b.detach()[self.used_rows(index)]
 
+    @torch.no_grad()
+    def load_factors(self, index: int, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Set the factors from the whole unpadded A (r, n) and B (m, r) of matrix ``index``."""
+        mine_a, mine_b = self.used_factors(index)
+        mine_a.copy_(a[:, self.shape.held_columns()])
+        mine_b.copy_(b[self.shape.held_rows(index)])
+
     def dense_weight(self, index: int) -> torch.Tensor:
-        """``scale * B A`` of one matrix without padding, multiplied in float32, ``(m, n)``."""
+        """What this rank holds of ``scale * B A``, without padding, multiplied in float32.
+
+        Raises:
+            ValueError: both factors are cut, so no rank can form a part of their product.
+        """
+        if self.input_group is not None and self.output_group is not None:
+            raise ValueError(f"{self.shape.names[index]}: both factors are cut over ranks")
         a, b = self.used_factors(index)
         return self.scale * (b.float() @ a.float())
 
@@ -155,14 +215,12 @@ class FactorizedLinear(GroupedLinear):
         """Set the factors to the best rank-r approximation of ``weight (m, n)``, balanced."""
         u, s, vh = torch.linalg.svd(weight.double() / self.scale, full_matrices=False)
         root = s[: self.rank].sqrt()
-        a, b = self.used_factors(index)
-        a.copy_(root[:, None] * vh[: self.rank])
-        b.copy_(u[:, : self.rank] * root)
+        self.load_factors(index, root[:, None] * vh[: self.rank], u[:, : self.rank] * root)
 
     def factor_pairs(self) -> list[FactorPair]:
         """The factor pairs of this group, in order."""
         return [
-            FactorPair(name, self.b, b_rows, self.a, a_rows, self.scale)
+            FactorPair(name, self.b, b_rows, self.a, a_rows, self.scale, self.shape.cut)
             for name, b_rows, a_rows in zip(
                 self.shape.names, self.shape.row_ranges(), self._a_ranges(), strict=True
             )
@@ -192,8 +250,8 @@ class LowRankLinear(FactorizedLinear):
         super().__init__(shape, rank, alpha, bias)
         self.init = init
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return self.outputs_of(F.linear(x, self.a))
+    def forward(self, x: torch.Tensor | Unscaled) -> tuple[torch.Tensor, ...]:
+        return self.outputs_of(self.bottleneck(x))
 
     @torch.no_grad()
     def reset_parameters(self, seed: int, std: float) -> None:
@@ -206,11 +264,11 @@ class LowRankLinear(FactorizedLinear):
         n = self.shape.in_used
         for index, name in enumerate(self.shape.names):
             m = self.shape.out_used[index]
-            a, b = self.used_factors(index)
-            gen_a = named_generator(seed, f"{name}.A", a.device)
-            gen_b = named_generator(seed, f"{name}.B", b.device)
-            draw_a = torch.empty(self.rank, n, device=a.device)
-            draw_b = torch.empty(m, self.rank, device=b.device)
+            device = self.a.device
+            gen_a = named_generator(seed, f"{name}.A", device)
+            gen_b = named_generator(seed, f"{name}.B", device)
+            draw_a = torch.empty(self.rank, n, device=device)
+            draw_b = torch.empty(m, self.rank, device=device)
             if self.init == "kaiming":
                 draw_a.uniform_(-1 / math.sqrt(n), 1 / math.sqrt(n), generator=gen_a)
                 bound = 1 / math.sqrt(self.rank)
@@ -223,5 +281,4 @@ class LowRankLinear(FactorizedLinear):
                 ratio = (m / n) ** 0.25
                 draw_a.normal_(0.0, math.sqrt(product) * ratio, generator=gen_a)
                 draw_b.normal_(0.0, math.sqrt(product) / ratio, generator=gen_b)
-            a.copy_(draw_a)
-            b.copy_(draw_b)
+            self.load_factors(index, draw_a, draw_b)

@@ -10,6 +10,8 @@ from torch import nn
 
 from megalr.layers.factors import LinearShape, named_generator, set_row_blocks
 from megalr.layers.linear import FactorizedLinear
+from megalr.parallel.collectives import copy, reduce
+from megalr.parallel.shards import set_shard
 
 
 class LoRALinear(FactorizedLinear):
@@ -19,56 +21,71 @@ class LoRALinear(FactorizedLinear):
     zeroes A as well, which gives both factors zero gradients for ever.)
 
     Parameters: ``weight (sum m_i, n)`` without gradient, ``a (G r, n)``, ``b (sum m_i, r)``.
+    Under tensor parallelism W0 needs the sums of a dense matrix besides those of the factors.
     """
 
     def __init__(self, shape: LinearShape, rank: int, alpha: float, bias: bool = False) -> None:
         super().__init__(shape, rank, alpha, bias)
-        rows = sum(shape.out_features)
-        self.weight = nn.Parameter(torch.empty(rows, shape.in_features), requires_grad=False)
+        self.weight = nn.Parameter(
+            torch.empty(sum(self.sizes), shape.local_in), requires_grad=False
+        )
         set_row_blocks(self.weight, shape.names, shape.row_ranges())
+        set_shard(self.weight, shape.shard())
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        frozen = F.linear(x, self.weight, self.bias).split(self.sizes, dim=-1)
-        return tuple(y + z for y, z in zip(frozen, self.low_rank_outputs(x), strict=True))
+        if self.input_group is None:
+            frozen = F.linear(copy(x, self.output_group), self.weight, self.bias)
+        else:
+            frozen = reduce(F.linear(x, self.weight), self.input_group)
+            frozen = frozen if self.bias is None else frozen + self.bias
+        parts = zip(frozen.split(self.sizes, dim=-1), self.low_rank_outputs(x), strict=True)
+        return tuple(y + z for y, z in parts)
 
     @torch.no_grad()
     def reset_parameters(self, seed: int, std: float) -> None:
         """Draw W0 and A, zero B and the padding."""
         self.weight.zero_()
         for index, name in enumerate(self.shape.names):
-            used = self.weight[self.used_rows(index), : self.shape.in_used]
-            draw = torch.empty(used.shape, device=used.device)
-            used.copy_(draw.normal_(0.0, std, generator=named_generator(seed, name, used.device)))
+            draw = torch.empty(
+                self.shape.out_used[index], self.shape.in_used, device=self.weight.device
+            )
+            draw.normal_(0.0, std, generator=named_generator(seed, name, draw.device))
+            self.load_dense(index, draw)
         self.a.copy_(self.draw_a(seed))
         self.b.zero_()
 
     @torch.no_grad()
     def draw_a(self, seed: int, draw: str = "") -> torch.Tensor:
-        """``(G r, n)`` float32: A_i ~ U(+-1/sqrt(n)), padding 0; ``draw`` names a further draw."""
+        """What this rank holds of ``(G r, n)`` float32: A_i ~ U(+-1/sqrt(n)), padding 0.
+
+        ``draw`` names a further draw.
+        """
         values = torch.zeros(self.a.shape, device=self.a.device)
         n = self.shape.in_used
         for index, name in enumerate(self.shape.names):
             generator = named_generator(seed, f"{name}.A{draw}", values.device)
             rows = torch.empty(self.rank, n, device=values.device)
             rows.uniform_(-1 / math.sqrt(n), 1 / math.sqrt(n), generator=generator)
-            values[index * self.rank : (index + 1) * self.rank, :n] = rows
+            mine = values[index * self.rank : (index + 1) * self.rank, self.used_columns()]
+            mine.copy_(rows[:, self.shape.held_columns()])
         return values
 
     @torch.no_grad()
     def merge_(self) -> None:
         """``W0 <- W0 + (alpha/r) B A``, multiplied and added in float32, rounded once."""
         for index in range(len(self.sizes)):
-            used = self.weight[self.used_rows(index), : self.shape.in_used]
+            used = self.weight[self.used_rows(index), self.used_columns()]
             used.copy_(self.dense_weight(index))
 
     def dense_weight(self, index: int) -> torch.Tensor:
-        """``W0 + scale * B A`` of one matrix without padding, float32, ``(m, n)``."""
-        frozen = self.weight.detach()[self.used_rows(index), : self.shape.in_used].float()
+        """What this rank holds of ``W0 + scale * B A``, without padding, float32."""
+        frozen = self.weight.detach()[self.used_rows(index), self.used_columns()].float()
         return frozen + super().dense_weight(index)
 
     @torch.no_grad()
     def load_dense(self, index: int, weight: torch.Tensor) -> None:
         """W0 takes ``weight``; B becomes zero."""
-        self.weight[self.used_rows(index), : self.shape.in_used] = weight.to(self.weight)
+        part = self.held_part(index, weight)
+        self.weight[self.used_rows(index), self.used_columns()] = part.to(self.weight)
         _, b = self.used_factors(index)
         b.zero_()

@@ -13,6 +13,8 @@ from torch import nn
 
 from megalr.layers.factors import LinearShape, named_generator, set_row_blocks
 from megalr.layers.linear import FactorizedLinear
+from megalr.parallel.collectives import copy, reduce
+from megalr.parallel.shards import Shard, set_shard
 
 
 def draw_support(seed: int, name: str, rows: int, columns: int, density: float) -> np.ndarray:
@@ -81,6 +83,10 @@ class SLTrainLinear(FactorizedLinear):
     the sparse parts. Buffer: ``support (sum nnz_i,)`` int32, positions in the stack of the
     matrices as stored. S is not scaled by alpha/r.
 
+    Under tensor parallelism a rank holds the entries of S that lie in its rows or columns. The sum
+    BA + S is applied as one dense matrix, so what is summed are the n (m) numbers of a dense layer,
+    and besides the gradient of the factor that is not cut.
+
     Args:
         shape: sizes of the group.
         rank: r.
@@ -102,26 +108,51 @@ class SLTrainLinear(FactorizedLinear):
         bias: bool = False,
     ) -> None:
         super().__init__(shape, rank, alpha, bias)
-        stored, self.counts = [], []
-        for name, rows, (start, _) in zip(
-            shape.names, shape.out_used, shape.row_ranges(), strict=True
-        ):
+        stored: list[np.ndarray] = []
+        held: list[np.ndarray] = []
+        self.counts: list[int] = []  # entries held here, and drawn, of each matrix
+        self.drawn: list[int] = []
+        for index, (name, rows) in enumerate(zip(shape.names, shape.out_used, strict=True)):
             drawn = draw_support(seed, name, rows, shape.in_used, density)
-            row, column = np.divmod(drawn, shape.in_used)
-            stored.append((row + start) * shape.in_features + column)
-            self.counts.append(len(drawn))
+            here, places = self._held_support(index, drawn)
+            stored.append(places)
+            held.append(here + sum(self.drawn))
+            self.counts.append(len(here))
+            self.drawn.append(len(drawn))
         positions = torch.from_numpy(np.concatenate(stored).astype(np.int32))
         self.register_buffer("support", positions.to(self.a.device))
         self.values = nn.Parameter(torch.empty(len(positions)))
         ends = np.cumsum([0, *self.counts]).tolist()
         ranges = list(itertools.pairwise(ends))
         set_row_blocks(self.values, tuple(f"{n}.S" for n in shape.names), ranges)
+        # Which of all drawn values this rank holds, on the CPU.
+        self.held = torch.from_numpy(np.concatenate(held))
+        if shape.cut.mesh.tensor_size > 1:
+            set_shard(self.values, Shard((sum(self.drawn),), indices=self.held))
+
+    def _held_support(self, index: int, drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which of the drawn positions of matrix ``index`` lie here, and where in the stack."""
+        row, column = np.divmod(drawn, self.shape.in_used)
+        rows, columns = self.shape.held_rows(index), self.shape.held_columns()
+        here = np.flatnonzero(
+            (row >= rows.start)
+            & (row < rows.stop)
+            & (column >= columns.start)
+            & (column < columns.stop)
+        )
+        start = self.used_rows(index).start
+        places = (row[here] - rows.start + start) * self.shape.local_in
+        return here, places + column[here] - columns.start
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        a = self.a if self.scale == 1.0 else self.a * self.scale
+        # A factor that is not cut gets a partial gradient from every rank's part of W.
+        a, b = copy(self.a, self.output_group), copy(self.b, self.input_group)
+        a = a if self.scale == 1.0 else a * self.scale
+        x = copy(x, self.output_group)
         y = _SparsePlusLowRank.apply(
-            x.reshape(-1, x.shape[-1]), self.b, a, self.values, self.support, self.sizes
+            x.reshape(-1, x.shape[-1]), b, a, self.values, self.support, self.sizes
         )
+        y = reduce(y, self.input_group)
         if self.bias is not None:
             y = y + self.bias
         return y.view(*x.shape[:-1], -1).split(self.sizes, dim=-1)
@@ -131,32 +162,33 @@ class SLTrainLinear(FactorizedLinear):
         """A ~ U(+-1/sqrt(n)), B = 0, values ~ U(+-1/sqrt(n)): at the start W = S."""
         self.a.zero_()
         self.b.zero_()
-        bound = 1 / math.sqrt(self.shape.in_used)
-        parts = self.values.split(self.counts)
+        n, device = self.shape.in_used, self.a.device
+        bound = 1 / math.sqrt(n)
+        values = torch.empty(sum(self.drawn), device=device)
         for index, name in enumerate(self.shape.names):
-            a, _ = self.used_factors(index)
-            draw = torch.empty(a.shape, device=a.device)
-            generator = named_generator(seed, f"{name}.A", a.device)
-            a.copy_(draw.uniform_(-bound, bound, generator=generator))
-            generator = named_generator(seed, f"{name}.S", a.device)
-            parts[index].uniform_(-bound, bound, generator=generator)
+            draw = torch.empty(self.rank, n, device=device)
+            draw.uniform_(-bound, bound, generator=named_generator(seed, f"{name}.A", device))
+            self.used_factors(index)[0].copy_(draw[:, self.shape.held_columns()])
+            generator = named_generator(seed, f"{name}.S", device)
+            values.split(self.drawn)[index].uniform_(-bound, bound, generator=generator)
+        self.values.copy_(values[self.held.to(device)])
 
     def sparse_weight(self, index: int) -> torch.Tensor:
-        """S_index without padding as a dense float32 matrix, ``(m, n)``."""
-        stack = torch.zeros(sum(self.sizes), self.shape.in_features, device=self.values.device)
+        """What this rank holds of S_index as a dense float32 matrix, without padding."""
+        stack = torch.zeros(sum(self.sizes), self.shape.local_in, device=self.values.device)
         stack.view(-1).index_add_(0, self.support, self.values.detach().float())
-        return stack[self.used_rows(index), : self.shape.in_used]
+        return stack[self.used_rows(index), self.used_columns()]
 
     def dense_weight(self, index: int) -> torch.Tensor:
-        """``scale * B A + S`` of one matrix without padding, float32, ``(m, n)``."""
+        """What this rank holds of ``scale * B A + S``, without padding, float32."""
         return super().dense_weight(index) + self.sparse_weight(index)
 
     @torch.no_grad()
     def load_dense(self, index: int, weight: torch.Tensor) -> None:
         """Best rank-r approximation of ``weight``, then the support takes its share of the rest."""
         super().load_dense(index, weight)
-        rest = weight.to(self.values) - super().dense_weight(index)
-        stack = torch.zeros(sum(self.sizes), self.shape.in_features, device=self.values.device)
-        stack[self.used_rows(index), : self.shape.in_used] = rest.to(stack)
+        rest = self.held_part(index, weight).to(self.values) - super().dense_weight(index)
+        stack = torch.zeros(sum(self.sizes), self.shape.local_in, device=self.values.device)
+        stack[self.used_rows(index), self.used_columns()] = rest.to(stack)
         chosen = slice(sum(self.counts[:index]), sum(self.counts[: index + 1]))
         self.values[chosen] = stack.view(-1)[self.support[chosen].long()].to(self.values)

@@ -12,6 +12,8 @@ from megalr.layers.lora import LoRALinear
 from megalr.layers.sltrain import SLTrainLinear
 from megalr.models.config import DecoderConfig
 from megalr.models.decoder import Decoder, MakeLinear
+from megalr.models.plans import check_plan
+from megalr.parallel.plan import SINGLE, Plan
 
 FACTORIZED = ("low_rank", "loro", "sltrain", "lora", "relora", "cola")
 """Methods whose target matrices are stored as factors."""
@@ -69,9 +71,20 @@ def _is_target(method: Any, shape: LinearShape) -> bool:
 
 
 def build_decoder(
-    config: DecoderConfig, method: Any, seed: int, checkpoint_blocks: bool = False
+    config: DecoderConfig,
+    method: Any,
+    seed: int,
+    checkpoint_blocks: bool = False,
+    plan: Plan = SINGLE,
 ) -> Decoder:
-    """A decoder in float32 on the default device with weights drawn from ``seed``."""
-    decoder = Decoder(config, make_linear_of(method, seed), checkpoint_blocks)
+    """A decoder in float32 on the default device with weights drawn from ``seed``.
+
+    The weights of all ranks of ``plan`` together do not depend on the plan.
+
+    Raises:
+        UserError: rank or targets that do not fit the model, or a plan that does not.
+    """
+    check_plan(config, method, plan)
+    decoder = Decoder(config, make_linear_of(method, seed), checkpoint_blocks, plan)
     decoder.reset_parameters(seed)
     return decoder

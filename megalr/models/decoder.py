@@ -1,4 +1,4 @@
-"""The decoder. Pure: no sharding, no engine, no options of training.
+"""The decoder. Pure: no engine, no options of training; a Plan says what a rank holds of it.
 
 * RMSNorm or LayerNorm before attention and MLP; a last norm before the head
 * RoPE in the half-split layout, or learned positions
@@ -14,17 +14,19 @@ Shapes: B batch, S sequence, h hidden, H heads, K key/value heads, D head width,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from megalr.layers.embedding import Embedding, init_rows
 from megalr.layers.factors import FactorPair, LinearShape
-from megalr.layers.head import Head, init_rows
+from megalr.layers.head import Head
 from megalr.layers.linear import FactorizedLinear, GroupedLinear
+from megalr.layers.norm import CutRMSNorm, LastNorm, Unscaled
 from megalr.models.config import DecoderConfig
+from megalr.parallel.plan import SINGLE, Plan
 
 MakeLinear = Callable[[LinearShape, bool], GroupedLinear]
 """Builds the layer of one group of matrices; the method decides which kind."""
@@ -36,8 +38,10 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def make_norm(config: DecoderConfig) -> nn.RMSNorm | nn.LayerNorm:
-    """The norm of the family; statistics are computed in float32 by torch."""
+def make_norm(config: DecoderConfig, plan: Plan) -> nn.RMSNorm | nn.LayerNorm | CutRMSNorm:
+    """The norm of the family for a block; statistics are computed in float32."""
+    if plan.cut_residual:
+        return CutRMSNorm(config.hidden_size, config.norm_eps, plan.mesh)
     if config.norm == "rms":
         return nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
     return nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
@@ -61,22 +65,30 @@ def apply_rope(x: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
 class Attention(nn.Module):
     """Causal grouped-query attention."""
 
-    def __init__(self, config: DecoderConfig, prefix: str, make_linear: MakeLinear) -> None:
+    def __init__(
+        self, config: DecoderConfig, prefix: str, make_linear: MakeLinear, plan: Plan
+    ) -> None:
         super().__init__()
         h, kv = config.hidden_size, config.kv_heads * config.head_dim
         self.config = config
         qkv = LinearShape(
-            tuple(f"{prefix}.{name}" for name in "qkv"), h, (h, kv, kv), h, (h, kv, kv)
+            tuple(f"{prefix}.{name}" for name in "qkv"),
+            h,
+            (h, kv, kv),
+            h,
+            (h, kv, kv),
+            plan.into(),
         )
         self.qkv = make_linear(qkv, config.attention_bias)
-        self.o = make_linear(LinearShape((f"{prefix}.o",), h, (h,), h, (h,)), config.output_bias)
+        o = LinearShape((f"{prefix}.o",), h, (h,), h, (h,), plan.out_of())
+        self.o = make_linear(o, config.output_bias)
 
     def forward(
-        self, x: torch.Tensor, rope: torch.Tensor | None, mask: torch.Tensor | None
+        self, x: torch.Tensor | Unscaled, rope: torch.Tensor | None, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        B, S, h = x.shape
         D = self.config.head_dim
-        q, k, v = (y.view(B, S, -1, D).transpose(1, 2) for y in self.qkv(x))  # (B, H|K, S, D)
+        # (B, H|K, S, D) each; under tensor parallelism this rank's heads
+        q, k, v = (y.unflatten(-1, (-1, D)).transpose(1, 2) for y in self.qkv(x))
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         y = F.scaled_dot_product_attention(
@@ -87,14 +99,16 @@ class Attention(nn.Module):
             is_causal=mask is None,
             enable_gqa=self.config.kv_heads != self.config.num_heads,
         )
-        (y,) = self.o(y.transpose(1, 2).reshape(B, S, h))
+        (y,) = self.o(y.transpose(1, 2).flatten(2))  # (B, S, h), or this rank's part of it
         return y
 
 
 class MLP(nn.Module):
     """``down(act(gate x) * up x)``, or ``down(act(up x))`` without a gate."""
 
-    def __init__(self, config: DecoderConfig, prefix: str, make_linear: MakeLinear) -> None:
+    def __init__(
+        self, config: DecoderConfig, prefix: str, make_linear: MakeLinear, plan: Plan
+    ) -> None:
         super().__init__()
         h, used = config.hidden_size, config.intermediate_size
         padded = config.padded_intermediate_size
@@ -105,16 +119,16 @@ class MLP(nn.Module):
             (padded,) * len(names),
             h,
             (used,) * len(names),
+            plan.into(),
         )
         self.into = make_linear(into, config.output_bias)
-        self.down = make_linear(
-            LinearShape((f"{prefix}.down",), padded, (h,), used, (h,)), config.output_bias
-        )
+        down = LinearShape((f"{prefix}.down",), padded, (h,), used, (h,), plan.out_of())
+        self.down = make_linear(down, config.output_bias)
         self.activation = ACTIVATIONS[config.activation]
         self.gated = config.gated_mlp
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        first, *rest = self.into(x)  # (B, S, padded width) each
+    def forward(self, x: torch.Tensor | Unscaled) -> torch.Tensor:
+        first, *rest = self.into(x)  # (B, S, padded width) each, or this rank's part
         hidden = self.activation(first)
         (y,) = self.down(hidden * rest[0] if self.gated else hidden)
         return y
@@ -123,12 +137,14 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """``x + attention(norm x)``, then ``x + mlp(norm x)``."""
 
-    def __init__(self, config: DecoderConfig, index: int, make_linear: MakeLinear) -> None:
+    def __init__(
+        self, config: DecoderConfig, index: int, make_linear: MakeLinear, plan: Plan
+    ) -> None:
         super().__init__()
-        self.attention_norm = make_norm(config)
-        self.attention = Attention(config, f"layers.{index}.attention", make_linear)
-        self.mlp_norm = make_norm(config)
-        self.mlp = MLP(config, f"layers.{index}.mlp", make_linear)
+        self.attention_norm = make_norm(config, plan)
+        self.attention = Attention(config, f"layers.{index}.attention", make_linear, plan)
+        self.mlp_norm = make_norm(config, plan)
+        self.mlp = MLP(config, f"layers.{index}.mlp", make_linear, plan)
 
     def forward(
         self, x: torch.Tensor, rope: torch.Tensor | None, mask: torch.Tensor | None
@@ -145,33 +161,42 @@ class Decoder(nn.Module):
         make_linear: builds the linear layer of a group of matrices, so decides the method.
         checkpoint_blocks: recompute every block in the backward pass instead of keeping its
             activations.
+        plan: which parts of the weights this rank holds; the default is all.
 
     ``graphed`` may be set to a faster computation of the scaled loss and its gradients (see
     training.graphs); forward uses it in training.
     """
 
     def __init__(
-        self, config: DecoderConfig, make_linear: MakeLinear, checkpoint_blocks: bool = False
+        self,
+        config: DecoderConfig,
+        make_linear: MakeLinear,
+        checkpoint_blocks: bool = False,
+        plan: Plan = SINGLE,
     ) -> None:
         super().__init__()
         self.config = config
+        self.plan = plan
         self.checkpoint_blocks = checkpoint_blocks
         self.graphed: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] | None = None
-        self.embedding = nn.Embedding(config.padded_vocab_size, config.hidden_size)
+        self.embedding = Embedding(
+            config.vocab_size, config.padded_vocab_size, config.hidden_size, plan.mesh
+        )
         self.positions = (
             nn.Embedding(config.max_positions, config.hidden_size)
             if config.positions == "learned"
             else None
         )
         self.layers = nn.ModuleList(
-            Block(config, index, make_linear) for index in range(config.num_layers)
+            Block(config, index, make_linear, plan) for index in range(config.num_layers)
         )
-        self.norm = make_norm(config)
+        self.norm = LastNorm(config.norm, config.hidden_size, config.norm_eps, plan.group)
         self.head = Head(
             config.vocab_size,
             config.padded_vocab_size,
             config.hidden_size,
-            cast(nn.Parameter, self.embedding.weight) if config.tie_embeddings else None,
+            self.embedding.weight if config.tie_embeddings else None,
+            plan.mesh,
         )
 
     def forward(
@@ -200,7 +225,8 @@ class Decoder(nn.Module):
     def hidden_states(self, input_ids: torch.Tensor) -> torch.Tensor:
         """``(B, S, h)``: what the head reads."""
         S = input_ids.shape[1]
-        x = self.embedding(input_ids)  # (B, S, h)
+        # (B, S, h); in layout bottleneck (B, S, h/p) from here to the last norm
+        x = self.plan.start_residual(self.embedding(input_ids))
         rope = None
         if self.positions is not None:
             x = x + self.positions(torch.arange(S, device=x.device))
@@ -213,7 +239,7 @@ class Decoder(nn.Module):
                 x = checkpoint(layer, x, rope, mask, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, rope, mask)
-        return self.norm(x)
+        return self.norm(self.plan.end_residual(x))
 
     def _window_mask(self, S: int, device: torch.device) -> torch.Tensor | None:
         """``(S, S)`` True where a position may look; None if plain causal attention does it."""
@@ -245,7 +271,7 @@ class Decoder(nn.Module):
     def reset_parameters(self, seed: int) -> None:
         """Draw all weights from ``seed`` and the tensors' names; biases are 0, norms 1."""
         std = self.config.initializer_range
-        init_rows(self.embedding.weight, self.config.vocab_size, seed, "embedding", std)
+        self.embedding.reset_parameters(seed, std)
         if self.positions is not None:
             init_rows(self.positions.weight, self.config.max_positions, seed, "positions", std)
         self.head.reset_parameters(seed, std)

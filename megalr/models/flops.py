@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch
+
 from megalr.layers.linear import FactorizedLinear, FullRankLinear
 from megalr.layers.lora import LoRALinear
 from megalr.layers.sltrain import SLTrainLinear
 from megalr.models.decoder import Decoder
+from megalr.parallel.shards import shard_of
 
 
 def matrix_parameters(decoder: Decoder) -> int:
@@ -22,7 +25,7 @@ def matrix_parameters(decoder: Decoder) -> int:
         if isinstance(linear, FactorizedLinear):
             count += sum((shape.in_used + m) * linear.rank for m in shape.out_used)
         if isinstance(linear, SLTrainLinear):
-            count += linear.values.numel()
+            count += sum(linear.drawn)
         if isinstance(linear, FullRankLinear | LoRALinear):
             count += sum(shape.in_used * m for m in shape.out_used)
     return count
@@ -47,9 +50,7 @@ def parameter_count(decoder: Decoder, trainable_only: bool = False) -> int:
     """Parameters of the unpadded model; a tied head counts once."""
     config = decoder.config
     stored = sum(
-        getattr(p, "ds_numel", p.numel())  # ZeRO-3 empties the tensors
-        for p in decoder.parameters()
-        if p.requires_grad or not trainable_only
+        _whole_numel(p) for p in decoder.parameters() if p.requires_grad or not trainable_only
     )
     spare_rows = config.padded_vocab_size - config.vocab_size
     padding = spare_rows * config.hidden_size * (1 if config.tie_embeddings else 2)
@@ -66,3 +67,11 @@ def parameter_count(decoder: Decoder, trainable_only: bool = False) -> int:
         if isinstance(linear, FullRankLinear) or frozen:
             padding += sum(spare) * shape.in_features + spare_columns * sum(shape.out_used)
     return stored - padding
+
+
+def _whole_numel(parameter: torch.nn.Parameter) -> int:
+    """Elements of a parameter of which this rank may hold a part, or nothing (ZeRO-3)."""
+    shard = shard_of(parameter)
+    if shard is not None:
+        return torch.Size(shard.full_shape).numel()
+    return getattr(parameter, "ds_numel", parameter.numel())

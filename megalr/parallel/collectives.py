@@ -55,16 +55,17 @@ def all_reduce(x: Tensor, group: Group, op: Any = dist.ReduceOp.SUM) -> Tensor:
 def _all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """``(..., n/p)`` to ``(..., n)``."""
     size = dist.get_world_size(group)
-    parts = torch.empty((size, *x.shape), dtype=x.dtype, device=x.device)  # (p, ..., n/p)
+    rows = x.shape[0]
+    parts = x.new_empty((size * rows, *x.shape[1:]))  # the ranks' parts below one another
     dist.all_gather_into_tensor(parts, x.contiguous(), group=group)
-    return torch.cat(parts.unbind(0), dim=-1)
+    return torch.cat(parts.split(rows), dim=-1)
 
 
 def _reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """``(..., n)`` to the sum's ``(..., n/p)``."""
     size = dist.get_world_size(group)
-    parts = torch.stack(x.chunk(size, dim=-1))  # (p, ..., n/p)
-    mine = torch.empty(parts.shape[1:], dtype=x.dtype, device=x.device)
+    parts = torch.cat(x.chunk(size, dim=-1))  # the ranks' parts below one another
+    mine = parts.new_empty((x.shape[0], *parts.shape[1:]))
     dist.reduce_scatter_tensor(mine, parts, group=group)
     return mine
 

@@ -66,6 +66,10 @@ class Mesh:
     get_tensor_model_parallel_group = get_model_parallel_group
 
 
+ONE_RANK = Mesh()
+"""No parallelism."""
+
+
 def check_tensor_size(tensor: int, world: int) -> None:
     """Raise UserError unless ``world`` ranks can be cut into groups of ``tensor``."""
     if tensor > world or world % tensor:

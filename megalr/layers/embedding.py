@@ -1,0 +1,73 @@
+"""The table of token embeddings, whole or cut by vocabulary."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from megalr.layers.factors import named_generator
+from megalr.parallel.mesh import Mesh
+from megalr.parallel.shards import Shard, part_of, set_shard
+
+
+class Embedding(nn.Module):
+    """``x = W[ids]``; W is ``(V, h)``, V the padded vocabulary.
+
+    Under tensor parallelism each rank holds the rows of V/p entries and gives zeros for the others:
+    the output is then a partial sum over the ranks, of which one has a term that is not zero.
+
+    Args:
+        vocab_size: entries of the model's vocabulary.
+        padded_vocab_size: V; rows from ``vocab_size`` on are zero.
+        hidden_size: h.
+        mesh: the ranks over which the rows are cut.
+    """
+
+    def __init__(
+        self, vocab_size: int, padded_vocab_size: int, hidden_size: int, mesh: Mesh
+    ) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.parallel = mesh.tensor_size > 1
+        self.start, self.stop = part_of(padded_vocab_size, mesh.tensor_rank, mesh.tensor_size)
+        self.weight = nn.Parameter(torch.empty(self.stop - self.start, hidden_size))
+        set_shard(self.weight, vocabulary_shard(padded_vocab_size, hidden_size, mesh))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """``(...,)`` int64 to ``(..., h)``: the embedding, or this rank's term of it."""
+        if not self.parallel:
+            return F.embedding(ids, self.weight)
+        elsewhere = (ids < self.start) | (ids >= self.stop)
+        x = F.embedding((ids - self.start).masked_fill(elsewhere, 0), self.weight)
+        return x.masked_fill(elsewhere.unsqueeze(-1), 0.0)
+
+    @torch.no_grad()
+    def reset_parameters(self, seed: int, std: float) -> None:
+        """Draw W from N(0, std^2); padded rows are zero."""
+        init_rows(self.weight, self.vocab_size, seed, "embedding", std, self.start)
+
+
+def vocabulary_shard(padded_vocab_size: int, hidden_size: int, mesh: Mesh) -> Shard | None:
+    """What this rank holds of a ``(V, h)`` table cut by rows; None if that is all."""
+    if mesh.tensor_size == 1:
+        return None
+    part = part_of(padded_vocab_size, mesh.tensor_rank, mesh.tensor_size)
+    return Shard((padded_vocab_size, hidden_size), rows=(part,))
+
+
+@torch.no_grad()
+def init_rows(
+    weight: torch.Tensor, used: int, seed: int, name: str, std: float, start: int = 0
+) -> None:
+    """Fill the first ``used`` rows of a table from N(0, std^2), zero the rest.
+
+    ``weight`` holds the table's rows from ``start`` on. The table is drawn whole by the generator
+    of ``name``, so its values do not depend on how it is cut.
+    """
+    weight.zero_()
+    generator = named_generator(seed, name, weight.device)
+    whole = torch.empty(used, weight.shape[1], device=weight.device)
+    whole.normal_(0.0, std, generator=generator)
+    mine = whole[start : start + weight.shape[0]]
+    weight[: mine.shape[0]] = mine.to(weight)

@@ -1,0 +1,92 @@
+"""Norms whose input or whose gradient is spread over tensor-parallel ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from megalr.parallel.collectives import Group, copy, reduce
+from megalr.parallel.mesh import Mesh
+from megalr.parallel.shards import Shard, part_of, set_shard
+
+
+@dataclass(frozen=True)
+class Unscaled:
+    """A normalized vector without its factor 1/rms, which is not known on one rank alone.
+
+    RMSNorm is a number a token times ``x * weight``, and a matrix may be applied before that
+    number: ``A norm(x) = (A (x * weight)) / rms(x)``. So the sum of squares can travel together
+    with the bottleneck, and no rank waits for it before its first product. Going back nothing is
+    summed for it: the gradient of the scaled bottleneck is whole on every rank already.
+
+    Attributes:
+        values: ``x * weight (..., h/p)`` of this rank.
+        squares: ``(..., 1)`` float32, sum of squares of this rank's part of x.
+        width: h.
+        eps: epsilon of the norm.
+    """
+
+    values: torch.Tensor
+    squares: torch.Tensor
+    width: int
+    eps: float
+
+    def scaled(self, h: torch.Tensor, group: Group) -> torch.Tensor:
+        """``h / rms(x)`` for ``h = A (x * weight)`` summed over the group; float32 inside."""
+        mean = reduce(self.squares, group) / self.width
+        return (h.float() * torch.rsqrt(mean + self.eps)).to(h.dtype)
+
+
+class CutRMSNorm(nn.Module):
+    """RMSNorm of a residual stream that is cut along the hidden dimension.
+
+    Parameter ``weight (h/p,)``. The output is an :class:`Unscaled`, which factorized layers read.
+
+    Args:
+        hidden_size: h, of the whole stream.
+        eps: added to the mean square.
+        mesh: the ranks.
+    """
+
+    def __init__(self, hidden_size: int, eps: float, mesh: Mesh) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.eps = eps
+        part = part_of(hidden_size, mesh.tensor_rank, mesh.tensor_size)
+        self.weight = nn.Parameter(torch.ones(part[1] - part[0]))
+        set_shard(self.weight, Shard((hidden_size,), rows=(part,)))
+
+    def forward(self, x: torch.Tensor) -> Unscaled:
+        squares = x.float().square().sum(dim=-1, keepdim=True)  # (..., 1)
+        return Unscaled(x * self.weight, squares, self.hidden_size, self.eps)
+
+
+class LastNorm(nn.Module):
+    """The norm before the head: RMSNorm or LayerNorm of a whole vector.
+
+    The head is cut by vocabulary, so on each rank the gradient of this norm's output is a partial
+    sum, and so is the gradient of its weight; the latter is summed here.
+
+    Args:
+        kind: ``rms`` or ``layer``.
+        hidden_size: h.
+        eps: epsilon.
+        group: the ranks over which the head is cut.
+    """
+
+    def __init__(self, kind: str, hidden_size: int, eps: float, group: Group = None) -> None:
+        super().__init__()
+        self.kind = kind
+        self.eps = eps
+        self.group = group
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.bias = nn.Parameter(torch.zeros(hidden_size)) if kind == "layer" else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = copy(self.weight, self.group)
+        if self.bias is None:
+            return F.rms_norm(x, x.shape[-1:], weight, self.eps)
+        return F.layer_norm(x, x.shape[-1:], weight, copy(self.bias, self.group), self.eps)
