@@ -53,6 +53,9 @@ class StableSPAM(LogicalOptimizer):
     restart with k, which switches AdaClip off for hundreds of updates; sigma is periodic.
     """
 
+    per_tensor_states = ("max_average", "norm_average", "squared_norm_average")
+    """States with one number for each logical tensor of a flat storage, in the layout's order."""
+
     def __init__(
         self,
         params: ParamsT,
@@ -110,7 +113,7 @@ class StableSPAM(LogicalOptimizer):
             state.update(step=0, updates=0)
             state["exp_avg"] = torch.zeros_like(flat, dtype=dtype)
             state["exp_avg_sq"] = torch.zeros_like(flat, dtype=dtype)
-            for key in ("max_average", "norm_average", "squared_norm_average"):
+            for key in self.per_tensor_states:
                 state[key] = flat.new_zeros(len(layout.tensors), dtype=scalar_dtype(flat.dtype))
         published = group["compat"] == "published"
         state["updates"] += 1

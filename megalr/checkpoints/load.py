@@ -1,0 +1,176 @@
+"""Put a saved state of any shape into an engine of any other.
+
+Masters are copied into the engine's own tensors, the base optimizer's state is made anew, and the
+weights that the model computes with are refreshed from the masters. Every rank reads only what it
+holds (under tensor parallelism: whole tensors, of which it takes its part).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megalr.checkpoints.layout import frozen_parameters, frozen_piece
+from megalr.checkpoints.source import MASTER, Source, whole
+from megalr.errors import UserError
+from megalr.parallel.shards import shard_of
+from megalr.restarts.state import ShardedState
+
+
+@torch.no_grad()
+def load_source(engine: Any, source: Source) -> None:
+    """Load what this rank holds: masters, frozen weights, optimizer state, the engine's counters.
+
+    Not collective: once all ranks have agreed that it worked, ``ShardedState.refresh_weights``
+    must be called on all of them.
+
+    Raises:
+        UserError: the model is another one, or the counters do not fit this ZeRO stage; the same
+            on all ranks.
+        Damaged: a file cannot be read, on the ranks that read it.
+    """
+    state = ShardedState(engine)
+    _check_model(engine, state, source)
+    for parameter in state.parameters():
+        master = state.master(parameter)
+        if master is not None:
+            start, stop = state.held(parameter)
+            master.copy_(_part(source, state.name(parameter), parameter, MASTER, start, stop))
+    for name, parameter in frozen_parameters(engine, state):
+        _load_frozen(source, name, parameter)
+    for flat, parameters in state.flats():
+        found = _flat_state(state, source, flat, parameters)
+        state.base.state.pop(flat, None)
+        if found:
+            state.base.state[flat] = found
+    saved = source.saved.engine
+    engine.global_steps = saved["global_steps"]
+    engine.global_samples = saved["global_samples"]
+    engine.skipped_steps = saved["skipped_steps"]
+
+
+def _check_model(engine: Any, state: ShardedState, source: Source) -> None:
+    """Refuse a saved state of other parameters; decided from what every rank knows."""
+    expected = {state.name(p): (_full_shape(p, state.shape(p)), True) for p in state.parameters()}
+    for name, parameter in frozen_parameters(engine, state):
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        expected[name] = (_full_shape(parameter, shape), False)
+    saved = {name: (source.shape(name), source.trained(name)) for name in source.names()}
+    for name in [*expected, *saved]:
+        if expected.get(name) != saved.get(name):
+            raise UserError(
+                f"the checkpoint is of another model: {name} is {_shown(saved.get(name))} there "
+                f"and {_shown(expected.get(name))} here; give the model and method it was made with"
+            )
+
+
+def _shown(facts: tuple[tuple[int, ...], bool] | None) -> str:
+    if facts is None:
+        return "absent"
+    return f"{'trained' if facts[1] else 'frozen'} of shape {list(facts[0])}"
+
+
+def _full_shape(parameter: nn.Parameter, shape: tuple[int, ...]) -> tuple[int, ...]:
+    shard = shard_of(parameter)
+    return shape if shard is None else shard.full_shape
+
+
+def _part(
+    source: Source, name: str, parameter: nn.Parameter, key: str, start: int, stop: int
+) -> Tensor:
+    """Elements [start, stop) of what this tensor-parallel rank has of a parameter."""
+    shard = shard_of(parameter)
+    if shard is None:
+        return source.elements(name, key, start, stop)
+    return shard.take(whole(source, name, key)).reshape(-1)[start:stop]
+
+
+def _flat_state(
+    state: ShardedState, source: Source, flat: Tensor, parameters: list[nn.Parameter]
+) -> dict[str, Any]:
+    """The base optimizer's state of one flat tensor."""
+    held = [(p, slot) for p in parameters if (slot := state.slot(p)) and slot.flat is flat]
+    result = _counters(state, source, flat, parameters)
+    first = state.name(parameters[0])
+    for key in source.element_states(first):
+        dtype = source.elements(first, key, 0, 1).dtype
+        result[key] = torch.zeros(flat.shape, dtype=dtype, device=flat.device)  # so is padding
+        for parameter, slot in held:
+            start, stop = slot.start, slot.start + slot.numel
+            part = _part(source, state.name(parameter), parameter, key, start, stop)
+            slot.view(result[key]).copy_(part)
+    mask = result.get("mask")
+    if mask is not None:  # SPAM with a density keeps the moments of the mask's elements only
+        for key in result.keys() & {"exp_avg", "exp_avg_sq"}:
+            result[key] = result[key][mask]
+    result |= _whole_tensor_states(state, source, flat)
+    return result
+
+
+def _counters(
+    state: ShardedState, source: Source, flat: Tensor, parameters: list[nn.Parameter]
+) -> dict[str, Any]:
+    """The counters that all parameters of a flat tensor share.
+
+    Raises:
+        UserError: they do not share them: a shape that keeps one a parameter was saved, and here
+            one serves many.
+    """
+    first = source.scalars(state.name(parameters[0]))
+    for parameter in parameters[1:]:
+        other = source.scalars(state.name(parameter))
+        if {k: float(v) for k, v in other.items()} != {k: float(v) for k, v in first.items()}:
+            raise UserError(
+                f"the optimizer's counters of {state.name(parameters[0])} and "
+                f"{state.name(parameter)} differ in the checkpoint, and this ZeRO stage has one "
+                "for both: continue with the stage it was saved with"
+            )
+    settings = state.base.defaults
+    on_device = bool(settings.get("fused") or settings.get("capturable"))
+    return {
+        key: value.clone().to(flat.device if on_device else "cpu")
+        if isinstance(value, Tensor)
+        else value
+        for key, value in first.items()
+    }
+
+
+def _whole_tensor_states(state: ShardedState, source: Source, flat: Tensor) -> dict[str, Any]:
+    """What the optimizer keeps here for whole tensors: averages on all ranks, matrices on owners."""
+    layout_of = getattr(state.base, "layout", None)
+    if layout_of is None:
+        return {}
+    layout = layout_of(flat)
+    states = {tensor.name: source.tensor_state(tensor.name) for tensor in layout.tensors}
+    result: dict[str, Any] = {}
+    for key in getattr(state.base, "per_tensor_states", ()):
+        if all(key in states[tensor.name].averages for tensor in layout.tensors):
+            averages = [states[tensor.name].averages[key] for tensor in layout.tensors]
+            result[key] = torch.stack(averages).to(flat.device)
+    matrices = {
+        tensor.name: {
+            key: value.to(flat.device, copy=True) if isinstance(value, Tensor) else value
+            for key, value in states[tensor.name].matrix.items()
+        }
+        for tensor in layout.tensors
+        if tensor.owner == layout.rank and states[tensor.name].matrix
+    }
+    if any(states[tensor.name].matrix for tensor in layout.tensors):
+        result["matrices"] = matrices
+    return result
+
+
+def _load_frozen(source: Source, name: str, parameter: nn.Parameter) -> None:
+    """Set a frozen weight, or under ZeRO-3 this rank's piece of it."""
+    if not hasattr(parameter, "ds_id"):
+        whole_part = _part(source, name, parameter, MASTER, 0, parameter.numel())
+        parameter.detach().view(-1).copy_(whole_part)
+        return
+    start, numel = frozen_piece(parameter)
+    piece = _part(source, name, parameter, MASTER, start, start + numel)
+    parameter.ds_tensor.detach().view(-1)[:numel].copy_(piece)  # type: ignore[attr-defined]
+    if parameter.numel():  # a small one, which every rank keeps whole between steps
+        whole_part = _part(source, name, parameter, MASTER, 0, parameter.numel())
+        parameter.detach().view(-1).copy_(whole_part)
