@@ -138,7 +138,7 @@ def _counters(
 
 
 def _whole_tensor_states(state: ShardedState, source: Source, flat: Tensor) -> dict[str, Any]:
-    """What the optimizer keeps here for whole tensors: averages on all ranks, matrices on owners."""
+    """What the optimizer keeps for whole tensors: averages on all ranks, matrices on owners."""
     layout_of = getattr(state.base, "layout", None)
     if layout_of is None:
         return {}
