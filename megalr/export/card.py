@@ -1,0 +1,54 @@
+"""The model card (README.md) of an exported model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def model_card(name: str, tags: list[str], rows: Mapping[str, Any]) -> str:
+    """Markdown with Hugging Face's metadata: a table of ``rows`` and how to load the model.
+
+    Args:
+        name: title.
+        tags: search terms.
+        rows: what is known of the training, by its name; None becomes "not known".
+    """
+    from huggingface_hub import ModelCardData
+
+    data = ModelCardData(
+        library_name="transformers", pipeline_tag="text-generation", tags=["megalr", *tags]
+    )
+    table = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows.items())
+    return f"""---
+{data.to_yaml()}
+---
+
+# {name}
+
+A language model trained by megalr. The weights are dense: factors were multiplied out in float32
+and rounded once.
+
+| | |
+|---|---|
+{table}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+"""
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "not known"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return str(value).replace("|", "\\|")
