@@ -6,10 +6,15 @@ Also started by torchrun, by mpirun, or by plain python for one process.
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
-from megalr.errors import AgreedError, UserError, exit_cleanly
+from megalr.errors import (
+    LOCAL_RANK_VARIABLES,
+    AgreedError,
+    UserError,
+    exit_cleanly,
+    launched_number,
+)
 from megalr.training.signals import StopRequest
 
 DEFAULT_DEEPSPEED = {"zero_optimization": {"stage": 1}}
@@ -57,16 +62,18 @@ def main() -> int:
         if arguments.deepspeed_config is not None:
             ds_user = read_deepspeed_json(arguments.deepspeed_config)
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if launched_number(LOCAL_RANK_VARIABLES) == 0:
             raise
         raise AgreedError(str(error)) from error
     if arguments.print_config:
         print(dump_config(config), end="")
         return 0
+    from megalr.training.lost import name_lost_peers
     from megalr.training.pretrain import pretrain
 
     source = str(arguments.deepspeed_config or "default DeepSpeed config")
-    return pretrain(config, ds_user, source, request)
+    with name_lost_peers(config.run.timeout_seconds):
+        return pretrain(config, ds_user, source, request)
 
 
 if __name__ == "__main__":

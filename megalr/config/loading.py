@@ -34,6 +34,7 @@ ABSENT = "(not set)"
 KEYS_FREE_ON_RESUME = (
     "run.dir",
     "run.resume",
+    "run.timeout_seconds",
     "data.validation",
     "data.prefetch_updates",
     "train.micro_batch_size",

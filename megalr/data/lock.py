@@ -29,7 +29,7 @@ class JobLock:
         self.name = f"{share}-of-{shares}"
         self._file: IO[str] | None = None
         with open(folder / GUARD_NAME, "a+") as guard:
-            _lock(guard, wait=True)  # two jobs that start together look one after the other
+            lock_file(guard, wait=True)  # two jobs that start together look one after the other
             self._file = self._acquire(shares)
 
     def _acquire(self, shares: int) -> IO[str]:
@@ -38,16 +38,16 @@ class JobLock:
             if path != own and path.name.endswith(f"-of-{shares}"):
                 continue  # another share of this job
             with open(path, "a+") as other:
-                if not _lock(other):
+                if not lock_file(other):
                     other.seek(0)
                     raise UserError(
                         f"{self._folder}: another job is writing here: {other.read().strip()}; "
                         f"wait for it, end it, or choose another output folder"
                     )
         file = open(own, "a+")  # noqa: SIM115
-        _lock(file)
+        lock_file(file)
         file.truncate(0)
-        file.write(_description())
+        file.write(describe_process())
         file.flush()
         return file
 
@@ -59,7 +59,7 @@ class JobLock:
             self._file = None
 
 
-def _lock(file: IO[str], wait: bool = False) -> bool:
+def lock_file(file: IO[str], wait: bool = False) -> bool:
     """Take the exclusive lock of an open file; False if another process holds it."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -73,7 +73,8 @@ def _lock(file: IO[str], wait: bool = False) -> bool:
     return True
 
 
-def _description() -> str:
+def describe_process() -> str:
+    """This process, its host and its SLURM job, in words."""
     job = os.environ.get("SLURM_JOB_ID")
     slurm = f", SLURM job {job}" if job else ""
     started = time.strftime("%Y-%m-%d %H:%M:%S")

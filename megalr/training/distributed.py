@@ -4,68 +4,97 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from megalr.errors import AgreedError, UserError
+from megalr.training.launch import adopt_launcher, host_name
+from megalr.training.rendezvous import meet
 
 T = TypeVar("T")
 
+DEFAULT_TIMEOUT_SECONDS = 1800.0
+"""Limit of a collective where no run configures one."""
 
-def start_distributed() -> torch.device:
+
+def start_distributed(timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> torch.device:
     """Join the world that the launcher made, or be a world of one; return this rank's device.
 
-    Understood: the variables of ``deepspeed`` and torchrun (RANK, LOCAL_RANK, WORLD_SIZE,
-    MASTER_ADDR, MASTER_PORT), MPI (through mpi4py), and nothing at all: one process.
+    What counts as a launcher: :func:`megalr.training.launch.adopt_launcher`.
+
+    Args:
+        timeout_seconds: how long a collective may take before it counts as lost.
 
     Raises:
-        UserError: more processes on this machine than it has GPUs.
+        UserError: the ranks cannot meet, or one of them has no GPU left to work on.
     """
     import deepspeed  # here, because it takes seconds and --help should not
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed 0.19 calls collectives that torch 2.13 has renamed: nothing a user can mend.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed")
-    launched = "RANK" in os.environ or "OMPI_COMM_WORLD_RANK" in os.environ
-    if not launched:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(
-            RANK="0",
-            LOCAL_RANK="0",
-            WORLD_SIZE="1",
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-        )
-    local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", 0)))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        count = torch.cuda.device_count()
-        if local_rank >= count:
-            raise UserError(
-                f"process {local_rank + 1} of this machine has no GPU: {count} visible; start at "
-                f"most {count} processes on it"
-            )
-        torch.cuda.set_device(local_rank)
-        device = torch.device("cuda", local_rank)
+    adopt_launcher()
+    error, device = None, torch.device("cpu")
+    try:
+        device = _own_device(int(os.environ["LOCAL_RANK"]))
+    except UserError as caught:
+        error = caught
     skip_shared_memory_op()
     backend = "nccl" if device.type == "cuda" else "gloo"
-    try:
+    if dist.is_initialized() or os.environ["WORLD_SIZE"] == "1":
+        if error is not None:
+            raise error
         deepspeed.init_distributed(dist_backend=backend, verbose=False)
-    except dist.DistNetworkError as error:
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise UserError(
-            f"the ranks cannot meet at {where} (MASTER_ADDR:MASTER_PORT): "
-            f"{str(error).splitlines()[0]} If another job uses the port, start this one with "
-            "--master_port of another number"
-        ) from error
+        return device
+    store = meet(error, timeout_seconds)
+    timeout = timedelta(seconds=timeout_seconds)
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+    del store  # rank 0 of DeepSpeed's world serves it from now on
     return device
+
+
+def limit_collectives(timeout_seconds: float) -> None:
+    """Give every group made so far this limit; DeepSpeed makes its groups with torch's own.
+
+    gloo raises an error in the call, which :mod:`megalr.training.lost` puts into words; NCCL's
+    watchdog ends the process and names rank and collective in its log.
+    """
+    timeout = timedelta(seconds=timeout_seconds)
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def _own_device(local_rank: int) -> torch.device:
+    """The GPU of the process with this number on its machine; the CPU where there is no GPU."""
+    if not torch.cuda.is_available():
+        if os.environ.get("SLURM_GPUS_ON_NODE", "0") != "0" and not _cpu_is_meant():
+            raise UserError(
+                f"SLURM gave this job {os.environ['SLURM_GPUS_ON_NODE']} GPUs on this node but "
+                "torch sees none: check the driver and torch's CUDA build (nvidia-smi, "
+                "torch.version.cuda), or set DS_ACCELERATOR=cpu to train on the CPU"
+            )
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if count == 1 and os.environ.get("SLURM_GPUS_PER_TASK") == "1":
+        # SLURM shows every task its own GPU only, as number 0; DeepSpeed reads LOCAL_RANK.
+        os.environ["LOCAL_RANK"] = "0"
+        local_rank = 0
+    if local_rank >= count:
+        raise UserError(
+            f"process {local_rank + 1} of this machine has no GPU: {count} visible; start at "
+            f"most {count} processes on it"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _cpu_is_meant() -> bool:
+    return os.environ.get("DS_ACCELERATOR") == "cpu"
 
 
 def skip_shared_memory_op() -> None:
@@ -107,12 +136,14 @@ def on_main(function: Callable[[], T]) -> T:
 def agree(error: Exception | None) -> None:
     """Raise an AgreedError on every rank if any rank has an error; every rank must call it.
 
-    The error is the lowest such rank's, with its number.
+    The error is the lowest such rank's, with its number, and its host where there are several.
     """
-    found: list[str | None] = [str(error) if error is not None else None]
+    own = host_name(), str(error) if error is not None else None
+    found = [own]
     if dist.is_initialized() and dist.get_world_size() > 1:
-        found = [None] * dist.get_world_size()
-        dist.all_gather_object(found, str(error) if error is not None else None)
-    for rank, text in enumerate(found):
+        found = [own] * dist.get_world_size()
+        dist.all_gather_object(found, own)
+    hosts = {host for host, _ in found}
+    for rank, (host, text) in enumerate(found):
         if text is not None:
-            raise AgreedError(f"rank {rank}: {text}")
+            raise AgreedError(f"rank {rank}{f' on {host}' if len(hosts) > 1 else ''}: {text}")

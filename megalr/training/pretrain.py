@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Iterable
 from dataclasses import fields
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import megalr
 from megalr.config.deepspeed import resolve_deepspeed_config
 from megalr.config.schema import RunConfig
 from megalr.data import (
@@ -31,14 +29,23 @@ from megalr.models.config import decoder_config
 from megalr.models.decoder import Decoder
 from megalr.models.flops import parameter_count
 from megalr.optim.schedules import make_schedule
+from megalr.parallel.mesh import Mesh, make_mesh
 from megalr.restarts.controller import Restarts
 from megalr.restarts.relora import Relora
 from megalr.training.checkpoint import load_checkpoint
-from megalr.training.distributed import agree, is_main, on_main, start_distributed
+from megalr.training.distributed import (
+    agree,
+    is_main,
+    limit_collectives,
+    on_main,
+    start_distributed,
+)
 from megalr.training.engine import build_engine, build_model
+from megalr.training.environment import check_ranks_agree, report, versions
 from megalr.training.loop import Position, Trainer
 from megalr.training.metrics import MetricsWriter
 from megalr.training.run_folder import CHECKPOINTS, check_run_folder, write_run_folder
+from megalr.training.run_lock import run_folder_lock
 from megalr.training.signals import STOPPED, StopRequest
 from megalr.training.stopping import StopCheck
 
@@ -64,17 +71,35 @@ def pretrain(
         UserError: anything that the user can put right, on every rank.
     """
     started = time.perf_counter()
-    device = start_distributed()
+    device = start_distributed(config.run.timeout_seconds)
+    lines = report(device)
+    if is_main():
+        print(lines, flush=True)
     stop = StopCheck(request or StopRequest(), Path(config.run.dir), device)
     if stop.agreed(now=True):
         return _stopped_at_start(stop)
-    world = dist.get_world_size()
-    ds_config = resolve_deepspeed_config(config, ds_user, ds_source, world)
+    with run_folder_lock(Path(config.run.dir)):
+        return _train(config, ds_user, ds_source, device, stop, started)
+
+
+def _train(
+    config: RunConfig,
+    ds_user: dict[str, Any],
+    ds_source: str,
+    device: torch.device,
+    stop: StopCheck,
+    started: float,
+) -> int:
+    """The run, once its folder is this job's; the exit code."""
+    mesh = make_mesh(config.parallel.tensor, device.type)
+    ds_config = resolve_deepspeed_config(config, ds_user, ds_source, mesh.data_size)
     train_data, validation_data = _open_data(config)
+    check_ranks_agree(config, ds_config, train_data.fingerprint)
     tag = on_main(lambda: check_run_folder(config))
-    decoder = build_model(config, device)
+    decoder = build_model(config, device, mesh)
     facts = _facts(config, ds_config, decoder, train_data)
     engine = build_engine(config, ds_config, decoder)
+    limit_collectives(config.run.timeout_seconds)
     if stop.agreed(now=True):
         return _stopped_at_start(stop)
     restarts, relora = _make_restarts(config, engine, decoder)
@@ -92,8 +117,8 @@ def pretrain(
         train_data,
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
-        rank=dist.get_rank(),
-        world_size=world,
+        rank=mesh.data_rank,
+        world_size=mesh.data_size,
         seed=config.run.seed,
         start_update=start.update,
         prefetch_updates=config.data.prefetch_updates,
@@ -110,7 +135,7 @@ def pretrain(
             engine,
             device,
             loader,
-            _validation(config, validation_data, world),
+            _validation(config, validation_data, mesh),
             restarts,
             relora,
             metrics,
@@ -150,7 +175,9 @@ def _facts(
         "parameters": parameter_count(decoder),
         "trainable_parameters": parameter_count(decoder, trainable_only=True),
         "world_size": dist.get_world_size(),
-        "data_parallel_size": dist.get_world_size(),
+        "data_parallel_size": decoder.plan.mesh.data_size,
+        "tensor_parallel_size": decoder.plan.mesh.tensor_size,
+        "layout": decoder.plan.layout if decoder.plan.parallel else "none",
         "precision": config.train.precision,
         "zero_stage": ds_config["zero_optimization"]["stage"],
         "train_samples": data.num_samples,
@@ -231,31 +258,14 @@ def _open_data_here(config: RunConfig) -> tuple[TokenDataset, TokenDataset | Non
 
 
 def _validation(
-    config: RunConfig, data: TokenDataset | None, world: int
+    config: RunConfig, data: TokenDataset | None, mesh: Mesh
 ) -> Iterable[tuple[torch.Tensor, torch.Tensor]] | None:
     if data is None:
         return None
     return EvaluationBatches(
         data,
         micro_batch_size=config.evaluation.micro_batch_size or config.train.micro_batch_size,
-        rank=dist.get_rank(),
-        world_size=world,
+        rank=mesh.data_rank,
+        world_size=mesh.data_size,
         max_targets=config.evaluation.tokens,
     )
-
-
-def versions(device: torch.device) -> dict[str, str]:
-    """Versions of what the numbers depend on, and the device's name."""
-    import deepspeed
-
-    name = platform.processor() or platform.machine()
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    return {
-        "megalr": megalr.__version__,
-        "torch": torch.__version__,
-        "deepspeed": deepspeed.__version__,
-        "python": platform.python_version(),
-        "cuda": torch.version.cuda or "none",
-        "device": name,
-    }

@@ -22,6 +22,10 @@ from megalr.errors import UserError
 CONFIG = "config.yaml"
 DS_CONFIG = "ds_config.json"
 CHECKPOINTS = "checkpoints"
+RUN_LOCK = ".lock"
+"""Kept locked by rank 0 of a running job."""
+LAUNCHER_FILES = (RUN_LOCK, "logs", "stop", ".slurm")
+"""What a launcher may put into the folder before the run begins."""
 COMPLETE = "complete.json"
 """Written last into a checkpoint's folder: without it the checkpoint does not count."""
 
@@ -63,7 +67,7 @@ def check_run_folder(config: RunConfig) -> str | None:
         )
     if saved.exists():
         _compare(saved, config)
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(path.name not in LAUNCHER_FILES for path in folder.iterdir()):
         raise UserError(
             f"run.dir {folder} is not empty and holds no {CONFIG}: choose another run.dir"
         )

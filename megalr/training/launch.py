@@ -1,0 +1,135 @@
+"""Which launcher started this process: its variables become RANK, WORLD_SIZE and so on."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Mapping
+
+from megalr.errors import UserError
+
+WORLD_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+DEFAULT_PORT = 29500
+
+
+def adopt_launcher() -> None:
+    """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT of this process.
+
+    Understood, in this order: these variables themselves (``deepspeed``, torchrun), Open MPI's
+    mpirun, SLURM's srun, another MPI's mpiexec, and nothing at all: one process.
+
+    Raises:
+        UserError: some of the variables are missing or no numbers, or a SLURM job of several tasks
+            started this process without srun.
+    """
+    environment = os.environ
+    if "RANK" in environment:
+        _check_complete(environment)
+    elif "OMPI_COMM_WORLD_RANK" in environment:
+        _discover_by_mpi()
+    elif "SLURM_STEP_NUM_TASKS" in environment and environment["SLURM_STEP_NUM_TASKS"] != "1":
+        environment.update(slurm_variables(environment))
+    elif "PMI_RANK" in environment:
+        _discover_by_mpi()
+    else:
+        _check_not_left_out_srun(environment)
+        environment.update(
+            RANK="0",
+            LOCAL_RANK="0",
+            WORLD_SIZE="1",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(_free_port()),
+        )
+
+
+def slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """RANK and so on of a task that srun started, from SLURM's variables.
+
+    MASTER_ADDR and MASTER_PORT are kept where they are given; otherwise the first node of the step
+    and a port that depends on the job's number, so that two jobs of a node do not share it.
+
+    Raises:
+        UserError: a variable that srun sets is not there or is no number.
+    """
+    needed = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST")
+    missing = [name for name in (*needed, "SLURM_JOB_ID") if not environment.get(name)]
+    if missing:
+        raise UserError(
+            f"srun started this process but {', '.join(missing)} {_is_not(missing)} set: start it "
+            "with plain srun, or export RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+        )
+    for name in (*needed[:3], "SLURM_JOB_ID"):
+        _number(environment, name)
+    port = 10000 + int(environment["SLURM_JOB_ID"]) % 20000
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
+        "MASTER_ADDR": environment.get("MASTER_ADDR")
+        or first_host(environment["SLURM_STEP_NODELIST"]),
+        "MASTER_PORT": environment.get("MASTER_PORT") or str(port),
+    }
+
+
+def first_host(node_list: str) -> str:
+    """The first name of SLURM's compressed node list: ``gpu[007-012,14],big1`` gives gpu007."""
+    first = re.split(r",(?![^\[]*\])", node_list)[0]
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
+
+
+def host_name() -> str:
+    """What this machine is called in messages: SLURM's name of the node, or the host name."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def _check_complete(environment: Mapping[str, str]) -> None:
+    missing = [name for name in WORLD_VARIABLES if not environment.get(name)]
+    if missing:
+        raise UserError(
+            f"RANK is {environment['RANK']!r} but {', '.join(missing)} {_is_not(missing)} set: "
+            "start with deepspeed, torchrun, mpirun or srun, or unset RANK for one process"
+        )
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+        _number(environment, name)
+    os.environ.setdefault("LOCAL_RANK", "0")
+    _number(environment, "LOCAL_RANK")
+
+
+def _check_not_left_out_srun(environment: Mapping[str, str]) -> None:
+    tasks = environment.get("SLURM_NTASKS", "1")
+    if "SLURM_JOB_ID" in environment and "SLURM_STEP_NUM_TASKS" not in environment and tasks != "1":
+        raise UserError(
+            f"this SLURM job has {tasks} tasks (SLURM_NTASKS) but srun did not start this process: "
+            "put srun before the command, or unset SLURM_NTASKS for one process"
+        )
+
+
+def _discover_by_mpi() -> None:
+    """Rank and size from MPI; MASTER_ADDR if it is given, else rank 0's first address."""
+    from deepspeed.comm.comm import mpi_discovery
+
+    given = os.environ.get("MASTER_ADDR")
+    port = os.environ.get("MASTER_PORT", str(DEFAULT_PORT))
+    mpi_discovery(distributed_port=port, verbose=False)
+    if given:
+        os.environ["MASTER_ADDR"] = given
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    try:
+        return int(environment[name])
+    except ValueError:
+        raise UserError(
+            f"{name} is {environment[name]!r}, not a number: unset it, or let the launcher set it"
+        ) from None
+
+
+def _is_not(names: list[str]) -> str:
+    return "is not" if len(names) == 1 else "are not"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

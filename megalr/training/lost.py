@@ -1,0 +1,57 @@
+"""A collective that another rank no longer answers: said in one line, with rank and collective."""
+
+from __future__ import annotations
+
+import os
+import re
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+from megalr.errors import PeerLost
+from megalr.training.launch import host_name
+
+_SIGNS = re.compile(
+    r"Timed out waiting|Connection closed by peer|Connection reset by peer|Broken pipe|"
+    r"No route to host|Network is unreachable|Connection timed out|Read error|wait timeout",
+    re.IGNORECASE,
+)
+_PLUMBING = {"wrapper", "wait"}
+
+
+@contextmanager
+def name_lost_peers(timeout_seconds: float) -> Iterator[None]:
+    """Turn the error of a collective whose other ranks are gone into a PeerLost.
+
+    That is what gloo raises; NCCL's watchdog ends the process by itself and says the same in its
+    log. Every other error passes unchanged.
+
+    Args:
+        timeout_seconds: the limit of a collective, for the message.
+    """
+    try:
+        yield
+    except (dist.DistError, RuntimeError) as error:
+        # gloo's text may end in a hint; the sign stands in its first line
+        reason = str(error).splitlines()[0] if str(error) else ""
+        if not _SIGNS.search(reason):
+            raise
+        raise PeerLost(
+            f"rank {os.environ.get('RANK', '0')} on {host_name()}: {collective_of(error)} got no "
+            f"answer from another rank (limit run.timeout_seconds {timeout_seconds:g}): {reason}; "
+            "look for the first rank that ended and at the network, then start the same command "
+            "again to go on from the newest checkpoint"
+        ) from error
+
+
+def collective_of(error: BaseException) -> str:
+    """Name of the collective that an error comes from: torch's function in its traceback."""
+    name = "a collective"
+    for frame in traceback.extract_tb(error.__traceback__):
+        if frame.filename.endswith("distributed_c10d.py") and frame.name not in _PLUMBING:
+            return frame.name
+        if "/deepspeed/" in frame.filename and frame.name == "wait":
+            name = "an asynchronous collective"
+    return name

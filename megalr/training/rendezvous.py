@@ -1,0 +1,173 @@
+"""The ranks find each other, and say what is wrong with any of them, before the first collective.
+
+The exchange goes through torch's key-value store at MASTER_ADDR:MASTER_PORT, which needs no more
+than that every rank reaches that address. So a rank without a GPU or a rank that never comes is
+reported by name on all ranks, instead of leaving the others in a collective.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import socket
+import time
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+
+import psutil
+import torch.distributed as dist
+
+from megalr.errors import AgreedError, UserError
+from megalr.training.launch import host_name
+
+MEETING_SECONDS = 600.0
+"""How long ranks wait for each other at the start at most: the first start on a cluster reads
+gigabytes of libraries from a shared file system."""
+
+_EVERYONE = "everyone"
+_GRACE_SECONDS = 10.0  # how much longer the others wait for rank 0's word than rank 0 for them
+
+
+@dataclass(frozen=True)
+class Attendance:
+    """What a rank says of itself when it arrives.
+
+    Attributes:
+        host: name of its machine.
+        address: its own address on the way to MASTER_ADDR.
+        error: why it cannot take part; None if it can.
+    """
+
+    host: str
+    address: str
+    error: str | None
+
+
+def meet(error: UserError | None, timeout_seconds: float) -> dist.Store:
+    """Wait until every rank of the world has arrived; every rank must call it.
+
+    Where the ranks have several addresses, gloo is told the network interface that leads to
+    MASTER_ADDR (GLOO_SOCKET_IFNAME, unless it is set): by itself it takes the one of the host's
+    name, which many systems map to the loopback.
+
+    Args:
+        error: what keeps this rank from taking part, if anything.
+        timeout_seconds: how long the first waits for the last, at most MEETING_SECONDS.
+
+    Returns:
+        The store; keep it as long as others are to be found at this address.
+
+    Raises:
+        UserError: the port is taken, or MASTER_ADDR cannot be reached.
+        AgreedError: another rank has not arrived or is in trouble, with its number and host.
+    """
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    seconds = min(timeout_seconds, MEETING_SECONDS)
+    server = _open_store(rank, world_size, seconds)
+    # A torchrun that starts its processes again has them meet at the same store.
+    store = dist.PrefixStore(f"megalr/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", server)
+    here = Attendance(host_name(), _address_towards(os.environ["MASTER_ADDR"]), _text(error))
+    store.set(str(rank), json.dumps(asdict(here)))
+    everyone = _collect(store, world_size, seconds) if rank == 0 else _hear(store, seconds)
+    for number, other in enumerate(everyone):
+        if other.error is not None:
+            raise AgreedError(f"rank {number} on {other.host}: {other.error}")
+    _choose_interface(here.address, [other.address for other in everyone])
+    return server
+
+
+def _open_store(rank: int, world_size: int, seconds: float) -> dist.Store:
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun serves the store
+    try:
+        return dist.TCPStore(
+            address,
+            port,
+            world_size,
+            is_master=rank == 0 and not agents,
+            timeout=timedelta(seconds=seconds),
+            wait_for_workers=False,
+            multi_tenant=not agents,
+        )
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        if "EADDRINUSE" in str(error):
+            raise UserError(
+                f"MASTER_PORT {port} is in use on {host_name()}: another job or a leftover process "
+                "has it; start with another one (--master_port of deepspeed and torchrun, "
+                "MASTER_PORT for srun and mpirun)"
+            ) from None
+        raise UserError(
+            f"rank {rank} on {host_name()} cannot reach {address}:{port} (MASTER_ADDR:MASTER_PORT) "
+            f"within {seconds:g} s: check that rank 0 runs there, that the name resolves to an "
+            "address of the cluster's network, and that no firewall closes the port"
+        ) from error
+
+
+def _collect(store: dist.Store, world_size: int, seconds: float) -> list[Attendance]:
+    """Rank 0: everyone's words, passed on to all; or the error that somebody is missing."""
+    deadline = time.monotonic() + seconds
+    missing = list(range(world_size))
+    while missing and time.monotonic() < deadline:
+        missing = [rank for rank in missing if not store.check([str(rank)])]
+        if missing:
+            time.sleep(0.1)
+    if missing:
+        shown = ", ".join(map(str, missing[:8])) + (" and more" if len(missing) > 8 else "")
+        text = (
+            f"rank {shown} of {world_size} did not arrive at {os.environ['MASTER_ADDR']}:"
+            f"{os.environ['MASTER_PORT']} within {seconds:g} s: look for its own words, and check "
+            "that every node was started and reaches this address"
+        )
+        store.set(_EVERYONE, json.dumps({"missing": text}))
+        time.sleep(1.0)  # the store ends with this process; let the others read that
+        raise AgreedError(text)
+    said = [json.loads(store.get(str(rank))) for rank in range(world_size)]
+    store.set(_EVERYONE, json.dumps({"ranks": said}))
+    return [Attendance(**words) for words in said]
+
+
+def _hear(store: dist.Store, seconds: float) -> list[Attendance]:
+    """Other ranks: what rank 0 passed on."""
+    try:
+        store.wait([_EVERYONE], timedelta(seconds=seconds + _GRACE_SECONDS))
+        told = json.loads(store.get(_EVERYONE))
+    except (dist.DistError, RuntimeError) as error:
+        raise UserError(
+            f"{host_name()}: rank 0 did not answer at {os.environ['MASTER_ADDR']}:"
+            f"{os.environ['MASTER_PORT']} within {seconds:g} s: look for its own words, and check "
+            "that no other program uses the port"
+        ) from error
+    if "missing" in told:
+        raise AgreedError(told["missing"])
+    return [Attendance(**words) for words in told["ranks"]]
+
+
+def _address_towards(target: str) -> str:
+    """This machine's own address on the way to ``target`` (name or address); nothing is sent."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(target, 9, type=socket.SOCK_DGRAM)[
+            0
+        ]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(address)
+            return str(probe.getsockname()[0])
+    except OSError:
+        return "127.0.0.1"
+
+
+def _choose_interface(own: str, addresses: list[str]) -> None:
+    """Set GLOO_SOCKET_IFNAME if ranks are on several machines and nobody has set it."""
+    if len(set(addresses)) == 1 or "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    if ipaddress.ip_address(own).is_loopback:  # rank 0's machine calls itself by a loopback name
+        outside = [a for a in addresses if not ipaddress.ip_address(a).is_loopback]
+        own = _address_towards(outside[0])
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.address.split("%")[0] == own for entry in entries):
+            os.environ["GLOO_SOCKET_IFNAME"] = name
+            return
+
+
+def _text(error: UserError | None) -> str | None:
+    return None if error is None else str(error)
