@@ -1,0 +1,1 @@
+"""Predictions before a run: memory of a rank, time of an update, cost of communication."""

@@ -1,0 +1,130 @@
+"""Bytes that forward keeps for backward, and what head and backward need besides.
+
+Counted per token and block in elements of the compute precision, h hidden width, f MLP width, r
+rank, with equal numbers of heads:
+
+=================================  =====================  =====================
+kept by a block                    factors                one stacked GEMM
+=================================  =====================  =====================
+its input, both norms' outputs,
+the input of the second norm       4 h                    4 h
+q and k turned, v, output          4 h                    6 h: v is a part of
+                                                          the stack q, k, v
+bottlenecks                        7 r                    0
+gate, up and their product         3 f                    3 f
+without torch.compile also silu    f                      f
+=================================  =====================  =====================
+
+These are the tensors that torch's autograd keeps of a compiled block (found by looking at the saved
+tensors); whole runs agree to 2 % (docs/memory.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megalr.estimate.tensors import DENSE_INSIDE, Layout, MatrixGroup, matrix_groups
+from megalr.layers.head import CHUNK_BYTES
+from megalr.models.config import DecoderConfig
+
+LIBRARIES = 80 * 2**20
+"""Bytes of workspace of the GPU libraries inside the allocator: what is left of recorded peaks."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a micro-batch is computed.
+
+    Attributes:
+        tokens: micro-batch size times sequence length.
+        element: bytes of a number of the compute precision.
+        compiled: ``train.compile``.
+        recompute: ``train.activation_checkpointing: full``.
+    """
+
+    tokens: int
+    element: int
+    compiled: bool
+    recompute: bool
+
+
+@dataclass(frozen=True)
+class ActivationBytes:
+    """Bytes of one micro-batch.
+
+    Attributes:
+        kept: by all blocks for backward.
+        work: the larger of what the head and what the backward pass of a block need for a moment.
+    """
+
+    kept: int
+    work: int
+
+
+def activation_bytes(
+    sizes: DecoderConfig, method: Any, layout: Layout, shape: Shape
+) -> ActivationBytes:
+    """Activations of a micro-batch on one rank."""
+    groups = matrix_groups(sizes, method, layout)
+    token = block_elements(sizes, method, layout, groups, shape.compiled)
+    heads = sizes.num_heads // layout.size
+    # Besides the elements: log-sum-exp of attention and the norms' scales, float32.
+    block = shape.tokens * (token * shape.element + 4 * (heads + 2))
+    block += _weight_copies(method, groups, shape)
+    residual = sizes.hidden_size // (layout.size if layout.cut_residual else 1)
+    entry = shape.tokens * residual * shape.element
+    kept = sizes.num_layers * (entry if shape.recompute else block)
+    working = block if shape.recompute else 0
+    f = groups[2].local_rows[0]
+    backward = shape.tokens * (3 * f + 2 * residual) * shape.element + working
+    head = head_bytes(sizes, layout, shape)
+    return ActivationBytes(int(kept), int(max(backward, head)) + LIBRARIES)
+
+
+def block_elements(
+    sizes: DecoderConfig, method: Any, layout: Layout, groups: list[MatrixGroup], compiled: bool
+) -> float:
+    """Elements a token that a block keeps, as in the table above."""
+    t = layout.size
+    h, kv = sizes.hidden_size / t, sizes.kv_heads * sizes.head_dim / t
+    f = groups[2].local_rows[0]
+    residual = sizes.hidden_size / (t if layout.cut_residual else 1)
+    count = 4 * residual + 2 * h + 2 * kv
+    if not groups[0].factorized or method.name == "sltrain":
+        # q, k, v come from one GEMM: v keeps the whole stack alive beside the turned q and k.
+        count += h + kv
+    count += (3 if sizes.gated_mlp else 2) * f
+    if not compiled:
+        count += f  # the activation's output
+    if method.name != "sltrain":
+        bottlenecks = sum(len(g.rows) for g in groups if g.factorized) * getattr(method, "rank", 0)
+        both = method.name == "cola" and not compiled  # before and after the nonlinearity
+        count += bottlenecks * (2 if both else 1)
+    return count
+
+
+def _weight_copies(method: Any, groups: list[MatrixGroup], shape: Shape) -> float:
+    """Tensors of the size of weights that a block keeps for backward."""
+    factorized = [g for g in groups if g.factorized]
+    if not factorized:
+        return 0.0
+    if method.name == "sltrain":
+        # torch.compile finds W in forward and backward and keeps it instead of building it twice.
+        dense = sum(g.local_n * sum(g.local_rows) for g in factorized)
+        return dense * shape.element if shape.compiled else 0.0
+    scaled = method.name in ("low_rank", *DENSE_INSIDE) and method.alpha != method.rank
+    rows = sum(sum(g.local_rows) for g in factorized)
+    return rows * method.rank * shape.element if scaled else 0.0
+
+
+def head_bytes(sizes: DecoderConfig, layout: Layout, shape: Shape) -> float:
+    """Bytes while the head works: a chunk of logits, its loss, gradients of input and weight."""
+    rows, h = sizes.padded_vocab_size // layout.size, sizes.hidden_size
+    largest = max(1, CHUNK_BYTES // (rows * shape.element))
+    chunk = -(-shape.tokens // -(-shape.tokens // largest))
+    logits = chunk * rows
+    weight = rows * h * (4 + shape.element)  # the float32 sum and the chunk's own product
+    # Not compiled, the loss keeps four float32 arrays of the chunk's size at a time.
+    arrays = logits * (shape.element if shape.compiled else shape.element + 16)
+    return arrays + weight + 3 * shape.tokens * h * shape.element

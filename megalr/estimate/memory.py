@@ -1,0 +1,135 @@
+"""Memory of one rank before a run: states, activations, buffers, and the peak that they make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megalr.config.deepspeed import resolve_deepspeed_config
+from megalr.config.schema import RunConfig
+from megalr.errors import UserError
+from megalr.estimate.activations import ActivationBytes, Shape, activation_bytes
+from megalr.estimate.states import StateBytes, state_bytes
+from megalr.estimate.tensors import Layout, stored_tensors
+from megalr.models.config import DecoderConfig, decoder_config
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one rank.
+
+    Attributes:
+        states: what ZeRO and the optimizer keep.
+        activations: what a micro-batch needs.
+        graphs: whether forward and backward run as a CUDA graph, which never gives back what they
+            needed.
+    """
+
+    states: StateBytes
+    activations: ActivationBytes
+    graphs: bool
+
+    @property
+    def fixed(self) -> int:
+        """Bytes that are there all the time from the first update on."""
+        s = self.states
+        return s.weights + s.frozen + s.masters + s.gradients + s.moments + s.buckets
+
+    @property
+    def micro_batch(self) -> int:
+        """Bytes of forward and backward."""
+        return self.activations.kept + self.activations.work
+
+    @property
+    def peak(self) -> int:
+        """Bytes that the allocator needs at once in training.
+
+        Activations and the copies of the update do not exist together, except under a CUDA graph.
+        """
+        s = self.states
+        if self.graphs:
+            return self.fixed + s.step_gradients + self.micro_batch + s.update
+        return self.fixed + s.step_gradients + max(self.micro_batch, s.update)
+
+    @property
+    def recorded_peak(self) -> int:
+        """What ``peak_memory_gib`` of metrics.jsonl will show.
+
+        It differs from ``peak`` under a CUDA graph only: the allocator counts the graph's memory
+        while the graph is captured, before the first update, when moments do not exist yet.
+        """
+        if not self.graphs:
+            return self.peak
+        s = self.states
+        capture = self.fixed - s.moments + self.micro_batch
+        return max(capture, self.fixed + s.step_gradients + s.update)
+
+    def table(self) -> str:
+        """Lines of ``name  GiB``, the total last."""
+        s, a = self.states, self.activations
+        rows = [
+            ("weights", s.weights),
+            ("frozen weights, positions", s.frozen),
+            ("master weights", s.masters),
+            ("gradients, accumulated", s.gradients),
+            ("gradients of a micro-batch", s.step_gradients),
+            ("optimizer state", s.moments),
+            ("communication buffers", s.buckets),
+            ("activations kept", a.kept),
+            ("head, backward of a block", a.work),
+            ("update: copies for reductions", s.update),
+        ]
+        lines = [f"{name:<32}{size / GIB:10.3f}" for name, size in rows if size]
+        how = "all" if self.graphs else "all but the smaller of update and activations"
+        lines += ["-" * 42, f"{'peak, GiB':<32}{self.peak / GIB:10.3f}  ({how})"]
+        if s.on_host:
+            lines.append(f"{'in host memory, GiB':<32}{s.on_host / GIB:10.3f}")
+        return "\n".join(lines)
+
+
+def sizes_of(config: RunConfig) -> DecoderConfig:
+    """The decoder's sizes as the run gives them."""
+    values = {key: value for key, value in config.model.model_dump().items() if value is not None}
+    return decoder_config(values.pop("preset"), values)
+
+
+def data_parallel_size(gpus: int, tensor: int) -> int:
+    """Ranks that see different data.
+
+    Raises:
+        UserError: ``tensor`` does not divide ``gpus``.
+    """
+    if gpus < 1 or tensor < 1 or gpus % tensor:
+        raise UserError(
+            f"{gpus} GPUs cannot be cut into tensor-parallel groups of {tensor}: use a divisor"
+        )
+    return gpus // tensor
+
+
+def estimate_memory(
+    config: RunConfig, ds_user: dict[str, Any], source: str, gpus: int, layout: Layout
+) -> MemoryEstimate:
+    """Memory of one rank of a run on ``gpus`` GPUs.
+
+    ``ds_user`` is the user's DeepSpeed JSON and ``source`` its name in messages.
+
+    Raises:
+        UserError: settings that do not go together, batches or layouts that do not divide.
+    """
+    data_size = data_parallel_size(gpus, layout.size)
+    ds_config = resolve_deepspeed_config(config, ds_user, source, data_size)
+    sizes = sizes_of(config)
+    tensors = stored_tensors(sizes, config.method, layout)
+    shape = Shape(
+        tokens=config.train.micro_batch_size * config.data.sequence_length,
+        element=4 if config.train.precision == "fp32" else 2,
+        compiled=config.train.compile,
+        recompute=config.train.activation_checkpointing == "full",
+    )
+    return MemoryEstimate(
+        state_bytes(config, ds_config, tensors, sizes.num_layers, data_size),
+        activation_bytes(sizes, config.method, layout, shape),
+        config.train.cuda_graphs,
+    )

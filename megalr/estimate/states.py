@@ -1,0 +1,236 @@
+"""Bytes of weights, gradients, masters and optimizer state on one rank, by ZeRO stage.
+
+Which buffers exist is decided by the class that DeepSpeed wraps the optimizer in (the table in
+docs/deepspeed-notes.md); their sizes follow from the tensors. Checked against the buffers of live
+engines in tests/estimate.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from megalr.config.schema import RunConfig
+from megalr.estimate.tensors import TRAINED, Stored
+from megalr.models.config import round_up
+from megalr.optim.quantized import BLOCK, MINIMUM
+
+ALLREDUCE_ELEMENTS = 500_000_000
+"""Elements after which DeepSpeed closes a bucket of its plain all-reduce (stage 0 and 1)."""
+
+PROJECTED = ("galore", "fira", "golore", "apollo", "apollo_mini")
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes on one rank.
+
+    Attributes:
+        wrapper: DeepSpeed's class around the optimizer; "none" for plain float32.
+        weights: what the model computes with.
+        frozen: weights without gradient, and positions of sparse entries.
+        masters: float32 (paper_bf16: bfloat16) copies that the optimizer updates.
+        gradients: accumulated gradients that exist between micro-batches.
+        moments: the optimizer's state.
+        buckets: buffers of ZeRO's reductions and gathers.
+        step_gradients: the ``.grad`` of the parameters, which backward fills.
+        update: what exists only while the engine reduces and steps.
+        on_host: bytes of masters, gradients and moments in host memory (offload); not counted in
+            the fields above.
+    """
+
+    wrapper: str
+    weights: int
+    frozen: int
+    masters: int
+    gradients: int
+    moments: int
+    buckets: int
+    step_gradients: int
+    update: int
+    on_host: int = 0
+
+
+def wrapper_of(precision: str, stage: int, accumulation: str, offload: bool) -> str:
+    """The class that wraps the optimizer; ``accumulation`` is the dtype gradients add up in."""
+    if stage == 0:
+        return "none" if precision == "fp32" else "FP16_UnfusedOptimizer"
+    if stage == 3:
+        return "DeepSpeedZeroOptimizer_Stage3"
+    if stage == 1 and precision != "fp32" and accumulation == "fp32" and not offload:
+        return "BF16_Optimizer"
+    return "DeepSpeedZeroOptimizer"
+
+
+def group_sizes(tensors: list[Stored], layers: int, split_targets: bool) -> dict[str, int]:
+    """Elements of each parameter group; dense targets are a group only for some optimizers."""
+    sizes: dict[str, int] = {}
+    for tensor in tensors:
+        if tensor.group in TRAINED:
+            merged = tensor.group == "targets" and not split_targets
+            name = "matrices" if merged else tensor.group
+            sizes[name] = sizes.get(name, 0) + tensor.numel * (layers if tensor.block else 1)
+    return {name: sizes[name] for name in TRAINED if name in sizes}
+
+
+def state_bytes(
+    config: RunConfig,
+    ds_config: dict[str, Any],
+    tensors: list[Stored],
+    layers: int,
+    data_size: int,
+) -> StateBytes:
+    """Bytes on one of ``data_size`` data-parallel ranks.
+
+    Matrix optimizers keep the states of a matrix on one rank: their moments are the average.
+    """
+    zero = ds_config["zero_optimization"]
+    stage, precision = zero["stage"], config.train.precision
+    accumulation = ds_config["data_types"]["grad_accum_dtype"]
+    offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    wrapper = wrapper_of(precision, stage, accumulation, offload)
+    weight = 4 if precision == "fp32" else 2
+    master = 2 if precision == "paper_bf16" else 4
+    added = 4 if accumulation == "fp32" else 2
+
+    own_rule = config.method.name in PROJECTED or config.optimizer.name in (
+        "spam",
+        "stable_spam",
+        "muon",
+    )
+    groups = group_sizes(tensors, layers, own_rule)
+    total = sum(groups.values())
+    flat = {name: round_up(size, 2 * data_size) for name, size in groups.items()}
+    if stage == 0:
+        share = held = total
+    elif stage == 3:
+        repeat = [(t, layers if t.block else 1) for t in tensors if t.group in TRAINED]
+        share = sum(math.ceil(t.numel / data_size) * times for t, times in repeat)
+        held = share
+    else:
+        held, share = sum(flat.values()), sum(flat.values()) // data_size
+    frozen = _frozen(tensors, layers, weight, data_size if stage == 3 else 1)
+    moments = math.ceil(moment_bytes(config, tensors, layers) * share / total)
+    masters = 0 if wrapper == "none" else master * share
+    gradients, buckets, step, update = _gradient_bytes(
+        wrapper, stage, zero, held, share, flat, data_size, weight, master, added
+    )
+    if stage == 3:
+        buckets += _gathered(tensors, zero, weight)
+    host = 0
+    if offload:
+        # Masters, moments and the gradients of the update live in host memory.
+        host, masters, moments, update = masters + moments + master * share, 0, 0, 0
+        gradients = 0 if stage == 3 else gradients
+    return StateBytes(
+        wrapper,
+        weight * held,
+        frozen,
+        masters,
+        gradients,
+        moments,
+        buckets,
+        step,
+        update,
+        host,
+    )
+
+
+def _frozen(tensors: list[Stored], layers: int, weight: int, parts: int) -> int:
+    dense = sum(t.numel * (layers if t.block else 1) for t in tensors if t.group == "frozen")
+    positions = sum(t.numel * (layers if t.block else 1) for t in tensors if t.group == "indices")
+    return weight * math.ceil(dense / parts) + 4 * positions
+
+
+def _gradient_bytes(
+    wrapper: str,
+    stage: int,
+    zero: dict[str, Any],
+    held: int,
+    share: int,
+    flat: dict[str, int],
+    data_size: int,
+    weight: int,
+    master: int,
+    added: int,
+) -> tuple[int, int, int, int]:
+    """Bytes of (accumulated gradients, buckets, ``.grad``, what exists only in the update)."""
+    if wrapper == "none":
+        return 0, 0, weight * held, weight * min(held, ALLREDUCE_ELEMENTS)
+    if wrapper == "FP16_UnfusedOptimizer":
+        # The all-reduce flattens a bucket; afterwards every gradient is copied to float32.
+        return 0, 0, weight * held, max(weight * min(held, ALLREDUCE_ELEMENTS), 4 * held)
+    if wrapper == "BF16_Optimizer":
+        # One all-reduce a bucket of whole flat groups: a float32 copy and one in bf16.
+        return added * held, 0, weight * held, (added + 2) * _largest_bucket(flat)
+    bucket = int(zero["reduce_bucket_size"])
+    copies = 2 if zero["overlap_comm"] and stage < 3 else 1
+    if stage == 1:
+        kept = weight * held + (added * held if added != weight else 0)
+        flat_share = master * max(flat.values()) // data_size
+        return kept, copies * added * bucket, 0, added * share + flat_share
+    if stage == 2:
+        return added * share, copies * weight * bucket, 0, master * max(flat.values()) // data_size
+    return added * share, weight * bucket, 0, master * share
+
+
+def _largest_bucket(flat: dict[str, int]) -> int:
+    """Elements of the largest bucket of flat groups that DeepSpeed's plain all-reduce makes."""
+    largest = current = 0
+    for size in flat.values():
+        current += size
+        largest = max(largest, current)
+        if current > ALLREDUCE_ELEMENTS:
+            current = 0
+    return largest
+
+
+def _gathered(tensors: list[Stored], zero: dict[str, Any], weight: int) -> int:
+    """Whole weights of stage 3 at a time: a block or the head, and what it fetches ahead."""
+    block = sum(t.numel for t in tensors if t.block and t.group in (*TRAINED, "frozen"))
+    single = max(t.numel for t in tensors if not t.block)
+    ahead = int(zero["stage3_prefetch_bucket_size"])
+    return weight * (max(block, single) + ahead)
+
+
+def moment_bytes(config: RunConfig, tensors: list[Stored], layers: int) -> int:
+    """Bytes of the optimizer's state of the whole model (one tensor-parallel rank), unpadded.
+
+    The formulas of docs/methods.md; scalars a tensor are left out.
+    """
+    element = 2 if config.train.precision == "paper_bf16" else 4
+    bytes_ = 0.0
+    for tensor in tensors:
+        if tensor.group in TRAINED:
+            once = _moments_of(tensor, config, element)
+            bytes_ += once * (layers if tensor.block else 1)
+    return math.ceil(bytes_)
+
+
+def _moments_of(tensor: Stored, config: RunConfig, element: int) -> float:
+    method, optimizer = config.method, config.optimizer
+    if method.name in PROJECTED and tensor.group == "targets":
+        return sum(_projected_state(m, n, method, element) for m, n in tensor.matrices)
+    if optimizer.name == "muon" and tensor.matrices:
+        return element * tensor.numel
+    density = getattr(optimizer, "density", None)
+    if optimizer.name == "spam" and tensor.group == "targets" and density not in (None, 1):
+        return 2 * element * density * tensor.numel + tensor.numel
+    return 2 * element * tensor.numel
+
+
+def _projected_state(m: int, n: int, method: Any, element: int) -> float:
+    """Bytes for one m x n target: projectors and the two moments inside the subspace."""
+    r = method.rank
+    kind = getattr(method, "proj_type", "std")
+    columns = {"std": m >= n, "reverse_std": m < n, "right": True, "left": False}.get(kind)
+    if columns is None:  # full: both sides
+        projectors, low = (m + n) * r, r * r
+    else:
+        projectors, low = (n * r, m * r) if columns else (m * r, n * r)
+    if method.name in ("apollo", "apollo_mini") and method.proj == "random":
+        projectors = 0  # drawn again from its seed
+    if getattr(method, "state_bits", 32) == 8 and low >= MINIMUM:
+        return element * projectors + 2 * (low + 4 * math.ceil(low / BLOCK))
+    return element * (projectors + 2 * low)

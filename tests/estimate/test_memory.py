@@ -1,0 +1,246 @@
+"""Estimates are the bytes of live engines, and the recorded peaks of the GPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megalr.config.deepspeed import resolve_deepspeed_config
+from megalr.config.schema import RunConfig
+from megalr.errors import UserError
+from megalr.estimate.memory import GIB, data_parallel_size, estimate_memory, sizes_of
+from megalr.estimate.states import state_bytes, wrapper_of
+from megalr.estimate.tensors import Layout, stored_tensors
+from tests.distributed import run_distributed
+from tests.training.runs import settings, zero
+from tests.training.test_methods import METHODS
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+BF16 = {"precision": "bf16"}
+OFFLOAD = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
+FULL = {"method": {"name": "full_rank"}}
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    **{
+        name: ({**METHODS[name], "train": BF16}, zero(1))
+        for name in ("sltrain", "lora", "galore", "apollo_mini")
+    },
+    "spam": (
+        {**FULL, "train": BF16, "optimizer": {"name": "spam", "density": 0.5, "update_gap": 6}},
+        zero(2),
+    ),
+    "muon": ({**METHODS["muon"], **FULL, "train": BF16}, zero(2)),
+    "galore, 8 bits": (
+        {
+            "method": {**METHODS["galore"]["method"], "state_bits": 8},
+            "train": BF16,
+            "model": {"hidden_size": 96, "intermediate_size": 2048},
+        },
+        zero(1),
+    ),
+    "no ZeRO, float32": ({}, zero(0)),
+    "no ZeRO": ({"train": BF16}, zero(0)),
+    "ZeRO 1": ({"train": BF16}, zero(1)),
+    "ZeRO 2": ({"train": BF16}, zero(2)),
+    "ZeRO 2, pure bf16": ({"train": {"precision": "paper_bf16"}}, zero(2)),
+    "ZeRO 3": ({"train": BF16}, zero(3)),
+    "ZeRO 2, offload": ({"train": BF16}, zero(2, **OFFLOAD)),
+}
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """All tensors with at least one dimension inside nested states."""
+    if isinstance(value, torch.Tensor):
+        return [value] if value.dim() else []
+    parts = value.values() if isinstance(value, dict) else value if _is_list(value) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)
+
+
+def _measure(values: dict[str, Any], ds_user: dict[str, Any]) -> dict[str, Any]:
+    """Bytes on this rank of an engine after one update."""
+    import torch.distributed as dist
+
+    from megalr.training.engine import build_engine, build_model, set_learning_rate
+
+    config = RunConfig.model_validate(values)
+    decoder = build_model(config, torch.device("cpu"))
+    ds_config = resolve_deepspeed_config(config, ds_user, "test", dist.get_world_size())
+    engine = build_engine(config, ds_config, decoder)
+    ids = torch.arange(48).reshape(2, 24)
+    for _ in range(engine.gradient_accumulation_steps()):
+        set_learning_rate(engine, 0.01)
+        engine.backward(engine(ids, ids.roll(-1, 1), 0.01).clone(), scale_wrt_gas=False)
+        engine.step()
+    wrapper = engine.optimizer
+    held = [getattr(p, "ds_tensor", p) for p in decoder.parameters() if p.requires_grad]
+    frozen = [p for p in decoder.parameters() if not p.requires_grad]
+    masters, gradients = [], []
+    if hasattr(wrapper, "fp32_partitioned_groups_flat"):
+        masters, gradients = (
+            wrapper.fp32_partitioned_groups_flat,
+            [wrapper.grad_partitions_flat_buffer],
+        )
+    elif hasattr(wrapper, "single_partition_of_fp32_groups"):
+        masters = wrapper.single_partition_of_fp32_groups
+    elif hasattr(wrapper, "fp32_groups_flat_partition"):
+        masters, gradients = wrapper.fp32_groups_flat_partition, wrapper.fp32_groups_gradients_flat
+    elif hasattr(wrapper, "fp32_groups"):
+        masters = [p for group in wrapper.fp32_groups for p in group]
+    counts = {
+        "wrapper": type(wrapper).__name__,
+        "weights": _bytes(held),
+        "frozen": _bytes([*frozen, *decoder.buffers()]),
+        "masters": _bytes(masters),
+        "gradients": _bytes(gradients),
+        "moments": _bytes(_tensors(dict(engine.basic_optimizer.state))),
+    }
+    engine.destroy()
+    return counts
+
+
+def _measure_all(cases: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[dict[str, Any]]:
+    return [_measure(*case) for case in cases]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """What each of two ranks holds, by case."""
+    folder = tmp_path_factory.mktemp("estimate")
+    cases = [(settings(folder, folder, **values), user) for values, user in CASES.values()]
+    ranks = run_distributed(_measure_all, 2, cases)
+    return {name: [rank[i] for rank in ranks] for i, name in enumerate(CASES)}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_states_are_those_of_the_live_engine(
+    name: str, measured: dict[str, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    values, user = CASES[name]
+    config = RunConfig.model_validate(settings(tmp_path, tmp_path, **values))
+    sizes = sizes_of(config)
+    ds_config = resolve_deepspeed_config(config, user, "test", 2)
+    tensors = stored_tensors(sizes, config.method)
+    found = state_bytes(config, ds_config, tensors, sizes.num_layers, 2)
+    ranks = measured[name]
+    if found.wrapper == "none":
+        assert ranks[0]["wrapper"] not in ("BF16_Optimizer", "DeepSpeedZeroOptimizer")
+    else:
+        assert ranks[0]["wrapper"] == found.wrapper
+    if found.on_host:
+        gradients = found.on_host - sum(ranks[0][part] for part in ("masters", "moments"))
+        assert gradients == ranks[0]["masters"]  # the .grad of the masters
+        return
+    # The flat storage is padded to a few elements; those of the weights are views without it.
+    spare = 4 * 2 * 2 * len(ranks[0]) * 4
+    assert ranks[0]["weights"] == pytest.approx(found.weights, abs=spare)
+    assert ranks[0]["frozen"] == found.frozen
+    assert ranks[0]["masters"] == found.masters
+    if found.wrapper in ("BF16_Optimizer", "DeepSpeedZeroOptimizer_Stage3"):
+        assert ranks[0]["gradients"] == found.gradients
+    # Scalars a tensor (norms of limiters) are left out of the formulas.
+    average = sum(rank["moments"] for rank in ranks) / 2
+    assert average == pytest.approx(found.moments, rel=2e-3)
+
+
+def _config(model: str, method: dict, micro: int, batch: int, **train: Any) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "run": {"dir": "unused"},
+            "model": {"preset": model},
+            "method": method,
+            "optimizer": {"lr": 1e-3},
+            "data": {"train": "unused", "sequence_length": 256},
+            "train": {
+                "updates": 100,
+                "global_batch_size": batch,
+                "micro_batch_size": micro,
+                **train,
+            },
+        }
+    )
+
+
+def _recorded() -> list[tuple[str, RunConfig, int, float]]:
+    """(name, configuration, GPUs, GiB) of every recorded peak."""
+    runs = []
+    for row in json.loads((RESULTS / "throughput_1gpu.json").read_text()):
+        micro = row["micro_batch"]
+        config = _config(row["preset"], row["method"], micro, micro, compile=True, cuda_graphs=True)
+        runs.append((row["case"], config, 1, row["peak_memory_gib"]))
+    rank = {"llama_60m": 128, "llama_350m": 256, "llama_1b": 512}
+    for gpus in (1, 4):
+        path = RESULTS / f"refactorization_{gpus}.json"
+        for row in json.loads(path.read_text())["engine"]:
+            method = {"name": "low_rank", "rank": rank[row["model"]], "alpha": 32.0}
+            micro = 128 if row["model"] == "llama_60m" else 64
+            config = _config(row["model"], method, micro, 512, compile=row["compiled"])
+            runs.append((f"{row['model']} on {gpus}", config, gpus, row["training_peak_gib"]))
+    lines = (RESULTS / "c4_60m" / "full_rank.jsonl").read_text().splitlines()
+    peak = max(json.loads(line).get("peak_memory_gib", 0.0) for line in lines)
+    full = _config("llama_60m", {"name": "full_rank"}, 128, 512, compile=True, cuda_graphs=True)
+    return [*runs, ("60M full_rank", full, 1, peak)]
+
+
+@pytest.mark.parametrize("name, config, gpus, gib", _recorded(), ids=lambda v: str(v)[:24])
+def test_recorded_peaks_are_met_within_two_percent(
+    name: str, config: RunConfig, gpus: int, gib: float
+) -> None:
+    estimate = estimate_memory(config, zero(1), name, gpus, Layout())
+    assert estimate.recorded_peak / GIB == pytest.approx(gib, rel=0.02)
+
+
+def test_a_cuda_graph_keeps_its_memory_beside_the_update() -> None:
+    method = {"name": "low_rank", "rank": 512, "alpha": 32.0}
+    plain = estimate_memory(_config("llama_1b", method, 16, 16), zero(1), "x", 1, Layout())
+    config = _config("llama_1b", method, 16, 16, cuda_graphs=True)
+    graphed = estimate_memory(config, zero(1), "x", 1, Layout())
+    smaller = min(plain.micro_batch, plain.states.update)
+    assert graphed.peak - plain.peak == smaller > 0
+
+
+def test_recomputed_blocks_keep_their_input_only() -> None:
+    method = {"name": "low_rank", "rank": 256, "alpha": 256.0}
+    train = {"activation_checkpointing": "full", "compile": True}
+    config = _config("llama_350m", method, 64, 64, **train)
+    found = estimate_memory(config, zero(1), "x", 1, Layout()).activations
+    assert found.kept == 24 * (64 * 256) * 1024 * 2
+    # One block is alive again in backward: 8 h + 7 r + 3 f numbers a token at least.
+    assert found.work > 64 * 256 * 2 * (8 * 1024 + 7 * 256 + 3 * 2752)
+
+
+def test_wrappers_by_hand() -> None:
+    assert wrapper_of("bf16", 1, "fp32", offload=False) == "BF16_Optimizer"
+    assert wrapper_of("bf16", 1, "fp32", offload=True) == "DeepSpeedZeroOptimizer"
+    assert wrapper_of("paper_bf16", 1, "bf16", offload=False) == "DeepSpeedZeroOptimizer"
+
+
+def test_gpus_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(UserError, match="6 GPUs cannot be cut into tensor-parallel groups of 4"):
+        data_parallel_size(6, 4)
+
+
+def test_the_tool_prints_a_table_or_one_line_of_error() -> None:
+    command = [sys.executable, "tools/estimate_memory.py", "--config"]
+    command += ["recipes/llama_1b_low_rank.yaml", "train.compile=true", "--gpus", "8"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, *_, last = done.stdout.strip().splitlines()
+    assert first == "one of 8 GPUs, micro-batch 16 x 256, BF16_Optimizer, GiB:"
+    assert last.startswith("peak, GiB") and float(last.split()[2]) > 10
+    done = subprocess.run([*command, "--tensor", "3"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("error: 8 GPUs cannot be cut")

@@ -1,0 +1,56 @@
+"""Memory of a run per GPU, before renting the GPUs.
+
+python tools/estimate_memory.py --config recipes/llama_1b_low_rank.yaml train.compile=true --gpus 8
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from megalr.config.deepspeed import read_deepspeed_json
+from megalr.config.loading import load_run_config
+from megalr.errors import exit_cleanly
+from megalr.estimate.memory import estimate_memory
+from megalr.estimate.tensors import Layout
+from megalr.models.config import PRESETS
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line; what is not an option is an override ``section.key=value``."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("--config", nargs="+", required=True, type=Path, help="one or several YAML files")
+    add("--deepspeed_config", type=Path, help="DeepSpeed JSON (default: ZeRO stage 1)")
+    add("--gpus", type=int, required=True, help="GPUs of the whole run")
+    add("--tensor", type=int, default=1, help="tensor-parallel ranks (default: 1)")
+    add("--layout", default="column_row", help="column_row or bottleneck (default: column_row)")
+    add("overrides", nargs="*", metavar="section.key=value")
+    arguments = parser.parse_intermixed_args()
+    # Overrides right after --config are taken for files; no file of ours has "=" in its name.
+    arguments.overrides += [str(path) for path in arguments.config if "=" in str(path)]
+    arguments.config = [path for path in arguments.config if "=" not in str(path)]
+    return arguments
+
+
+def main() -> None:
+    """Parse, estimate, print."""
+    arguments = parse_arguments()
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for a GPU, and warn
+    config = load_run_config(arguments.config, arguments.overrides, presets=PRESETS)
+    ds_user, source = {"zero_optimization": {"stage": 1}}, "default DeepSpeed config"
+    if arguments.deepspeed_config is not None:
+        source = str(arguments.deepspeed_config)
+        ds_user = read_deepspeed_json(arguments.deepspeed_config)
+    layout = Layout(arguments.tensor, arguments.layout)
+    estimate = estimate_memory(config, ds_user, source, arguments.gpus, layout)
+    print(
+        f"one of {arguments.gpus} GPUs, micro-batch {config.train.micro_batch_size} x "
+        f"{config.data.sequence_length}, {estimate.states.wrapper}, GiB:"
+    )
+    print(estimate.table())
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)
