@@ -193,6 +193,20 @@ class TrainConfig(Section):
     """full: keep only each layer's input and recompute the layer in the backward pass."""
 
 
+class ParallelConfig(Section):
+    """How the ranks share a model; what is not tensor-parallel is data-parallel."""
+
+    tensor: int = Field(default=1, ge=1, examples=[2])
+    """Ranks that share one copy of the model (tensor parallelism); a divisor of the number of
+    ranks, of the heads and of the padded sizes. Neighbouring ranks form a group."""
+    layout: Literal["auto", "column_row", "bottleneck"] = Field(
+        default="auto", examples=["bottleneck"]
+    )
+    """Which factors are cut. column_row: one factor of each matrix, for every method. bottleneck:
+    both, with the residual stream cut as well; low_rank and cola only. auto: bottleneck from 4
+    tensor-parallel ranks on where the model allows it, else column_row."""
+
+
 class EvaluationConfig(Section):
     """Evaluation on the validation data; the last update is always evaluated."""
 
@@ -237,6 +251,7 @@ class RunConfig(Section):
     schedule: ScheduleConfig = CosineSchedule()
     data: DataConfig
     train: TrainConfig
+    parallel: ParallelConfig = ParallelConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     restarts: RestartsConfig = RestartsConfig()

@@ -196,39 +196,71 @@ def balanced_factors_by_qr(
 
 
 def balance_in_place(
-    pairs: Sequence[tuple[Tensor, Tensor]], *, workspace_bytes: int
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    *,
+    workspace_bytes: int,
+    cuts: Sequence[tuple[bool, bool]] | None = None,
+    group: Group = None,
 ) -> tuple[int, int, int]:
-    """Replace the factors of every pair (B (m, r), A (r, n)) by balanced ones; whole factors only.
+    """Replace the factors of every pair (B (m, r), A (r, n)) by balanced ones.
 
     Matrices of equal rank share one batched r x r computation, as many at a time as fit into
-    ``workspace_bytes``; the tall products are made one matrix at a time. Returns the number of
-    matrices that took the QR path, of dead directions and of re-seeded ones.
+    ``workspace_bytes``; the tall products are made one matrix at a time.
+
+    Args:
+        pairs: the factors; over a group, this rank's rows of B and columns of A.
+        workspace_bytes: size of a batch's r x r matrices.
+        cuts: for each pair whether B is cut by rows, and A by columns, over ``group``.
+        group: the ranks that hold parts of the same pairs, all of which call this.
+
+    Returns:
+        The number of matrices that took the QR path, of dead directions and of re-seeded ones.
     """
+    if group is None or cuts is None:
+        cuts = [(False, False)] * len(pairs)
     by_qr = dead = reseeded = 0
     ranks = sorted({b.shape[1] for b, _ in pairs})
     for rank in ranks:
-        same = [pair for pair in pairs if pair[0].shape[1] == rank]
+        same = [(*pair, *cut) for pair, cut in zip(pairs, cuts, strict=True)]
+        same = [entry for entry in same if entry[0].shape[1] == rank]
         # Ten r x r float64 matrices are alive at once for each matrix of a batch.
         batch = max(1, workspace_bytes // (80 * rank * rank))
         for start in range(0, len(same), batch):
             chunk = same[start : start + batch]
             transforms = balancing_transforms(
-                torch.stack([gram(b) for b, _ in chunk]),
-                torch.stack([gram(a.mT) for _, a in chunk]),
+                _grams([(b, cut) for b, _, cut, _ in chunk], group),
+                _grams([(a.mT, cut) for _, a, _, cut in chunk], group),
             )
-            for index, reliable in enumerate(transforms.reliable.tolist()):
-                b, a = chunk[index]
+            for tensor in (transforms.t_b, transforms.t_a):
+                _make_equal(tensor, group)
+            flags = _make_equal(transforms.reliable.to(torch.int32), group)
+            for index, reliable in enumerate(flags.tolist()):
+                b, a, b_cut, a_cut = chunk[index]
                 if reliable:
                     b.copy_(b.double() @ transforms.t_b[index])
                     a.copy_(transforms.t_a[index] @ a.double())
                     continue
-                result = balanced_factors_by_qr(b, a)
+                result = balanced_factors_by_qr(
+                    b, a, b_group=group if b_cut else None, a_group=group if a_cut else None
+                )
                 b.copy_(result.b)
                 a.copy_(result.a)
                 by_qr += 1
                 dead += result.dead
                 reseeded += result.reseeded
     return by_qr, dead, reseeded
+
+
+def _grams(factors: Sequence[tuple[Tensor, bool]], group: Group) -> Tensor:
+    """Gram matrices (k, r, r) of tall factors, each with whether it is cut by rows; one sum."""
+    grams = torch.stack([gram(factor) for factor, _ in factors])
+    if group is None:
+        return grams
+    if dist.get_rank(group) > 0:  # one term is enough where every rank has the whole factor
+        cut = torch.tensor([cut for _, cut in factors], device=grams.device)
+        grams *= cut[:, None, None]
+    dist.all_reduce(grams, group=group)
+    return grams
 
 
 def imbalance(gram_b: Tensor, gram_a: Tensor) -> Tensor:

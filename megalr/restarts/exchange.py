@@ -81,6 +81,11 @@ class FactorExchange:
         )
         return matrices
 
+    def cuts(self, round_index: int) -> list[tuple[bool, bool]]:
+        """For this rank's pairs of a round: is B cut by rows, and A by columns, over ranks."""
+        mine = (self.pairs[index].cut for index in self.rounds[round_index][self.rank])
+        return [(cut.outputs, cut.inputs) for cut in mine]
+
     def publish(self, round_index: int, matrices: Matrices) -> None:
         """Write the results of all owners of a round into the masters of all ranks. Collective."""
         work = self.rounds[round_index]

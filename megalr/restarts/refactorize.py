@@ -40,7 +40,12 @@ def refactorize(exchange: FactorExchange) -> Refactorized:
     workspace = workspace_of(exchange.factor_bytes)
     for index in range(len(exchange.rounds)):
         matrices = exchange.gather(index)
-        found = balance_in_place(matrices, workspace_bytes=workspace)
+        found = balance_in_place(
+            matrices,
+            workspace_bytes=workspace,
+            cuts=exchange.cuts(index),
+            group=exchange.state.tensor_group,
+        )
         counts = [total + new for total, new in zip(counts, found, strict=True)]
         exchange.publish(index, matrices)
     exchange.state.refresh_weights()
@@ -53,8 +58,11 @@ def largest_imbalance(exchange: FactorExchange) -> float:
     """The largest ``||B'B - AA'|| / (||B'B|| + ||AA'||)`` of all pairs; equal on all ranks."""
     worst = torch.zeros((), dtype=torch.float64, device=exchange.state.device)
     for index in range(len(exchange.rounds)):
-        for b, a in exchange.gather(index):
-            worst = torch.maximum(worst, imbalance(gram(b), gram(a.mT)))
+        group = exchange.state.tensor_group
+        matrices = exchange.gather(index)
+        for (b, a), (b_cut, a_cut) in zip(matrices, exchange.cuts(index), strict=True):
+            grams = gram(b, group if b_cut else None), gram(a.mT, group if a_cut else None)
+            worst = torch.maximum(worst, imbalance(*grams))
     dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=exchange.group)
     return float(worst)
 
@@ -70,7 +78,8 @@ def nonfinite_parameters(state: ShardedState, parameters: Sequence[nn.Parameter]
         finite = torch.ones((), dtype=torch.bool) if master is None else master.isfinite().all()
         flags.append(finite.to(state.device, non_blocking=True))
     bad = (~torch.stack(flags)).to(torch.int32)
-    dist.all_reduce(bad, op=dist.ReduceOp.MAX, group=state.process_group)
+    for group in state.all_groups():
+        dist.all_reduce(bad, op=dist.ReduceOp.MAX, group=group)
     return [state.name(p) for p, flag in zip(parameters, bad.tolist(), strict=True) if flag]
 
 
@@ -79,8 +88,11 @@ def factor_parameters(pairs: Sequence[FactorPair]) -> list[nn.Parameter]:
     return list({id(p): p for pair in pairs for p in (pair.b, pair.a)}.values())
 
 
-def sum_over(values: Sequence[int], state: ShardedState) -> list[int]:
-    """Sums over the ranks that share the masters."""
+def sum_over(
+    values: Sequence[int], state: ShardedState, over_tensor_ranks: bool = False
+) -> list[int]:
+    """Sums over the ranks that share the masters; also over those that hold other parts of them."""
     total = torch.tensor(list(values), dtype=torch.int64, device=state.device)
-    dist.all_reduce(total, group=state.process_group)
+    for group in state.all_groups() if over_tensor_ranks else [state.process_group]:
+        dist.all_reduce(total, group=group)
     return [int(value) for value in total.tolist()]

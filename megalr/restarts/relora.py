@@ -20,6 +20,7 @@ from torch import nn
 from megalr.errors import UserError
 from megalr.layers.factors import named_generator
 from megalr.layers.lora import LoRALinear
+from megalr.parallel.shards import shard_of
 from megalr.restarts.refactorize import sum_over
 from megalr.restarts.state import ShardedState
 
@@ -118,10 +119,11 @@ class Relora:
                     keep = self._kept(parameter, name, fragment, update)[start:stop]
                     if fragment is not None:
                         fragment.mul_(keep.to(fragment.device))
-                        zeroed += int((~keep).sum())
-                        total += fragment.numel()
+                        counted = self.state.counts(parameter)
+                        zeroed += counted * int((~keep).sum())
+                        total += counted * fragment.numel()
         self.state.relink()  # so that DeepSpeed's own getters read the same moments
-        zeroed, total = sum_over([zeroed, total], self.state)
+        zeroed, total = sum_over([zeroed, total], self.state, over_tensor_ranks=True)
         return zeroed / total if total else 0.0
 
     def _kept(
@@ -132,8 +134,10 @@ class Relora:
         fraction = self.method.reset_fraction
         if self.method.reset == "random":
             key = f"{self.state.name(parameter)}.{moment}@{update}"
-            draw = torch.empty(size, device=device)
-            return draw.uniform_(generator=named_generator(self.seed, key, device)) >= fraction
+            shard = shard_of(parameter)
+            draw = torch.empty(shard.full_shape if shard else (size,), device=device)
+            draw.uniform_(generator=named_generator(self.seed, key, device))
+            return (shard.take(draw) if shard else draw).view(-1) >= fraction
         whole = torch.zeros(size, device=device)
         if fragment is not None:
             start, stop = self.state.held(parameter)
@@ -144,10 +148,20 @@ class Relora:
         columns = self.state.shape(parameter)[1]
         for _, first, last in parameter.row_blocks:  # type: ignore[attr-defined]
             block = whole[first * columns : last * columns]
+            matrix = self._of_all_parts(parameter, block)
             # kthvalue: torch.quantile refuses more than 16 M elements.
-            rank = max(1, min(block.numel(), round(fraction * (block.numel() - 1)) + 1))
-            keep[first * columns : last * columns] = block > block.kthvalue(rank).values
+            rank = max(1, min(matrix.numel(), round(fraction * (matrix.numel() - 1)) + 1))
+            keep[first * columns : last * columns] = block > matrix.kthvalue(rank).values
         return keep
+
+    def _of_all_parts(self, parameter: nn.Parameter, block: torch.Tensor) -> torch.Tensor:
+        """The numbers of a whole matrix, in any order, of which ``block`` is this rank's part."""
+        group = self.state.tensor_group
+        if group is None or shard_of(parameter) is None:
+            return block
+        whole = block.new_empty(dist.get_world_size(group) * block.numel())
+        dist.all_gather_into_tensor(whole, block.contiguous(), group=group)
+        return whole
 
 
 def _first_of_period(update: int, period: int) -> bool:

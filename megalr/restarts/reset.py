@@ -78,7 +78,7 @@ def reset_moments(
         if counter != "keep":
             state.set_step_counters(parameters, 1 if counter == "one" else 0)
     state.relink()  # so that DeepSpeed's own getters read the same moments
-    elements, total = sum_over(counts, state)
+    elements, total = sum_over(counts, state, over_tensor_ranks=True)
     if total and parameters and not elements:
         raise RuntimeError(
             f"the momentum reset found no {' or '.join(kinds)} moments of "
@@ -96,11 +96,12 @@ def _zero_fragments(
     zeroed = total = 0
     for parameter in state.parameters():
         moments = state.states(parameter)
-        total += sum(moments[name].numel() for name in every if name in moments)
+        counted = state.counts(parameter)
+        total += counted * sum(moments[name].numel() for name in every if name in moments)
         if id(parameter) not in chosen:
             continue
         for name in names:
             if name in moments:
                 moments[name].zero_()
-                zeroed += moments[name].numel()
+                zeroed += counted * moments[name].numel()
     return zeroed, total

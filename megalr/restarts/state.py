@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megalr.errors import UserError
+from megalr.parallel.shards import shard_of
 
 # Names of per-element states, over the optimizers of torch, DeepSpeed and megalr. An optimizer may
 # instead say so itself with an attribute ``moment_names = {"first": (...), "second": (...)}``.
@@ -55,6 +56,7 @@ class ShardedState:
     Attributes:
         base: the optimizer that makes the update (torch's AdamW, ...), without wrappers.
         process_group: the data-parallel ranks that share the masters.
+        tensor_group: the ranks that hold other parts of the same matrices (tensor parallelism).
         replicated: every rank holds every master entirely, each a tensor of its own (stage 0).
         device: where the engine computes; masters may live elsewhere (CPU offload).
     """
@@ -65,6 +67,8 @@ class ShardedState:
         self.engine = engine
         self.base: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
         self.process_group: dist.ProcessGroup = engine.seq_data_parallel_group
+        mpu = engine.mpu
+        self.tensor_group = None if mpu is None else mpu.get_model_parallel_group()
         self.device = torch.device(engine.device)
         self.replicated = engine.zero_optimization_stage() == 0
         self._slots: dict[int, Slot | None] = {}
@@ -76,6 +80,16 @@ class ShardedState:
             self._group_of[id(parameter)] = group
             self._slots[id(parameter)] = slot
         self._shapes = {id(p): tuple(getattr(p, "ds_shape", p.shape)) for p in self._parameters}
+
+    def all_groups(self) -> list[dist.ProcessGroup]:
+        """Groups over which a sum or maximum reaches every rank that holds part of the model."""
+        groups = [self.process_group]
+        return groups if self.tensor_group is None else [*groups, self.tensor_group]
+
+    def counts(self, parameter: nn.Parameter) -> bool:
+        """Whether this rank counts in a sum over tensor-parallel ranks: all if cut, one if whole."""
+        cut = shard_of(parameter) is not None
+        return cut or self.tensor_group is None or dist.get_rank(self.tensor_group) == 0
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that the optimizer updates, in the optimizer's order."""

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megalr.parallel.shards import shard_of
 from megalr.restarts.state import ShardedState
 
 _CHUNK = 1 << 22  # elements hashed at a time: 32 MiB of int64
@@ -34,7 +35,8 @@ def checksum(tensor: Tensor) -> Tensor:
 def check_weights(state: ShardedState, parameters: Sequence[nn.Parameter]) -> None:
     """Raise RuntimeError, on all ranks, where weights differ between ranks or from their masters.
 
-    Collective over the data-parallel group; under ZeRO-3 every parameter is gathered once.
+    Collective over the data-parallel group and, for weights that are not cut, over the
+    tensor-parallel one; under ZeRO-3 every parameter is gathered once.
     """
     sums, stale = [], []
     for parameter in parameters:
@@ -56,7 +58,16 @@ def check_weights(state: ShardedState, parameters: Sequence[nn.Parameter]) -> No
     dist.all_reduce(lowest, op=dist.ReduceOp.MIN, group=state.process_group)
     dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=state.process_group)
     dist.all_reduce(count, group=state.process_group)
-    _complain(state, parameters, (lowest != highest).tolist(), "differ between ranks")
+    differ = lowest != highest
+    if state.tensor_group is not None:
+        whole = torch.tensor([shard_of(p) is None for p in parameters], device=state.device)
+        lowest, highest = lowest * whole, highest * whole
+        dist.all_reduce(lowest, op=dist.ReduceOp.MIN, group=state.tensor_group)
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=state.tensor_group)
+        found = torch.stack((differ | (lowest != highest), count > 0)).to(torch.int32)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=state.tensor_group)
+        differ, count = found[0].bool(), found[1]
+    _complain(state, parameters, differ.tolist(), "differ between ranks")
     _complain(state, parameters, (count > 0).tolist(), "are not the rounded masters")
 
 

@@ -12,25 +12,34 @@ from megalr.errors import UserError
 from megalr.models.build import build_decoder
 from megalr.models.config import decoder_config
 from megalr.models.decoder import Decoder
+from megalr.models.plans import make_plan
 from megalr.optim.build import build_optimizer
 from megalr.optim.groups import parameter_groups
 from megalr.optim.methods import RunFacts
 from megalr.optim.zero import attach_layouts
+from megalr.parallel.mesh import ONE_RANK, Mesh, sum_over
+from megalr.parallel.shards import shard_of
 from megalr.training.graphs import MicroBatchGraph
 
 
-def build_model(config: RunConfig, device: torch.device) -> Decoder:
-    """The run's decoder on ``device``, float32, weights drawn from ``run.seed``."""
+def build_model(config: RunConfig, device: torch.device, mesh: Mesh = ONE_RANK) -> Decoder:
+    """This rank's part of the run's decoder on ``device``, float32, drawn from ``run.seed``.
+
+    Raises:
+        UserError: a method, rank or layout that does not fit the model.
+    """
     overrides = {
         key: value for key, value in config.model.model_dump().items() if value is not None
     }
     sizes = decoder_config(overrides.pop("preset"), overrides)
+    plan = make_plan(sizes, config.method, mesh, config.parallel.layout)
     with device:
         decoder = build_decoder(
             sizes,
             config.method,
             config.run.seed,
             checkpoint_blocks=config.train.activation_checkpointing == "full",
+            plan=plan,
         )
     return decoder
 
@@ -51,6 +60,13 @@ def build_engine(config: RunConfig, ds_config: dict[str, Any], decoder: Decoder)
     import deepspeed
 
     stage = ds_config["zero_optimization"]["stage"]
+    mesh = decoder.plan.mesh
+    if stage == 3 and decoder.plan.parallel:
+        raise UserError(
+            f"parallel.tensor {mesh.tensor_size} with ZeRO stage 3: DeepSpeed gathers parameters "
+            "over data-parallel ranks in the middle of layers; use stage 0, 1 or 2, or "
+            "parallel.tensor=1"
+        )
     if config.train.compile:
         if stage == 3:
             raise UserError(
@@ -72,12 +88,18 @@ def build_engine(config: RunConfig, ds_config: dict[str, Any], decoder: Decoder)
         # the stream of the capture.
         torch.cuda.set_stream(torch.cuda.Stream())
     engine, _, _, _ = deepspeed.initialize(
-        model=decoder, optimizer=optimizer, config=ds_config, dist_init_required=False
+        model=decoder,
+        optimizer=optimizer,
+        config=ds_config,
+        mpu=mesh if decoder.plan.parallel else None,
+        dist_init_required=False,
     )
     # bf16 without ZeRO has made a step on zero gradients by now (docs/deepspeed-notes.md): harmless
     # at learning rate 0, but Adam's counter and moments must start from nothing.
     engine.basic_optimizer.state.clear()
     attach_layouts(engine)
+    if decoder.plan.parallel and hasattr(engine.optimizer, "fp32_groups"):
+        _mark_gradients(decoder)
     if config.train.cuda_graphs:
         shape = config.train.micro_batch_size, config.data.sequence_length
         decoder.graphed = MicroBatchGraph(decoder, shape, _gradients_are_used_up(engine))
@@ -89,6 +111,8 @@ def _check_graphs(ds_config: dict[str, Any], decoder: Decoder) -> None:
     reason = None
     if decoder.embedding.weight.device.type != "cuda":
         reason = "there is no CUDA device"
+    elif decoder.plan.parallel:
+        reason = "parallel.tensor is above 1, which has not been tried with graphs"
     elif zero["stage"] == 3:
         reason = "ZeRO stage 3 gathers weights by hooks, which a graph does not run"
     elif zero.get("offload_optimizer", {}).get("device", "none") != "none":
@@ -124,7 +148,30 @@ def gradient_norm(engine: Any) -> torch.Tensor | float:
     return float("nan") if norm is None else norm
 
 
-def plain_gradient_norm(decoder: nn.Module) -> torch.Tensor:
-    """Global norm of the gradients in ``.grad``."""
-    gradients = [p.grad for p in decoder.parameters() if p.grad is not None]
-    return nn.utils.get_total_norm(gradients)
+def plain_gradient_norm(decoder: Decoder) -> torch.Tensor:
+    """Global norm of the gradients in ``.grad``; over tensor-parallel ranks, each number once."""
+    mesh = decoder.plan.mesh
+    gradients = [
+        p.grad
+        for p in decoder.parameters()
+        if p.grad is not None and (shard_of(p) is not None or mesh.tensor_rank == 0)
+    ]
+    norm = nn.utils.get_total_norm(gradients)
+    if mesh.tensor_group is None:
+        return norm
+    return sum_over(norm.square(), mesh.tensor_group).sqrt()
+
+
+def _mark_gradients(decoder: Decoder) -> None:
+    """Mark gradients of cut parameters as DeepSpeed expects the parameters to be marked.
+
+    bf16 without ZeRO takes the norm of gradients and looks for the mark on them
+    (docs/deepspeed-notes.md).
+    """
+
+    def mark(parameter: torch.Tensor) -> None:
+        parameter.grad.tensor_model_parallel = True  # type: ignore[union-attr]
+
+    for parameter in decoder.parameters():
+        if shard_of(parameter) is not None and parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(mark)

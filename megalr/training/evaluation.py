@@ -41,12 +41,14 @@ def evaluate(
     model: nn.Module,
     batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
     device: torch.device,
+    group: dist.ProcessGroup | None = None,
 ) -> Evaluation:
     """Token-weighted loss of ``model(input_ids, labels)`` over ``batches`` of every rank.
 
     Every rank must bring the same number of batches (ZeRO-3 gathers weights in each); rows that
     only fill up a batch have no targets and weigh nothing. The order of the sum over batches is
-    fixed, so equal weights give equal numbers.
+    fixed, so equal weights give equal numbers. ``group``: the ranks whose batches differ, the
+    data-parallel group; None stands for all ranks.
     """
     started = time.perf_counter()
     was_training = model.training
@@ -64,8 +66,8 @@ def evaluate(
     summed = torch.stack((totals[0], totals[1], biased))
     world = 1
     if dist.is_initialized():
-        world = dist.get_world_size()
-        dist.all_reduce(summed)
+        world = dist.get_world_size(group)
+        dist.all_reduce(summed, group=group)
     nll_sum, tokens, biased_sum = summed.tolist()
     loss = nll_sum / max(1.0, tokens)
     return Evaluation(

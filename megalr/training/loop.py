@@ -193,7 +193,7 @@ class Trainer:
         """Report the updates since the last report; the only place that waits for the device."""
         loss_sum = self._interval.loss_sum
         if dist.is_initialized():
-            dist.all_reduce(loss_sum)
+            dist.all_reduce(loss_sum, group=self.engine.seq_data_parallel_group)
         loss = float(loss_sum) / max(1, self._interval.targets)
         seconds = self.watch.lap()
         self.train_seconds += seconds
@@ -224,7 +224,12 @@ class Trainer:
         if self.validation is None or self.stop.agreed(now=True):
             return
         self._wait()
-        result = evaluate(self.engine.module, self._until_stopped(self.validation), self.device)
+        result = evaluate(
+            self.engine.module,
+            self._until_stopped(self.validation),
+            self.device,
+            self.engine.seq_data_parallel_group,
+        )
         self.watch.exclude(result.eval_seconds)
         if not self.stop.agreed(now=True):
             self.metrics.write("eval", self.update, **asdict(result))

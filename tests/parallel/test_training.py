@@ -1,0 +1,111 @@
+"""Runs on a grid of tensor- and data-parallel ranks equal the run on one rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed import run_distributed
+from tests.training.runs import events, run, settings, zero
+
+GRIDS = {"2x1": (2, 1), "1x2": (1, 2), "2x2": (2, 2), "4x1": (4, 1)}  # tensor x data
+MODEL = {"num_kv_heads": 4}
+METHODS: dict[str, dict[str, Any]] = {
+    "full_rank": {"name": "full_rank"},
+    "low_rank": {"name": "low_rank", "rank": 8, "alpha": 16.0},
+    "sltrain": {"name": "sltrain", "rank": 8, "alpha": 16.0, "density": 0.1},
+    "lora": {"name": "lora", "rank": 8, "alpha": 16.0},
+    "relora": {
+        "name": "relora",
+        "rank": 8,
+        "alpha": 16.0,
+        "merge_every": 6,
+        "reset": "magnitude",
+        "reset_fraction": 0.9,
+    },
+    "cola": {"name": "cola", "rank": 8},
+}
+
+
+def _run(
+    folder: Path,
+    data: Path,
+    method: str,
+    tensor: int = 1,
+    layout: str = "auto",
+    stage: int = 1,
+    world: int = 1,
+    **sections: dict[str, Any],
+) -> tuple[list[float], list[float], list[float]]:
+    """Losses and gradient norms of 20 updates, and validation losses."""
+    restarts: dict[str, Any] = {"reset_every": 5, "lr_recovery": "linear", "recovery_updates": 2}
+    if method in ("low_rank", "sltrain"):
+        restarts["refactorize_every"] = 5
+        restarts["verify"] = True
+    if method == "relora":
+        restarts = {}
+    values = settings(
+        folder,
+        data,
+        model=MODEL,
+        method=METHODS[method],
+        restarts=restarts,
+        parallel={"tensor": tensor, "layout": layout},
+        train={"updates": 20, **sections.get("train", {})},
+        evaluation={"every": 10},
+        checkpoint={"every": 0},
+    )
+    run_distributed(run, world, values, zero(stage))
+    steps = events(folder, "step")
+    return (
+        [e["loss"] for e in steps],
+        [e["gradient_norm"] for e in steps],
+        [e["loss"] for e in events(folder, "eval")],
+    )
+
+
+@pytest.fixture(scope="module")
+def plain(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple]:
+    """The run of every method on one rank."""
+    folder = tmp_path_factory.mktemp("plain")
+    return {name: _run(folder / name, data, name) for name in METHODS}
+
+
+def _assert_same(found: tuple, expected: tuple, bound: float = 1e-4) -> None:
+    for numbers, wanted in zip(found, expected, strict=True):
+        assert len(numbers) == len(wanted)
+        assert numbers == pytest.approx(wanted, rel=bound, abs=bound)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("layout", ["column_row", "bottleneck"])
+def test_low_rank_with_restarts_equals_one_rank(
+    layout: str, grid: str, stage: int, plain: dict, data: Path, tmp_path: Path
+) -> None:
+    tensor, replicas = GRIDS[grid]
+    if tensor == 1 and layout == "bottleneck":
+        pytest.skip("nothing is cut: the same run as column_row")
+    found = _run(tmp_path, data, "low_rank", tensor, layout, stage, tensor * replicas)
+    _assert_same(found, plain["low_rank"])
+
+
+@pytest.mark.parametrize(
+    ("method", "layout", "grid", "stage"),
+    [
+        ("full_rank", "column_row", "2x2", 1),
+        ("sltrain", "column_row", "2x2", 2),
+        ("lora", "column_row", "2x2", 0),
+        ("relora", "column_row", "2x2", 1),
+        ("cola", "column_row", "2x1", 1),
+        ("cola", "bottleneck", "4x1", 2),
+    ],
+)
+def test_every_method_equals_one_rank(
+    method: str, layout: str, grid: str, stage: int, plain: dict, data: Path, tmp_path: Path
+) -> None:
+    tensor, replicas = GRIDS[grid]
+    found = _run(tmp_path, data, method, tensor, layout, stage, tensor * replicas)
+    _assert_same(found, plain[method])
