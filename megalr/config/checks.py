@@ -25,6 +25,12 @@ def cross_problems(value_of: Callable[[str], Any]) -> Iterator[tuple[str, str]]:
             "lower the one or raise the other",
         )
     yield from _cycle_problems(value_of, warmup, updates)
+    if value_of("health.spike_action") == "skip" and value_of("train.cuda_graphs"):
+        yield (
+            "health.spike_action",
+            "skip looks at the loss before the backward pass, which is one CUDA graph with the "
+            "forward pass: leave train.cuda_graphs out, or take another action",
+        )
 
 
 def _cycle_problems(

@@ -44,6 +44,7 @@ KEYS_FREE_ON_RESUME = (
     "train.activation_checkpointing",
     "evaluation.*",
     "checkpoint.*",
+    "health.*",
     "log.*",
 )
 """Patterns of the keys that may differ when a run is resumed: what they change is where and how

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from megalr.config.base import AsTuple, Section
 from megalr.config.checks import cross_problems
+from megalr.config.health import HealthConfig
 from megalr.config.methods import FullRankMethod, MethodConfig
 from megalr.config.optimizers import OptimizerConfig
 from megalr.config.restarts import RestartsConfig
@@ -255,6 +256,7 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     restarts: RestartsConfig = RestartsConfig()
+    health: HealthConfig = HealthConfig()
     log: LogConfig = LogConfig()
 
     @model_validator(mode="before")

@@ -69,17 +69,27 @@ class UpdateLoader:
         positions = np.arange(global_batch_size).reshape(-1, world_size, micro_batch_size)
         self._mine = positions[:, rank].ravel()
         self._micro_batch_size = micro_batch_size
-        self._next_update = start_update
         self._planned_from = 0
         self._planned_targets = np.empty(0, np.int64)
+        self._prefetch_updates = prefetch_updates
+        self._start(start_update)
+
+    def _start(self, update: int) -> None:
+        """Go on with the batch of this update; the thread, if any, has ended."""
+        self._next_update = update
         self._stopped = threading.Event()
         self._queue: queue.Queue[UpdateBatch | BaseException] | None = None
-        if prefetch_updates > 0:
-            self._queue = queue.Queue(maxsize=prefetch_updates)
+        if self._prefetch_updates > 0:
+            self._queue = queue.Queue(maxsize=self._prefetch_updates)
             self._thread = threading.Thread(
-                target=self._prefetch, args=(start_update,), name="UpdateLoader", daemon=True
+                target=self._prefetch, args=(update,), name="UpdateLoader", daemon=True
             )
             self._thread.start()
+
+    def seek(self, update: int) -> None:
+        """Let the batch of this update be the next one; what was read ahead is dropped."""
+        self.close()
+        self._start(update)
 
     def __iter__(self) -> Iterator[UpdateBatch]:
         return self

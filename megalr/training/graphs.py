@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from megalr.models.decoder import Decoder
+from megalr.training.skipping import guarded
 
 WARMUP_RUNS = 3
 """Runs before the capture: they compile, choose kernels and fill the libraries' workspaces."""
@@ -21,7 +22,9 @@ class MicroBatchGraph:
     """Replays ``loss = scale * decoder(input_ids, labels)`` and its gradients.
 
     Input ids, labels, scale, loss and gradients live in fixed buffers that a replay reads and
-    writes; everything else stays in the graph's own memory pool, of the size of one eager run.
+    writes; everything else stays in the graph's own memory pool, of the size of one eager run. The
+    guard against a loss that is not finite is inside, because the gradients of a replay do not
+    depend on what is done with its loss.
 
     Args:
         decoder: in training mode, its parameters where they will stay (after the engine's start).
@@ -40,7 +43,7 @@ class MicroBatchGraph:
         self.scale = torch.ones((), dtype=torch.float32, device=device)
 
         def run() -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-            loss = decoder.summed_loss(self.input_ids, self.labels) * self.scale
+            loss = guarded(decoder.summed_loss(self.input_ids, self.labels) * self.scale)
             return loss.detach(), torch.autograd.grad(loss, self.parameters)
 
         for _ in range(WARMUP_RUNS):

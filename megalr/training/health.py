@@ -1,0 +1,162 @@
+"""What the numbers of an update say about the health of a run: skips, spikes, rollbacks.
+
+Plain arithmetic on the host. The same numbers give the same decisions, so ranks that are given the
+same numbers decide alike.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from megalr.config.health import HealthConfig
+from megalr.errors import AgreedError
+
+
+@dataclass(frozen=True)
+class Spike:
+    """A value far above those before it; the fields of the ``spike`` event.
+
+    Attributes:
+        of: loss or gradient_norm.
+        value: what was seen.
+        mean: of the window before.
+        deviations: how far above, in standard deviations of the window.
+    """
+
+    of: str
+    value: float
+    mean: float
+    deviations: float
+
+    def metrics(self) -> dict[str, Any]:
+        """The fields as a dictionary."""
+        return asdict(self)
+
+
+class SpikeWindow:
+    """Compares a value with the ``window`` finite values before it.
+
+    A spike is more than ``threshold`` standard deviations (of a sample) above the mean; at least
+    half of the window must be there. Spikes enter the window as well: a lasting rise is the new
+    normal after a while instead of a spike for ever.
+    """
+
+    def __init__(self, of: str, window: int, threshold: float) -> None:
+        self.of = of
+        self.window = window
+        self.threshold = threshold
+        self._values: deque[float] = deque(maxlen=window)
+
+    def observe(self, value: float) -> Spike | None:
+        """Take note of a value; the spike if it is one."""
+        if not math.isfinite(value):
+            return None
+        spike = None
+        if len(self._values) >= max(2, self.window // 2):
+            mean, deviation = statistics.fmean(self._values), statistics.stdev(self._values)
+            if value > mean + self.threshold * deviation:
+                above = (value - mean) / deviation if deviation else math.inf
+                spike = Spike(self.of, value, mean, above)
+        self._values.append(value)
+        return spike
+
+    def state_dict(self) -> list[float]:
+        """The values, oldest first; plain numbers for a checkpoint."""
+        return list(self._values)
+
+    def load_state_dict(self, values: list[float]) -> None:
+        """Continue from :meth:`state_dict`; a shorter window keeps the newest values."""
+        self._values = deque(values, maxlen=self.window)
+
+
+class Health:
+    """Counts of one run and its two spike windows.
+
+    Args:
+        config: the section ``health``.
+
+    Attributes:
+        skipped: updates skipped in the run.
+        skipped_in_row: updates skipped since the last one that was made.
+        rollbacks: times that the run went back to a checkpoint.
+    """
+
+    def __init__(self, config: HealthConfig) -> None:
+        self.config = config
+        self.skipped = 0
+        self.skipped_in_row = 0
+        self.rollbacks = 0
+        self._windows: list[SpikeWindow] = []
+        if config.spike_threshold is not None:
+            self._windows = [
+                SpikeWindow(of, config.spike_window, config.spike_threshold)
+                for of in ("loss", "gradient_norm")
+            ]
+
+    @property
+    def decides_before_step(self) -> bool:
+        """Whether the loss of an update is needed before its step."""
+        return bool(self._windows) and self.config.spike_action == "skip"
+
+    @property
+    def decides_after_step(self) -> bool:
+        """Whether loss and norm of an update are needed before the next one."""
+        return bool(self._windows) and self.config.spike_action in ("reset", "rollback")
+
+    def count(self, applied: bool) -> bool:
+        """Count an update that was made or skipped; True if too many were skipped in a row."""
+        if applied:
+            self.skipped_in_row = 0
+            return False
+        self.skipped += 1
+        self.skipped_in_row += 1
+        return self.skipped_in_row >= self.config.max_skipped
+
+    def spikes(self, **values: float) -> list[Spike]:
+        """Take note of an update's ``loss`` and ``gradient_norm``, or of one; those that spike."""
+        found = [w.observe(values[w.of]) for w in self._windows if w.of in values]
+        return [spike for spike in found if spike is not None]
+
+    def count_rollback(self, update: int, reason: str) -> None:
+        """Count a rollback after ``update`` updates.
+
+        Raises:
+            AgreedError: there were ``health.max_rollbacks`` before.
+        """
+        if self.rollbacks >= self.config.max_rollbacks:
+            raise AgreedError(
+                f"{reason} at update {update} after {self.rollbacks} rollbacks "
+                f"(health.max_rollbacks {self.config.max_rollbacks}): lower optimizer.lr, inspect "
+                "the batches that the skip and rollback events of metrics.jsonl name, or raise "
+                "health.max_rollbacks"
+            )
+        self.rollbacks += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counts and windows as plain numbers, for a checkpoint."""
+        return {
+            "skipped": self.skipped,
+            "skipped_in_row": self.skipped_in_row,
+            "rollbacks": self.rollbacks,
+            "windows": {window.of: window.state_dict() for window in self._windows},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from :meth:`state_dict`."""
+        self.skipped = state["skipped"]
+        self.skipped_in_row = state["skipped_in_row"]
+        self.rollbacks = state["rollbacks"]
+        self._load_windows(state)
+
+    def go_back(self, state: dict[str, Any]) -> None:
+        """Continue from an earlier :meth:`state_dict` of this run, but forget no bad update."""
+        self.skipped_in_row = 0
+        self._load_windows(state)
+
+    def _load_windows(self, state: dict[str, Any]) -> None:
+        for window in self._windows:
+            window.load_state_dict(state["windows"].get(window.of, []))

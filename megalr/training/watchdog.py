@@ -1,0 +1,111 @@
+"""Ends a run that stands still, after writing down where every thread of every rank is."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+STALLED = 3
+"""Exit code of a process that its watchdog ended."""
+
+STACKS = "stacks"
+"""Folder inside the run's where the stacks are written, a file for each rank."""
+
+PEER_SECONDS = 5.0
+"""How long a rank waits after its dump: launchers kill the others as soon as one is gone."""
+
+
+class Watchdog:
+    """A thread that expects :meth:`progress` at least every ``seconds``; use it in a ``with``.
+
+    Ranks stand still together, in the same collective or waiting for it, and each has a watchdog of
+    its own; so all of them write their stacks, to ``<folder>/stacks/rank-N.txt`` and to standard
+    error, before they end with exit code 3.
+
+    Args:
+        seconds: longest time without progress; 0 = no thread, nothing happens.
+        folder: the run's folder.
+        rank: of this process, for the file's name.
+    """
+
+    def __init__(self, seconds: float, folder: Path, rank: int) -> None:
+        self.seconds = seconds
+        self.file = folder / STACKS / f"rank-{rank}.txt"
+        self.rank = rank
+        self._last = time.monotonic()
+        self._doing = "start"
+        self._writing = False
+        self._written = 0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="Watchdog", daemon=True)
+
+    def progress(self, doing: str) -> None:
+        """Something was done; ``doing`` says what comes next."""
+        self._last, self._doing = time.monotonic(), doing
+
+    @contextmanager
+    def writing(self, doing: str) -> Iterator[None]:
+        """Meanwhile bytes that this process writes are progress too (a save is one long call)."""
+        self.progress(doing)
+        self._writing = True
+        try:
+            yield
+        finally:
+            self._writing = False
+            self.progress("after " + doing)
+
+    def _watch(self) -> None:
+        process = psutil.Process()
+        while not self._ended.wait(min(self.seconds / 10, 5.0)):
+            if self._writing:
+                written = process.io_counters().write_chars
+                if written != self._written:
+                    self._written, self._last = written, time.monotonic()
+            if time.monotonic() - self._last > self.seconds:
+                self._end()
+
+    def _end(self) -> None:
+        line = (
+            f"rank {self.rank} stands still since {self.seconds:g} s (health.stall_seconds), "
+            f"{self._doing}: stacks of its threads are in {self.file}"
+        )
+        print(f"error: {line}", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        # The file comes second: it may be the file system that hangs.
+        writer = threading.Thread(target=self._write, args=(line,), daemon=True)
+        writer.start()
+        writer.join(PEER_SECONDS)
+        time.sleep(PEER_SECONDS)
+        os._exit(STALLED)
+
+    def _write(self, line: str) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
+
+    def __enter__(self) -> Watchdog:
+        if self.seconds > 0:
+            self.progress("start")
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._ended.set()
+        if self.seconds > 0:
+            self._thread.join()
