@@ -45,6 +45,10 @@ class Tokenizer(Protocol):
         """The text of some ids."""
         ...
 
+    def piece_ids(self) -> dict[str, int]:
+        """The id of every piece of the vocabulary."""
+        ...
+
     def copy_to(self, folder: Path) -> None:
         """Write the tokenizer's files into ``folder`` so that open_tokenizer reads them there."""
         ...
@@ -76,6 +80,9 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return self._model.decode(ids)
+
+    def piece_ids(self) -> dict[str, int]:
+        return {self._model.id_to_piece(number): number for number in range(self.vocab_size)}
 
     def copy_to(self, folder: Path) -> None:
         from megalr.data.huggingface import write_huggingface_files
@@ -127,6 +134,9 @@ class HuggingFaceTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids)
+
+    def piece_ids(self) -> dict[str, int]:
+        return self._tokenizer.get_vocab()
 
     def copy_to(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -94,6 +95,7 @@ class SLTrainLinear(FactorizedLinear):
         density: delta, share of the positions of a matrix that S has, in (0, 1).
         seed: seed of the run; it gives the support.
         bias: adds a dense vector to each output.
+        supports: positions as ``draw_support`` gives them, by matrix, instead of drawn ones.
     """
 
     support: torch.Tensor
@@ -106,6 +108,7 @@ class SLTrainLinear(FactorizedLinear):
         density: float,
         seed: int,
         bias: bool = False,
+        supports: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         super().__init__(shape, rank, alpha, bias)
         stored: list[np.ndarray] = []
@@ -113,7 +116,10 @@ class SLTrainLinear(FactorizedLinear):
         self.counts: list[int] = []  # entries held here, and drawn, of each matrix
         self.drawn: list[int] = []
         for index, (name, rows) in enumerate(zip(shape.names, shape.out_used, strict=True)):
-            drawn = draw_support(seed, name, rows, shape.in_used, density)
+            if supports is not None:
+                drawn = supports[name]
+            else:
+                drawn = draw_support(seed, name, rows, shape.in_used, density)
             here, places = self._held_support(index, drawn)
             stored.append(places)
             held.append(here + sum(self.drawn))
@@ -192,3 +198,24 @@ class SLTrainLinear(FactorizedLinear):
         stack[self.used_rows(index), self.used_columns()] = rest.to(stack)
         chosen = slice(sum(self.counts[:index]), sum(self.counts[: index + 1]))
         self.values[chosen] = stack.view(-1)[self.support[chosen].long()].to(self.values)
+
+    @torch.no_grad()
+    def load_dense_and_support(self, index: int, weight: torch.Tensor) -> None:
+        """Best rank-r approximation of ``weight``; the support moves to the largest of the rest.
+
+        For a layer that is not cut: how many entries a rank holds is fixed when it is built.
+        """
+        FactorizedLinear.load_dense(self, index, weight)
+        rest = weight.to(self.values) - FactorizedLinear.dense_weight(self, index)  # (m, n)
+        count = self.drawn[index]
+        largest = rest.flatten().abs().topk(count).indices.sort().values
+        chosen = slice(sum(self.counts[:index]), sum(self.counts[: index + 1]))
+        self.values[chosen] = rest.flatten()[largest]
+        _, places = self._held_support(index, largest.cpu().numpy())
+        self.support[chosen] = torch.from_numpy(places).to(self.support)
+
+    def support_positions(self, index: int) -> np.ndarray:
+        """Positions of S_index as ``draw_support`` gives them, of a layer that is not cut."""
+        chosen = slice(sum(self.counts[:index]), sum(self.counts[: index + 1]))
+        row, column = np.divmod(self.support[chosen].long().cpu().numpy(), self.shape.local_in)
+        return (row - self.used_rows(index).start) * self.shape.in_used + column

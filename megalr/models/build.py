@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from megalr.errors import UserError
 from megalr.layers.cola import CoLALinear
@@ -18,14 +21,17 @@ from megalr.parallel.plan import SINGLE, Plan
 FACTORIZED = ("low_rank", "loro", "sltrain", "lora", "relora", "cola")
 """Methods whose target matrices are stored as factors."""
 
+Supports = Mapping[str, np.ndarray]
+"""Positions of SLTrain's sparse parts by matrix, where they are not drawn from the seed."""
+
 
 def projection_names(shape: LinearShape) -> list[str]:
     """Short names of a group's matrices: ``["q", "k", "v"]``."""
     return [name.rsplit(".", 1)[1] for name in shape.names]
 
 
-def make_linear_of(method: Any, seed: int) -> MakeLinear:
-    """The builder of linear layers for a method; ``seed`` gives the supports of SLTrain.
+def make_linear_of(method: Any, seed: int, supports: Supports | None = None) -> MakeLinear:
+    """The builder of linear layers for a method; ``seed`` or ``supports`` give those of SLTrain.
 
     A method without factors (full_rank, and those that are an optimizer) makes dense layers.
 
@@ -43,7 +49,9 @@ def make_linear_of(method: Any, seed: int) -> MakeLinear:
         if method.name == "loro":
             return LowRankLinear(shape, method.rank, float(method.rank), "xavier", bias)
         if method.name == "sltrain":
-            return SLTrainLinear(shape, method.rank, method.alpha, method.density, seed, bias)
+            return SLTrainLinear(
+                shape, method.rank, method.alpha, method.density, seed, bias, supports
+            )
         if method.name == "cola":
             return CoLALinear(shape, method.rank, bias)
         return LoRALinear(shape, method.rank, method.alpha, bias)
@@ -76,6 +84,7 @@ def build_decoder(
     seed: int,
     checkpoint_blocks: bool = False,
     plan: Plan = SINGLE,
+    supports: Supports | None = None,
 ) -> Decoder:
     """A decoder in float32 on the default device with weights drawn from ``seed``.
 
@@ -85,6 +94,6 @@ def build_decoder(
         UserError: rank or targets that do not fit the model, or a plan that does not.
     """
     check_plan(config, method, plan)
-    decoder = Decoder(config, make_linear_of(method, seed), checkpoint_blocks, plan)
+    decoder = Decoder(config, make_linear_of(method, seed, supports), checkpoint_blocks, plan)
     decoder.reset_parameters(seed)
     return decoder

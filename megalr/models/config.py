@@ -111,15 +111,18 @@ PRESETS: dict[str, DecoderConfig] = {
 """Sizes of the GaLore protocol (9M to 7B) and of LLaMA-13B; vocabulary 32,000."""
 
 
-def decoder_config(preset: str, overrides: dict[str, Any]) -> DecoderConfig:
-    """The preset with some fields replaced.
+def decoder_config(preset: str | None, overrides: dict[str, Any]) -> DecoderConfig:
+    """The preset with some fields replaced; without a preset the fields give all sizes.
 
     Raises:
         UserError: unknown preset (the nearest name is given) or sizes that do not fit.
     """
+    known = {field.name for field in fields(DecoderConfig)}
+    overrides = {key: value for key, value in overrides.items() if key in known}
+    if preset is None:
+        return DecoderConfig(**overrides)
     if preset not in PRESETS:
         near = difflib.get_close_matches(preset, PRESETS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"presets: {', '.join(PRESETS)}"
         raise UserError(f"model.preset {preset!r} is unknown; {hint}")
-    known = {field.name for field in fields(DecoderConfig)}
-    return replace(PRESETS[preset], **{k: v for k, v in overrides.items() if k in known})
+    return replace(PRESETS[preset], **overrides)

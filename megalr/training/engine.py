@@ -9,7 +9,7 @@ from torch import nn
 
 from megalr.config.schema import RunConfig
 from megalr.errors import UserError
-from megalr.models.build import build_decoder
+from megalr.models.build import Supports, build_decoder
 from megalr.models.config import decoder_config
 from megalr.models.decoder import Decoder
 from megalr.models.plans import make_plan
@@ -22,8 +22,15 @@ from megalr.parallel.shards import shard_of
 from megalr.training.graphs import MicroBatchGraph
 
 
-def build_model(config: RunConfig, device: torch.device, mesh: Mesh = ONE_RANK) -> Decoder:
+def build_model(
+    config: RunConfig,
+    device: torch.device,
+    mesh: Mesh = ONE_RANK,
+    supports: Supports | None = None,
+) -> Decoder:
     """This rank's part of the run's decoder on ``device``, float32, drawn from ``run.seed``.
+
+    ``supports``: of SLTrain's sparse parts, where they are not drawn as well.
 
     Raises:
         UserError: a method, rank or layout that does not fit the model.
@@ -31,7 +38,7 @@ def build_model(config: RunConfig, device: torch.device, mesh: Mesh = ONE_RANK) 
     overrides = {
         key: value for key, value in config.model.model_dump().items() if value is not None
     }
-    sizes = decoder_config(overrides.pop("preset"), overrides)
+    sizes = decoder_config(overrides.pop("preset", None), overrides)
     plan = make_plan(sizes, config.method, mesh, config.parallel.layout)
     with device:
         decoder = build_decoder(
@@ -40,6 +47,7 @@ def build_model(config: RunConfig, device: torch.device, mesh: Mesh = ONE_RANK) 
             config.run.seed,
             checkpoint_blocks=config.train.activation_checkpointing == "full",
             plan=plan,
+            supports=supports,
         )
     return decoder
 
