@@ -34,12 +34,21 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--print_config", action="store_true", help="print the resolved run and stop"
     )
+    parser.add_argument(
+        "--allow",
+        nargs="+",
+        default=[],
+        metavar="KEY",
+        help="keys that may differ from the run in run.dir (docs/checkpoints.md)",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
-    # Overrides right after --config are taken for files; no file of ours has "=" in its name.
+    # Overrides right after --config or --allow are taken for their values, which hold no "=".
     arguments.overrides += [str(path) for path in arguments.config if "=" in str(path)]
     arguments.config = [path for path in arguments.config if "=" not in str(path)]
+    arguments.overrides += [key for key in arguments.allow if "=" in key]
+    arguments.allow = [key for key in arguments.allow if "=" not in key]
     return arguments
 
 
@@ -52,12 +61,14 @@ def main() -> int:
     # After listening, because these take a second.
     from megalr.config.deepspeed import read_deepspeed_json
     from megalr.config.loading import dump_config, load_run_config
+    from megalr.config.resuming import check_allowed
 
     try:
         # Every rank reads the same files, so every rank finds the same mistakes.
         from megalr.models.config import PRESETS
 
         config = load_run_config(arguments.config, arguments.overrides, presets=PRESETS)
+        check_allowed(arguments.allow)
         ds_user = DEFAULT_DEEPSPEED
         if arguments.deepspeed_config is not None:
             ds_user = read_deepspeed_json(arguments.deepspeed_config)
@@ -73,7 +84,7 @@ def main() -> int:
 
     source = str(arguments.deepspeed_config or "default DeepSpeed config")
     with name_lost_peers(config.run.timeout_seconds):
-        return pretrain(config, ds_user, source, request)
+        return pretrain(config, ds_user, source, request, arguments.allow)
 
 
 if __name__ == "__main__":

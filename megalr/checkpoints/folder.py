@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megalr.checkpoints.manifest import MANIFEST
+
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
 _TAG = re.compile(r"update_(\d+)(_universal)?")
@@ -65,9 +67,10 @@ def write_atomically(path: Path, text: str) -> None:
 def publish(root: Path, tag: str) -> None:
     """Give what was written at :func:`saving_path` its name, in place of an older one."""
     _sync_folder(saving_path(root, tag))
-    discard(root, tag)
+    trash = _to_trash(root, tag)
     saving_path(root, tag).rename(root / tag)
     _sync_folder(root)
+    _remove(trash)
 
 
 def point_latest(root: Path, tag: str) -> None:
@@ -81,12 +84,14 @@ def discard(root: Path, tag: str) -> None:
     Raises:
         OSError: the system refused.
     """
-    trash = root / f"{_TRASH}{tag}"
-    if trash.exists():
-        shutil.rmtree(trash)
-    if (root / tag).exists():
-        (root / tag).rename(trash)
-        shutil.rmtree(trash)
+    _remove(_to_trash(root, tag))
+
+
+def recover(root: Path) -> None:
+    """Name the checkpoints that lacked nothing but their name when writing was cut short."""
+    for tag in unfinished(root):
+        if (saving_path(root, tag) / MANIFEST).is_file():
+            publish(root, tag)
 
 
 def unfinished(root: Path) -> list[str]:
@@ -99,6 +104,19 @@ def clean(root: Path) -> None:
     for pattern in (f"{_SAVING}*", f"{_TRASH}*"):
         for path in root.glob(pattern):
             shutil.rmtree(path)
+
+
+def _to_trash(root: Path, tag: str) -> Path:
+    trash = root / f"{_TRASH}{tag}"
+    _remove(trash)
+    if (root / tag).exists():
+        (root / tag).rename(trash)
+    return trash
+
+
+def _remove(path: Path) -> None:
+    if path.exists():
+        shutil.rmtree(path)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ its dotted key, the value seen, what is allowed and the nearest valid key.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -27,29 +26,6 @@ from megalr.config.problems import (
 from megalr.config.schema import RunConfig
 from megalr.config.yaml_source import COMMAND_LINE, Source, read_file, read_override
 from megalr.errors import UserError
-
-ABSENT = "(not set)"
-"""Stands in ``diff_configs`` for the value of a key that one of the two runs does not have."""
-
-KEYS_FREE_ON_RESUME = (
-    "run.dir",
-    "run.resume",
-    "run.timeout_seconds",
-    "data.validation",
-    "data.prefetch_updates",
-    "train.micro_batch_size",
-    "train.gradient_accumulation",
-    "train.compile",
-    "train.cuda_graphs",
-    "train.activation_checkpointing",
-    "evaluation.*",
-    "checkpoint.*",
-    "health.*",
-    "log.*",
-)
-"""Patterns of the keys that may differ when a run is resumed: what they change is where and how
-often things are written or evaluated, or how a batch is cut up and computed. The batches, the
-learning rates and the algebra stay those of the run; train.* ones change the rounding."""
 
 
 def load_run_config(
@@ -239,23 +215,3 @@ def flatten(config: RunConfig) -> dict[str, Any]:
         for section, values in config.model_dump(mode="json").items()
         for name, value in values.items()
     }
-
-
-def diff_configs(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
-    """(dotted key, old, new) wherever the values differ; ABSENT where a run has no such key."""
-    before, after = flatten(old), flatten(new)
-    keys = [*before, *(key for key in after if key not in before)]
-    return [
-        (key, before.get(key, ABSENT), after.get(key, ABSENT))
-        for key in keys
-        if before.get(key, ABSENT) != after.get(key, ABSENT)
-    ]
-
-
-def differences_that_forbid_resume(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
-    """The part of ``diff_configs`` that ``KEYS_FREE_ON_RESUME`` does not cover."""
-    return [
-        (key, before, after)
-        for key, before, after in diff_configs(old, new)
-        if not any(fnmatchcase(key, pattern) for pattern in KEYS_FREE_ON_RESUME)
-    ]

@@ -225,7 +225,14 @@ class CheckpointConfig(Section):
     every: int = Field(default=1000, ge=0, examples=[1000])
     """Updates between two checkpoints; 0 = only at the end."""
     keep_last: int = Field(default=2, ge=1, examples=[2])
-    """Newest checkpoints kept; older ones are deleted."""
+    """Newest checkpoints kept; older ones are deleted unless the next two keys keep them."""
+    keep_every: int = Field(default=0, ge=0, examples=[10000])
+    """Checkpoints at multiples of this are kept for ever (updates); 0 = none."""
+    keep_best: int = Field(default=0, ge=0, examples=[1])
+    """Checkpoints with the lowest validation loss that are kept; only those count that were
+    evaluated at their update (evaluation.every)."""
+    verify: bool = Field(default=True, examples=[False])
+    """Whether the checksums of a checkpoint are compared before it is loaded; sizes always are."""
 
 
 class LogConfig(Section):

@@ -1,70 +1,168 @@
-"""Saving and resuming through the engine."""
+"""Saving, finding and loading checkpoints; every function is called by all ranks together.
+
+A checkpoint is written under a name that never counts. Only when every rank has written its files
+and the manifest lists all of them, it gets its own name, by one rename. See docs/checkpoints.md.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+import shutil
+import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
-from megalr.errors import UserError
-from megalr.training.distributed import on_main
-from megalr.training.run_folder import (
-    CHECKPOINTS,
-    COMPLETE,
-    delete_old_checkpoints,
-    write_atomically,
+from megalr.checkpoints import folder as names
+from megalr.checkpoints.layout import describe, fragments_file, layout_of
+from megalr.checkpoints.load import load_source
+from megalr.checkpoints.manifest import (
+    MANIFEST,
+    Damaged,
+    FileRecord,
+    Manifest,
+    check_files,
+    manifest_text,
+    read_manifest,
+    record_of,
 )
+from megalr.checkpoints.reader import open_source
+from megalr.checkpoints.source import STATE, SavedState
+from megalr.config.schema import RunConfig
+from megalr.errors import AgreedError, UserError
+from megalr.restarts.state import ShardedState
+from megalr.training.distributed import agree, is_main, on_main
 
 
-def layout_of(engine: Any) -> dict[str, Any]:
-    """What must be equal for the engine's files to fit: ranks, ZeRO stage, precision."""
-    return {
-        "data_parallel_size": engine.dp_world_size,
-        "zero_stage": int(engine.zero_optimization_stage()),
-        "bf16": bool(engine.bfloat16_enabled()),
-    }
+@dataclass(frozen=True)
+class SaveReport:
+    """What a save did; the fields of the ``checkpoint`` event.
+
+    Attributes:
+        path: the checkpoint's folder relative to the run's.
+        save_seconds: all of it, training standing still.
+        checksum_seconds: the part for checksums and for flushing files to the disk, slowest rank.
+        bytes: of all files.
+        deleted: older checkpoints that were deleted.
+        delete_error: why deleting them failed; None: it did not.
+    """
+
+    path: str
+    save_seconds: float
+    checksum_seconds: float
+    bytes: int
+    deleted: list[str]
+    delete_error: str | None
+
+
+@dataclass(frozen=True)
+class Found:
+    """The checkpoint to continue from.
+
+    Attributes:
+        tag: its name; None: there is none, the run begins.
+        damaged: newer ones that cannot be used, each with what is wrong.
+        unfinished: names of those whose writing was cut short; they never counted.
+        seconds: the time that looking took.
+    """
+
+    tag: str | None
+    damaged: list[str]
+    unfinished: list[str]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What :func:`load_checkpoint` brought back.
+
+    Attributes:
+        state: what was given to :func:`save_checkpoint`, with ``update``.
+        seconds: the time it took.
+        reshaped: which parts of the layout differ, as ``{name: [saved, now]}``; empty if the
+            engine read its own files.
+    """
+
+    state: dict[str, Any]
+    seconds: float
+    reshaped: dict[str, list[Any]]
 
 
 def save_checkpoint(
-    engine: Any, folder: Path, update: int, state: dict[str, Any], keep_last: int
-) -> tuple[str, float]:
-    """Save the engine after ``update`` updates; every rank must call it.
+    engine: Any,
+    config: RunConfig,
+    update: int,
+    state: dict[str, Any],
+    validation_loss: float | None = None,
+) -> SaveReport:
+    """Save the engine after ``update`` updates into ``run.dir``; delete superseded checkpoints.
 
-    The engine writes weights, masters and optimizer state of every rank; ``state`` (plain numbers
-    and strings) goes beside them. Only then the marker file is written, only then older
-    checkpoints beyond the newest ``keep_last`` are deleted: a crash or a full disk in between
-    leaves the previous one.
-
-    Returns:
-        The checkpoint's folder relative to the run's, and the seconds it took.
+    Args:
+        engine: DeepSpeed's engine; it writes weights, masters and optimizer state of every rank.
+        config: the run; ``checkpoint`` says which older ones are kept.
+        update: updates done.
+        state: what the loop has to remember; it must survive JSON.
+        validation_loss: of the model being saved; None if it was not evaluated.
 
     Raises:
-        UserError: the file system refused (disk full, no permission).
+        UserError: the file system refused (disk full, no permission). Older checkpoints are whole,
+            and nothing of this one is left.
     """
     started = time.perf_counter()
-    tag = f"update_{update}"
-    target = folder / CHECKPOINTS
+    root = Path(config.run.dir) / names.CHECKPOINTS
+    tag = names.tag_of(update)
+    saving = names.saving_path(root, tag)
+    with _one_line(root / tag):
+        on_main(lambda: _prepare(saving))
+        records, hashing = _write_files(engine, root, saving)
+        loss = None if validation_loss is None or math.isnan(validation_loss) else validation_loss
+        saved = SavedState(update, config.model_dump(mode="json"), _counters(engine), state)
+        layout = layout_of(engine)
+        size = on_main(lambda: _finish(root, tag, saved, layout, loss, records))
+    deleted, error = on_main(lambda: _delete_superseded(root, config))
+    seconds = time.perf_counter() - started
+    path = f"{names.CHECKPOINTS}/{tag}"
+    return SaveReport(path, seconds, hashing, size, deleted, error)
+
+
+@contextlib.contextmanager
+def _one_line(path: Path) -> Iterator[None]:
+    """Remove what a failed save left and say that nothing is lost."""
     try:
-        engine.save_checkpoint(str(target), tag=tag, client_state=dict(state, update=update))
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"checkpoint {target / tag} could not be written ({_reason(error)}): free space or fix "
-            "the path and start again; the previous checkpoint is whole"
+        yield
+    except AgreedError as error:
+        with contextlib.suppress(
+            OSError
+        ):  # what cannot be removed now is removed at the next start
+            if is_main():
+                shutil.rmtree(names.saving_path(path.parent, path.name), ignore_errors=True)
+        raise AgreedError(
+            f"checkpoint {path} could not be written ({error}): free space or fix the path and "
+            "start again; the previous checkpoint is whole"
         ) from error
-    if dist.is_initialized():
-        dist.barrier()
-    layout = layout_of(engine)
 
-    def finish() -> None:
-        record = {"update": update, "layout": layout}
-        write_atomically(target / tag / COMPLETE, json.dumps(record, indent=2) + "\n")
-        delete_old_checkpoints(folder, keep_last)
 
-    on_main(finish)
-    return f"{CHECKPOINTS}/{tag}", time.perf_counter() - started
+def _prepare(saving: Path) -> None:
+    with _as_user_error():
+        if saving.exists():
+            shutil.rmtree(saving)
+        saving.mkdir(parents=True)
+
+
+@contextlib.contextmanager
+def _as_user_error() -> Iterator[None]:
+    """The system's words instead of a traceback, for code that runs on one rank alone."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(_reason(error)) from error
 
 
 def _reason(error: Exception) -> str:
@@ -72,27 +170,244 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error).splitlines()[0]
 
 
-def load_checkpoint(engine: Any, folder: Path, tag: str) -> dict[str, Any]:
-    """Load a finished checkpoint into the engine; every rank must call it.
-
-    Returns:
-        The state that was given to :func:`save_checkpoint`, with ``update``.
+def _write_files(engine: Any, root: Path, saving: Path) -> tuple[dict[str, FileRecord], float]:
+    """Have every rank write and hash its files; records of all ranks' files and the seconds.
 
     Raises:
-        UserError: it was saved with another number of ranks, ZeRO stage or precision.
+        AgreedError: some rank could not.
     """
-    saved = on_main(lambda: json.loads((folder / CHECKPOINTS / tag / COMPLETE).read_text()))
-    now = layout_of(engine)
-    different = [key for key in now if saved["layout"].get(key) != now[key]]
-    if different:
-        raise UserError(
-            f"checkpoint {tag} was saved with "
-            + ", ".join(f"{key} {saved['layout'].get(key)}" for key in different)
-            + "; this start has "
-            + ", ".join(f"{key} {now[key]}" for key in different)
-            + ": start it as it was saved"
+    error, written = _engine_files(engine, root, saving)
+    records: dict[str, FileRecord] = {}
+    seconds = 0.0
+    if error is None:
+        try:
+            written += _fragments(engine, saving)
+            started = time.perf_counter()
+            for path in written:
+                records[str(path.relative_to(saving))] = record_of(path, durable=True)
+            seconds = time.perf_counter() - started
+        except (OSError, RuntimeError) as caught:
+            error = caught
+    agree(None if error is None else UserError(_reason(error)))
+    gathered: list[Any] = [(records, seconds)]
+    if dist.is_initialized():
+        gathered = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, (records, seconds))
+    together = {name: record for part, _ in gathered for name, record in part.items()}
+    return together, max(spent for _, spent in gathered)
+
+
+def _engine_files(engine: Any, root: Path, saving: Path) -> tuple[Exception | None, list[Path]]:
+    """Have the engine write its files; the first error here and the files of this rank.
+
+    Inside ``save_checkpoint`` ranks wait for each other, so none may leave it by an exception:
+    errors of writing are kept until all ranks are out.
+    """
+    errors: list[Exception] = []
+    written: list[Path] = []
+    plain, copy_scripts = engine.checkpoint_engine.save, engine._copy_recovery_script
+
+    def save(state_dict: Any, path: str) -> None:
+        try:
+            if not errors:
+                plain(state_dict, path)
+                written.append(Path(path))
+        except (OSError, RuntimeError) as error:
+            errors.append(error)
+
+    def copy(folder: str) -> None:  # DeepSpeed means the folder of all checkpoints
+        try:
+            copy_scripts(str(saving))
+            written.extend(saving.glob("*.py"))
+        except OSError as error:
+            errors.append(error)
+
+    engine.checkpoint_engine.save, engine._copy_recovery_script = save, copy
+    try:
+        engine.save_checkpoint(str(root), tag=saving.name, save_latest=False)
+    finally:
+        del engine.checkpoint_engine.save, engine._copy_recovery_script
+    return (errors[0] if errors else None), written
+
+
+def _fragments(engine: Any, saving: Path) -> list[Path]:
+    """Write the description of this rank's files, unless another rank's files hold the same."""
+    data_rank = dist.get_rank(engine.seq_data_parallel_group) if dist.is_initialized() else 0
+    if engine.zero_optimization_stage() == 0 and data_rank > 0:
+        return []
+    tensor_rank = engine.mpu.get_model_parallel_rank() if engine.mpu is not None else 0
+    path = saving / fragments_file(data_rank, tensor_rank)
+    torch.save(describe(engine), path)
+    return [path]
+
+
+def _counters(engine: Any) -> dict[str, int]:
+    return {
+        "global_steps": engine.global_steps,
+        "global_samples": engine.global_samples,
+        "skipped_steps": engine.skipped_steps,
+    }
+
+
+def _finish(
+    root: Path,
+    tag: str,
+    saved: SavedState,
+    layout: dict[str, Any],
+    loss: float | None,
+    records: dict[str, FileRecord],
+) -> int:
+    """Write state and manifest, give the checkpoint its name; bytes of all files. Rank 0 only."""
+    saving = names.saving_path(root, tag)
+    with _as_user_error():
+        names.write_atomically(saving / STATE, saved.text())
+        files = {**records, STATE: record_of(saving / STATE)}
+        manifest = Manifest(saved.update, layout, loss, files)
+        names.write_atomically(saving / MANIFEST, manifest_text(manifest))
+        names.publish(root, tag)
+        names.point_latest(root, tag)
+    return sum(record.size for record in files.values())
+
+
+def _delete_superseded(root: Path, config: RunConfig) -> tuple[list[str], str | None]:
+    """Delete what retention no longer keeps; a failure is reported, it does not end the run."""
+    settings = config.checkpoint
+    known = []
+    for tag in names.tags(root):
+        with contextlib.suppress(Damaged):
+            manifest = read_manifest(root / tag)
+            if not tag.endswith(names.universal_tag("")):
+                known.append(names.Kept(tag, manifest.update, manifest.validation_loss))
+    deleted: list[str] = []
+    old = names.superseded(known, settings.keep_last, settings.keep_every, settings.keep_best)
+    for tag in old:
+        try:
+            names.discard(root, tag)
+        except OSError as error:
+            return deleted, f"{tag}: {_reason(error)}"
+        deleted.append(tag)
+    return deleted, None
+
+
+def find_checkpoint(folder: Path, verify: bool) -> Found:
+    """The newest checkpoint of a run that is as it was written; the ranks share the reading.
+
+    Args:
+        folder: the run's folder.
+        verify: compare checksums as well, not only sizes.
+
+    Raises:
+        UserError: there are checkpoints, and none of them is good.
+    """
+    started = time.perf_counter()
+    root = folder / names.CHECKPOINTS
+    known, unfinished = on_main(lambda: _list(root))
+    damaged: list[str] = []
+    for tag in reversed(known):
+        problem = _problem(root / tag, verify)
+        if problem is None:
+            return Found(tag, damaged, unfinished, time.perf_counter() - started)
+        damaged.append(f"{tag}: {problem}")
+    if damaged:
+        raise AgreedError(
+            f"run.dir {folder} has no good checkpoint ({'; '.join(damaged)}): restore one from a "
+            "copy, or choose another run.dir to start from the beginning"
         )
-    path, state = engine.load_checkpoint(str(folder / CHECKPOINTS), tag=tag)
-    if path is None:
-        raise UserError(f"checkpoint {folder / CHECKPOINTS / tag} could not be loaded by DeepSpeed")
-    return state
+    return Found(None, damaged, unfinished, time.perf_counter() - started)
+
+
+def _list(root: Path) -> tuple[list[str], list[str]]:
+    with _as_user_error():
+        names.recover(root)
+        return names.tags(root), names.unfinished(root)
+
+
+def _problem(folder: Path, verify: bool) -> str | None:
+    """What is wrong with a checkpoint; None if it is good. The same on all ranks."""
+    manifest, problem = on_main(lambda: _read_manifest(folder))
+    if manifest is None or problem is not None:
+        return problem
+    if not verify:
+        return on_main(lambda: check_files(folder, manifest.files, manifest.files, False))
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    largest_first = sorted(manifest.files, key=lambda name: -manifest.files[name].size)
+    found: list[Any] = [check_files(folder, manifest.files, largest_first[rank::world], True)]
+    if world > 1:
+        mine, found = found[0], [None] * world
+        dist.all_gather_object(found, mine)
+    return next((problem for problem in found if problem is not None), None)
+
+
+def _read_manifest(folder: Path) -> tuple[Manifest | None, str | None]:
+    try:
+        return read_manifest(folder), None
+    except Damaged as error:
+        return None, str(error)
+
+
+def tidy(folder: Path, found: Found) -> None:
+    """Before a run goes on: say what was passed over, remove leftovers, set ``latest``.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+
+    def work() -> None:
+        root = folder / names.CHECKPOINTS
+        for text in found.damaged:
+            print(f"warning: passed over a damaged checkpoint, {text}", file=sys.stderr, flush=True)
+        for tag in found.unfinished:
+            print(f"warning: {tag} was never finished; removed", file=sys.stderr, flush=True)
+        try:
+            names.clean(root)
+            if found.tag is not None:
+                names.point_latest(root, found.tag)
+        except OSError as error:
+            raise UserError(f"{root} cannot be written: {_reason(error)}") from error
+
+    on_main(work)
+
+
+def load_checkpoint(engine: Any, folder: Path, tag: str) -> Loaded:
+    """Load a good checkpoint (:func:`find_checkpoint`) into the engine, whatever shape it has.
+
+    Where layouts are equal the engine reads its own files and continues bitwise; otherwise masters
+    and optimizer states are put together from the files and cut anew. Options of the optimizer
+    (betas, weight decay, ...) stay those of the engine, not those that were saved.
+
+    Raises:
+        UserError: it cannot be loaded into this engine; the reason is named.
+    """
+    started = time.perf_counter()
+    root = folder / names.CHECKPOINTS
+    manifest, problem = on_main(lambda: _read_manifest(root / tag))
+    if manifest is None:
+        raise AgreedError(f"checkpoint {root / tag} is damaged ({problem}): choose another one")
+    now = json.loads(json.dumps(layout_of(engine)))
+    different = {
+        k: [manifest.layout.get(k), v] for k, v in now.items() if manifest.layout.get(k) != v
+    }
+    saved = _on_all(lambda: SavedState.read(root / tag))
+    options = [dict(group) for group in ShardedState(engine).base.param_groups]
+    if different:
+        _on_all(lambda: load_source(engine, open_source(root / tag)))
+        ShardedState(engine).refresh_weights()
+    else:
+        path, _ = engine.load_checkpoint(str(root), tag=tag)
+        if path is None:
+            raise AgreedError(f"checkpoint {root / tag} could not be loaded by DeepSpeed")
+    for group, given in zip(ShardedState(engine).base.param_groups, options, strict=True):
+        group.update({key: value for key, value in given.items() if key != "params"})
+    return Loaded(dict(saved.state, update=saved.update), time.perf_counter() - started, different)
+
+
+def _on_all(function: Any) -> Any:
+    """Run ``function`` on every rank; one rank's trouble with files or shapes stops all of them."""
+    error: Exception | None = None
+    result = None
+    try:
+        result = function()
+    except (UserError, Damaged) as caught:
+        error = caught
+    agree(error)
+    return result

@@ -138,7 +138,7 @@ def test_a_full_disk_while_saving_leaves_the_previous_checkpoint(
     assert code == 2
     (line,) = [line for line in output.splitlines() if line.startswith("error:")]
     assert "could not be written" in line and "previous checkpoint is whole" in line
-    assert not list(folder.glob("checkpoints/*/complete.json"))
+    assert not list(folder.glob("checkpoints/*/manifest.json"))
     code, output = _start(*command)  # with room again it starts where it can
     assert code == 0, output[-3000:]
-    assert [p.parent.name for p in folder.glob("checkpoints/*/complete.json")] == ["update_4"]
+    assert [p.parent.name for p in folder.glob("checkpoints/*/manifest.json")] == ["update_4"]

@@ -1,0 +1,110 @@
+"""Which keys of the configuration may differ when a run is resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from megalr.config.loading import flatten
+from megalr.config.problems import known_keys, nearest
+from megalr.config.schema import RunConfig
+from megalr.errors import UserError
+
+ABSENT = "(not set)"
+"""Stands in ``diff_configs`` for the value of a key that one of the two runs does not have."""
+
+Difference = tuple[str, Any, Any]
+"""Dotted key, value of the run in the folder, value given now."""
+
+KEYS_FREE_ON_RESUME = (
+    "run.dir",
+    "run.resume",
+    "run.timeout_seconds",
+    "data.validation",
+    "data.prefetch_updates",
+    "train.micro_batch_size",
+    "train.gradient_accumulation",
+    "train.compile",
+    "train.cuda_graphs",
+    "train.activation_checkpointing",
+    "parallel.*",
+    "evaluation.*",
+    "checkpoint.*",
+    "health.*",
+    "log.*",
+)
+"""Patterns of the keys that may differ when a run is resumed: what they change is where and how
+often things are written or evaluated, or how a batch or the model is cut up and computed. The
+batches, the learning rates and the algebra stay those of the run; train.* and parallel.* change
+the rounding."""
+
+KEYS_FIXED = {
+    "run.seed": "the order of the data and the frozen parts of the model follow from it",
+    "model.*": "the weights in the checkpoint are of that model",
+    "method.name": "the weights in the checkpoint are those of that method",
+    "method.rank": "the weights or optimizer states in the checkpoint have that size",
+    "method.targets": "the weights in the checkpoint are factorized there",
+    "method.density": "the weights in the checkpoint have that support",
+    "method.proj_type": "the optimizer states in the checkpoint have that shape",
+    "method.state_bits": "the optimizer states in the checkpoint have that form",
+    "method.proj": "the optimizer states in the checkpoint are projected by it",
+    "optimizer.name": "the optimizer states in the checkpoint are of that rule",
+    "optimizer.density": "the optimizer states in the checkpoint have that mask",
+    "train.precision": "the weights and optimizer states in the checkpoint have that dtype",
+}
+"""Patterns of the keys that no run can change, with the reason."""
+
+
+def diff_configs(old: RunConfig, new: RunConfig) -> list[Difference]:
+    """(dotted key, old, new) wherever the values differ; ABSENT where a run has no such key."""
+    before, after = flatten(old), flatten(new)
+    keys = [*before, *(key for key in after if key not in before)]
+    return [
+        (key, before.get(key, ABSENT), after.get(key, ABSENT))
+        for key in keys
+        if before.get(key, ABSENT) != after.get(key, ABSENT)
+    ]
+
+
+def differences_that_forbid_resume(
+    old: RunConfig, new: RunConfig, allowed: Iterable[str] = ()
+) -> list[Difference]:
+    """The part of ``diff_configs`` that neither KEYS_FREE_ON_RESUME nor ``allowed`` covers."""
+    free = [*KEYS_FREE_ON_RESUME, *allowed]
+    return [
+        difference for difference in diff_configs(old, new) if not _matches(difference[0], free)
+    ]
+
+
+def allowed_differences(old: RunConfig, new: RunConfig, allowed: Iterable[str]) -> list[Difference]:
+    """The part of ``diff_configs`` that is there because ``allowed`` says so."""
+    return [
+        difference
+        for difference in differences_that_forbid_resume(old, new)
+        if _matches(difference[0], allowed)
+    ]
+
+
+def check_allowed(allowed: Sequence[str]) -> None:
+    """Check what ``--allow`` lists: dotted keys, or ``section.*`` for a section's free-able keys.
+
+    Raises:
+        UserError: a key that does not exist (with the nearest), or one that cannot change.
+    """
+    known = known_keys(RunConfig)
+    for key in allowed:
+        if not any(fnmatchcase(name, key) for name in known):
+            close = nearest(key, known)
+            hint = f"; did you mean {close}?" if close else ""
+            raise UserError(f"--allow {key}: unknown key{hint}")
+        for pattern, reason in KEYS_FIXED.items():
+            if fnmatchcase(key, pattern) or fnmatchcase(pattern, key):
+                raise UserError(
+                    f"--allow {key}: {pattern} cannot change in a run: {reason}; start a new "
+                    "run.dir, or allow other keys one by one"
+                )
+
+
+def _matches(key: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(key, pattern) for pattern in patterns)
