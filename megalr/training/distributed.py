@@ -147,3 +147,15 @@ def agree(error: Exception | None) -> None:
     for rank, (host, text) in enumerate(found):
         if text is not None:
             raise AgreedError(f"rank {rank}{f' on {host}' if len(hosts) > 1 else ''}: {text}")
+
+
+def agreed(function: Callable[[], T]) -> T:
+    """``function()`` on every rank, or an AgreedError on every rank if one raises a UserError."""
+    error: UserError | None = None
+    results: list[T] = []
+    try:
+        results.append(function())
+    except UserError as caught:
+        error = caught
+    agree(error)
+    return results[0]

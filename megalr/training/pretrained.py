@@ -32,7 +32,7 @@ from megalr.models.build import Supports
 from megalr.models.decoder import Decoder
 from megalr.parallel.mesh import Mesh
 from megalr.parallel.shards import shard_of
-from megalr.training.distributed import agree, on_main
+from megalr.training.distributed import agree, agreed, on_main
 from megalr.training.engine import build_model
 from megalr.training.run_folder import CONFIG
 
@@ -84,7 +84,7 @@ def initial_model(
     if config.model.from_pretrained is None:
         return build_model(config, device, mesh), None
     if resuming:
-        supports = _agreed(lambda: read_supports(config, Path(config.run.dir)))
+        supports = agreed(lambda: read_supports(config, Path(config.run.dir)))
         return build_model(config, device, mesh, supports), None
     if mesh.tensor_size == 1:
         decoder = build_model(config, device)
@@ -187,7 +187,7 @@ def import_weights(config: RunConfig, decoder: Decoder, device: torch.device) ->
     """
     started = time.perf_counter()
     folder = Path(str(config.model.from_pretrained))
-    weights = _agreed(lambda: _checked_weights(decoder, folder))
+    weights = agreed(lambda: _checked_weights(decoder, folder))
     world = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if dist.is_initialized() else 0
     errors: dict[str, float] = {}
@@ -224,16 +224,6 @@ def _checked_weights(decoder: Decoder, folder: Path) -> Weights:
     weights = Weights(folder)
     check_weights(decoder, weights)
     return weights
-
-
-def _agreed(function: Any) -> Any:
-    """The function's result on every rank, or every rank's UserError."""
-    try:
-        result, trouble = function(), None
-    except UserError as error:
-        result, trouble = None, error
-    agree(trouble)
-    return result
 
 
 def _broadcast(layer: GroupedLinear, owner: int, device: torch.device) -> None:
