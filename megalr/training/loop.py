@@ -1,68 +1,71 @@
 """The training loop.
 
-Order inside an update: step, restart if due, evaluate, save. So a checkpoint is always after the
-restart, and resuming from it repeats nothing and skips nothing. A run that is asked to stop saves
-after the update it is in; an evaluation that was left out or broken off for it comes first when the
-run goes on.
+Order inside an update: step, health check, restart if due, evaluate, save. So a checkpoint is
+always after the restart, and resuming from it repeats nothing and skips nothing. A run that is
+asked to stop saves after the update it is in; an evaluation that was left out or broken off for it
+comes first when the run goes on.
+
+An update whose loss or gradient is not finite changes nothing, on any rank; for the learning rate
+and the data it counts as an update all the same. After too many of them the run goes back to its
+newest checkpoint and leaves out the batches since (docs/health.md).
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megalr.checkpoints.folder import CHECKPOINTS
 from megalr.config.schema import RunConfig
-from megalr.data.loader import MicroBatch, UpdateBatch
+from megalr.data.loader import MicroBatch, UpdateBatch, UpdateLoader
+from megalr.errors import AgreedError
 from megalr.models.flops import flops_per_token
+from megalr.restarts.adaptive import largest_of_ranks
 from megalr.restarts.controller import Restarts
 from megalr.restarts.relora import Relora
-from megalr.training.checkpoint import save_checkpoint
+from megalr.restarts.reset import reset_moments
+from megalr.restarts.state import ShardedState
+from megalr.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from megalr.training.engine import gradient_norm, plain_gradient_norm, set_learning_rate
 from megalr.training.evaluation import evaluate
 from megalr.training.hardware import peak_flops, peak_memory_gib
+from megalr.training.health import Health
+from megalr.training.interval import Interval, Made, settle
 from megalr.training.metrics import MetricsWriter, Stopwatch
+from megalr.training.position import Position
+from megalr.training.skipping import finite_everywhere, guarded, withheld
 from megalr.training.stopping import StopCheck
-
-
-@dataclass(frozen=True)
-class Position:
-    """How far a run is; saved in every checkpoint.
-
-    Attributes:
-        update: updates done.
-        tokens: targets consumed.
-        evaluation_pending: the evaluation after the last update is still to be made.
-    """
-
-    update: int = 0
-    tokens: int = 0
-    evaluation_pending: bool = False
+from megalr.training.watchdog import Watchdog
 
 
 class Trainer:
-    """Runs the updates from ``start`` to ``train.updates`` on an engine.
+    """Runs the updates of a run on an engine.
 
     Args:
         config: the run.
         engine: DeepSpeed's engine around a Decoder.
         device: where this rank computes.
-        batches: this rank's UpdateBatch of every update from ``start`` on.
+        batches: this rank's batches, from that of the next update on.
         validation: the fixed validation batches, iterable again and again; None without evaluation.
         restarts: refactorization and momentum reset; also gives the learning rate's factor.
         relora: ReLoRA's merges; None for other methods.
         metrics: where events go.
         stop: the ranks' decision to stop.
+        watchdog: told of all progress.
         state: further plain values to save in every checkpoint.
-        start: how far the run is.
+        saved: what the checkpoint says that the engine has loaded; None to start from nothing.
 
     Attributes:
         update: updates done.
+        health: counts of skipped updates and rollbacks.
         train_seconds: time of the updates so far, without evaluation, saving and restarts.
+        validation_loss: update of the last evaluation made here, and its loss.
     """
 
     def __init__(
@@ -70,14 +73,15 @@ class Trainer:
         config: RunConfig,
         engine: Any,
         device: torch.device,
-        batches: Iterator[UpdateBatch],
+        batches: UpdateLoader,
         validation: Iterable[MicroBatch] | None,
         restarts: Restarts,
         relora: Relora | None,
         metrics: MetricsWriter,
         stop: StopCheck,
+        watchdog: Watchdog,
         state: dict[str, Any],
-        start: Position,
+        saved: dict[str, Any] | None,
     ) -> None:
         self.config = config
         self.engine = engine
@@ -88,21 +92,27 @@ class Trainer:
         self.relora = relora
         self.metrics = metrics
         self.stop = stop
+        self.watchdog = watchdog
         self.state = state
-        self.update = start.update
-        self.tokens = start.tokens
-        self.evaluation_pending = start.evaluation_pending
+        self.health = Health(config.health)
         self.folder = Path(config.run.dir)
         self.watch = Stopwatch()
         self.train_seconds = 0.0
-        self._interval = _Interval(device)
+        self.validation_loss: tuple[int, float | None] = (0, None)
+        self._interval = Interval()
+        self._copies = dist.get_world_size() // engine.dp_world_size  # ranks with the same batch
+        self._plain = engine.optimizer is engine.basic_optimizer  # float32 without ZeRO
         self._flops_per_token = flops_per_token(engine.module, config.data.sequence_length)
         self._peak_flops = peak_flops(device, config.train.precision)
+        self._go_on_from(Position())
+        if saved is not None:
+            self._restore(saved)
+            self.health.load_state_dict(saved["health"])
 
     @property
     def position(self) -> Position:
         """How far the run is."""
-        return Position(self.update, self.tokens, self.evaluation_pending)
+        return Position(self.update, self.tokens, self.batch_offset, self.evaluation_pending)
 
     @property
     def finished(self) -> bool:
@@ -114,19 +124,198 @@ class Trainer:
 
         Evaluates and saves as configured, and after the last update. A stop before the first
         update saves nothing, because nothing is new.
+
+        Raises:
+            AgreedError: bad updates that rolling back does not get past.
         """
         self.watch.lap()
         if not self.stop.agreed(now=True) and self.evaluation_pending:
             self.evaluate()
         while self.update < self.config.train.updates and self.stop.reason is None:
-            self.train_update(next(self.batches))
-            self.restart_if_due()
+            made = self.train_update(next(self.batches))
+            trouble = self.check(made)
+            if trouble is not None:
+                self.roll_back(trouble)
+                continue
+            self.restart_if_due(made)
             self.finish_update()
         if self.stop.reason is not None:
-            if self._interval.updates:
+            if self._interval.made:
                 self.log_step()
             self.metrics.write("signal", self.update, signal=self.stop.reason)
             self.stop.honoured()
+
+    def train_update(self, batch: UpdateBatch) -> Made:
+        """One optimizer step on the global batch, or none if that is bad.
+
+        The gradient is that of the mean loss per target over the global batch, whatever the
+        number of ranks and micro-batches: each micro-batch contributes its summed loss divided by
+        the global number of targets, times the number of ranks because the engine averages over
+        them.
+        """
+        engine = self.engine
+        made = Made(
+            self.update + 1,
+            batch.update,
+            batch.num_targets,
+            batch.samples_by_source,
+            self.config.optimizer.lr * self.restarts.learning_rate_factor(self.update),
+            torch.zeros((), dtype=torch.float64, device=self.device),
+        )
+        set_learning_rate(engine, made.learning_rate)
+        scale = engine.dp_world_size / max(1, batch.num_targets)
+        for number, (input_ids, labels) in enumerate(batch.micro_batches, start=1):
+            loss = engine(
+                input_ids.to(self.device, non_blocking=True),
+                labels.to(self.device, non_blocking=True),
+                scale,
+            )
+            made.loss_sum += loss.detach() / scale
+            if number == len(batch.micro_batches) and self.health.decides_before_step:
+                loss = self._spoil_if_spike(made, loss)
+            # Guarded is a tensor of its own: on the very output of the engine, DeepSpeed's hook
+            # divides by the number of micro-batches although it is told not to
+            # (docs/deepspeed-notes.md).
+            engine.backward(guarded(loss), scale_wrt_gas=False)
+            self._step(made)
+        made.applied = engine.was_step_applied()
+        if not self._plain:
+            made.norm = gradient_norm(engine)
+        self._interval.made.append(made)
+        self.tokens += batch.num_targets
+        self.update += 1
+        self.watchdog.progress(f"after update {self.update}")
+        return made
+
+    def _step(self, made: Made) -> None:
+        """The engine's step, with the check of the gradient where the engine makes none."""
+        engine = self.engine
+        if not self._plain or not engine.is_gradient_accumulation_boundary():
+            engine.step()
+            return
+        made.norm = plain_gradient_norm(engine.module)
+        if finite_everywhere(made.norm):
+            engine.step()
+            return
+        with withheld(engine.optimizer):
+            engine.step()
+
+    def _spoil_if_spike(self, made: Made, loss: torch.Tensor) -> torch.Tensor:
+        """The last micro-batch's loss; not a number, on all ranks, if the update's is a spike."""
+        settle([made], self._copies)
+        if not self._report_spikes(made, loss=made.loss):
+            return loss
+        made.spike = True
+        return loss * float("nan")
+
+    def check(self, made: Made) -> str | None:
+        """Count an update, report it if it is bad; the reason if the run must go back for it."""
+        if not made.applied:
+            self.metrics.write(
+                "skip",
+                made.update,
+                reason="spike" if made.spike else "non_finite",
+                batch=made.batch,
+                skipped_in_row=self.health.skipped_in_row + 1,
+                skipped=self.health.skipped + 1,
+            )
+        if self.health.count(made.applied):
+            return f"{self.health.skipped_in_row} updates in a row were skipped"
+        if not made.applied or not self.health.decides_after_step:
+            return None
+        settle([made], self._copies)
+        norm = largest_of_ranks(float(made.norm), self.device)
+        if not self._report_spikes(made, loss=made.loss, gradient_norm=norm):
+            return None
+        if self.config.health.spike_action == "rollback":
+            return "the loss or the gradient norm spiked"
+        self._reset_moments(made.update)
+        return None
+
+    def _report_spikes(self, made: Made, **values: float | None) -> bool:
+        """Whether the values of an update are spikes; an event for each."""
+        found = self.health.spikes(**{k: v for k, v in values.items() if v is not None})
+        for spike in found:
+            action = self.config.health.spike_action
+            self.metrics.write(
+                "spike", made.update, batch=made.batch, action=action, **spike.metrics()
+            )
+        return bool(found)
+
+    def _reset_moments(self, update: int) -> None:
+        """Start all moments of the optimizer anew."""
+        started = time.perf_counter()
+        state = ShardedState(self.engine)
+        done = reset_moments(state, state.parameters())
+        seconds = time.perf_counter() - started
+        self.metrics.write(
+            "reset", update, reason="spike", fraction_reset=done.fraction, reset_seconds=seconds
+        )
+        self.watch.exclude(seconds)
+
+    def roll_back(self, reason: str) -> None:
+        """Go back to the newest checkpoint and leave out every batch since, the bad ones included.
+
+        Raises:
+            AgreedError: too many rollbacks, or no checkpoint.
+        """
+        self.health.count_rollback(self.update, reason)
+        found = find_checkpoint(self.folder, self.config.checkpoint.verify)
+        if found.tag is None:
+            raise AgreedError(
+                f"{reason} at update {self.update}, before the first checkpoint: lower "
+                "optimizer.lr, lengthen the warm-up, or save earlier (checkpoint.every)"
+            )
+        started = time.perf_counter()
+        at = self.position
+        saved = load_checkpoint(self.engine, self.folder, found.tag).state
+        self._restore(saved)
+        self.health.go_back(saved["health"])
+        left_out = at.next_batch - self.position.next_batch
+        self.batch_offset += left_out
+        self.batches.seek(at.next_batch)
+        self._interval = Interval()
+        self.validation_loss = (0, None)
+        self.metrics.write(
+            "rollback",
+            at.update,
+            reason=reason,
+            to_update=self.update,
+            path=f"{CHECKPOINTS}/{found.tag}",
+            damaged=found.damaged,
+            first_batch_left_out=at.next_batch - left_out,
+            batches_left_out=left_out,
+            rollbacks=self.health.rollbacks,
+            rollback_seconds=time.perf_counter() - started,
+        )
+        self.watchdog.progress("after a rollback")
+        self.watch.lap()
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        """Go on from a checkpoint that the engine has just loaded."""
+        self._go_on_from(Position.of(saved))
+        self.restarts.load_state_dict(saved["restarts"])
+        self.restarts.after_load()
+        if self.relora is not None:
+            self.relora.state.relink()
+
+    def _go_on_from(self, position: Position) -> None:
+        self.update = position.update
+        self.tokens = position.tokens
+        self.batch_offset = position.batch_offset
+        self.evaluation_pending = position.evaluation_pending
+
+    def restart_if_due(self, made: Made) -> None:
+        """Refactorize, reset or merge if that is due after this update; report it."""
+        merge = self.relora.after_update(self.update) if self.relora is not None else None
+        if merge is not None:
+            self.metrics.write("merge", self.update, **merge.metrics())
+            self.watch.exclude(merge.merge_seconds)
+        before = self.restarts.seconds
+        report = self.restarts.after_update(self.update, made.norm)
+        if report is not None:
+            self.metrics.write("restart", self.update, **report.metrics())
+            self.watch.exclude(self.restarts.seconds - before)
 
     def finish_update(self) -> None:
         """Report, evaluate and save, each if it is due; look whether to stop."""
@@ -138,86 +327,46 @@ class Trainer:
         if self.validation is not None and (last or _due(self.update, config.evaluation.every)):
             self.evaluation_pending = True
             self.evaluate()
-        if last or self.stop.reason is not None or _due(self.update, config.checkpoint.every):
+        # Not among skipped updates: the newest checkpoint is where a rollback goes.
+        due = _due(self.update, config.checkpoint.every) and not self.health.skipped_in_row
+        if last or due or self.stop.reason is not None:
             self.save()
             self.stop.agreed(now=True)
 
-    def train_update(self, batch: UpdateBatch) -> None:
-        """One optimizer step on the global batch.
-
-        The gradient is that of the mean loss per target over the global batch, whatever the
-        number of ranks and micro-batches: each micro-batch contributes its summed loss divided by
-        the global number of targets, times the number of ranks because the engine averages over
-        them.
-        """
-        engine = self.engine
-        self._interval.learning_rate = (
-            self.config.optimizer.lr * self.restarts.learning_rate_factor(self.update)
-        )
-        set_learning_rate(engine, self._interval.learning_rate)
-        scale = engine.dp_world_size / max(1, batch.num_targets)
-        for input_ids, labels in batch.micro_batches:
-            loss = engine(
-                input_ids.to(self.device, non_blocking=True),
-                labels.to(self.device, non_blocking=True),
-                scale,
-            )
-            # A tensor of its own: on the very output of the engine, DeepSpeed's hook divides by the
-            # number of micro-batches although it is told not to (docs/deepspeed-notes.md).
-            engine.backward(loss.clone(), scale_wrt_gas=False)
-            self._interval.loss_sum += loss.detach() / scale
-            if engine.get_global_grad_norm() is None and engine.is_gradient_accumulation_boundary():
-                self._interval.norm = plain_gradient_norm(engine.module)
-            engine.step()
-        if engine.get_global_grad_norm() is not None:
-            self._interval.norm = gradient_norm(engine)
-        self._interval.targets += batch.num_targets
-        self._interval.samples.append(batch.samples_by_source)
-        self._interval.updates += 1
-        self.tokens += batch.num_targets
-        self.update += 1
-
-    def restart_if_due(self) -> None:
-        """Refactorize, reset or merge if that is due after this update; report it."""
-        merge = self.relora.after_update(self.update) if self.relora is not None else None
-        if merge is not None:
-            self.metrics.write("merge", self.update, **merge.metrics())
-            self.watch.exclude(merge.merge_seconds)
-        before = self.restarts.seconds
-        report = self.restarts.after_update(self.update, self._interval.norm)
-        if report is not None:
-            self.metrics.write("restart", self.update, **report.metrics())
-            self.watch.exclude(self.restarts.seconds - before)
+    def _settle(self) -> None:
+        """Know the losses of all updates since the last report; the host waits for the device."""
+        unknown = [made for made in self._interval.made if made.loss is None]
+        settle(unknown, self._copies)
+        if self.config.health.spike_action == "log":
+            for made in unknown:
+                if made.applied:
+                    self._report_spikes(made, loss=made.loss, gradient_norm=float(made.norm))
 
     def log_step(self) -> None:
-        """Report the updates since the last report; the only place that waits for the device."""
-        loss_sum = self._interval.loss_sum
-        if dist.is_initialized():
-            dist.all_reduce(loss_sum, group=self.engine.seq_data_parallel_group)
-        loss = float(loss_sum) / max(1, self._interval.targets)
+        """Report the updates since the last report."""
+        self._settle()
+        interval, self._interval = self._interval, Interval()
         seconds = self.watch.lap()
         self.train_seconds += seconds
-        rate = self._interval.targets / seconds
-        world = dist.get_world_size() if dist.is_initialized() else 1
+        rate = interval.targets / seconds
         mfu: float | str = "n/a"
         if self._peak_flops is not None:
-            mfu = rate * self._flops_per_token / (self._peak_flops * world)
-        step_seconds = seconds / self._interval.updates
+            mfu = rate * self._flops_per_token / (self._peak_flops * dist.get_world_size())
+        step_seconds = seconds / len(interval.made)
         self.metrics.write(
             "step",
             self.update,
-            loss=loss,
-            gradient_norm=float(self._interval.norm),
-            learning_rate=self._interval.learning_rate,
+            loss=interval.mean_loss(),
+            gradient_norm=float(interval.made[-1].norm),
+            learning_rate=interval.made[-1].learning_rate,
             tokens=self.tokens,
             tokens_per_second=rate,
             step_seconds=step_seconds,
             mfu=mfu,
             peak_memory_gib=peak_memory_gib(self.device),
-            samples_by_source=[sum(counts) for counts in zip(*self._interval.samples, strict=True)],
+            samples_by_source=interval.samples_by_source(),
             eta_seconds=step_seconds * (self.config.train.updates - self.update),
         )
-        self._interval = _Interval(self.device)
 
     def evaluate(self) -> None:
         """Evaluate on the validation set and report it, unless the run is to stop."""
@@ -233,44 +382,43 @@ class Trainer:
         self.watch.exclude(result.eval_seconds)
         if not self.stop.agreed(now=True):
             self.metrics.write("eval", self.update, **asdict(result))
+            self.validation_loss = (self.update, result.loss)
             self.evaluation_pending = False
 
     def _until_stopped(self, batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
         """The batches, ending early, on all ranks at the same one, when the run is to stop."""
         for batch in batches:
             yield batch
+            self.watchdog.progress(f"evaluating after update {self.update}")
             if self.stop.agreed():
                 return
 
     def save(self) -> None:
         """Save a checkpoint and report it."""
         self._wait()
-        path, seconds = save_checkpoint(
-            self.engine,
-            self.folder,
-            self.update,
-            {**self.state, **asdict(self.position), "restarts": self.restarts.state_dict()},
-            self.config.checkpoint.keep_last,
-        )
-        self.metrics.write("checkpoint", self.update, path=path, save_seconds=seconds)
-        self.watch.exclude(seconds)
+        self._settle()
+        state = {
+            **self.state,
+            **asdict(self.position),
+            "restarts": self.restarts.state_dict(),
+            "health": self.health.state_dict(),
+        }
+        evaluated, loss = self.validation_loss
+        with self.watchdog.writing(f"saving update {self.update}"):
+            report = save_checkpoint(
+                self.engine,
+                self.config,
+                self.update,
+                state,
+                loss if evaluated == self.update else None,
+            )
+        self.metrics.write("checkpoint", self.update, **asdict(report))
+        self.watch.exclude(report.save_seconds)
 
     def _wait(self) -> None:
         """Let the device finish, so that its time is not counted as what comes next."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-class _Interval:
-    """Sums since the last report; the loss stays on the device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-        self.norm: torch.Tensor | float = float("nan")
-        self.learning_rate = 0.0
-        self.targets = 0
-        self.samples: list[tuple[int, ...]] = []  # of each source of the data, by update
-        self.updates = 0
 
 
 def _due(update: int, every: int) -> bool:

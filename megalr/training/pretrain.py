@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
-from dataclasses import fields
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,13 @@ from megalr.data import (
 )
 from megalr.errors import UserError
 from megalr.layers.lora import LoRALinear
-from megalr.models.config import decoder_config
 from megalr.models.decoder import Decoder
 from megalr.models.flops import parameter_count
 from megalr.optim.schedules import make_schedule
 from megalr.parallel.mesh import Mesh, make_mesh
 from megalr.restarts.controller import Restarts
 from megalr.restarts.relora import Relora
-from megalr.training.checkpoint import load_checkpoint
+from megalr.training.checkpoint import Found, find_checkpoint, load_checkpoint, tidy
 from megalr.training.distributed import (
     agree,
     is_main,
@@ -40,14 +38,22 @@ from megalr.training.distributed import (
     on_main,
     start_distributed,
 )
-from megalr.training.engine import build_engine, build_model
+from megalr.training.engine import build_engine, sizes_of
 from megalr.training.environment import check_ranks_agree, report, versions
-from megalr.training.loop import Position, Trainer
+from megalr.training.loop import Trainer
 from megalr.training.metrics import MetricsWriter
+from megalr.training.position import Position
+from megalr.training.pretrained import (
+    check_pretrained_tokenizer,
+    initial_model,
+    with_pretrained_sizes,
+    write_supports,
+)
 from megalr.training.run_folder import CHECKPOINTS, check_run_folder, write_run_folder
 from megalr.training.run_lock import run_folder_lock
 from megalr.training.signals import STOPPED, StopRequest
 from megalr.training.stopping import StopCheck
+from megalr.training.watchdog import Watchdog
 
 
 def pretrain(
@@ -55,6 +61,7 @@ def pretrain(
     ds_user: dict[str, Any],
     ds_source: str,
     request: StopRequest | None = None,
+    allowed: Sequence[str] = (),
 ) -> int:
     """Run the configuration on all ranks of the world, from its newest checkpoint if it has one.
 
@@ -63,6 +70,7 @@ def pretrain(
         ds_user: the user's DeepSpeed JSON.
         ds_source: where that came from, for messages.
         request: what this process is asked by signals; None: signals are not listened to.
+        allowed: keys that may differ from those of the run in the folder, beside the free ones.
 
     Returns:
         The exit code, the same on every rank: 0, or STOPPED after a stop on request.
@@ -79,7 +87,7 @@ def pretrain(
     if stop.agreed(now=True):
         return _stopped_at_start(stop)
     with run_folder_lock(Path(config.run.dir)):
-        return _train(config, ds_user, ds_source, device, stop, started)
+        return _train(config, ds_user, ds_source, device, stop, started, allowed)
 
 
 def _train(
@@ -89,14 +97,19 @@ def _train(
     device: torch.device,
     stop: StopCheck,
     started: float,
+    allowed: Sequence[str],
 ) -> int:
     """The run, once its folder is this job's; the exit code."""
+    config = with_pretrained_sizes(config)
     mesh = make_mesh(config.parallel.tensor, device.type)
     ds_config = resolve_deepspeed_config(config, ds_user, ds_source, mesh.data_size)
     train_data, validation_data = _open_data(config)
     check_ranks_agree(config, ds_config, train_data.fingerprint)
-    tag = on_main(lambda: check_run_folder(config))
-    decoder = build_model(config, device, mesh)
+    changed = on_main(lambda: check_run_folder(config, allowed))
+    found = find_checkpoint(Path(config.run.dir), config.checkpoint.verify)
+    if config.model.from_pretrained is not None and found.tag is None:
+        on_main(lambda: check_pretrained_tokenizer(config, train_data))
+    decoder, imported = initial_model(config, device, mesh, resuming=found.tag is not None)
     facts = _facts(config, ds_config, decoder, train_data)
     engine = build_engine(config, ds_config, decoder)
     limit_collectives(config.run.timeout_seconds)
@@ -104,7 +117,12 @@ def _train(
         return _stopped_at_start(stop)
     restarts, relora = _make_restarts(config, engine, decoder)
     on_main(lambda: write_run_folder(config, ds_config))
-    start = _resume(config, engine, restarts, tag, train_data)
+    if imported is not None:
+        on_main(lambda: write_supports(Path(config.run.dir), imported.supports))
+    tidy(Path(config.run.dir), found)
+    data_may_differ = any(key.startswith("data.") for key, _, _ in changed)
+    saved, resumed = _resume(config, engine, found, train_data, data_may_differ)
+    start = Position() if saved is None else Position.of(saved)
     metrics = MetricsWriter(
         Path(config.run.dir),
         is_main(),
@@ -120,16 +138,19 @@ def _train(
         rank=mesh.data_rank,
         world_size=mesh.data_size,
         seed=config.run.seed,
-        start_update=start.update,
+        start_update=start.next_batch,
         prefetch_updates=config.data.prefetch_updates,
         pin_memory=device.type == "cuda",
     )
-    with metrics, loader:
+    watchdog = Watchdog(config.health.stall_seconds, Path(config.run.dir), dist.get_rank())
+    with metrics, loader, watchdog:
         seconds = round(time.perf_counter() - started, 3)
         facts |= {"startup_seconds": seconds, "versions": versions(device)}
         metrics.write("start", start.update, **facts)
-        if tag is not None:
-            metrics.write("resume", start.update, path=f"{CHECKPOINTS}/{tag}")
+        if imported is not None:
+            metrics.write("import", start.update, **imported.metrics())
+        if resumed:
+            metrics.write("resume", start.update, **resumed, allowed=[list(c) for c in changed])
         trainer = Trainer(
             config,
             engine,
@@ -140,8 +161,9 @@ def _train(
             relora,
             metrics,
             stop,
+            watchdog,
             {"data_fingerprint": train_data.fingerprint},
-            start,
+            saved,
         )
         trainer.run()
         metrics.write(
@@ -150,6 +172,8 @@ def _train(
             updates=trainer.update,
             seconds=round(time.perf_counter() - started, 3),
             train_seconds=round(trainer.train_seconds, 3),
+            skipped=trainer.health.skipped,
+            rollbacks=trainer.health.rollbacks,
             restart_share=restarts.seconds / max(trainer.train_seconds, 1e-9),
             reason="finished" if trainer.finished else stop.reason,
         )
@@ -169,7 +193,7 @@ def _facts(
 ) -> dict[str, Any]:
     """What the ``start`` event says of the run; before ZeRO-3 cuts the parameters."""
     return {
-        "model": config.model.preset,
+        "model": config.model.preset or config.model.from_pretrained,
         "method": config.method.name,
         "optimizer": config.optimizer.name,
         "parameters": parameter_count(decoder),
@@ -203,21 +227,31 @@ def _make_restarts(
 
 
 def _resume(
-    config: RunConfig, engine: Any, restarts: Restarts, tag: str | None, data: TokenDataset
-) -> Position:
-    """Load the checkpoint if there is one; where to go on from."""
-    if tag is None:
-        return Position()
-    state = load_checkpoint(engine, Path(config.run.dir), tag)
-    if state["data_fingerprint"] != data.fingerprint:
+    config: RunConfig,
+    engine: Any,
+    found: Found,
+    data: TokenDataset,
+    data_may_differ: bool,
+) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """Load the checkpoint if there is one; what it says, and what the log says of it."""
+    if found.tag is None:
+        return None, {}
+    loaded = load_checkpoint(engine, Path(config.run.dir), found.tag)
+    state = loaded.state
+    if state["data_fingerprint"] != data.fingerprint and not data_may_differ:
         raise UserError(
             f"the checkpoint of update {state['update']} was trained on other data (fingerprint "
             f"{state['data_fingerprint'][:12]}, now {data.fingerprint[:12]}): give the same "
             "data.train, or a new run.dir"
         )
-    restarts.load_state_dict(state["restarts"])
-    restarts.after_load()
-    return Position(**{field.name: state[field.name] for field in fields(Position)})
+    facts = {
+        "path": f"{CHECKPOINTS}/{found.tag}",
+        "load_seconds": round(loaded.seconds, 3),
+        "reshaped": loaded.reshaped,
+        "damaged": found.damaged,
+        "unfinished": found.unfinished,
+    }
+    return state, facts
 
 
 def _open_data(config: RunConfig) -> tuple[TokenDataset, TokenDataset | None]:
@@ -241,9 +275,8 @@ def _open_data_here(config: RunConfig) -> tuple[TokenDataset, TokenDataset | Non
         sequence_length=data.sequence_length,
         packing=data.packing,
     )
-    overrides = {k: v for k, v in config.model.model_dump().items() if v is not None}
-    vocab_size = decoder_config(overrides.pop("preset"), overrides).vocab_size
-    check_vocabulary(train, vocab_size)
+    if config.model.from_pretrained is None:  # else: check_pretrained_tokenizer
+        check_vocabulary(train, sizes_of(config).vocab_size)
     validation = None
     paths = list(data.validation or ())
     if not paths and all(has_validation_split(source.path) for source in data.train):
