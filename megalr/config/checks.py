@@ -55,8 +55,14 @@ def _cycle_problems(
 
 
 def _method_problems(value_of: Callable[[str], Any]) -> Iterator[tuple[str, str]]:
-    """Methods with an update rule of their own against the optimizer section."""
+    """Methods against the optimizer section and against pretrained weights."""
     method, optimizer = value_of("method.name"), value_of("optimizer.name")
+    if method == "cola" and value_of("model.from_pretrained") is not None:
+        yield (
+            "model.from_pretrained",
+            "method cola has a nonlinearity between its factors and cannot take the weights of a "
+            "matrix: use another method, or a preset",
+        )
     if method not in PROJECTED_NAMES:
         return
     if optimizer not in (None, "adamw"):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticKnownError
 
 from megalr.config.base import AsTuple, Section
 from megalr.config.checks import cross_problems
@@ -34,12 +35,17 @@ class RunSection(Section):
 
 
 class ModelConfig(Section):
-    """The decoder: a named preset, single values of which can be replaced."""
+    """The decoder: a named preset, single values of which can be replaced, or a pretrained one."""
 
-    preset: str = Field(min_length=1, examples=["llama_60m"])
+    from_pretrained: str | None = Field(default=None, min_length=1, examples=["models/llama-2-7b"])
+    """Folder of a Hugging Face LLaMA, Mistral or Qwen2 that the run starts from, instead of preset
+    and random weights. The sizes come from it: leave the keys below out, or give the same."""
+    preset: str | None = Field(
+        default=None, min_length=1, validate_default=True, examples=["llama_60m"]
+    )
     """Name of the model: llama_9m, llama_20m, llama_60m, llama_130m, llama_350m, llama_1b,
-    llama_3b, llama_7b or llama_13b. The keys below replace single values of it; null keeps the
-    preset's."""
+    llama_3b, llama_7b or llama_13b; required without from_pretrained. The keys below replace single
+    values of it; null keeps the preset's."""
     hidden_size: int | None = Field(default=None, ge=1, examples=[512])
     """Width of the residual stream."""
     intermediate_size: int | None = Field(default=None, ge=1, examples=[1376])
@@ -67,6 +73,17 @@ class ModelConfig(Section):
     pad_multiple: int = Field(default=64, ge=1, examples=[64])
     """MLP width and vocabulary are padded with zeros to a multiple of this, which leaves the
     function unchanged and suits tensor cores; 1 = no padding."""
+
+    @field_validator("preset")
+    @classmethod
+    def _either_preset_or_pretrained(cls, preset: str | None, info: ValidationInfo) -> str | None:
+        if "from_pretrained" not in info.data:
+            return preset  # it is wrong, and reported
+        if info.data["from_pretrained"] is None and preset is None:
+            raise PydanticKnownError("missing")
+        if info.data["from_pretrained"] is not None and preset is not None:
+            raise ValueError("must be left out with model.from_pretrained, which gives the sizes")
+        return preset
 
 
 class CosineSchedule(Section):

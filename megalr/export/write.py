@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from megalr.export.names import dense_tensors
 from megalr.models.decoder import Decoder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SIZE = re.compile(r"\d+(\.\d+)?[KMGT]B")
 FOREIGN = ("config.json", "generation_config.json", "*.index.json", "preprocessor_config.json")
 """What a tokenizer's folder may hold of another model."""
 
@@ -31,11 +33,21 @@ class ExportOptions:
         dtype: name in ``DTYPES``; the product of factors is rounded to it once.
         max_shard_size: largest weight file, a number with a unit ("5GB").
         max_positions: longest sequence the model is meant for (tokens).
+
+    Raises:
+        UserError: no such size.
     """
 
     dtype: str
     max_shard_size: str
     max_positions: int
+
+    def __post_init__(self) -> None:
+        if not SIZE.fullmatch(self.max_shard_size):
+            raise UserError(
+                f"--max_shard_size {self.max_shard_size!r}: give a number and a unit, KB, MB, GB or "
+                "TB, for example 5GB"
+            )
 
 
 def check_output(output: Path) -> None:

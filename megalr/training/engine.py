@@ -10,7 +10,7 @@ from torch import nn
 from megalr.config.schema import RunConfig
 from megalr.errors import UserError
 from megalr.models.build import Supports, build_decoder
-from megalr.models.config import decoder_config
+from megalr.models.config import DecoderConfig, decoder_config
 from megalr.models.decoder import Decoder
 from megalr.models.plans import make_plan
 from megalr.optim.build import build_optimizer
@@ -20,6 +20,12 @@ from megalr.optim.zero import attach_layouts
 from megalr.parallel.mesh import ONE_RANK, Mesh, sum_over
 from megalr.parallel.shards import shard_of
 from megalr.training.graphs import MicroBatchGraph
+
+
+def sizes_of(config: RunConfig) -> DecoderConfig:
+    """The decoder's sizes; those of a pretrained model must have been filled in."""
+    values = {key: value for key, value in config.model.model_dump().items() if value is not None}
+    return decoder_config(values.pop("preset", None), values)
 
 
 def build_model(
@@ -35,10 +41,7 @@ def build_model(
     Raises:
         UserError: a method, rank or layout that does not fit the model.
     """
-    overrides = {
-        key: value for key, value in config.model.model_dump().items() if value is not None
-    }
-    sizes = decoder_config(overrides.pop("preset", None), overrides)
+    sizes = sizes_of(config)
     plan = make_plan(sizes, config.method, mesh, config.parallel.layout)
     with device:
         decoder = build_decoder(

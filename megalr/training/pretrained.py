@@ -254,12 +254,14 @@ def take_part(decoder: nn.Module, whole: nn.Module) -> None:
         parameter.copy_(full[name] if shard is None else shard.take(full[name]))
 
 
-def write_supports(folder: Path, supports: Supports) -> None:
-    """Write them into the run's folder, whole or not at all; called on one rank.
+def write_supports(folder: Path, supports: Supports | None) -> None:
+    """Write them (if any) into the run's folder, whole or not at all; called on one rank.
 
     Raises:
         UserError: the folder cannot be written.
     """
+    if supports is None:
+        return
     path = folder / SUPPORTS
     temporary = path.with_name(f".{path.name}.tmp")
     try:

@@ -1,0 +1,115 @@
+"""Perplexity of a checkpoint or of an exported model on preprocessed data; or lm-eval's tasks.
+
+python launchers/evaluate.py --run runs/NAME [--tag update_1000] [--data data/other]
+torchrun --nproc_per_node 4 launchers/evaluate.py --model out/ --data data/c4
+python launchers/evaluate.py --model out/ --tasks lambada_openai,piqa
+
+Prints one line of JSON on standard output and a line for people on standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from megalr.errors import UserError, exit_cleanly
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--run", type=Path, help="folder of a run")
+    what.add_argument("--model", type=Path, help="folder with a model of transformers")
+    add("--tag", help="checkpoint of --run, for example update_1000 (default: the newest)")
+    add("--data", nargs="+", default=[], help="preprocessed folders (default: the run's)")
+    add("--split", default="validation", choices=("validation", "train"), help="of the folders")
+    add("--sequence_length", type=int, help="positions of a sample (default: the run's)")
+    add("--packing", choices=("true", "false"), help="windows or documents (default: the run's)")
+    add("--tokens", type=int, help="evaluate on at most so many targets; 0: all")
+    add("--micro_batch_size", type=int, help="sequences a rank evaluates at a time")
+    add("--dtype", choices=DTYPES, help="to compute in (default: the run's, the model's)")
+    add("--tasks", help="lm-eval's tasks for --model, separated by commas")
+    add("--num_fewshot", type=int, help="of --tasks: examples before a question")
+    add("--limit", type=int, help="of --tasks: questions of each task")
+    add("--include_path", type=Path, help="of --tasks: folder with tasks of your own")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it
+    return parser.parse_args()
+
+
+def evaluate_tasks(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Results of lm-eval and a line for people."""
+    from megalr.training.distributed import start_distributed
+    from megalr.training.harness import run_tasks
+
+    if arguments.model is None:
+        raise UserError("--tasks needs --model: export the run with tools/export_hf.py first")
+    import torch.distributed as dist
+
+    device = start_distributed()
+    if dist.get_world_size() > 1:
+        raise UserError("--tasks runs on one process: start it with plain python")
+    results = run_tasks(
+        arguments.model,
+        arguments.tasks.split(","),
+        device,
+        arguments.micro_batch_size or 8,
+        arguments.num_fewshot,
+        arguments.limit,
+        arguments.include_path,
+    )
+    return {"model": str(arguments.model), "tasks": results}, f"{len(results)} tasks evaluated"
+
+
+def evaluate_perplexity(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Perplexity, loss and what they were measured on, and a line for people."""
+    from megalr.training.distributed import start_distributed
+    from megalr.training.standalone import Request, evaluate_model, evaluate_run
+
+    request = Request(
+        data=tuple(arguments.data),
+        split=arguments.split,
+        sequence_length=arguments.sequence_length,
+        packing={"true": True, "false": False, None: None}[arguments.packing],
+        tokens=arguments.tokens,
+        micro_batch_size=arguments.micro_batch_size,
+        dtype=arguments.dtype,
+    )
+    device = start_distributed()
+    if arguments.run is not None:
+        found = evaluate_run(arguments.run, arguments.tag, request, device)
+    else:
+        found = evaluate_model(arguments.model, request, device)
+    line = (
+        f"{found['model']}: perplexity {found['perplexity']:.4f}, loss {found['loss']:.5f} on "
+        f"{found['tokens']:,} tokens in {found['eval_seconds']:.1f} s"
+    )
+    return found, "\n".join([line, *(f"note: {note}" for note in found["notes"])])
+
+
+def main() -> None:
+    """Parse, evaluate, print on rank 0."""
+    arguments = parse_arguments()
+    if arguments.tag is not None and arguments.run is None:
+        raise UserError(f"--tag {arguments.tag} belongs to --run: a model has no checkpoints")
+    evaluated = evaluate_tasks if arguments.tasks is not None else evaluate_perplexity
+    found, line = evaluated(arguments)
+    from megalr.training.distributed import is_main
+
+    if is_main():
+        print(line, file=sys.stderr, flush=True)
+        print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

@@ -1,0 +1,71 @@
+"""EleutherAI's lm-eval on an exported model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megalr.errors import UserError
+
+
+def run_tasks(
+    model: Path,
+    tasks: Sequence[str],
+    device: torch.device,
+    batch_size: int,
+    few_shot: int | None = None,
+    limit: int | None = None,
+    include_path: Path | None = None,
+) -> dict[str, Any]:
+    """Results of lm-eval's tasks for the model in a folder of transformers.
+
+    Args:
+        model: the folder, with its tokenizer.
+        tasks: names of tasks.
+        device: where to compute.
+        batch_size: sequences at a time.
+        few_shot: examples before each question; None: what each task says.
+        limit: questions of each task; None: all.
+        include_path: folder with further tasks.
+
+    Returns:
+        Plain values: by task, its metrics.
+
+    Raises:
+        UserError: lm-eval is not installed, a task it does not know, a model or data set that it
+            cannot load.
+    """
+    try:
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UserError(
+            "--tasks needs lm-eval, which is not installed: pip install 'megalr[lm_eval]'"
+        ) from error
+    manager = TaskManager(include_path=str(include_path) if include_path is not None else None)
+    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    if unknown:
+        raise UserError(
+            f"--tasks {', '.join(unknown)}: lm-eval knows no such task; `lm-eval ls tasks` lists "
+            "them, --include_path adds a folder of your own"
+        )
+    try:
+        found = lm_eval.simple_evaluate(
+            model="hf",
+            model_args={"pretrained": str(model)},
+            tasks=list(tasks),
+            num_fewshot=few_shot,
+            limit=limit,
+            batch_size=batch_size,
+            device=str(device),
+            task_manager=manager,
+        )
+    except (OSError, ValueError, ConnectionError) as error:  # no network, no such data set, ...
+        reason = " ".join(str(error).split()) or repr(error)
+        raise UserError(f"lm-eval could not run {', '.join(tasks)} on {model}: {reason}") from error
+    if found is None:
+        raise UserError("lm-eval gave no results: start it on one process")
+    return dict(found["results"])
