@@ -22,7 +22,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "rank": 8,
         "alpha": 16.0,
         "merge_every": 6,
-        "reset": "magnitude",
+        "reset": "random",
         "reset_fraction": 0.9,
     },
     "cola": {"name": "cola", "rank": 8},
@@ -37,7 +37,7 @@ def _run(
     layout: str = "auto",
     stage: int = 1,
     world: int = 1,
-    **sections: dict[str, Any],
+    **train: Any,
 ) -> tuple[list[float], list[float], list[float]]:
     """Losses and gradient norms of 20 updates, and validation losses."""
     restarts: dict[str, Any] = {"reset_every": 5, "lr_recovery": "linear", "recovery_updates": 2}
@@ -53,8 +53,12 @@ def _run(
         method=METHODS[method],
         restarts=restarts,
         parallel={"tensor": tensor, "layout": layout},
-        train={"updates": 20, **sections.get("train", {})},
-        evaluation={"every": 10},
+        # A large eps: with 1e-8 the last digits of gradients near 0 decide the sign of their whole
+        # first step after a reset, and runs drift apart, also between data-parallel sizes.
+        optimizer={"lr": 0.005, "weight_decay": 0.1, "eps": 1e-4},
+        data={"sequence_length": 16},
+        train={"updates": 20, "global_batch_size": 4, "micro_batch_size": 1, **train},
+        evaluation={"every": 20, "tokens": 400},
         checkpoint={"every": 0},
     )
     run_distributed(run, world, values, zero(stage))
@@ -73,21 +77,23 @@ def plain(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tup
     return {name: _run(folder / name, data, name) for name in METHODS}
 
 
-def _assert_same(found: tuple, expected: tuple, bound: float = 1e-4) -> None:
+def _assert_same(found: tuple, expected: tuple) -> None:
     for numbers, wanted in zip(found, expected, strict=True):
-        assert len(numbers) == len(wanted)
-        assert numbers == pytest.approx(wanted, rel=bound, abs=bound)
+        assert numbers == pytest.approx(wanted, rel=1e-4, abs=0)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-@pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("layout", ["column_row", "bottleneck"])
+@pytest.mark.parametrize(
+    ("layout", "grid"),
+    [
+        *(("column_row", grid) for grid in GRIDS),
+        *(("bottleneck", grid) for grid in GRIDS if grid != "1x2"),  # nothing would be cut
+    ],
+)
 def test_low_rank_with_restarts_equals_one_rank(
     layout: str, grid: str, stage: int, plain: dict, data: Path, tmp_path: Path
 ) -> None:
     tensor, replicas = GRIDS[grid]
-    if tensor == 1 and layout == "bottleneck":
-        pytest.skip("nothing is cut: the same run as column_row")
     found = _run(tmp_path, data, "low_rank", tensor, layout, stage, tensor * replicas)
     _assert_same(found, plain["low_rank"])
 
