@@ -13,7 +13,6 @@ from megalr.config.deepspeed import read_deepspeed_json
 from megalr.config.loading import load_run_config
 from megalr.errors import exit_cleanly
 from megalr.estimate.memory import estimate_memory
-from megalr.estimate.tensors import Layout
 from megalr.models.config import PRESETS
 
 
@@ -24,13 +23,14 @@ def parse_arguments() -> argparse.Namespace:
     add("--config", nargs="+", required=True, type=Path, help="one or several YAML files")
     add("--deepspeed_config", type=Path, help="DeepSpeed JSON (default: ZeRO stage 1)")
     add("--gpus", type=int, required=True, help="GPUs of the whole run")
-    add("--tensor", type=int, default=1, help="tensor-parallel ranks (default: 1)")
-    add("--layout", default="column_row", help="column_row or bottleneck (default: column_row)")
+    add("--tensor", type=int, help="short for parallel.tensor=...")
     add("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
     # Overrides right after --config are taken for files; no file of ours has "=" in its name.
     arguments.overrides += [str(path) for path in arguments.config if "=" in str(path)]
     arguments.config = [path for path in arguments.config if "=" not in str(path)]
+    if arguments.tensor is not None:
+        arguments.overrides.append(f"parallel.tensor={arguments.tensor}")
     return arguments
 
 
@@ -43,8 +43,7 @@ def main() -> None:
     if arguments.deepspeed_config is not None:
         source = str(arguments.deepspeed_config)
         ds_user = read_deepspeed_json(arguments.deepspeed_config)
-    layout = Layout(arguments.tensor, arguments.layout)
-    estimate = estimate_memory(config, ds_user, source, arguments.gpus, layout)
+    estimate = estimate_memory(config, ds_user, source, arguments.gpus)
     print(
         f"one of {arguments.gpus} GPUs, micro-batch {config.train.micro_batch_size} x "
         f"{config.data.sequence_length}, {estimate.states.wrapper}, GiB:"

@@ -24,9 +24,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megalr.estimate.tensors import DENSE_INSIDE, Layout, MatrixGroup, matrix_groups
+from megalr.estimate.tensors import DENSE_INSIDE, MatrixGroup, matrix_groups
 from megalr.layers.head import CHUNK_BYTES
 from megalr.models.config import DecoderConfig
+from megalr.parallel.plan import Plan
 
 LIBRARIES = 80 * 2**20
 """Bytes of workspace of the GPU libraries inside the allocator: what is left of recorded peaks."""
@@ -63,33 +64,33 @@ class ActivationBytes:
 
 
 def activation_bytes(
-    sizes: DecoderConfig, method: Any, layout: Layout, shape: Shape
+    sizes: DecoderConfig, method: Any, plan: Plan, shape: Shape
 ) -> ActivationBytes:
     """Activations of a micro-batch on one rank."""
-    groups = matrix_groups(sizes, method, layout)
-    token = block_elements(sizes, method, layout, groups, shape.compiled)
-    heads = sizes.num_heads // layout.size
+    groups = matrix_groups(sizes, method, plan)
+    token = block_elements(sizes, method, plan, groups, shape.compiled)
+    heads = sizes.num_heads // plan.mesh.tensor_size
     # Besides the elements: log-sum-exp of attention and the norms' scales, float32.
     block = shape.tokens * (token * shape.element + 4 * (heads + 2))
     block += _weight_copies(method, groups, shape)
-    residual = sizes.hidden_size // (layout.size if layout.cut_residual else 1)
+    residual = sizes.hidden_size // (plan.mesh.tensor_size if plan.cut_residual else 1)
     entry = shape.tokens * residual * shape.element
     kept = sizes.num_layers * (entry if shape.recompute else block)
     working = block if shape.recompute else 0
     f = groups[2].local_rows[0]
     backward = shape.tokens * (3 * f + 2 * residual) * shape.element + working
-    head = head_bytes(sizes, layout, shape)
+    head = head_bytes(sizes, plan, shape)
     return ActivationBytes(int(kept), int(max(backward, head)) + LIBRARIES)
 
 
 def block_elements(
-    sizes: DecoderConfig, method: Any, layout: Layout, groups: list[MatrixGroup], compiled: bool
+    sizes: DecoderConfig, method: Any, plan: Plan, groups: list[MatrixGroup], compiled: bool
 ) -> float:
     """Elements a token that a block keeps, as in the table above."""
-    t = layout.size
+    t = plan.mesh.tensor_size
     h, kv = sizes.hidden_size / t, sizes.kv_heads * sizes.head_dim / t
     f = groups[2].local_rows[0]
-    residual = sizes.hidden_size / (t if layout.cut_residual else 1)
+    residual = sizes.hidden_size / (t if plan.cut_residual else 1)
     count = 4 * residual + 2 * h + 2 * kv
     if not groups[0].factorized or method.name == "sltrain":
         # q, k, v come from one GEMM: v keeps the whole stack alive beside the turned q and k.
@@ -118,9 +119,9 @@ def _weight_copies(method: Any, groups: list[MatrixGroup], shape: Shape) -> floa
     return rows * method.rank * shape.element if scaled else 0.0
 
 
-def head_bytes(sizes: DecoderConfig, layout: Layout, shape: Shape) -> float:
+def head_bytes(sizes: DecoderConfig, plan: Plan, shape: Shape) -> float:
     """Bytes while the head works: a chunk of logits, its loss, gradients of input and weight."""
-    rows, h = sizes.padded_vocab_size // layout.size, sizes.hidden_size
+    rows, h = sizes.padded_vocab_size // plan.mesh.tensor_size, sizes.hidden_size
     largest = max(1, CHUNK_BYTES // (rows * shape.element))
     chunk = -(-shape.tokens // -(-shape.tokens // largest))
     logits = chunk * rows

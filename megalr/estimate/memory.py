@@ -10,7 +10,7 @@ from megalr.config.schema import RunConfig
 from megalr.errors import UserError
 from megalr.estimate.activations import ActivationBytes, Shape, activation_bytes
 from megalr.estimate.states import StateBytes, state_bytes
-from megalr.estimate.tensors import Layout, stored_tensors
+from megalr.estimate.tensors import plan_of, stored_tensors
 from megalr.models.config import DecoderConfig, decoder_config
 
 GIB = 2**30
@@ -92,7 +92,7 @@ class MemoryEstimate:
 def sizes_of(config: RunConfig) -> DecoderConfig:
     """The decoder's sizes as the run gives them."""
     values = {key: value for key, value in config.model.model_dump().items() if value is not None}
-    return decoder_config(values.pop("preset"), values)
+    return decoder_config(values.pop("preset", None), values)
 
 
 def data_parallel_size(gpus: int, tensor: int) -> int:
@@ -109,7 +109,7 @@ def data_parallel_size(gpus: int, tensor: int) -> int:
 
 
 def estimate_memory(
-    config: RunConfig, ds_user: dict[str, Any], source: str, gpus: int, layout: Layout
+    config: RunConfig, ds_user: dict[str, Any], source: str, gpus: int
 ) -> MemoryEstimate:
     """Memory of one rank of a run on ``gpus`` GPUs.
 
@@ -118,10 +118,12 @@ def estimate_memory(
     Raises:
         UserError: settings that do not go together, batches or layouts that do not divide.
     """
-    data_size = data_parallel_size(gpus, layout.size)
+    parallel = config.parallel
+    data_size = data_parallel_size(gpus, parallel.tensor)
     ds_config = resolve_deepspeed_config(config, ds_user, source, data_size)
     sizes = sizes_of(config)
-    tensors = stored_tensors(sizes, config.method, layout)
+    plan = plan_of(sizes, config.method, parallel.tensor, parallel.layout)
+    tensors = stored_tensors(sizes, config.method, plan)
     shape = Shape(
         tokens=config.train.micro_batch_size * config.data.sequence_length,
         element=4 if config.train.precision == "fp32" else 2,
@@ -130,6 +132,6 @@ def estimate_memory(
     )
     return MemoryEstimate(
         state_bytes(config, ds_config, tensors, sizes.num_layers, data_size),
-        activation_bytes(sizes, config.method, layout, shape),
+        activation_bytes(sizes, config.method, plan, shape),
         config.train.cuda_graphs,
     )

@@ -11,46 +11,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megalr.errors import UserError
 from megalr.models.build import FACTORIZED
 from megalr.models.config import DecoderConfig
+from megalr.models.plans import check_plan, make_plan
+from megalr.parallel.mesh import Mesh
+from megalr.parallel.plan import SINGLE, Plan
 
 DENSE_INSIDE = ("lora", "relora")
 """Factorized methods that keep a frozen dense matrix beside the factors."""
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Tensor parallelism: ``size`` ranks, ``kind`` column_row or bottleneck.
+def plan_of(sizes: DecoderConfig, method: Any, tensor: int, layout: str) -> Plan:
+    """The plan of ``tensor`` ranks, without their process groups.
 
     Raises:
-        UserError: sizes that the model cannot be cut into.
+        UserError: the model cannot be cut so.
     """
-
-    size: int = 1
-    kind: str = "column_row"
-
-    @property
-    def cut_residual(self) -> bool:
-        """Whether the residual stream is cut along the hidden dimension."""
-        return self.size > 1 and self.kind == "bottleneck"
-
-    def check(self, sizes: DecoderConfig, method: Any) -> None:
-        """Refuse what cannot be cut."""
-        if self.kind not in ("column_row", "bottleneck"):
-            raise UserError(f"layout {self.kind!r} is unknown: use column_row or bottleneck")
-        if self.size < 1:
-            raise UserError(f"tensor parallelism over {self.size} ranks: use 1 or more")
-        if sizes.kv_heads % self.size:
-            raise UserError(
-                f"tensor parallelism over {self.size} ranks does not divide the {sizes.kv_heads} "
-                "key/value heads of the model: use a divisor"
-            )
-        if self.cut_residual and method.name not in ("low_rank", "cola", "loro"):
-            raise UserError(
-                f"layout bottleneck with method.name={method.name}: it needs weights that are "
-                "nothing but factors; use column_row"
-            )
+    return make_plan(sizes, method, Mesh(tensor_size=tensor), layout)
 
 
 @dataclass(frozen=True)
@@ -96,19 +73,19 @@ class Stored:
     matrices: tuple[tuple[int, int], ...] = ()
 
 
-def matrix_groups(sizes: DecoderConfig, method: Any, layout: Layout) -> list[MatrixGroup]:
+def matrix_groups(sizes: DecoderConfig, method: Any, plan: Plan) -> list[MatrixGroup]:
     """The four groups of a block, in order: qkv, o, into, down."""
     h, kv = sizes.hidden_size, sizes.kv_heads * sizes.head_dim
     used, f = sizes.intermediate_size, sizes.padded_intermediate_size
     into = ("gate", "up") if sizes.gated_mlp else ("up",)
     targets = getattr(method, "targets", None)
-    t = layout.size
+    t = plan.mesh.tensor_size
 
     def group(name: str, members: tuple[str, ...], n: int, rows: tuple[int, ...]) -> MatrixGroup:
         target = targets is None or set(members) <= set(targets)
         reads_residual = name in ("qkv", "into")
-        cut_columns = layout.cut_residual or not reads_residual
-        cut_rows = layout.cut_residual or reads_residual
+        cut_columns = plan.cut_residual or not reads_residual
+        cut_rows = plan.cut_residual or reads_residual
         return MatrixGroup(
             name,
             n,
@@ -130,32 +107,32 @@ def matrix_groups(sizes: DecoderConfig, method: Any, layout: Layout) -> list[Mat
     ]
 
 
-def stored_tensors(sizes: DecoderConfig, method: Any, layout: Layout | None = None) -> list[Stored]:
+def stored_tensors(sizes: DecoderConfig, method: Any, plan: Plan = SINGLE) -> list[Stored]:
     """Every tensor that one tensor-parallel rank stores, before ZeRO cuts anything.
 
     Raises:
-        UserError: a layout that does not fit the model.
+        UserError: a plan that does not fit the model.
     """
-    layout = layout or Layout()
-    layout.check(sizes, method)
-    h, rows = sizes.hidden_size, sizes.padded_vocab_size // layout.size
-    norm = h // layout.size if layout.cut_residual else h
+    check_plan(sizes, method, plan)
+    h, rows = sizes.hidden_size, sizes.padded_vocab_size // plan.mesh.tensor_size
+    norm = h // plan.mesh.tensor_size if plan.cut_residual else h
     tensors = [Stored("embedding", rows * h, "matrices")]
     if sizes.positions == "learned":
         tensors.append(Stored("positions", sizes.max_positions * h, "matrices"))
-    for name in ("attention_norm", "mlp_norm", "norm"):
-        tensors.append(Stored(name, norm, "vectors", block=name != "norm"))
+    for name in ("attention_norm", "mlp_norm"):
+        tensors.append(Stored(name, norm, "vectors", block=True))
+    tensors.append(Stored("norm", h, "vectors"))
     if not sizes.tie_embeddings:
         tensors.append(Stored("head", rows * h, "matrices"))
-    for group in matrix_groups(sizes, method, layout):
-        tensors += _stored_of_group(group, method, layout)
+    for group in matrix_groups(sizes, method, plan):
+        tensors += _stored_of_group(group, method, plan)
         if sizes.attention_bias if group.name == "qkv" else sizes.output_bias:
             bias = sum(group.local_rows)
             tensors.append(Stored(f"{group.name}.bias", bias, "vectors", block=True))
     return tensors
 
 
-def _stored_of_group(group: MatrixGroup, method: Any, layout: Layout) -> Iterator[Stored]:
+def _stored_of_group(group: MatrixGroup, method: Any, plan: Plan) -> Iterator[Stored]:
     dense = group.local_n * sum(group.local_rows)
     matrices = tuple(zip(group.local_rows, (group.local_n,) * len(group.rows), strict=True))
     if not group.factorized:
@@ -171,7 +148,7 @@ def _stored_of_group(group: MatrixGroup, method: Any, layout: Layout) -> Iterato
         yield Stored(f"{group.name}.weight", dense, "frozen", True)
     if method.name == "sltrain":
         # Positions are drawn over the whole matrix; a rank holds its share of them on average.
-        entries = sum(int(method.density * m * n) for m, n in group.used) / layout.size
+        entries = sum(int(method.density * m * n) for m, n in group.used) / plan.mesh.tensor_size
         yield Stored(f"{group.name}.values", math.ceil(entries), "matrices", True)
         yield Stored(f"{group.name}.support", math.ceil(entries), "indices", True)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from megalr.config.schema import RunConfig
 from megalr.errors import UserError
 from megalr.estimate.memory import GIB, data_parallel_size, estimate_memory, sizes_of
 from megalr.estimate.states import state_bytes, wrapper_of
-from megalr.estimate.tensors import Layout, stored_tensors
+from megalr.estimate.tensors import stored_tensors
 from tests.distributed import run_distributed
 from tests.training.runs import settings, zero
 from tests.training.test_methods import METHODS
@@ -195,19 +195,21 @@ def _recorded() -> list[tuple[str, RunConfig, int, float]]:
     return [*runs, ("60M full_rank", full, 1, peak)]
 
 
-@pytest.mark.parametrize("name, config, gpus, gib", _recorded(), ids=lambda v: str(v)[:24])
+@pytest.mark.parametrize(
+    "name, config, gpus, gib", [pytest.param(*run, id=run[0]) for run in _recorded()]
+)
 def test_recorded_peaks_are_met_within_two_percent(
     name: str, config: RunConfig, gpus: int, gib: float
 ) -> None:
-    estimate = estimate_memory(config, zero(1), name, gpus, Layout())
+    estimate = estimate_memory(config, zero(1), name, gpus)
     assert estimate.recorded_peak / GIB == pytest.approx(gib, rel=0.02)
 
 
 def test_a_cuda_graph_keeps_its_memory_beside_the_update() -> None:
     method = {"name": "low_rank", "rank": 512, "alpha": 32.0}
-    plain = estimate_memory(_config("llama_1b", method, 16, 16), zero(1), "x", 1, Layout())
+    plain = estimate_memory(_config("llama_1b", method, 16, 16), zero(1), "x", 1)
     config = _config("llama_1b", method, 16, 16, cuda_graphs=True)
-    graphed = estimate_memory(config, zero(1), "x", 1, Layout())
+    graphed = estimate_memory(config, zero(1), "x", 1)
     smaller = min(plain.micro_batch, plain.states.update)
     assert graphed.peak - plain.peak == smaller > 0
 
@@ -216,7 +218,7 @@ def test_recomputed_blocks_keep_their_input_only() -> None:
     method = {"name": "low_rank", "rank": 256, "alpha": 256.0}
     train = {"activation_checkpointing": "full", "compile": True}
     config = _config("llama_350m", method, 64, 64, **train)
-    found = estimate_memory(config, zero(1), "x", 1, Layout()).activations
+    found = estimate_memory(config, zero(1), "x", 1).activations
     assert found.kept == 24 * (64 * 256) * 1024 * 2
     # One block is alive again in backward: 8 h + 7 r + 3 f numbers a token at least.
     assert found.work > 64 * 256 * 2 * (8 * 1024 + 7 * 256 + 3 * 2752)
@@ -233,14 +235,31 @@ def test_gpus_that_do_not_divide_are_refused() -> None:
         data_parallel_size(6, 4)
 
 
-def test_the_tool_prints_a_table_or_one_line_of_error() -> None:
-    command = [sys.executable, "tools/estimate_memory.py", "--config"]
-    command += ["recipes/llama_1b_low_rank.yaml", "train.compile=true", "--gpus", "8"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    first, *_, last = done.stdout.strip().splitlines()
+def _run_tool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The tool's exit code, in this process."""
+    recipe = str(ROOT / "recipes" / "llama_1b_low_rank.yaml")
+    command = ["estimate_memory.py", "--config", recipe, "train.compile=true", "--gpus", "8"]
+    monkeypatch.setattr(sys, "argv", [*command, *arguments])
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "tools" / "estimate_memory.py"), run_name="__main__")
+    return int(ended.value.code or 0)
+
+
+def test_the_tool_prints_a_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run_tool(monkeypatch) == 0
+    first, *_, last = capsys.readouterr().out.strip().splitlines()
     assert first == "one of 8 GPUs, micro-batch 16 x 256, BF16_Optimizer, GiB:"
-    assert last.startswith("peak, GiB") and float(last.split()[2]) > 10
-    done = subprocess.run([*command, "--tensor", "3"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("error: 8 GPUs cannot be cut")
+    whole = float(last.split()[2])
+    assert last.startswith("peak, GiB") and whole > 10
+    assert _run_tool(monkeypatch, "--tensor", "2") == 0
+    assert float(capsys.readouterr().out.strip().splitlines()[-1].split()[2]) < whole
+
+
+def test_the_tool_refuses_gpus_that_do_not_divide(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run_tool(monkeypatch, "--tensor", "3") == 2
+    assert capsys.readouterr().err.startswith("error: 8 GPUs cannot be cut")

@@ -1,0 +1,144 @@
+"""Arithmetic and memory traffic of one micro-batch on one rank.
+
+A matrix product of (M x K) and (K x N) takes ``2 M N K`` operations and moves ``M K + K N + M N``
+numbers; products with a small inner dimension (the rank) are bound by what they move. Elementwise
+work between the products, fused by torch.compile, is counted in passes over the activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megalr.estimate.tensors import DENSE_INSIDE, MatrixGroup, matrix_groups
+from megalr.models.config import DecoderConfig
+from megalr.parallel.plan import Plan
+
+Product = tuple[float, float, float]
+"""M, N, K of a matrix product."""
+
+SCATTER_BYTES = 96
+"""Bytes moved for one entry of a sparse matrix: whole memory sectors are read and written."""
+
+ATTENTION_SHARE = 0.5
+"""Speed of fused attention relative to large matrix products."""
+
+ATTENTION_BLOCK = 128
+"""Positions that fused attention treats together: on the diagonal it computes half too many."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations and bytes of forward, or of backward."""
+
+    flops: float = 0.0
+    moved: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.flops + other.flops, self.moved + other.moved)
+
+    def __mul__(self, times: float) -> Work:
+        return Work(self.flops * times, self.moved * times)
+
+
+def product(shape: Product, element: int) -> Work:
+    """One matrix product."""
+    m, n, k = shape
+    return Work(2 * m * n * k, element * (m * k + k * n + m * n))
+
+
+def micro_batch_work(
+    sizes: DecoderConfig,
+    method: Any,
+    plan: Plan,
+    batch: int,
+    sequence: int,
+    element: int = 2,
+    recompute: bool = False,
+) -> tuple[Work, Work]:
+    """(forward, backward) of ``batch`` sequences on one rank, the head included in forward.
+
+    The head's gradients are formed in forward (layers.head). ``recompute`` repeats the blocks'
+    forward in backward.
+    """
+    tokens = batch * sequence
+    block_forward, block_backward = block_work(sizes, method, plan, batch, sequence, element)
+    h, rows = sizes.hidden_size, sizes.padded_vocab_size / plan.mesh.tensor_size
+    # logits, gradients of the input and of the weight; the loss reads logits twice, writes once
+    head = product((tokens, rows, h), element) * 3
+    head += Work(moved=element * tokens * (3 * rows + 4 * h))
+    head += Work(moved=12 * rows * h)  # float32 sum of the weight's gradient
+    embedding = Work(moved=element * (2 * tokens * h + rows * h))
+    forward = block_forward * sizes.num_layers + head + embedding
+    backward = block_backward * sizes.num_layers + embedding
+    if recompute:
+        backward += block_forward * sizes.num_layers
+    return forward, backward
+
+
+def block_work(
+    sizes: DecoderConfig, method: Any, plan: Plan, batch: int, sequence: int, element: int = 2
+) -> tuple[Work, Work]:
+    """(forward, backward) of one block."""
+    tokens = batch * sequence
+    forward, backward = _attention(sizes, plan, batch, sequence, element)
+    for group in matrix_groups(sizes, method, plan):
+        for ahead, back in _linear(group, method, tokens, element):
+            forward, backward = forward + ahead, backward + back
+    t = plan.mesh.tensor_size
+    h = sizes.hidden_size
+    residual = h / t if plan.cut_residual else h
+    f = sizes.padded_intermediate_size / t
+    # Norms and sums of the residual stream; turning q and k; gate * up.
+    forward += Work(moved=element * tokens * (9 * residual + 4 * h / t + 3 * f))
+    backward += Work(moved=element * tokens * (16 * residual + 6 * h / t + 6 * f))
+    return forward, backward
+
+
+def _attention(
+    sizes: DecoderConfig, plan: Plan, batch: int, sequence: int, element: int
+) -> tuple[Work, Work]:
+    h, tokens = sizes.hidden_size / plan.mesh.tensor_size, batch * sequence
+    window = min(sizes.sliding_window or sequence, sequence)
+    visible = (window * (window + 1) / 2 + (sequence - window) * window) / sequence
+    computed = min(sequence, visible + ATTENTION_BLOCK / 2)
+    flops = 4 * tokens * h * computed / ATTENTION_SHARE
+    return Work(flops, element * tokens * 4 * h), Work(2.5 * flops, element * tokens * 8 * h)
+
+
+def _linear(
+    group: MatrixGroup, method: Any, tokens: float, element: int
+) -> Iterator[tuple[Work, Work]]:
+    """(forward, backward) of the products of one group of matrices."""
+    n, rows = group.local_n, sum(group.local_rows)
+    if not group.factorized:
+        work = product((tokens, rows, n), element)
+        yield work, work * 2
+        return
+    r, count = method.rank, len(group.rows)
+    if method.name == "sltrain":
+        yield from _sltrain(group, method, tokens, element)
+        return
+    narrow = product((tokens, count * r, n), element)
+    yield narrow, narrow * 2
+    for m in group.local_rows:
+        wide = product((tokens, m, r), element)
+        yield wide, wide * 2
+    if method.name in DENSE_INSIDE:
+        frozen = product((tokens, rows, n), element)
+        added = Work(moved=element * tokens * 3 * rows)
+        yield frozen + added, frozen + added
+
+
+def _sltrain(
+    group: MatrixGroup, method: Any, tokens: float, element: int
+) -> Iterator[tuple[Work, Work]]:
+    """W = BA + S is formed once; backward forms D = dY'X and reads the small gradients off it."""
+    n, rows = group.local_n, sum(group.local_rows)
+    dense = product((tokens, rows, n), element)
+    entries = Work(moved=SCATTER_BYTES * method.density * rows * n)
+    factors = Work()
+    for m in group.local_rows:
+        factors += product((m, n, method.rank), element)
+    yield dense + factors + entries, dense * 2 + factors * 2 + entries
