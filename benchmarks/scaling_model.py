@@ -241,7 +241,6 @@ def main() -> None:
         check()
         return
     cluster = replace(
-        ALL_REDUCES,
         H200,
         across=arguments.across * 1e9,
         inside=arguments.inside * 1e9,
