@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from megalr.optim.base import LogicalOptimizer
 from megalr.parallel.shards import shard_of
 from megalr.restarts.state import ShardedState
 
@@ -135,8 +136,9 @@ def _flat_places(
 
 def _logical_names(base: torch.optim.Optimizer, flat: torch.Tensor) -> list[str]:
     """Names of the logical tensors in a flat one; only this package's optimizers have any."""
-    layout = getattr(base, "layout", None)
-    return [] if layout is None else [tensor.name for tensor in layout(flat).tensors]
+    if not isinstance(base, LogicalOptimizer):
+        return []
+    return [tensor.name for tensor in base.layout(flat).tensors]
 
 
 def frozen_piece(parameter: nn.Parameter) -> tuple[int, int]:

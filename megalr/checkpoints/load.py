@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from megalr.checkpoints.layout import frozen_parameters, frozen_piece
 from megalr.checkpoints.source import MASTER, Source, whole
 from megalr.errors import UserError
+from megalr.optim.base import LogicalOptimizer
 from megalr.parallel.shards import shard_of
 from megalr.restarts.state import ShardedState
 
@@ -94,9 +95,11 @@ def _flat_state(
     held = [(p, slot) for p in parameters if (slot := state.slot(p)) and slot.flat is flat]
     result = _counters(state, source, flat, parameters)
     first = state.name(parameters[0])
+    # This package's optimizers keep flat states, torch's the shape of the tensor.
+    shape = (flat.numel(),) if isinstance(state.base, LogicalOptimizer) else flat.shape
     for key in source.element_states(first):
         dtype = source.elements(first, key, 0, 1).dtype
-        result[key] = torch.zeros(flat.shape, dtype=dtype, device=flat.device)  # so is padding
+        result[key] = torch.zeros(shape, dtype=dtype, device=flat.device)  # padding is zero too
         for parameter, slot in held:
             start, stop = slot.start, slot.start + slot.numel
             part = _part(source, state.name(parameter), parameter, key, start, stop)
@@ -139,10 +142,9 @@ def _counters(
 
 def _whole_tensor_states(state: ShardedState, source: Source, flat: Tensor) -> dict[str, Any]:
     """What the optimizer keeps for whole tensors: averages on all ranks, matrices on owners."""
-    layout_of = getattr(state.base, "layout", None)
-    if layout_of is None:
+    if not isinstance(state.base, LogicalOptimizer):
         return {}
-    layout = layout_of(flat)
+    layout = state.base.layout(flat)
     states = {tensor.name: source.tensor_state(tensor.name) for tensor in layout.tensors}
     result: dict[str, Any] = {}
     for key in getattr(state.base, "per_tensor_states", ()):
