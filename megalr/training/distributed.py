@@ -136,7 +136,7 @@ def on_main(function: Callable[[], T]) -> T:
 def agree(error: Exception | None) -> None:
     """Raise an AgreedError on every rank if any rank has an error; every rank must call it.
 
-    The error is the lowest such rank's, with its number, and its host where there are several.
+    The error is the lowest such rank's, with its number and its host where there are several.
     """
     own = host_name(), str(error) if error is not None else None
     found = [own]
@@ -146,7 +146,8 @@ def agree(error: Exception | None) -> None:
     hosts = {host for host, _ in found}
     for rank, (host, text) in enumerate(found):
         if text is not None:
-            raise AgreedError(f"rank {rank}{f' on {host}' if len(hosts) > 1 else ''}: {text}")
+            where = f"rank {rank}{f' on {host}' if len(hosts) > 1 else ''}: "
+            raise AgreedError(f"{where if len(found) > 1 else ''}{text}")
 
 
 def agreed(function: Callable[[], T]) -> T:

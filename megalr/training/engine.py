@@ -98,6 +98,8 @@ def build_engine(config: RunConfig, ds_config: dict[str, Any], decoder: Decoder)
         # Capture is not possible on the default stream, and what the engine makes must live on
         # the stream of the capture.
         torch.cuda.set_stream(torch.cuda.Stream())
+    # DeepSpeed keeps the mesh of an earlier engine of this process and uses it when given none.
+    deepspeed.utils.groups.mpu = None
     engine, _, _, _ = deepspeed.initialize(
         model=decoder,
         optimizer=optimizer,

@@ -162,7 +162,7 @@ def check_same_pieces(data: TokenDataset, folder: Path) -> None:
     """Raise UserError unless every id means the same in ``data`` and in the model of ``folder``."""
     mine = open_tokenizer(data.tokenizer_path).piece_ids()
     theirs = open_tokenizer(folder).piece_ids()
-    for piece, number in mine.items():
+    for piece, number in sorted(mine.items(), key=lambda item: item[1]):
         if theirs.get(piece) != number:
             raise UserError(
                 f"{data.sources[0].path} was made with another tokenizer than the model in "
