@@ -93,7 +93,7 @@ def test_what_cannot_be_written_is_refused_and_nothing_is_left(tmp_path: Path) -
     with pytest.raises(UserError, match="is not an empty folder"):
         _write(lively(full_rank()), tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
-    with pytest.raises(UserError, match="cannot be written .*nothing was left there"):
+    with pytest.raises(UserError, match=r"cannot be written .*nothing was left there"):
         _write(lively(full_rank()), tmp_path / "out" / "thesis.tex" / "out")
 
 
