@@ -19,8 +19,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "deepspeed"])
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch", "deepspeed", "megalr.training.pretrain"])
 _POOLS: dict[int, _Pool] = {}
 PEER_SECONDS = 10.0
 """How long the other ranks have to answer once one has failed."""
@@ -76,8 +76,8 @@ class _Pool:
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(world_size):
-            here, there = _CONTEXT.Pipe()
-            process = _CONTEXT.Process(
+            here, there = CONTEXT.Pipe()
+            process = CONTEXT.Process(
                 target=_worker, args=(rank, world_size, port, there), daemon=True
             )
             process.start()
