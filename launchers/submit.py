@@ -1,0 +1,131 @@
+"""Submit a recipe to SLURM: ``python launchers/submit.py RECIPE --nodes 4 --gpus 8 --time 1-00``.
+
+Checks the run, fills the header of launchers/slurm/pretrain.sbatch and gives it to sbatch;
+``--dry-run`` prints it instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from megalr.config.deepspeed import read_deepspeed_json, resolve_deepspeed_config
+from megalr.config.loading import load_run_config
+from megalr.errors import UserError, exit_cleanly
+
+TEMPLATE = Path(__file__).parent / "slurm" / "pretrain.sbatch"
+DEFAULT_DEEPSPEED = {"zero_optimization": {"stage": 1}}
+TIME = re.compile(r"\d+|(\d+-)?\d+(:\d+){1,2}|\d+-\d+")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line; what is not an option is an override ``section.key=value``."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("recipe", type=Path, help="YAML file of the run")
+    parser.add_argument("--nodes", type=int, required=True, help="number of nodes")
+    parser.add_argument("--gpus", type=int, required=True, help="GPUs, and ranks, of each node")
+    parser.add_argument("--time", required=True, help="time limit of one start, D-HH:MM:SS")
+    parser.add_argument("--cpus", type=int, help="processor cores of each rank (default: header's)")
+    parser.add_argument("--deepspeed_config", type=Path, help="DeepSpeed JSON, see ds_configs/")
+    parser.add_argument("--partition", help="partition (default: the cluster's)")
+    parser.add_argument("--account", help="account that is charged (default: yours)")
+    parser.add_argument("--name", help="name of the job (default: the recipe's)")
+    parser.add_argument("--log", help="the job's log (default: the header's)")
+    parser.add_argument("--launch", choices=["srun", "torchrun"], default="srun")
+    parser.add_argument("--dry-run", action="store_true", help="print the script, submit nothing")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    return parser.parse_intermixed_args()
+
+
+def main() -> None:
+    """Check, fill, submit or print."""
+    arguments = parse_arguments()
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed speaks when it is imported
+        _check(arguments)
+    script = fill(TEMPLATE.read_text(encoding="utf-8"), arguments)
+    if arguments.dry_run:
+        print(script, end="")
+        return
+    if shutil.which("sbatch") is None:
+        raise UserError(
+            "sbatch is not on PATH: submit on a login node of the cluster, or see the script by "
+            "--dry-run"
+        )
+    done = subprocess.run(["sbatch"], input=script, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise UserError(f"sbatch refused the job: {' '.join(done.stderr.split())}")
+    print(done.stdout, end="")
+
+
+def fill(template: str, arguments: argparse.Namespace) -> str:
+    """The script with this header and this run."""
+    header = {
+        "job-name": arguments.name or arguments.recipe.stem,
+        "nodes": arguments.nodes,
+        "gpus-per-node": arguments.gpus,
+        "ntasks-per-node": arguments.gpus,
+        "cpus-per-task": arguments.cpus,
+        "time": arguments.time,
+        "output": arguments.log,
+        "partition": arguments.partition,
+        "account": arguments.account,
+    }
+    run = ["--config", str(arguments.recipe)]
+    if arguments.deepspeed_config is not None:
+        run += ["--deepspeed_config", str(arguments.deepspeed_config)]
+    lines = template.splitlines()
+    for option, value in header.items():
+        if value is None:
+            continue
+        line = f"#SBATCH --{option}={value}"
+        places = [n for n, old in enumerate(lines) if old.startswith(f"#SBATCH --{option}=")]
+        if places:
+            lines[places[0]] = line
+        else:
+            lines.insert(_last_option(lines) + 1, line)
+    command = [f"set -- {shlex.join([*run, *arguments.overrides])}", f"LAUNCH={arguments.launch}"]
+    lines[_last_option(lines) + 1 : _last_option(lines) + 1] = command
+    return "\n".join(lines) + "\n"
+
+
+def _last_option(lines: list[str]) -> int:
+    return max(n for n, line in enumerate(lines) if line.startswith("#SBATCH "))
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse what would only fail after hours in the queue."""
+    from megalr.models.config import PRESETS
+
+    for name in ("nodes", "gpus", "cpus"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} is {value}: give 1 or more")
+    if not TIME.fullmatch(arguments.time):
+        raise UserError(f"--time is {arguments.time!r}: give D-HH:MM:SS, HH:MM:SS or minutes")
+    for name in ("partition", "account", "name", "log"):
+        value = getattr(arguments, name)
+        if value is not None and not re.fullmatch(r"\S+", value):
+            raise UserError(f"--{name} is {value!r}: SLURM takes one word without spaces")
+    config = load_run_config([arguments.recipe], arguments.overrides, presets=PRESETS)
+    ds_user, source = DEFAULT_DEEPSPEED, "default DeepSpeed config"
+    if arguments.deepspeed_config is not None:
+        ds_user = read_deepspeed_json(arguments.deepspeed_config)
+        source = str(arguments.deepspeed_config)
+    world = arguments.nodes * arguments.gpus
+    ranks_of_a_model = config.parallel.tensor
+    if world % ranks_of_a_model:
+        raise UserError(
+            f"parallel.tensor is {ranks_of_a_model} but {arguments.nodes} nodes x {arguments.gpus} "
+            f"GPUs are {world} ranks: make it a divisor"
+        )
+    resolve_deepspeed_config(config, ds_user, source, world // ranks_of_a_model)
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)
