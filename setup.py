@@ -26,6 +26,7 @@ setup(
         "sentencepiece>=0.2.2",
         "mpi4py>=4.0",
         "numpy>=1.26",
+        "psutil>=5.9",
         "pydantic>=2.7",
         "PyYAML>=6.0",
         "zstandard>=0.22",

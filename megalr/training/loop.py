@@ -32,15 +32,14 @@ from megalr.restarts.relora import Relora
 from megalr.restarts.reset import reset_moments
 from megalr.restarts.state import ShardedState
 from megalr.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from megalr.training.engine import gradient_norm, plain_gradient_norm, set_learning_rate
 from megalr.training.evaluation import evaluate
 from megalr.training.hardware import peak_flops, peak_memory_gib
 from megalr.training.health import Health
 from megalr.training.interval import Interval, Made, settle
 from megalr.training.metrics import MetricsWriter, Stopwatch
 from megalr.training.position import Position
-from megalr.training.skipping import finite_everywhere, guarded, withheld
 from megalr.training.stopping import StopCheck
+from megalr.training.update import Updater
 from megalr.training.watchdog import Watchdog
 
 
@@ -101,7 +100,8 @@ class Trainer:
         self.validation_loss: tuple[int, float | None] = (0, None)
         self._interval = Interval()
         self._copies = dist.get_world_size() // engine.dp_world_size  # ranks with the same batch
-        self._plain = engine.optimizer is engine.basic_optimizer  # float32 without ZeRO
+        refuse = self._loss_spikes if self.health.decides_before_step else None
+        self._updater = Updater(engine, device, refuse)
         self._flops_per_token = flops_per_token(engine.module, config.data.sequence_length)
         self._peak_flops = peak_flops(device, config.train.precision)
         self._go_on_from(Position())
@@ -146,67 +146,20 @@ class Trainer:
             self.stop.honoured()
 
     def train_update(self, batch: UpdateBatch) -> Made:
-        """One optimizer step on the global batch, or none if that is bad.
-
-        The gradient is that of the mean loss per target over the global batch, whatever the
-        number of ranks and micro-batches: each micro-batch contributes its summed loss divided by
-        the global number of targets, times the number of ranks because the engine averages over
-        them.
-        """
-        engine = self.engine
-        made = Made(
-            self.update + 1,
-            batch.update,
-            batch.num_targets,
-            batch.samples_by_source,
-            self.config.optimizer.lr * self.restarts.learning_rate_factor(self.update),
-            torch.zeros((), dtype=torch.float64, device=self.device),
-        )
-        set_learning_rate(engine, made.learning_rate)
-        scale = engine.dp_world_size / max(1, batch.num_targets)
-        for number, (input_ids, labels) in enumerate(batch.micro_batches, start=1):
-            loss = engine(
-                input_ids.to(self.device, non_blocking=True),
-                labels.to(self.device, non_blocking=True),
-                scale,
-            )
-            made.loss_sum += loss.detach() / scale
-            if number == len(batch.micro_batches) and self.health.decides_before_step:
-                loss = self._spoil_if_spike(made, loss)
-            # Guarded is a tensor of its own: on the very output of the engine, DeepSpeed's hook
-            # divides by the number of micro-batches although it is told not to
-            # (docs/deepspeed-notes.md).
-            engine.backward(guarded(loss), scale_wrt_gas=False)
-            self._step(made)
-        made.applied = engine.was_step_applied()
-        if not self._plain:
-            made.norm = gradient_norm(engine)
+        """One optimizer step on the global batch, or none if that is bad; counted either way."""
+        factor = self.restarts.learning_rate_factor(self.update)
+        rate = self.config.optimizer.lr * factor
+        made = self._updater.make(batch, self.update + 1, rate)
         self._interval.made.append(made)
         self.tokens += batch.num_targets
         self.update += 1
         self.watchdog.progress(f"after update {self.update}")
         return made
 
-    def _step(self, made: Made) -> None:
-        """The engine's step, with the check of the gradient where the engine makes none."""
-        engine = self.engine
-        if not self._plain or not engine.is_gradient_accumulation_boundary():
-            engine.step()
-            return
-        made.norm = plain_gradient_norm(engine.module)
-        if finite_everywhere(made.norm):
-            engine.step()
-            return
-        with withheld(engine.optimizer):
-            engine.step()
-
-    def _spoil_if_spike(self, made: Made, loss: torch.Tensor) -> torch.Tensor:
-        """The last micro-batch's loss; not a number, on all ranks, if the update's is a spike."""
+    def _loss_spikes(self, made: Made) -> bool:
+        """Whether the loss of an update whose step is still to be made is a spike."""
         settle([made], self._copies)
-        if not self._report_spikes(made, loss=made.loss):
-            return loss
-        made.spike = True
-        return loss * float("nan")
+        return self._report_spikes(made, loss=made.loss)
 
     def check(self, made: Made) -> str | None:
         """Count an update, report it if it is bad; the reason if the run must go back for it."""

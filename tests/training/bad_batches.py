@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megalr.data.loader import UpdateBatch, UpdateLoader
 from megalr.models.decoder import Decoder
 from megalr.restarts.state import ShardedState
-from megalr.training import loop
+from megalr.training import update
 from megalr.training.interval import Made
 from megalr.training.loop import Trainer
 from megalr.training.skipping import guarded
@@ -52,7 +52,7 @@ def bad_batches(bad: dict[int, str], everywhere: bool = False) -> Iterator[None]
             return spoil(bad[_Now.number], loss)
         return guarded(loss)
 
-    with _knowing_the_batch(), patch.object(loop, "guarded", ours):
+    with _knowing_the_batch(), patch.object(update, "guarded", ours):
         yield
 
 
@@ -129,13 +129,13 @@ def run_with_high_losses(
 
 
 def run_without_batches(
-    values: dict[str, Any], ds: dict[str, Any], update: int, left_out: int
+    values: dict[str, Any], ds: dict[str, Any], first: int, left_out: int
 ) -> None:
-    """The run that has never heard of the ``left_out`` batches from number ``update`` on."""
+    """The run that has never heard of the ``left_out`` batches from number ``first`` on."""
     plain = UpdateLoader._load
 
     def load(self: UpdateLoader, number: int) -> UpdateBatch:
-        batch = plain(self, number if number < update else number + left_out)
+        batch = plain(self, number if number < first else number + left_out)
         return UpdateBatch(number, batch.micro_batches, batch.num_targets, batch.samples_by_source)
 
     with patch.object(UpdateLoader, "_load", load):

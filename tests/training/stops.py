@@ -21,6 +21,7 @@ from megalr.training import loop, pretrain, watchdog
 from megalr.training.interval import Made
 from megalr.training.loop import Trainer
 from megalr.training.signals import STOP_SIGNALS, StopRequest
+from megalr.training.update import Updater
 
 
 def run_until_signal(
@@ -53,13 +54,13 @@ def run_until_signal(
 def _at(point: str, act: Any) -> Iterator[None]:
     """Call ``act(updates done or being made)`` whenever the run comes to ``point``."""
     build_engine, save_checkpoint = pretrain.build_engine, loop.save_checkpoint
-    until_stopped, step = Trainer._until_stopped, Trainer._step
+    until_stopped, step = Trainer._until_stopped, Updater._step
 
     def start(*arguments: Any) -> Any:
         act(0)
         return build_engine(*arguments)
 
-    def in_step(self: Trainer, made: Made) -> None:
+    def in_step(self: Updater, made: Made) -> None:
         act(made.update)
         step(self, made)
 
@@ -75,7 +76,7 @@ def _at(point: str, act: Any) -> Iterator[None]:
 
     patches = {
         "start": (pretrain, "build_engine", start),
-        "step": (Trainer, "_step", in_step),
+        "step": (Updater, "_step", in_step),
         "evaluation": (Trainer, "_until_stopped", in_evaluation),
         "saving": (loop, "save_checkpoint", in_saving),
     }

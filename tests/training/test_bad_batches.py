@@ -27,13 +27,28 @@ def _values(folder: Path, data: Path, **sections: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "stage, precision", [(0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "fp32"), (3, "bf16")]
+    "stage, precision, tensor",
+    [
+        (0, "fp32", 1),
+        (0, "bf16", 1),
+        (1, "bf16", 1),
+        (2, "fp32", 1),
+        (3, "bf16", 1),
+        (0, "fp32", 2),
+        (1, "bf16", 2),
+    ],
 )
 def test_what_is_not_finite_on_one_rank_is_skipped_on_all_and_touches_nothing(
-    stage: int, precision: str, data: Path, tmp_path: Path
+    stage: int, precision: str, tensor: int, data: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    values = _values(folder, data, train={"precision": precision}, checkpoint={"every": 0})
+    values = _values(
+        folder,
+        data,
+        train={"precision": precision},
+        checkpoint={"every": 0},
+        parallel={"tensor": tensor},
+    )
     bad = {0: "nan_loss", 3: "nan_gradient", 5: "inf_loss"}
     for seen in run_distributed(run_with_bad_batches, 2, values, zero(stage), bad):
         assert [update for update, _, _ in seen] == list(range(1, 9))
