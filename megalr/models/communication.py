@@ -53,18 +53,26 @@ class Traffic:
 
 def traffic(decoder: Decoder) -> tuple[Traffic, Traffic]:
     """What one training micro-batch sends going forward, and going back (no recomputation)."""
+    forward, backward = block_traffic(decoder)
     plan, h = decoder.plan, decoder.config.hidden_size
     if not plan.parallel:
-        return Traffic(), Traffic()
+        return forward, backward
     # The embedding, the norm before the head, and the three numbers of the cross entropy.
     last_norm = sum(p.numel() for p in decoder.norm.parameters())
     if plan.cut_residual:
-        norms = Traffic(reduced_float32=2 * decoder.config.num_layers)
-        forward = Traffic(scattered=h, gathered=h, reduced_float32=3) + norms
-        backward = Traffic(scattered=h, gathered=h, weights=last_norm)
+        forward += Traffic(scattered=h, gathered=h, reduced_float32=3)
+        backward += Traffic(scattered=h, gathered=h, weights=last_norm)
     else:
-        forward = Traffic(reduced=h, reduced_float32=3)
-        backward = Traffic(reduced=h, weights=last_norm)
+        forward += Traffic(reduced=h, reduced_float32=3)
+        backward += Traffic(reduced=h, weights=last_norm)
+    return forward, backward
+
+
+def block_traffic(decoder: Decoder) -> tuple[Traffic, Traffic]:
+    """The part of :func:`traffic` that belongs to the blocks."""
+    forward = backward = Traffic()
+    if decoder.plan.cut_residual:
+        forward += Traffic(reduced_float32=2 * decoder.config.num_layers)
     for linear in decoder.linears():
         onward, back = _of_linear(linear)
         forward, backward = forward + onward, backward + back
@@ -74,6 +82,8 @@ def traffic(decoder: Decoder) -> tuple[Traffic, Traffic]:
 def _of_linear(linear: GroupedLinear) -> tuple[Traffic, Traffic]:
     """What the matrices of one group send forward and backward."""
     shape = linear.shape
+    if shape.cut.mesh.tensor_size == 1:
+        return Traffic(), Traffic()
     n, m = shape.in_features, sum(shape.out_features)
     forward = backward = 0
     weights = 0

@@ -143,3 +143,26 @@ def test_outputs_and_gradients_equal_those_of_one_rank(name: str, tensor: int) -
     run_distributed(_same_function, tensor, name, tensor)
     run_distributed(_same_blocks, tensor, name, tensor)
     run_distributed(_replicated_are_identical, tensor, name, tensor)
+
+
+def _compiled_blocks_are_whole(name: str, tensor: int) -> None:
+    """The collectives become part of the compiled blocks: no graph break, the same numbers."""
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    method, layout = CASES[name]
+    part = build_decoder(sizes(name), method, seed=4, plan=Plan(mesh(tensor), layout))
+    ids = torch.randint(0, 101, TOKENS)
+    part(ids, ids, 0.1).backward()
+    expected = {key: p.grad.clone() for key, p in part.named_parameters() if p.grad is not None}
+    part.zero_grad()
+    for block in part.blocks():
+        block.compile(dynamic=False, backend="aot_eager")
+    part(ids, ids, 0.1).backward()
+    assert not counters["graph_break"]
+    for key, parameter in part.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[key], rtol=1e-5, atol=1e-6)
+
+
+def test_blocks_compile_without_breaks() -> None:
+    run_distributed(_compiled_blocks_are_whole, 2, "low_rank_bottleneck", 2)

@@ -1,0 +1,160 @@
+"""Blocks under tensor parallelism: dense, low-rank column_row, low-rank bottleneck.
+
+    torchrun --nproc_per_node 2 benchmarks/tensor_parallel.py --shapes 1b 7b --output results
+
+Forward and backward of ``--layers`` blocks of a preset's shape, compiled block by block, bf16,
+r = h/4, without embedding, head and optimizer; all ranks form one tensor-parallel group. Reported:
+the median and the range of tokens/s (also scaled to the preset's number of layers), peak GiB a GPU,
+and the bytes that a rank sends for a micro-batch, by the formula that the tests count
+(megalr.models.communication). Without GPUs it runs on the CPU, which only shows that it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megalr.errors import exit_cleanly
+from megalr.models.build import build_decoder
+from megalr.models.communication import block_traffic
+from megalr.models.config import PRESETS, DecoderConfig
+from megalr.models.decoder import Decoder, rope_tables
+from megalr.parallel.mesh import make_mesh
+from megalr.parallel.plan import Plan
+
+SHAPES = {"tiny": "llama_20m", "1b": "llama_1b", "7b": "llama_7b"}
+KINDS = {
+    "dense": ("full_rank", "column_row"),
+    "column_row": ("low_rank", "column_row"),
+    "bottleneck": ("low_rank", "bottleneck"),
+}
+TARGETS = ["q", "k", "v", "o", "gate", "up", "down"]
+
+
+def build(config: DecoderConfig, kind: str, device: torch.device, compiled: bool) -> Decoder:
+    """The blocks of a kind on this rank, bf16."""
+    name, layout = KINDS[kind]
+    method = SimpleNamespace(
+        name=name, rank=config.hidden_size // 4, alpha=32.0, init="kaiming", targets=TARGETS
+    )
+    plan = Plan(make_mesh(dist.get_world_size(), device.type), layout)
+    with device:
+        decoder = build_decoder(config, method, seed=0, plan=plan).bfloat16()
+    if compiled:
+        for block in decoder.blocks():
+            block.compile(dynamic=False)
+    return decoder
+
+
+def one_pass(decoder: Decoder, x: torch.Tensor, rope: torch.Tensor) -> None:
+    """Forward and backward of the blocks on ``x (B, S, h)``, or this rank's part of it."""
+    y = x
+    for block in decoder.blocks():
+        y = block(y, rope, None)
+    y.backward(torch.ones_like(y))
+    decoder.zero_grad(set_to_none=True)
+    x.grad = None
+
+
+def measure(
+    config: DecoderConfig, kind: str, shape: tuple[int, int], repeats: int, device: torch.device
+) -> dict[str, Any]:
+    """Numbers of one kind of blocks for micro-batches of ``shape``."""
+    decoder = build(config, kind, device, compiled=device.type == "cuda")
+    ranks = dist.get_world_size()
+    width = config.hidden_size // (ranks if decoder.plan.cut_residual else 1)
+    x = torch.randn(*shape, width, device=device, dtype=torch.bfloat16, requires_grad=True)
+    rope = rope_tables(shape[1], config.head_dim, config.rope_theta, device)
+    tokens = shape[0] * shape[1]
+    rates = []
+    for number in range(repeats + 3):
+        if number == 3 and device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        _wait(device)
+        dist.barrier()
+        started = time.perf_counter()
+        one_pass(decoder, x, rope)
+        _wait(device)
+        if number >= 3:
+            rates.append(tokens / (time.perf_counter() - started))
+    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+    return {
+        "kind": kind,
+        "tensor": ranks,
+        "layers": config.num_layers,
+        "tokens": tokens,
+        "tokens_per_second": round(statistics.median(rates)),
+        "tokens_per_second_range": [round(min(rates)), round(max(rates))],
+        "peak_memory_gib": peak and round(peak, 2),
+        "bytes_sent": round(sum(t.bytes_sent(tokens, ranks) for t in block_traffic(decoder))),
+    }
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _start() -> torch.device:
+    """Join the ranks that torchrun made; this rank's device."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device)
+        return device
+    dist.init_process_group("gloo")
+    return torch.device("cpu")
+
+
+def main() -> None:
+    """Measure the chosen shapes and kinds on the ranks of this start; rank 0 writes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["1b", "7b"])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--batch", type=int, nargs=2, default=[8, 2048], help="sequences, length")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--output", type=Path, required=True, help="folder of the result")
+    arguments = parser.parse_args()
+    device = _start()
+    ranks, results = dist.get_world_size(), []
+    for shape in arguments.shapes:
+        preset = PRESETS[SHAPES[shape]]
+        config = replace(preset, num_layers=arguments.layers)
+        for kind in arguments.kinds:
+            if kind == "bottleneck" and ranks == 1:
+                continue  # nothing is cut
+            batch = arguments.batch[0], arguments.batch[1]
+            found = measure(config, kind, batch, arguments.repeats, device)
+            whole = found["tokens_per_second"] * arguments.layers / preset.num_layers
+            found = {"shape": shape, **found, "whole_model_tokens_per_second": round(whole)}
+            results.append(found)
+            if dist.get_rank() == 0:
+                print(json.dumps(found), flush=True)
+    if dist.get_rank() == 0:
+        record(f"tensor_parallel_{ranks}", arguments.output, results)
+    dist.destroy_process_group()
+
+
+def record(name: str, folder: Path, results: list[dict[str, Any]]) -> None:
+    """Write the results with the command and versions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    where = {"command": " ".join(sys.argv[1:]), "torch": torch.__version__, "device": device}
+    text = json.dumps({**where, "results": results}, indent=1)
+    (folder / f"{name}.json").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)
