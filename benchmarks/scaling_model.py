@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -237,6 +238,7 @@ def main() -> None:
     add("--memory", type=float, default=H200.memory / GIB, help="GiB of a GPU")
     add("--output", type=Path, help="folder with scaling.md, whose tables are replaced")
     arguments = parser.parse_args()
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for a GPU, and warn
     if arguments.check:
         check()
         return
