@@ -92,8 +92,21 @@ def _check_prototypes(gpu: Gpu) -> None:
         predicted = batch * 256 / gpu.seconds(forward + backward + step)
         _print_rate(f"{preset} {name}", rate, predicted)
     for (name, tensor, kind), rate in PROTOTYPE_TP.items():
-        predicted = prototype_blocks(gpu, name, tensor, kind)
+        predicted = blocks_rate(gpu, "llama_7b", name, tensor, kind)
         _print_rate(f"7B blocks {name}, TP {tensor} {kind}", rate, predicted)
+    _check_blocks(gpu)
+
+
+def _check_blocks(gpu: Gpu) -> None:
+    """Blocks of megalr's own, as benchmarks/tensor_parallel.py records them (8 x 2048 tokens)."""
+    kinds = {"dense": ("full_rank", "column_row")}
+    kinds |= {layout: ("low_rank", layout) for layout in ("column_row", "bottleneck")}
+    for path in sorted(RESULTS.glob("tensor_parallel_*.json")):
+        for row in json.loads(path.read_text())["results"]:
+            (name, layout), preset = kinds[row["kind"]], f"llama_{row['shape']}"
+            predicted = blocks_rate(gpu, preset, name, row["tensor"], layout)
+            title = f"megalr's blocks, {row['shape']} {row['kind']}, TP {row['tensor']}"
+            _print_rate(title, row["whole_model_tokens_per_second"], predicted)
 
 
 def _print_rate(name: str, rate: float, predicted: float) -> None:
@@ -101,16 +114,16 @@ def _print_rate(name: str, rate: float, predicted: float) -> None:
     print(f"| {name} | {rate:,} | {predicted:,.0f} | {error:+.1f} |")
 
 
-def prototype_blocks(gpu: Gpu, name: str, tensor: int, layout: str) -> float:
-    """Tokens/s of 32 blocks of the 7B shape, 8 x 2048 tokens; no embedding, head, optimizer."""
-    sizes, method, tokens = PRESETS["llama_7b"], method_of("llama_7b", name), 8 * 2048
+def blocks_rate(gpu: Gpu, preset: str, name: str, tensor: int, layout: str) -> float:
+    """Tokens/s of all blocks of a model, 8 x 2048 tokens; no embedding, head, optimizer."""
+    sizes, method, tokens = PRESETS[preset], method_of(preset, name), 8 * 2048
     plan = plan_of(sizes, method, tensor, layout)
     forward, backward = block_work(sizes, method, plan, 8, 2048)
     seconds = gpu.seconds(forward + backward)
     group = members(H200, plan.mesh.tensor_size)
     for messages in block_messages(sizes, method, plan):
         seconds += sum(message_seconds(m, tokens, group, H200) for m in messages)
-    return tokens / (32 * seconds)
+    return tokens / (sizes.num_layers * seconds)
 
 
 def _check_refactorization() -> None:

@@ -127,7 +127,7 @@ def draw(choices: Sequence[Choice], path: Path) -> None:
     from matplotlib import pyplot
 
     presets = list(dict.fromkeys(choice.preset for choice in choices))
-    with pyplot.rc_context({"svg.hashsalt": "megalr", "font.size": 9}):
+    with pyplot.rc_context({"svg.hashsalt": "megalr", "svg.fonttype": "none", "font.size": 9}):
         figure, axes = pyplot.subplots(
             2, len(presets), figsize=(4 * len(presets), 6.5), sharex=True
         )
