@@ -26,6 +26,8 @@ MEETING_SECONDS = 600.0
 gigabytes of libraries from a shared file system."""
 
 _EVERYONE = "everyone"
+_READERS = "readers"
+_READING_SECONDS = 5.0
 _GRACE_SECONDS = 10.0  # how much longer the others wait for rank 0's word than rank 0 for them
 
 
@@ -72,6 +74,8 @@ def meet(error: UserError | None, timeout_seconds: float) -> dist.Store:
     everyone = _collect(store, world_size, seconds) if rank == 0 else _hear(store, seconds)
     for number, other in enumerate(everyone):
         if other.error is not None:
+            if rank == 0:
+                _wait_for_readers(store, world_size - 1)
             raise AgreedError(f"rank {number} on {other.host}: {other.error}")
     _choose_interface(here.address, [other.address for other in everyone])
     return server
@@ -120,7 +124,7 @@ def _collect(store: dist.Store, world_size: int, seconds: float) -> list[Attenda
             "that every node was started and reaches this address"
         )
         store.set(_EVERYONE, json.dumps({"missing": text}))
-        time.sleep(1.0)  # the store ends with this process; let the others read that
+        _wait_for_readers(store, world_size - 1 - len(missing))
         raise AgreedError(text)
     said = [json.loads(store.get(str(rank))) for rank in range(world_size)]
     store.set(_EVERYONE, json.dumps({"ranks": said}))
@@ -132,6 +136,7 @@ def _hear(store: dist.Store, seconds: float) -> list[Attendance]:
     try:
         store.wait([_EVERYONE], timedelta(seconds=seconds + _GRACE_SECONDS))
         told = json.loads(store.get(_EVERYONE))
+        store.add(_READERS, 1)
     except (dist.DistError, RuntimeError) as error:
         raise UserError(
             f"{host_name()}: rank 0 did not answer at {os.environ['MASTER_ADDR']}:"
@@ -141,6 +146,13 @@ def _hear(store: dist.Store, seconds: float) -> list[Attendance]:
     if "missing" in told:
         raise AgreedError(told["missing"])
     return [Attendance(**words) for words in told["ranks"]]
+
+
+def _wait_for_readers(store: dist.Store, count: int) -> None:
+    """Rank 0, before it ends and the store with it: let the others read why."""
+    deadline = time.monotonic() + _READING_SECONDS
+    while store.add(_READERS, 0) < count and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def _address_towards(target: str) -> str:
