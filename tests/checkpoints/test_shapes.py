@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -45,9 +46,7 @@ def test_a_run_that_changes_shape_again_and_again_agrees_with_the_unbroken_one(
     unbroken = {e["update"]: e for e in events(folder, "step")}
     chain = CHAINS[precision]
     seen = {}
-    for number, ((_, _, update), (ranks, stage, _)) in enumerate(
-        zip(chain, chain[1:], strict=False)
-    ):
+    for number, ((_, _, update), (ranks, stage, _)) in enumerate(pairwise(chain)):
         folder = continued(folder, tmp_path / str(number + 1), update)
         run_distributed(run, ranks, settings(folder, data, **sections), zero(stage))
         (resumed,) = events(folder, "resume")
