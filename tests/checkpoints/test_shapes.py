@@ -89,3 +89,30 @@ def test_every_kind_of_optimizer_state_survives_a_change_of_shape(
     again = continued(folder, tmp_path / "continued", 5)
     run_distributed(run, other_ranks, settings(again, data, **sections), zero(other_stage))
     assert losses(again) == pytest.approx(unbroken[5:], abs=1e-5)
+
+
+# (tensor-parallel size, data-parallel size, ZeRO stage) and the update up to which it is used
+GRIDS = {
+    "low_rank": [(2, 1, 1, 2), (1, 2, 1, 4), (2, 2, 1, 6), (1, 1, 0, 8)],
+    "sltrain": [(1, 2, 2, 3), (2, 1, 0, 5), (1, 1, 1, 8)],
+}
+
+
+@pytest.mark.parametrize("method", GRIDS)
+def test_a_run_changes_its_tensor_parallel_size_and_agrees_with_the_unbroken_one(
+    method: str, data: Path, tmp_path: Path
+) -> None:
+    sections = {**EVERY, "train": {"updates": 8}, "optimizer": {"lr": 0.003}}
+    if method == "sltrain":
+        sections |= METHODS["sltrain"]
+    unbroken = tmp_path / "unbroken"
+    run_distributed(run, 1, settings(unbroken, data, **sections), zero(0))
+    expected = losses(unbroken)
+    folder, done = tmp_path / "0", 0
+    for number, (tensor, ranks, stage, update) in enumerate(GRIDS[method]):
+        if number:
+            folder = continued(folder, tmp_path / str(number), done)
+        values = settings(folder, data, **sections, parallel={"tensor": tensor})
+        run_distributed(run, tensor * ranks, values, zero(stage))
+        assert losses(folder) == pytest.approx(expected[done:], abs=1e-5)
+        done = update
