@@ -207,8 +207,12 @@ class TrainConfig(Section):
     cuda_graphs: bool = Field(default=False, examples=[True])
     """Whether forward and backward of a micro-batch run as one CUDA graph, which takes launching
     kernels off the critical path: for small models on a GPU; not with ZeRO stage 3 or offload."""
-    activation_checkpointing: Literal["none", "full"] = Field(default="none", examples=["full"])
-    """full: keep only each layer's input and recompute the layer in the backward pass."""
+    activation_checkpointing: Literal["none", "bottleneck", "full"] = Field(
+        default="none", examples=["full"]
+    )
+    """What the backward pass recomputes. bottleneck: all of a layer but the vectors between the
+    factors, whose products with A are not repeated (low_rank and cola with all targets). full:
+    every layer, from its input."""
 
 
 class ParallelConfig(Section):

@@ -7,11 +7,10 @@ import torch.nn.functional as F
 
 from megalr.errors import UserError
 from megalr.layers.factors import FactorPair, LinearShape, named_generator
-from megalr.layers.linear import FactorizedLinear
-from megalr.layers.norm import Unscaled
+from megalr.layers.linear import BottleneckLinear
 
 
-class CoLALinear(FactorizedLinear):
+class CoLALinear(BottleneckLinear):
     """``y_i = silu(x A_i^T) B_i^T (+ bias_i)``: an auto-encoder in place of each matrix.
 
     Both factors ~ N(0, sigma^2) with ``sigma = r^(-1/4) (n + m)^(-1/4)``; no scale. There is no
@@ -21,8 +20,9 @@ class CoLALinear(FactorizedLinear):
     def __init__(self, shape: LinearShape, rank: int, bias: bool = False) -> None:
         super().__init__(shape, rank, float(rank), bias)  # scale 1
 
-    def forward(self, x: torch.Tensor | Unscaled) -> tuple[torch.Tensor, ...]:
-        return self.outputs_of(F.silu(self.bottleneck(x)))
+    def outputs_of(self, h: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """``silu(h_i) B_i^T (+ bias_i)`` of bottlenecks ``h (..., G r)``, ``(..., m_i)`` each."""
+        return super().outputs_of(F.silu(h))
 
     @torch.no_grad()
     def reset_parameters(self, seed: int, std: float) -> None:

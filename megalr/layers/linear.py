@@ -230,7 +230,14 @@ class FactorizedLinear(GroupedLinear):
         return f"{super().extra_repr()}, rank={self.rank}, scale={self.scale:g}"
 
 
-class LowRankLinear(FactorizedLinear):
+class BottleneckLinear(FactorizedLinear):
+    """A layer that is its two factors and nothing else: all that passes are r numbers a matrix."""
+
+    def forward(self, x: torch.Tensor | Unscaled) -> tuple[torch.Tensor, ...]:
+        return self.outputs_of(self.bottleneck(x))
+
+
+class LowRankLinear(BottleneckLinear):
     """``y_i = (alpha/r) (x A_i^T) B_i^T (+ b_i)``: no full matrix is ever formed.
 
     METHODS: Low-Rank, arXiv 2505.22922 §3.
@@ -249,9 +256,6 @@ class LowRankLinear(FactorizedLinear):
     ) -> None:
         super().__init__(shape, rank, alpha, bias)
         self.init = init
-
-    def forward(self, x: torch.Tensor | Unscaled) -> tuple[torch.Tensor, ...]:
-        return self.outputs_of(self.bottleneck(x))
 
     @torch.no_grad()
     def reset_parameters(self, seed: int, std: float) -> None:

@@ -10,7 +10,12 @@ import numpy as np
 from megalr.errors import UserError
 from megalr.layers.cola import CoLALinear
 from megalr.layers.factors import LinearShape
-from megalr.layers.linear import FullRankLinear, GroupedLinear, LowRankLinear
+from megalr.layers.linear import (
+    BottleneckLinear,
+    FullRankLinear,
+    GroupedLinear,
+    LowRankLinear,
+)
 from megalr.layers.lora import LoRALinear
 from megalr.layers.sltrain import SLTrainLinear
 from megalr.models.config import DecoderConfig
@@ -82,7 +87,7 @@ def build_decoder(
     config: DecoderConfig,
     method: Any,
     seed: int,
-    checkpoint_blocks: bool = False,
+    recompute: str = "none",
     plan: Plan = SINGLE,
     supports: Supports | None = None,
 ) -> Decoder:
@@ -91,9 +96,23 @@ def build_decoder(
     The weights of all ranks of ``plan`` together do not depend on the plan.
 
     Raises:
-        UserError: rank or targets that do not fit the model, or a plan that does not.
+        UserError: rank or targets that do not fit the model, a plan that does not, or
+            ``recompute`` bottleneck where some matrix is not just its factors.
     """
     check_plan(config, method, plan)
-    decoder = Decoder(config, make_linear_of(method, seed, supports), checkpoint_blocks, plan)
+    decoder = Decoder(config, make_linear_of(method, seed, supports), recompute, plan)
+    if recompute == "bottleneck":
+        _check_bottlenecks(decoder, method)
     decoder.reset_parameters(seed)
     return decoder
+
+
+def _check_bottlenecks(decoder: Decoder, method: Any) -> None:
+    """Raise UserError unless every matrix is a product of factors and nothing else."""
+    for linear in decoder.linears():
+        if not isinstance(linear, BottleneckLinear):
+            raise UserError(
+                "train.activation_checkpointing bottleneck keeps what passes between factors, but "
+                f"{linear.shape.names[0]} is a {type(linear).__name__} (method {method.name}): use "
+                "full or none, or low_rank or cola with all targets"
+            )

@@ -14,6 +14,7 @@ Shapes: B batch, S sequence, h hidden, H heads, K key/value heads, D head width,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from megalr.layers.embedding import Embedding, init_rows
 from megalr.layers.factors import FactorPair, LinearShape
 from megalr.layers.head import Head
-from megalr.layers.linear import FactorizedLinear, GroupedLinear
+from megalr.layers.linear import BottleneckLinear, FactorizedLinear, GroupedLinear
 from megalr.layers.norm import CutRMSNorm, LastNorm, Unscaled
 from megalr.models.config import DecoderConfig
 from megalr.parallel.plan import SINGLE, Plan
@@ -86,9 +87,19 @@ class Attention(nn.Module):
     def forward(
         self, x: torch.Tensor | Unscaled, rope: torch.Tensor | None, mask: torch.Tensor | None
     ) -> torch.Tensor:
+        (y,) = self.o(self.mix(self.qkv(x), rope, mask))
+        return y
+
+    def mix(
+        self,
+        projections: tuple[torch.Tensor, ...],
+        rope: torch.Tensor | None,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """``softmax(q k^T) v`` of the outputs of ``qkv``, heads side by side: what ``o`` reads."""
         D = self.config.head_dim
         # (B, H|K, S, D) each; under tensor parallelism this rank's heads
-        q, k, v = (y.unflatten(-1, (-1, D)).transpose(1, 2) for y in self.qkv(x))
+        q, k, v = (y.unflatten(-1, (-1, D)).transpose(1, 2) for y in projections)
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         y = F.scaled_dot_product_attention(
@@ -99,8 +110,7 @@ class Attention(nn.Module):
             is_causal=mask is None,
             enable_gqa=self.config.kv_heads != self.config.num_heads,
         )
-        (y,) = self.o(y.transpose(1, 2).flatten(2))  # (B, S, h), or this rank's part of it
-        return y
+        return y.transpose(1, 2).flatten(2)  # (B, S, h), or this rank's part of it
 
 
 class MLP(nn.Module):
@@ -128,19 +138,34 @@ class MLP(nn.Module):
         self.gated = config.gated_mlp
 
     def forward(self, x: torch.Tensor | Unscaled) -> torch.Tensor:
-        first, *rest = self.into(x)  # (B, S, padded width) each, or this rank's part
-        hidden = self.activation(first)
-        (y,) = self.down(hidden * rest[0] if self.gated else hidden)
+        (y,) = self.down(self.mix(self.into(x)))
         return y
+
+    def mix(self, projections: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """``act(gate) * up``, or ``act(up)``: what ``down`` reads, ``(B, S, padded width)``."""
+        hidden = self.activation(projections[0])
+        return hidden * projections[1] if self.gated else hidden
 
 
 class Block(nn.Module):
-    """``x + attention(norm x)``, then ``x + mlp(norm x)``."""
+    """``x + attention(norm x)``, then ``x + mlp(norm x)``.
+
+    With ``keep_bottlenecks`` the backward pass recomputes everything but the r-sized vectors
+    between the factors: for each token x, x after attention, and 7 r numbers are kept (compare
+    CoLA-M, arXiv 2502.10940). Products with A are not repeated, those with B of q, k, v, gate and
+    up are. Every layer must be a BottleneckLinear.
+    """
 
     def __init__(
-        self, config: DecoderConfig, index: int, make_linear: MakeLinear, plan: Plan
+        self,
+        config: DecoderConfig,
+        index: int,
+        make_linear: MakeLinear,
+        plan: Plan,
+        keep_bottlenecks: bool = False,
     ) -> None:
         super().__init__()
+        self.keep_bottlenecks = keep_bottlenecks
         self.attention_norm = make_norm(config, plan)
         self.attention = Attention(config, f"layers.{index}.attention", make_linear, plan)
         self.mlp_norm = make_norm(config, plan)
@@ -149,8 +174,30 @@ class Block(nn.Module):
     def forward(
         self, x: torch.Tensor, rope: torch.Tensor | None, mask: torch.Tensor | None
     ) -> torch.Tensor:
+        if self.keep_bottlenecks and torch.is_grad_enabled():
+            return self._keeping_bottlenecks(x, rope, mask)
         x = x + self.attention(self.attention_norm(x), rope, mask)
         return x + self.mlp(self.mlp_norm(x))
+
+    def _keeping_bottlenecks(
+        self, x: torch.Tensor, rope: torch.Tensor | None, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The same in four pieces, each from one kept tensor to the next, and two sums."""
+        attention, mlp = self.attention, self.mlp
+        qkv, o = cast(BottleneckLinear, attention.qkv), cast(BottleneckLinear, attention.o)
+        into, down = cast(BottleneckLinear, mlp.into), cast(BottleneckLinear, mlp.down)
+        h = _recomputed(lambda x: qkv.bottleneck(self.attention_norm(x)), x)
+        h = _recomputed(lambda h: o.bottleneck(attention.mix(qkv.outputs_of(h), rope, mask)), h)
+        x = x + o.outputs_of(h)[0]
+        h = _recomputed(lambda x: into.bottleneck(self.mlp_norm(x)), x)
+        h = _recomputed(lambda h: down.bottleneck(mlp.mix(into.outputs_of(h))), h)
+        return x + down.outputs_of(h)[0]
+
+
+def _recomputed(function: Callable[..., torch.Tensor], *inputs: Any) -> torch.Tensor:
+    """``function(*inputs)``, of which the backward pass keeps the inputs only."""
+    # Nothing random happens inside, so no generator state needs to be kept.
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 class Decoder(nn.Module):
@@ -159,8 +206,9 @@ class Decoder(nn.Module):
     Args:
         config: sizes and choices.
         make_linear: builds the linear layer of a group of matrices, so decides the method.
-        checkpoint_blocks: recompute every block in the backward pass instead of keeping its
-            activations.
+        recompute: what the backward pass computes again instead of keeping it: ``none``;
+            ``bottleneck``: all but the r-sized vectors between the factors (see Block); ``full``:
+            every block, from its input.
         plan: which parts of the weights this rank holds; the default is all.
 
     ``graphed`` may be set to a faster computation of the scaled loss and its gradients (see
@@ -171,13 +219,13 @@ class Decoder(nn.Module):
         self,
         config: DecoderConfig,
         make_linear: MakeLinear,
-        checkpoint_blocks: bool = False,
+        recompute: str = "none",
         plan: Plan = SINGLE,
     ) -> None:
         super().__init__()
         self.config = config
         self.plan = plan
-        self.checkpoint_blocks = checkpoint_blocks
+        self.recompute_blocks = recompute == "full"
         self.graphed: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] | None = None
         self.embedding = Embedding(
             config.vocab_size, config.padded_vocab_size, config.hidden_size, plan.mesh
@@ -188,7 +236,8 @@ class Decoder(nn.Module):
             else None
         )
         self.layers = nn.ModuleList(
-            Block(config, index, make_linear, plan) for index in range(config.num_layers)
+            Block(config, index, make_linear, plan, recompute == "bottleneck")
+            for index in range(config.num_layers)
         )
         self.norm = LastNorm(config.norm, config.hidden_size, config.norm_eps, plan.group)
         self.head = Head(
@@ -234,9 +283,8 @@ class Decoder(nn.Module):
             rope = rope_tables(S, self.config.head_dim, self.config.rope_theta, x.device)
         mask = self._window_mask(S, x.device)
         for layer in self.blocks():
-            if self.checkpoint_blocks and torch.is_grad_enabled():
-                # Nothing random happens inside, so no generator state needs to be kept.
-                x = checkpoint(layer, x, rope, mask, use_reentrant=False, preserve_rng_state=False)
+            if self.recompute_blocks and torch.is_grad_enabled():
+                x = _recomputed(layer, x, rope, mask)
             else:
                 x = layer(x, rope, mask)
         return self.norm(self.plan.end_residual(x))

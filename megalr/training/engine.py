@@ -48,7 +48,7 @@ def build_model(
             sizes,
             config.method,
             config.run.seed,
-            checkpoint_blocks=config.train.activation_checkpointing == "full",
+            recompute=config.train.activation_checkpointing,
             plan=plan,
             supports=supports,
         )
@@ -77,6 +77,11 @@ def build_engine(config: RunConfig, ds_config: dict[str, Any], decoder: Decoder)
             f"parallel.tensor {mesh.tensor_size} with ZeRO stage 3: DeepSpeed gathers parameters "
             "over data-parallel ranks in the middle of layers; use stage 0, 1 or 2, or "
             "parallel.tensor=1"
+        )
+    if stage == 3 and config.train.activation_checkpointing == "bottleneck":
+        raise UserError(
+            "train.activation_checkpointing is bottleneck with ZeRO stage 3, which gathers weights "
+            "for whole layers only; use stage 1 or 2, or full"
         )
     if config.train.compile:
         if stage == 3:
