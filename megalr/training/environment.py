@@ -155,10 +155,7 @@ def _difference(main: dict[str, Any], own: dict[str, Any]) -> UserError | None:
         found = list(_differing(main[section], own[section]))
         if found:
             listed = "; ".join(f"{key} {ours} here, {theirs} there" for key, theirs, ours in found)
-            return UserError(
-                f"this process on {own['host']} differs from rank 0 on {main['host']}: {listed}; "
-                f"{remedy}"
-            )
+            return UserError(f"differs from rank 0 on {main['host']}: {listed}; {remedy}")
     return None
 
 

@@ -58,14 +58,18 @@ class Hosts:
             subprocess.run([str(IP), "netns", "del", name], capture_output=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def prefix(self, number: int) -> list[str]:
+        """What stands before a command that runs on a host, with its name and its /etc/hosts."""
+        setup = f"mount --bind {self.folder}/hosts{number} /etc/hosts && hostname node{number}"
+        shell = ["unshare", "--mount", "--uts", "sh", "-c", f'{setup} && exec "$0" "$@"']
+        return [str(IP), "netns", "exec", self.names[number], *shell]
+
     def start(
         self, number: int, command: list[str], cwd: Path, environment: dict[str, str]
     ) -> subprocess.Popen[str]:
-        """Start a command on a host, with the host's name and its /etc/hosts."""
-        setup = f"mount --bind {self.folder}/hosts{number} /etc/hosts && hostname node{number} && "
-        shell = ["unshare", "--mount", "--uts", "sh", "-c", f'{setup}exec "$0" "$@"', *command]
+        """Start a command on a host."""
         return subprocess.Popen(
-            [str(IP), "netns", "exec", self.names[number], *shell],
+            [*self.prefix(number), *command],
             cwd=cwd,
             env=environment,
             stdout=subprocess.PIPE,
@@ -73,6 +77,23 @@ class Hosts:
             text=True,
             start_new_session=True,
         )
+
+    def write_ssh(self) -> Path:
+        """Folder with an ``ssh`` that knows these hosts and asks for no password."""
+        folder = self.folder / "bin"
+        folder.mkdir(exist_ok=True)
+        prefixes = {f"node{number}": self.prefix(number) for number in range(2)}
+        program = folder / "ssh"
+        program.write_text(
+            "#!/usr/bin/env python3\n"
+            "import os, sys\n"
+            f"prefixes = {prefixes!r}\n"
+            "place = next(n for n, word in enumerate(sys.argv) if word in prefixes)\n"
+            "command = [*prefixes[sys.argv[place]], 'sh', '-c', ' '.join(sys.argv[place + 1:])]\n"
+            "os.execv(command[0], command)\n"
+        )
+        program.chmod(0o755)
+        return folder
 
     def cut(self) -> None:
         """Pull the cable, at both ends."""

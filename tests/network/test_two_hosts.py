@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -133,6 +134,27 @@ def meet(
     return hosts.start(
         rank, [sys.executable, "-c", MEET, str(seconds), *trouble], ROOT, environment
     )
+
+
+@pytest.mark.skipif(shutil.which("pdsh") is None, reason="no pdsh: apt-get install pdsh")
+def test_deepspeed_starts_the_ranks_of_a_hostfile_through_pdsh_and_ssh(
+    hosts: Hosts, data: Path, tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path, data, 120)
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("node0 slots=1\nnode1 slots=1\n")
+    python = Path(sys.executable)
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    environment |= {"PATH": f"{hosts.write_ssh()}:{python.parent}:{os.environ['PATH']}"}
+    environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = ["deepspeed", "--hostfile", str(hostfile), "--master_addr", hosts.addresses[0]]
+    command += ["launchers/pretrain.py", "--config", str(recipe), "train.updates=3"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "ranks 2 on 2 hosts: node0 (ranks 0: 1 x" in done.stdout
+    assert [event["update"] for event in events(tmp_path / "run", "step")] == [1, 2, 3]
 
 
 def test_a_rank_in_trouble_is_named_on_all_hosts(hosts: Hosts) -> None:
