@@ -16,7 +16,7 @@ without torch.compile also silu    f                      f
 =================================  =====================  =====================
 
 These are the tensors that torch's autograd keeps of a compiled block (found by looking at the saved
-tensors); whole runs agree to 2 % (docs/memory.md).
+tensors); whole runs agree to 1 % (docs/memory.md).
 """
 
 from __future__ import annotations

@@ -23,12 +23,14 @@ class MemoryEstimate:
     Attributes:
         states: what ZeRO and the optimizer keep.
         activations: what a micro-batch needs.
+        accumulation: micro-batches of an update.
         graphs: whether forward and backward run as a CUDA graph, which never gives back what they
             needed.
     """
 
     states: StateBytes
     activations: ActivationBytes
+    accumulation: int
     graphs: bool
 
     @property
@@ -51,7 +53,9 @@ class MemoryEstimate:
         s = self.states
         if self.graphs:
             return self.fixed + s.step_gradients + self.micro_batch + s.update
-        return self.fixed + s.step_gradients + max(self.micro_batch, s.update)
+        # The first micro-batch starts without gradients.
+        before = s.step_gradients if self.accumulation > 1 else 0
+        return self.fixed + max(before + self.micro_batch, s.step_gradients + s.update)
 
     @property
     def recorded_peak(self) -> int:
@@ -82,7 +86,7 @@ class MemoryEstimate:
             ("update: copies for reductions", s.update),
         ]
         lines = [f"{name:<32}{size / GIB:10.3f}" for name, size in rows if size]
-        how = "all" if self.graphs else "all but the smaller of update and activations"
+        how = "all" if self.graphs else "activations and the update's copies are not there together"
         lines += ["-" * 42, f"{'peak, GiB':<32}{self.peak / GIB:10.3f}  ({how})"]
         if s.on_host:
             lines.append(f"{'in host memory, GiB':<32}{s.on_host / GIB:10.3f}")
@@ -133,5 +137,6 @@ def estimate_memory(
     return MemoryEstimate(
         state_bytes(config, ds_config, tensors, sizes.num_layers, data_size),
         activation_bytes(sizes, config.method, plan, shape),
+        ds_config["gradient_accumulation_steps"],
         config.train.cuda_graphs,
     )

@@ -34,7 +34,8 @@ class StateBytes:
         gradients: accumulated gradients that exist between micro-batches.
         moments: the optimizer's state.
         buckets: buffers of ZeRO's reductions and gathers.
-        step_gradients: the ``.grad`` of the parameters, which backward fills.
+        step_gradients: the ``.grad`` of the parameters, which backward fills; they stay until the
+            update where there are further micro-batches.
         update: what exists only while the engine reduces and steps.
         on_host: bytes of masters, gradients and moments in host memory (offload); not counted in
             the fields above.
@@ -169,7 +170,7 @@ def _gradient_bytes(
     if stage == 1:
         kept = weight * held + (added * held if added != weight else 0)
         flat_share = master * max(flat.values()) // data_size
-        return kept, copies * added * bucket, 0, added * share + flat_share
+        return 0, copies * added * bucket, kept, added * share + flat_share
     if stage == 2:
         return added * share, copies * weight * bucket, 0, master * max(flat.values()) // data_size
     return added * share, weight * bucket, 0, master * share

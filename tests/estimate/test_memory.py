@@ -7,6 +7,7 @@ import runpy
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -72,6 +73,7 @@ def _is_list(value: Any) -> bool:
 
 def _measure(values: dict[str, Any], ds_user: dict[str, Any]) -> dict[str, Any]:
     """Bytes on this rank of an engine after one update."""
+    import deepspeed.comm
     import torch.distributed as dist
 
     from megalr.training.engine import build_engine, build_model, set_learning_rate
@@ -87,11 +89,20 @@ def _measure(values: dict[str, Any], ds_user: dict[str, Any]) -> dict[str, Any]:
         return reduce(bucket, *args, **kwargs)
 
     engine.allreduce_bucket = allreduce_bucket
+    summed, all_reduce = [0], deepspeed.comm.all_reduce
+
+    def counted(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        summed.append(tensor.numel() if tensor.numel() > 1 else 0)  # no norms
+        return all_reduce(tensor, *args, **kwargs)
+
     ids = torch.arange(48).reshape(2, 24)
-    for _ in range(engine.gradient_accumulation_steps()):
-        set_learning_rate(engine, 0.01)
-        engine.backward(engine(ids, ids.roll(-1, 1), 0.01).clone(), scale_wrt_gas=False)
-        engine.step()
+    with mock.patch.object(deepspeed.comm, "all_reduce", counted):
+        for number in range(engine.gradient_accumulation_steps()):
+            if number == 1:
+                step_gradients = _bytes(p.grad for p in decoder.parameters() if p.grad is not None)
+            set_learning_rate(engine, 0.01)
+            engine.backward(engine(ids, ids.roll(-1, 1), 0.01).clone(), scale_wrt_gas=False)
+            engine.step()
     wrapper = engine.optimizer
     held = [getattr(p, "ds_tensor", p) for p in decoder.parameters() if p.requires_grad]
     frozen = [p for p in decoder.parameters() if not p.requires_grad]
@@ -110,6 +121,10 @@ def _measure(values: dict[str, Any], ds_user: dict[str, Any]) -> dict[str, Any]:
     counts = {
         "wrapper": type(wrapper).__name__,
         "bucket": max(buckets),
+        "summed": sum(summed),
+        "trained": sum(getattr(p, "ds_numel", p.numel()) for p in decoder.parameters()),
+        "micro_batches": engine.gradient_accumulation_steps(),
+        "step_gradients": step_gradients,  # between two micro-batches
         "weights": _bytes(held),
         "frozen": _bytes([*frozen, *decoder.buffers()]),
         "masters": _bytes(masters),
@@ -167,6 +182,21 @@ def test_states_are_those_of_the_live_engine(
     assert average == pytest.approx(found.moments, rel=2e-3)
 
 
+@pytest.mark.parametrize("name", ["ZeRO 1", "ZeRO 2", "ZeRO 2, pure bf16"])
+def test_what_an_update_sums_over_ranks(
+    name: str, measured: dict[str, list[dict[str, Any]]]
+) -> None:
+    rank = measured[name][0]
+    if name == "ZeRO 1":
+        padding = 3 * 2 * 2  # of three flat groups
+        assert rank["trained"] <= rank["summed"] <= rank["trained"] + padding
+        assert rank["step_gradients"] == 2 * rank["trained"]
+    else:
+        assert rank["micro_batches"] == 3
+        assert rank["summed"] == 3 * rank["trained"]
+        assert rank["step_gradients"] == 0
+
+
 def _config(model: str, method: dict, micro: int, batch: int, **train: Any) -> RunConfig:
     return RunConfig.model_validate(
         {
@@ -209,17 +239,17 @@ def _recorded() -> list[tuple[str, RunConfig, int, float]]:
 @pytest.mark.parametrize(
     "name, config, gpus, gib", [pytest.param(*run, id=run[0]) for run in _recorded()]
 )
-def test_recorded_peaks_are_met_within_two_percent(
+def test_recorded_peaks_are_met_within_one_percent(
     name: str, config: RunConfig, gpus: int, gib: float
 ) -> None:
     estimate = estimate_memory(config, zero(1), name, gpus)
-    assert estimate.recorded_peak / GIB == pytest.approx(gib, rel=0.02)
+    assert estimate.recorded_peak / GIB == pytest.approx(gib, rel=0.01)
 
 
 def test_a_cuda_graph_keeps_its_memory_beside_the_update() -> None:
     method = {"name": "low_rank", "rank": 512, "alpha": 32.0}
-    plain = estimate_memory(_config("llama_1b", method, 16, 16), zero(1), "x", 1)
-    config = _config("llama_1b", method, 16, 16, cuda_graphs=True)
+    plain = estimate_memory(_config("llama_1b", method, 16, 32), zero(1), "x", 1)
+    config = _config("llama_1b", method, 16, 32, cuda_graphs=True)
     graphed = estimate_memory(config, zero(1), "x", 1)
     smaller = min(plain.micro_batch, plain.states.update)
     assert graphed.peak - plain.peak == smaller > 0
