@@ -10,6 +10,7 @@ Prints one line of JSON on standard output and a line for people on standard err
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -49,20 +50,13 @@ def parse_arguments() -> argparse.Namespace:
 
 def evaluate_tasks(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Results of lm-eval and a line for people."""
-    from megalr.training.distributed import start_distributed
     from megalr.training.harness import run_tasks
 
     if arguments.model is None:
         raise UserError("--tasks needs --model: export the run with tools/export_hf.py first")
-    import torch.distributed as dist
-
-    device = start_distributed()
-    if dist.get_world_size() > 1:
-        raise UserError("--tasks runs on one process: start it with plain python")
     results = run_tasks(
         arguments.model,
         arguments.tasks.split(","),
-        device,
         arguments.micro_batch_size or 8,
         arguments.num_fewshot,
         arguments.limit,
@@ -103,7 +97,8 @@ def main() -> None:
     if arguments.tag is not None and arguments.run is None:
         raise UserError(f"--tag {arguments.tag} belongs to --run: a model has no checkpoints")
     evaluated = evaluate_tasks if arguments.tasks is not None else evaluate_perplexity
-    found, line = evaluated(arguments)
+    with contextlib.redirect_stdout(sys.stderr):  # libraries print there; JSON has it for itself
+        found, line = evaluated(arguments)
     from megalr.training.distributed import is_main
 
     if is_main():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,16 @@ from megalr.errors import UserError
 def run_tasks(
     model: Path,
     tasks: Sequence[str],
-    device: torch.device,
     batch_size: int,
     few_shot: int | None = None,
     limit: int | None = None,
     include_path: Path | None = None,
 ) -> dict[str, Any]:
-    """Results of lm-eval's tasks for the model in a folder of transformers.
+    """Results of lm-eval's tasks for the model in a folder of transformers, on one process.
 
     Args:
         model: the folder, with its tokenizer.
         tasks: names of tasks.
-        device: where to compute.
         batch_size: sequences at a time.
         few_shot: examples before each question; None: what each task says.
         limit: questions of each task; None: all.
@@ -35,11 +34,14 @@ def run_tasks(
         Plain values: by task, its metrics.
 
     Raises:
-        UserError: lm-eval is not installed, a task it does not know, a model or data set that it
-            cannot load.
+        UserError: several processes, lm-eval is not installed, a task it does not know, a model or
+            data set that it cannot load.
     """
+    if any(os.environ.get(name, "1") != "1" for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE")):
+        raise UserError("--tasks runs on one process: start it with plain python")
     try:
         import lm_eval
+        import lm_eval.models.huggingface
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise UserError(
@@ -60,12 +62,10 @@ def run_tasks(
             num_fewshot=few_shot,
             limit=limit,
             batch_size=batch_size,
-            device=str(device),
+            device="cuda" if torch.cuda.is_available() else "cpu",
             task_manager=manager,
         )
     except (OSError, ValueError, ConnectionError) as error:  # no network, no such data set, ...
         reason = " ".join(str(error).split()) or repr(error)
         raise UserError(f"lm-eval could not run {', '.join(tasks)} on {model}: {reason}") from error
-    if found is None:
-        raise UserError("lm-eval gave no results: start it on one process")
     return dict(found["results"])

@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megalr.data.manifest import load_manifest
 from megalr.data.tokenizer import describe, open_tokenizer
@@ -17,7 +17,9 @@ def write_tokenizer(folder: Path, prefix: str = "w", size: int = VOCAB_SIZE) -> 
     """A tokenizer of whole words ``w0``, ``w1`` (end of text), ...."""
     folder.mkdir(parents=True)
     words = {f"{prefix}{number}": number for number in range(size)}
-    Tokenizer(models.WordLevel(words, unk_token=f"{prefix}2")).save(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=f"{prefix}2"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": f"{prefix}1",

@@ -101,7 +101,7 @@ def test_the_folder_has_tokenizer_generation_settings_and_a_card(
 ) -> None:
     _export(bf16_run, tmp_path / "out", tag="update_2", dtype="bfloat16")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert tokenizer("w7", add_special_tokens=False)["input_ids"] == [7]
+    assert tokenizer("w7 w30", add_special_tokens=False)["input_ids"] == [7, 30]
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["eos_token_id"], config["pad_token_id"], config["bos_token_id"]) == (1, 0, None)
     assert config["max_position_embeddings"] == 24
