@@ -131,6 +131,8 @@ class Trainer:
         self.watch.lap()
         if not self.stop.agreed(now=True) and self.evaluation_pending:
             self.evaluate()
+            if self.finished:
+                self.save()  # again, now with nothing pending
         while self.update < self.config.train.updates and self.stop.reason is None:
             made = self.train_update(next(self.batches))
             trouble = self.check(made)
@@ -221,7 +223,8 @@ class Trainer:
             )
         started = time.perf_counter()
         at = self.position
-        saved = load_checkpoint(self.engine, self.folder, found.tag).state
+        with self.watchdog.transferring(f"rolling back after update {at.update}"):
+            saved = load_checkpoint(self.engine, self.folder, found.tag).state
         self._restore(saved)
         self.health.go_back(saved["health"])
         left_out = at.next_batch - self.position.next_batch
@@ -241,7 +244,6 @@ class Trainer:
             rollbacks=self.health.rollbacks,
             rollback_seconds=time.perf_counter() - started,
         )
-        self.watchdog.progress("after a rollback")
         self.watch.lap()
 
     def _restore(self, saved: dict[str, Any]) -> None:
@@ -357,7 +359,7 @@ class Trainer:
             "health": self.health.state_dict(),
         }
         evaluated, loss = self.validation_loss
-        with self.watchdog.writing(f"saving update {self.update}"):
+        with self.watchdog.transferring(f"saving update {self.update}"):
             report = save_checkpoint(
                 self.engine,
                 self.config,

@@ -87,6 +87,7 @@ def pretrain(
     if stop.agreed(now=True):
         return _stopped_at_start(stop)
     with run_folder_lock(Path(config.run.dir)):
+        stop.folder_is_ours = True
         return _train(config, ds_user, ds_source, device, stop, started, allowed)
 
 

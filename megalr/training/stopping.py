@@ -7,7 +7,9 @@ alone would leave the others in a collective; so the ranks ask each other.
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +44,7 @@ class StopCheck:
         clock: seconds from any origin.
 
     Attributes:
+        folder_is_ours: whether a stop file in the folder means this job; set it when it does.
         reason: name of the signal, or ``stop_file``; None until the ranks have agreed to stop.
     """
 
@@ -55,6 +58,7 @@ class StopCheck:
         self.request = request
         self.file = folder / STOP_FILE
         self.device = device
+        self.folder_is_ours = False
         self.reason: str | None = None
         self._clock = clock
         self._every = 1
@@ -83,13 +87,18 @@ class StopCheck:
 
     def honoured(self) -> None:
         """Remove the stop file, so that the run can be started again."""
-        if is_main():
+        if not is_main() or not self.folder_is_ours:
+            return
+        try:
             self.file.unlink(missing_ok=True)
+        except OSError as error:
+            print(f"warning: {self.file}: {error.strerror}; remove it", file=sys.stderr, flush=True)
 
     def _ask(self, seconds: float) -> tuple[int, float]:
         """Largest request and longest time over the ranks."""
         code = self.request.signal
-        if not code and is_main() and self.file.exists():
+        # os.path: it takes any trouble of the file system for a file that is not there.
+        if not code and self.folder_is_ours and is_main() and os.path.exists(self.file):
             code = _STOP_FILE_SEEN
         told = torch.tensor([float(code), seconds], dtype=torch.float64, device=self.device)
         if dist.is_initialized():

@@ -23,6 +23,9 @@ STACKS = "stacks"
 PEER_SECONDS = 5.0
 """How long a rank waits after its dump: launchers kill the others as soon as one is gone."""
 
+OWN_READS = 4096
+"""Bytes that looking at the counters may read itself; more is progress."""
+
 
 class Watchdog:
     """A thread that expects :meth:`progress` at least every ``seconds``; use it in a ``with``.
@@ -43,8 +46,8 @@ class Watchdog:
         self.rank = rank
         self._last = time.monotonic()
         self._doing = "start"
-        self._writing = False
-        self._written = 0
+        self._transferring = False
+        self._bytes = 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="Watchdog", daemon=True)
 
@@ -53,23 +56,26 @@ class Watchdog:
         self._last, self._doing = time.monotonic(), doing
 
     @contextmanager
-    def writing(self, doing: str) -> Iterator[None]:
-        """Meanwhile bytes that this process writes are progress too (a save is one long call)."""
+    def transferring(self, doing: str) -> Iterator[None]:
+        """Meanwhile bytes that this process reads or writes are progress too: a save is one call,
+        and so is loading."""
         self.progress(doing)
-        self._writing = True
+        self._transferring = True
         try:
             yield
         finally:
-            self._writing = False
+            self._transferring = False
             self.progress("after " + doing)
 
     def _watch(self) -> None:
         process = psutil.Process()
         while not self._ended.wait(min(self.seconds / 10, 5.0)):
-            if self._writing:
-                written = process.io_counters().write_chars
-                if written != self._written:
-                    self._written, self._last = written, time.monotonic()
+            if self._transferring:
+                counters = process.io_counters()
+                moved = counters.read_chars + counters.write_chars
+                if moved - self._bytes > OWN_READS:
+                    self._last = time.monotonic()
+                self._bytes = moved
             if time.monotonic() - self._last > self.seconds:
                 self._end()
 

@@ -58,6 +58,19 @@ def test_the_global_batch_is_a_function_of_seed_and_update_only(dataset: TokenDa
     assert other[0] != whole[0]
 
 
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_a_loader_can_jump_and_drops_what_it_had_read_ahead(
+    dataset: TokenDataset, prefetch: int
+) -> None:
+    sizes = {"global_batch_size": 12, "micro_batch_size": 3, "seed": 4}
+    expected = _rows(UpdateLoader(dataset, start_update=9, **sizes), 2)
+    with UpdateLoader(dataset, prefetch_updates=prefetch, **sizes) as loader:
+        assert [next(loader).update for _ in range(2)] == [0, 1]
+        loader.seek(9)
+        assert _rows(loader, 2) == expected
+    assert not any(thread.name == "UpdateLoader" for thread in threading.enumerate())
+
+
 def test_batches_hold_the_samples_of_the_order_and_count_their_targets(
     dataset: TokenDataset,
 ) -> None:

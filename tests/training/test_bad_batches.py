@@ -74,7 +74,6 @@ def test_what_is_not_finite_on_one_rank_is_skipped_on_all_and_touches_nothing(
 @pytest.mark.parametrize(
     "stage, precision, method",
     [
-        (0, "fp32", {}),
         (1, "bf16", {}),
         (2, "fp32", {"name": "galore", "rank": 4, "update_proj_gap": 3}),
         (3, "bf16", {}),

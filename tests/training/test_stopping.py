@@ -73,6 +73,8 @@ def test_stopped_anywhere_and_resumed_the_run_is_bitwise_the_unbroken_one(
     assert stop("never", 0, 0) == [0, 0]
     assert events(folder, "end")[-1]["reason"] == "finished"
     assert len(events(folder, "end")) == 6
+    # The last checkpoint was made again when the evaluation was no longer pending.
+    assert [e["update"] for e in events(folder, "checkpoint")].count(10) == 2
 
     for kind in ("step", "eval"):
         assert _common(folder, kind) == _common(whole, kind)
@@ -121,13 +123,13 @@ def _wait_for_steps(folder: Path, count: int, timeout: float = 120.0) -> None:
 def test_a_run_that_stands_still_leaves_the_stacks_of_all_ranks(data: Path, tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     # Longer than any update of a loaded machine.
-    values = _values(tmp_path / "run", data, health={"stall_seconds": 8.0})
+    values = _values(tmp_path / "run", data, health={"stall_seconds": 6.0})
     config.write_text(yaml.safe_dump(values))
     job = start_ranks(tmp_path / "out", ["--config", str(config)], hook=hang_in_update_3)
     assert job.wait() == [STALLED, STALLED], job.output()
     assert [e["update"] for e in events(tmp_path / "run", "step")] == [1, 2]
     for rank, place in ((0, "train_update"), (1, "in hang")):
         text = (tmp_path / "run" / "stacks" / f"rank-{rank}.txt").read_text()
-        assert f"rank {rank} stands still since 8 s" in text and "after update 2" in text
+        assert f"rank {rank} stands still since 6 s" in text and "after update 2" in text
         assert place in text
         assert place in job.outputs[rank].read_text()
