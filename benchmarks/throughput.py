@@ -40,16 +40,43 @@ class Case:
     precision: str = "bf16"
     stage: int = 1
     train: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=lambda: {"lr": 1e-3})
+    tensor: int = 1
+    layout: str = "auto"
 
 
 LOW_60 = {"name": "low_rank", "rank": 128, "alpha": 32.0}
 LOW_350 = {"name": "low_rank", "rank": 256, "alpha": 32.0}
 LOW_1B = {"name": "low_rank", "rank": 512, "alpha": 32.0}
+LOW_7B = {"name": "low_rank", "rank": 1024, "alpha": 32.0}
 FULL = {"name": "full_rank"}
 SPARSE_350 = {"name": "sltrain", "rank": 256, "alpha": 16.0, "density": 0.03}
 SPARSE_1B = {"name": "sltrain", "rank": 512, "alpha": 8.0, "density": 0.03}
-GALORE_350 = {"name": "galore", "rank": 256, "scale": 0.25, "update_proj_gap": 200}
-FIRA_350 = {"name": "fira", "rank": 256, "scale": 0.25, "update_proj_gap": 200}
+RECOMPUTE = {"activation_checkpointing": "full"}
+BOTTLENECK = {"activation_checkpointing": "bottleneck"}
+
+
+def method_cases(preset: str, rank: int) -> dict[str, Case]:
+    """Every method at a size, on the micro-batch of the published figures."""
+    factors = {"rank": rank, "alpha": 32.0}
+    projected = {"rank": rank, "update_proj_gap": 200}
+    methods: dict[str, dict[str, Any]] = {
+        "lora": {"name": "lora", **factors},
+        "relora": {"name": "relora", "merge_every": 50, **factors},
+        "cola": {"name": "cola", "rank": rank},
+        "galore": {"name": "galore", "scale": 0.25, **projected},
+        "fira": {"name": "fira", "scale": 0.25, **projected},
+        "apollo": {"name": "apollo", **projected},
+        "apollo_mini": {"name": "apollo_mini", "update_proj_gap": 200},
+        "golore": {"name": "golore", **projected},
+        "loro": {"name": "loro", "rank": rank},
+    }
+    cases = {name: Case(preset, method, 64) for name, method in methods.items()}
+    for name in ("spam", "stable_spam", "muon"):
+        optimizer = {"name": name, "lr": 1e-3}
+        cases[name] = Case(preset, FULL, 64, stage=2 if name == "muon" else 1, optimizer=optimizer)
+    return {f"{preset.removeprefix('llama_')}_{name}": case for name, case in cases.items()}
+
 
 CASES: dict[str, Case] = {
     "60m_low_rank": Case("llama_60m", LOW_60, 128),
@@ -63,8 +90,15 @@ CASES: dict[str, Case] = {
     "1b_full_rank": Case("llama_1b", FULL, 64),
     "350m_sltrain": Case("llama_350m", SPARSE_350, 64),
     "1b_sltrain": Case("llama_1b", SPARSE_1B, 64),
-    "350m_galore": Case("llama_350m", GALORE_350, 64),
-    "350m_fira": Case("llama_350m", FIRA_350, 64),
+    "1b_low_rank_bottleneck": Case("llama_1b", LOW_1B, 64, train=BOTTLENECK),
+    "1b_low_rank_recompute": Case("llama_1b", LOW_1B, 64, train=RECOMPUTE),
+    "7b_low_rank_bottleneck": Case("llama_7b", LOW_7B, 32, train=BOTTLENECK),
+    "7b_low_rank_recompute": Case("llama_7b", LOW_7B, 32, train=RECOMPUTE),
+    "7b_low_rank_column_row": Case("llama_7b", LOW_7B, 16, tensor=2, layout="column_row"),
+    "7b_low_rank_cut": Case("llama_7b", LOW_7B, 16, tensor=2, layout="bottleneck"),
+    "7b_full_rank_tensor": Case("llama_7b", FULL, 16, tensor=2, train=RECOMPUTE),
+    **method_cases("llama_350m", 256),
+    **method_cases("llama_1b", 512),
 }
 
 
@@ -99,16 +133,17 @@ def run_case(name: str, case: Case, data: Path, work: Path, gpus: int, updates: 
         "run": {"dir": str(folder)},
         "model": {"preset": case.preset},
         "method": case.method,
-        "optimizer": {"lr": 1e-3},
+        "optimizer": case.optimizer,
+        "parallel": {"tensor": case.tensor, "layout": case.layout},
         "schedule": {"warmup_updates": 10},
         "data": {"train": str(data), "sequence_length": 256},
         "train": {
             "updates": updates,
-            "global_batch_size": case.micro_batch * gpus,
+            "global_batch_size": case.micro_batch * gpus // case.tensor,
             "micro_batch_size": case.micro_batch,
             "precision": case.precision,
             "compile": True,
-            "cuda_graphs": True,
+            "cuda_graphs": case.tensor == 1,  # not offered under tensor parallelism
             "gradient_clipping": 0.0,
             **case.train,
         },
@@ -139,6 +174,7 @@ def summary(name: str, case: Case, metrics: Path, gpus: int) -> dict[str, Any]:
         "gpus": gpus,
         "tokens_per_second": round(statistics.median(rates)),
         "tokens_per_second_range": [round(min(rates)), round(max(rates))],
+        "update_seconds": round(statistics.median(step["step_seconds"] for step in steps[3:]), 5),
         "mfu": steps[-1]["mfu"],
         "peak_memory_gib": round(max(step["peak_memory_gib"] for step in steps), 2),
         "startup_seconds": start["startup_seconds"],
