@@ -99,20 +99,24 @@ def test_deepspeed_torchrun_mpirun_and_plain_python_train_the_same_run(
     data: Path, tmp_path: Path
 ) -> None:
     port = str(free_port())
+    hosts = tmp_path / "hosts"
+    hosts.write_text("localhost slots=2\n")
+    variables = {"MASTER_PORT": port, "PYTHON": sys.executable, "MPIRUN": str(BIN / "mpirun")}
+    variables |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     launchers = {
-        "deepspeed": ["deepspeed", "--num_gpus", "2", "--master_port", port],
-        "torchrun": ["torchrun", "--nproc_per_node", "2", "--master_port", port],
-        "mpiexec": ["mpiexec", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable],
-        "python": [sys.executable],
+        "deepspeed": ["deepspeed", "--num_gpus", "2", "--master_port", port, SCRIPT],
+        "torchrun": ["torchrun", "--nproc_per_node", "2", "--master_port", port, SCRIPT],
+        "mpirun": ["launchers/mpi/pretrain.sh", str(hosts), "2"],
+        "python": [sys.executable, SCRIPT],
     }
-    if not (BIN / "mpiexec").exists():
-        del launchers["mpiexec"]
+    if not (BIN / "mpirun").exists():
+        del launchers["mpirun"]
     last = {}
     for name, command in launchers.items():
         folder = tmp_path / name
         folder.mkdir()
         config = _config(folder, data, train={"updates": 4}, evaluation={"every": 0})
-        code, output = _start(*command, SCRIPT, "--config", config, MASTER_PORT=port)
+        code, output = _start(*command, "--config", config, **variables)
         assert code == 0, f"{name}: {output[-3000:]}"
         run = folder / "run"
         assert events(run, "start")[0]["world_size"] == (1 if name == "python" else 2)
