@@ -41,7 +41,7 @@ def start_distributed(timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> torch
     adopt_launcher()
     error, device = None, torch.device("cpu")
     try:
-        device = _own_device(int(os.environ["LOCAL_RANK"]))
+        device = own_device(int(os.environ["LOCAL_RANK"]))
     except UserError as caught:
         error = caught
     skip_shared_memory_op()
@@ -69,7 +69,7 @@ def limit_collectives(timeout_seconds: float) -> None:
         dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
-def _own_device(local_rank: int) -> torch.device:
+def own_device(local_rank: int) -> torch.device:
     """The GPU of the process with this number on its machine; the CPU where there is no GPU."""
     if not torch.cuda.is_available():
         if os.environ.get("SLURM_GPUS_ON_NODE", "0") != "0" and not _cpu_is_meant():

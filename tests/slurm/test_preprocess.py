@@ -37,7 +37,7 @@ def test_a_killed_task_is_done_again_and_the_data_are_the_same(
     output = tmp_path / "data"
     options = ["--array=0-1", "--cpus-per-task=1", "--mem-per-cpu=100", "--no-requeue"]
     arguments = ["--input", *inputs, "--tokenizer", tiny_tokenizer(), "--output", output]
-    job = submit(cluster, tmp_path, [*options, "--begin=now+1"], SCRIPT, *arguments)
+    job = submit(cluster, tmp_path, options, SCRIPT, *arguments)
     wait_until(lambda: bool(workers_of("1")), DEADLINE, "a process of task 1")
     for process in workers_of("1"):
         with contextlib.suppress(ProcessLookupError):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megalr.errors import AgreedError, UserError
-from megalr.training.distributed import agree, on_main, start_distributed
+from megalr.training.distributed import agree, on_main, own_device, start_distributed
 from tests.distributed import run_distributed
 
 
@@ -42,6 +42,29 @@ def test_more_processes_than_gpus_is_refused_before_anything_starts(
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(UserError, match="process 3 of this machine has no GPU: 2 visible"):
         start_distributed()
+
+
+def test_a_task_that_slurm_shows_one_gpu_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("SLURM_GPUS_PER_TASK", "1")
+    assert own_device(3) == torch.device("cuda", 0)
+    assert chosen == [0] and os.environ["LOCAL_RANK"] == "0"
+
+
+def test_gpus_that_slurm_gave_and_torch_does_not_see_are_missed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    with pytest.raises(UserError, match="SLURM gave this job 8 GPUs on this node but torch sees"):
+        own_device(0)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert own_device(0) == torch.device("cpu")
 
 
 def _trouble_on(rank_in_trouble: int) -> str:

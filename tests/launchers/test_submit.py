@@ -1,0 +1,76 @@
+"""launchers/submit.py: the header it fills, and what it refuses before anything is queued."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launchers.submit import TEMPLATE, main
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = "recipes/llama_60m.yaml"
+SIZE = ["--nodes", "4", "--gpus", "8", "--time", "1-12:00:00"]
+
+
+def submit(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["submit.py", RECIPE, *arguments])
+    main()
+
+
+def test_dry_run_prints_a_script_with_this_header_and_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ["train.micro_batch_size=16", "run.dir=runs/my run"]
+    more = ["--partition", "gpu", "--cpus", "12", "--launch", "torchrun", "--dry-run"]
+    submit(monkeypatch, *SIZE, *more, "--deepspeed_config", "ds_configs/zero2.json", *run)
+    script = capsys.readouterr().out
+    options = [line.removeprefix("#SBATCH --") for line in script.splitlines() if "#SBATCH" in line]
+    assert options == [
+        "job-name=llama_60m",
+        "nodes=4",
+        "gpus-per-node=8",
+        "ntasks-per-node=8",
+        "cpus-per-task=12",
+        "time=1-12:00:00",
+        "signal=B:USR1@300",
+        "requeue",
+        "open-mode=append",
+        "output=%x-%j.log",
+        "partition=gpu",
+    ]
+    # What bash makes of the head of the script, up to its first command.
+    head = script[: script.index("set -uo pipefail")]
+    shown = subprocess.run(
+        ["bash", "-c", head + 'printf "%s\\n" "$LAUNCH" "$@"'],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    expected = ["torchrun", "--config", RECIPE, "--deepspeed_config", "ds_configs/zero2.json", *run]
+    assert shown.stdout.splitlines() == expected
+    rest = TEMPLATE.read_text()[TEMPLATE.read_text().index("set -uo pipefail") :]
+    assert script.endswith(rest)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([*SIZE, "train.updatse=5"], "did you mean train.updates?"),
+        (["--nodes", "3", *SIZE[2:]], "is no multiple of train.micro_batch_size 128 x 24"),
+        (["--nodes", "0", *SIZE[2:]], "--nodes is 0: give 1 or more"),
+        ([*SIZE[:4], "--time", "a day"], "--time is 'a day': give D-HH:MM:SS"),
+        ([*SIZE, "--partition", "gpu low"], "--partition is 'gpu low'"),
+        ([*SIZE, "parallel.tensor=5"], "parallel.tensor"),
+        ([*SIZE, "train.micro_batch_size=16"], "sbatch is not on PATH"),
+    ],
+)
+def test_a_mistake_is_found_before_the_queue(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match="(?s)" + message.replace("?", r"\?")):
+        submit(monkeypatch, *arguments)
