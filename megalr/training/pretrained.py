@@ -15,10 +15,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
+from megalr.config.methods import LowRankMethod, SLTrainMethod
 from megalr.config.schema import RunConfig
 from megalr.data import TokenDataset
 from megalr.data.tokenizer import open_tokenizer
@@ -28,7 +30,8 @@ from megalr.export.read import Weights, check_weights, load_linear, load_plain, 
 from megalr.layers.linear import FactorizedLinear, GroupedLinear
 from megalr.layers.lora import LoRALinear
 from megalr.layers.sltrain import SLTrainLinear
-from megalr.models.build import Supports
+from megalr.models.build import Supports, build_decoder
+from megalr.models.config import decoder_config
 from megalr.models.decoder import Decoder
 from megalr.parallel.mesh import Mesh
 from megalr.parallel.shards import shard_of
@@ -55,6 +58,13 @@ class Imported:
     relative_error: dict[str, float]
     supports: Supports | None
     seconds: float
+
+    def by_projection(self) -> dict[str, tuple[float, float]]:
+        """Mean and largest error over the layers, by the matrices' short names (q, k, ...)."""
+        found: dict[str, list[float]] = {}
+        for name, error in self.relative_error.items():
+            found.setdefault(name.rsplit(".", 1)[1], []).append(error)
+        return {name: (sum(errors) / len(errors), max(errors)) for name, errors in found.items()}
 
     def metrics(self) -> dict[str, Any]:
         """The numbers of the ``import`` event."""
@@ -86,12 +96,13 @@ def initial_model(
     if resuming:
         supports = agreed(lambda: read_supports(config, Path(config.run.dir)))
         return build_model(config, device, mesh, supports), None
+    folder = Path(config.model.from_pretrained)
     if mesh.tensor_size == 1:
         decoder = build_model(config, device)
-        return decoder, import_weights(config, decoder, device)
+        return decoder, import_weights(folder, decoder, device)
     # A GPU may not have room for the whole model: it is put together on the CPU, then cut.
     whole = build_model(config, torch.device("cpu"))
-    imported = import_weights(config, whole, device)
+    imported = import_weights(folder, whole, device)
     decoder = build_model(config, device, mesh, imported.supports)
     take_part(decoder, whole)
     return decoder, imported
@@ -171,22 +182,21 @@ def check_same_pieces(data: TokenDataset, folder: Path) -> None:
             )
 
 
-def import_weights(config: RunConfig, decoder: Decoder, device: torch.device) -> Imported:
+def import_weights(folder: Path, decoder: Decoder, device: torch.device) -> Imported:
     """Set the weights of a whole decoder from the folder; every rank must call it.
 
     The decompositions are shared out over the ranks and their results broadcast, so that all ranks
     hold the same bits.
 
     Args:
-        config: the run, with its sizes.
-        decoder: not cut by tensor parallelism; on any device.
+        folder: with the pretrained model.
+        decoder: of its sizes, not cut by tensor parallelism; on any device.
         device: where this rank computes.
 
     Raises:
         UserError: files that are damaged or do not fit the configuration.
     """
     started = time.perf_counter()
-    folder = Path(str(config.model.from_pretrained))
     weights = agreed(lambda: _checked_weights(decoder, folder))
     world = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -218,6 +228,31 @@ def import_weights(config: RunConfig, decoder: Decoder, device: torch.device) ->
         supports=_supports_of(decoder),
         seconds=round(time.perf_counter() - started, 3),
     )
+
+
+def trial_import(folder: Path, rank: int, density: float | None) -> Imported:
+    """Factorize a pretrained model in this process, to see what is lost; for choosing a rank.
+
+    Args:
+        folder: with the pretrained model.
+        rank: of the factors.
+        density: of SLTrain's sparse part; None: method low_rank.
+
+    Raises:
+        UserError: a model that cannot be read, a rank or density out of range.
+    """
+    kind = LowRankMethod if density is None else SLTrainMethod
+    values = {"rank": rank} if density is None else {"rank": rank, "density": density}
+    try:
+        method = kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"--{first['loc'][0]} {first['input']}: {first['msg']}") from error
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sizes = decoder_config(None, pretrained_sizes(folder))
+    with device:
+        decoder = build_decoder(sizes, method, seed=0)
+    return import_weights(folder, decoder, device)
 
 
 def _checked_weights(decoder: Decoder, folder: Path) -> Weights:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from megalr.models.build import build_decoder
 from megalr.models.config import decoder_config
 from megalr.models.decoder import Decoder
 from megalr.training.export_run import export_run
-from megalr.training.pretrained import Imported, import_weights
+from megalr.training.pretrained import Imported, import_weights, trial_import
 from megalr.training.standalone import Request, evaluate_model, evaluate_run
 from tests.distributed import RankFailed, run_distributed
 from tests.export.data import write_data, write_tokenizer
@@ -49,8 +48,7 @@ def _folder(
 
 def _imported(folder: Path, method: Any) -> tuple[Decoder, Imported]:
     decoder = build_decoder(decoder_config(None, pretrained_sizes(folder)), method, seed=1)
-    config: Any = SimpleNamespace(model=SimpleNamespace(from_pretrained=str(folder)))
-    return decoder, import_weights(config, decoder, CPU)
+    return decoder, import_weights(folder, decoder, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +96,12 @@ def test_low_rank_takes_the_truncated_svd_balanced_and_reports_its_error(llama: 
     for pair in decoder.factor_pairs():
         b, a = pair.b[slice(*pair.b_rows)], pair.a[slice(*pair.a_rows)]
         torch.testing.assert_close(b.t() @ b, a @ a.t(), atol=1e-5, rtol=1e-4)
+    errors = imported.relative_error
+    q = [errors["layers.0.attention.q"], errors["layers.1.attention.q"]]
+    trial = trial_import(llama, RANK, density=None).by_projection()
+    assert trial["q"] == pytest.approx((sum(q) / 2, max(q)), rel=1e-5)
+    with pytest.raises(UserError, match="--rank 0: Input should be greater"):
+        trial_import(llama, 0, density=None)
     numbers = imported.metrics()
     assert numbers["matrices"] == 14
     assert numbers["relative_error_max"] == max(imported.relative_error.values())
