@@ -146,8 +146,9 @@ def test_at_the_time_limit_it_saves_and_requeues_itself_and_scancel_ends_it(
     limit = job.minutes_running() + 5
     cluster.query("scontrol", "update", f"jobid={job.number}", f"TimeLimit={limit}")
     job.wait_for_text("the time limit is near: the run saves and stops")
-    job.wait_for_text("stopped at the time limit: requeued")
+    job.wait_for_text("stopped at the time limit: requeued; it goes on from ")
     stopped = events(run, "end")[-1]
+    assert f"requeued; it goes on from update_{stopped['update']}\n" in job.text()
     assert stopped["reason"] == "stop_file" and not (run / "stop").exists()
     cluster.query("scontrol", "update", f"jobid={job.number}", "TimeLimit=60")
     job.start_again_now()
@@ -170,7 +171,7 @@ def test_a_run_that_fails_twice_at_the_same_place_is_not_requeued_again(
         f'case "$* " in *--print_config*|"-c "*) exec {sys.executable} "$@" ;; esac\nexit 1',
     )
     job = pretrain(cluster, recipe, ["127.0.0.2"], 1, PYTHON=str(broken))
-    job.wait_for_text("the run failed with exit code 1: requeued")
+    job.wait_for_text("failed with exit code 1: requeued; it goes on from the beginning")
     job.start_again_now()
     job.wait_for_state("FAILED")
     assert "no checkpoint since the last requeue: not requeued (exit code 1)" in job.text()
