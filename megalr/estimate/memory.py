@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megalr.config.deepspeed import resolve_deepspeed_config
@@ -11,6 +12,7 @@ from megalr.errors import UserError
 from megalr.estimate.activations import ActivationBytes, Shape, activation_bytes
 from megalr.estimate.states import StateBytes, state_bytes
 from megalr.estimate.tensors import plan_of, stored_tensors
+from megalr.export.families import pretrained_sizes
 from megalr.models.config import DecoderConfig, decoder_config
 
 GIB = 2**30
@@ -94,8 +96,15 @@ class MemoryEstimate:
 
 
 def sizes_of(config: RunConfig) -> DecoderConfig:
-    """The decoder's sizes as the run gives them."""
+    """The decoder's sizes as the run gives them, or the folder of its pretrained model.
+
+    Raises:
+        UserError: a folder that cannot be read, or an architecture that is not ours.
+    """
     values = {key: value for key, value in config.model.model_dump().items() if value is not None}
+    folder = values.pop("from_pretrained", None)
+    if folder is not None:
+        values = {**pretrained_sizes(Path(folder)), **values}
     return decoder_config(values.pop("preset", None), values)
 
 

@@ -121,9 +121,10 @@ def state_bytes(
         buckets += _gathered(tensors, zero, weight)
     host = 0
     if offload:
-        # Masters, moments and the gradients of the update live in host memory.
-        host, masters, moments, update = masters + moments + master * share, 0, 0, 0
-        gradients = 0 if stage == 3 else gradients
+        # Masters, their gradients and moments live in host memory, beside a copy of the weights.
+        host, masters, moments, update = masters + moments + (master + weight) * share, 0, 0, 0
+        gradients = 0
+        buckets += weight * max(t.numel for t in tensors if t.group in TRAINED)
     return StateBytes(
         wrapper,
         weight * held,
