@@ -25,6 +25,12 @@ def cross_problems(value_of: Callable[[str], Any]) -> Iterator[tuple[str, str]]:
             "lower the one or raise the other",
         )
     yield from _cycle_problems(value_of, warmup, updates)
+    if value_of("checkpoint.keep_best") and value_of("evaluation.every") == 0:
+        yield (
+            "checkpoint.keep_best",
+            "the best checkpoint is told by evaluations at its update, and evaluation.every is 0; "
+            "evaluate at a period of which checkpoint.every is a multiple",
+        )
     if value_of("health.spike_action") == "skip" and value_of("train.cuda_graphs"):
         yield (
             "health.spike_action",

@@ -215,10 +215,9 @@ def _engine_files(engine: Any, root: Path, saving: Path) -> tuple[Exception | No
         except (OSError, RuntimeError) as error:
             errors.append(error)
 
-    def copy(folder: str) -> None:  # DeepSpeed means the folder of all checkpoints
+    def copy(folder: str) -> None:
         try:
-            copy_scripts(str(saving))
-            written.extend(saving.glob("*.py"))
+            copy_scripts(folder)
         except OSError as error:
             errors.append(error)
 

@@ -22,7 +22,7 @@ from megalr.data import (
     open_training_data,
     open_validation_data,
 )
-from megalr.errors import UserError
+from megalr.errors import AgreedError, UserError
 from megalr.layers.lora import LoRALinear
 from megalr.models.decoder import Decoder
 from megalr.models.flops import parameter_count
@@ -105,6 +105,11 @@ def _train(
     mesh = make_mesh(config.parallel.tensor, device.type)
     ds_config = resolve_deepspeed_config(config, ds_user, ds_source, mesh.data_size)
     train_data, validation_data = _open_data(config)
+    if config.checkpoint.keep_best and validation_data is None:
+        raise AgreedError(
+            f"checkpoint.keep_best is {config.checkpoint.keep_best} and there is no validation "
+            "data to tell the best by: give data.validation, or set it to 0"
+        )
     check_ranks_agree(config, ds_config, train_data.fingerprint)
     changed = on_main(lambda: check_run_folder(config, allowed))
     found = find_checkpoint(Path(config.run.dir), config.checkpoint.verify)
@@ -247,6 +252,7 @@ def _resume(
         )
     facts = {
         "path": f"{CHECKPOINTS}/{found.tag}",
+        "verify_seconds": round(found.seconds, 3),
         "load_seconds": round(loaded.seconds, 3),
         "reshaped": loaded.reshaped,
         "damaged": found.damaged,
