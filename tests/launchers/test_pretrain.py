@@ -67,6 +67,7 @@ def _config(tmp_path: Path, data: Path, **sections: dict) -> str:
             "train.global_batch_size = 13: must be a multiple of micro_batch_size 2",
         ),
         (["data.train=nowhere"], "nowhere"),
+        (["--allow", "train.updatse", "train.updates=20"], "did you mean train.updates?"),
         (["model.vocab_size=100"], "the tokenizer has 120 ids"),
         (["method.rank=25"], "method.rank 25 is larger than 24, the smaller side of layers.0.att"),
     ],
