@@ -34,6 +34,8 @@ class StopRequest:
         """
         for number in STOP_SIGNALS:
             signal.signal(number, self._remember)
+            # Libraries below Python need not be ready for system calls that a signal cuts short.
+            signal.siginterrupt(number, False)
         return self
 
     def _remember(self, number: int, _: FrameType | None) -> None:
