@@ -5,13 +5,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 
 from megalr.errors import AgreedError, UserError
-from megalr.training.distributed import agree, on_main, own_device, start_distributed
+from megalr.training.distributed import (
+    agree,
+    limit_collectives,
+    on_main,
+    own_device,
+    start_distributed,
+)
 from tests.distributed import run_distributed
 
 
@@ -101,3 +108,29 @@ def test_all_ranks_stop_with_the_words_of_the_one_in_trouble() -> None:
 @pytest.mark.parametrize("fails, expected", [(False, 17), (True, "folder in use")])
 def test_main_rank_looks_and_all_ranks_hear(fails: bool, expected: object) -> None:
     assert run_distributed(_ask_main, 3, fails) == [expected] * 3
+
+
+def _limits() -> tuple[float, list[float]]:
+    """Limit of a group that DeepSpeed makes, and of all groups once they are limited."""
+    import deepspeed.comm
+    import torch.distributed as dist
+
+    def limit(group: object) -> float:
+        return group._get_backend(torch.device("cpu")).options._timeout.total_seconds()  # type: ignore[attr-defined]
+
+    group = deepspeed.comm.new_group([0, 1])
+    fresh = limit(group)
+    groups = dist.distributed_c10d._world.pg_map
+    before = {member: limit(member) for member in groups}
+    limit_collectives(47)
+    after = [limit(member) for member in groups]
+    for member, seconds in before.items():
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), member)
+    return fresh, after
+
+
+def test_groups_that_deepspeed_makes_get_the_run_s_limit_only_afterwards() -> None:
+    """They start with torch's own limit, whatever init_distributed was given."""
+    for fresh, after in run_distributed(_limits, 2):
+        assert fresh == 1800
+        assert len(after) >= 2 and set(after) == {47}
