@@ -6,7 +6,7 @@ Forward and backward of ``--layers`` blocks of a preset's shape, compiled block 
 r = h/4, without embedding, head and optimizer; all ranks form one tensor-parallel group. Reported:
 the median and the range of tokens/s (also scaled to the preset's number of layers), peak GiB a GPU,
 and the bytes that a rank sends for a micro-batch, by the formula that the tests count
-(megalr.models.communication). Without GPUs it runs on the CPU, which only shows that it runs.
+(megalr.estimate.traffic). Without GPUs it runs on the CPU, which only shows that it runs.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ import torch
 import torch.distributed as dist
 
 from megalr.errors import exit_cleanly
+from megalr.estimate.traffic import block_messages
 from megalr.models.build import build_decoder
-from megalr.models.communication import block_traffic
 from megalr.models.config import PRESETS, DecoderConfig
 from megalr.models.decoder import Decoder, rope_tables
 from megalr.parallel.mesh import make_mesh
@@ -44,11 +44,8 @@ TARGETS = ["q", "k", "v", "o", "gate", "up", "down"]
 
 def build(config: DecoderConfig, kind: str, device: torch.device, compiled: bool) -> Decoder:
     """The blocks of a kind on this rank, bf16."""
-    name, layout = KINDS[kind]
-    method = SimpleNamespace(
-        name=name, rank=config.hidden_size // 4, alpha=32.0, init="kaiming", targets=TARGETS
-    )
-    plan = Plan(make_mesh(dist.get_world_size(), device.type), layout)
+    method = method_of(kind, config.hidden_size)
+    plan = Plan(make_mesh(dist.get_world_size(), device.type), KINDS[kind][1])
     with device:
         decoder = build_decoder(config, method, seed=0, plan=plan).bfloat16()
     if compiled:
@@ -97,8 +94,24 @@ def measure(
         "tokens_per_second": round(statistics.median(rates)),
         "tokens_per_second_range": [round(min(rates)), round(max(rates))],
         "peak_memory_gib": peak and round(peak, 2),
-        "bytes_sent": round(sum(t.bytes_sent(tokens, ranks) for t in block_traffic(decoder))),
+        "bytes_sent": round(bytes_sent(decoder, kind, tokens)),
     }
+
+
+def bytes_sent(decoder: Decoder, kind: str, tokens: int) -> float:
+    """Bytes that a rank of a ring sends for a micro-batch, forward and backward of all blocks."""
+    ranks = decoder.plan.mesh.tensor_size
+    method = method_of(kind, decoder.config.hidden_size)
+    messages = [m for way in block_messages(decoder.config, method, decoder.plan) for m in way]
+    size = sum(m.size(tokens) * (2 if m.kind == "all_reduce" else 1) for m in messages)
+    return decoder.config.num_layers * size * (ranks - 1) / ranks
+
+
+def method_of(kind: str, hidden_size: int) -> SimpleNamespace:
+    """The settings of a kind's method."""
+    return SimpleNamespace(
+        name=KINDS[kind][0], rank=hidden_size // 4, alpha=32.0, init="kaiming", targets=TARGETS
+    )
 
 
 def _wait(device: torch.device) -> None:

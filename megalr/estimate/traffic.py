@@ -80,12 +80,14 @@ def end_messages(sizes: DecoderConfig, plan: Plan, element: int = 2) -> tuple[Me
     Embedding and head are cut by rows of the vocabulary. column_row: the embedding's parts are
     summed, and so is the gradient of the last norm's input. bottleneck: reduce-scatter after the
     embedding and all-gather before the last norm, the reverse in backward. The loss sums three
-    float32 numbers a token; the gradient of the last norm's weight is summed.
+    float32 numbers a token; the gradients of the last norm's weights are summed.
     """
     if not plan.parallel:
         return [], []
     h = sizes.hidden_size
     loss, norm = [Message(1, 4), Message(2, 4)], [Message(0, element, once=h)]
+    if sizes.norm == "layer":
+        norm *= 2  # its bias as well
     if plan.cut_residual:
         scattered, gathered = (
             Message(h, element, "reduce_scatter"),
