@@ -18,8 +18,8 @@ IMPORTED = ("llama", "mistral", "qwen2")
 """``model_type`` of the architectures that can be written and read."""
 
 
-def family_of(config: DecoderConfig) -> str:
-    """``model_type`` of the architecture that computes what the decoder computes.
+def families_of(config: DecoderConfig) -> tuple[str, ...]:
+    """``model_type`` of the architectures that compute what the decoder computes, best first.
 
     Raises:
         UserError: a combination that none of them has.
@@ -27,15 +27,16 @@ def family_of(config: DecoderConfig) -> str:
     llama_block = config.norm == "rms" and config.positions == "rope" and config.gated_mlp
     biases = config.attention_bias, config.output_bias
     if llama_block and biases == (False, False):
-        return "llama" if config.sliding_window is None else "mistral"
+        return ("llama",) if config.sliding_window is None else ("mistral",)
     if llama_block and biases == (True, False):
-        return "qwen2"
+        # LLaMA's biases include one on o, which is zero then.
+        return ("qwen2", "llama") if config.sliding_window is None else ("qwen2",)
     if llama_block and biases == (True, True) and config.sliding_window is None:
-        return "llama"
+        return ("llama",)
     gpt2_block = config.norm == "layer" and config.positions == "learned" and not config.gated_mlp
     whole = config.kv_heads == config.num_heads and config.sliding_window is None
     if gpt2_block and biases == (True, True) and whole:
-        return "gpt2"
+        return ("gpt2",)
     raise UserError(
         f"a decoder with norm {config.norm}, positions {config.positions}, gated_mlp "
         f"{config.gated_mlp}, attention_bias {config.attention_bias}, output_bias "
@@ -46,18 +47,22 @@ def family_of(config: DecoderConfig) -> str:
 
 
 def transformers_config(
-    config: DecoderConfig, max_positions: int, eos_id: int | None = None, pad_id: int | None = None
+    config: DecoderConfig,
+    family: str,
+    max_positions: int,
+    eos_id: int | None = None,
+    pad_id: int | None = None,
 ) -> Any:
     """transformers' configuration of the decoder, a ``PretrainedConfig``.
 
     Args:
         config: the decoder; vocabulary and MLP width are given without padding.
+        family: one of :func:`families_of`.
         max_positions: longest sequence the model is meant for (tokens).
         eos_id, pad_id: ids of the tokenizer; None where it has none.
     """
     import transformers
 
-    family = family_of(config)
     common: dict[str, Any] = {
         "vocab_size": config.vocab_size,
         "tie_word_embeddings": config.tie_embeddings,
@@ -97,8 +102,8 @@ def transformers_config(
             window = {"sliding_window": config.sliding_window, "max_window_layers": 0}
         made = transformers.Qwen2Config(use_sliding_window=bool(window), **window, **common)
     else:
-        biased = config.output_bias
-        made = transformers.LlamaConfig(attention_bias=biased, mlp_bias=biased, **common)
+        common |= {"attention_bias": config.attention_bias, "mlp_bias": config.output_bias}
+        made = transformers.LlamaConfig(**common)
     made.rope_theta = config.rope_theta  # readers that know no rope_parameters find it here
     return made
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from megalr.export.families import family_of
+from megalr.export.families import families_of
 from megalr.layers.linear import GroupedLinear
 from megalr.models.decoder import Block, Decoder
 
@@ -52,22 +52,26 @@ def plain_tensors(decoder: Decoder) -> Iterator[tuple[str, torch.Tensor]]:
                     yield f"{name}.bias", layer.bias.detach()[layer.used_rows(index)]
 
 
-def dense_tensors(decoder: Decoder) -> Tensors:
+def dense_tensors(decoder: Decoder, family: str | None = None) -> Tensors:
     """Name and tensor of all weights of the transformers model, dense, without padding, float32.
 
     Factorized matrices are multiplied out in float32, one at a time as the iterator proceeds.
+    ``family``: one of ``families_of(decoder.config)``; None: the first.
 
     Raises:
         UserError: no transformers model computes what this decoder computes.
     """
-    if family_of(decoder.config) == "gpt2":
-        return _gpt2_tensors(decoder)
-    return _llama_tensors(decoder)
+    chosen = family or families_of(decoder.config)[0]
+    return _gpt2_tensors(decoder) if chosen == "gpt2" else _llama_tensors(decoder, chosen)
 
 
-def _llama_tensors(decoder: Decoder) -> Tensors:
+def _llama_tensors(decoder: Decoder, family: str) -> Tensors:
     for name, tensor in plain_tensors(decoder):
         yield name, tensor.float()
+    if family == "llama" and decoder.config.attention_bias and not decoder.config.output_bias:
+        for number in range(decoder.config.num_layers):
+            zero = torch.zeros(decoder.config.hidden_size)
+            yield f"model.layers.{number}.self_attn.o_proj.bias", zero
     for number, block in enumerate(decoder.blocks()):
         for layer, names in block_linears(block, number):
             for index, name in enumerate(names):

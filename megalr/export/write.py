@@ -15,12 +15,14 @@ from safetensors import SafetensorError
 
 from megalr.data.tokenizer import Tokenizer
 from megalr.errors import UserError
-from megalr.export.families import transformers_config
+from megalr.export.families import families_of, transformers_config
 from megalr.export.names import dense_tensors
 from megalr.models.decoder import Decoder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SIZE = re.compile(r"\d+(\.\d+)?[KMGT]B")
+PROBE = "The Cat's 123 ids, é\u4e2d! w5 w6"
+"""Text that a tokenizer loaded from the folder must cut up as the original does."""
 FOREIGN = ("config.json", "generation_config.json", "*.index.json", "preprocessor_config.json")
 """What a tokenizer's folder may hold of another model."""
 
@@ -45,8 +47,8 @@ class ExportOptions:
     def __post_init__(self) -> None:
         if not SIZE.fullmatch(self.max_shard_size):
             raise UserError(
-                f"--max_shard_size {self.max_shard_size!r}: give a number and a unit, KB, MB, GB or "
-                "TB, for example 5GB"
+                f"--max_shard_size {self.max_shard_size!r}: give a number with KB, MB, GB or TB, "
+                "for example 5GB"
             )
 
 
@@ -79,7 +81,7 @@ def write_model(
     Raises:
         UserError: ``output`` holds something, no transformers model computes this decoder, weights
             that are not finite (in ``options.dtype``), a vocabulary smaller than the tokenizer's,
-            a disk that refuses.
+            a tokenizer that transformers does not load as it is, a disk that refuses.
     """
     check_output(output)
     if tokenizer is not None and tokenizer.vocab_size > decoder.config.vocab_size:
@@ -87,16 +89,14 @@ def write_model(
             f"{tokenizer.path}: the tokenizer has {tokenizer.vocab_size} ids and the model "
             f"{decoder.config.vocab_size}: give the tokenizer that the data was made with"
         )
-    model = transformers_model(decoder, options, tokenizer)
     temporary = None
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
         if tokenizer is not None:
-            tokenizer.copy_to(temporary)
-            for pattern in FOREIGN:
-                for file in temporary.glob(pattern):
-                    file.unlink()
+            _copy_tokenizer(tokenizer, temporary)
+        family = _choose_family(decoder, options, tokenizer, temporary)
+        model = transformers_model(decoder, family, options, tokenizer)
         model.save_pretrained(temporary, max_shard_size=options.max_shard_size)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         _publish(temporary, output)
@@ -111,8 +111,65 @@ def write_model(
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    tokenizer.copy_to(folder)
+    for pattern in FOREIGN:
+        for file in folder.glob(pattern):
+            file.unlink()
+
+
+def _choose_family(
+    decoder: Decoder, options: ExportOptions, tokenizer: Tokenizer | None, folder: Path
+) -> str:
+    """The first architecture for which transformers takes the tokenizer in ``folder`` as it is.
+
+    For some architectures AutoTokenizer puts its own class in the place of the one that the
+    tokenizer's files name, and the ids are others, without an error.
+    """
+    families = families_of(decoder.config)
+    if tokenizer is None:
+        return families[0]
+    for family in families:
+        _config(decoder, family, options, tokenizer).save_pretrained(folder)
+        difference = _tokenizer_difference(tokenizer, folder)
+        if difference is None:
+            return family
+    raise UserError(
+        f"{tokenizer.path}: transformers would load another tokenizer from a {families[0]} folder "
+        f"({difference}); give the tokenizer's Hugging Face folder with --tokenizer, or "
+        "--tokenizer none"
+    )
+
+
+def _tokenizer_difference(tokenizer: Tokenizer, folder: Path) -> str | None:
+    """How the tokenizer that transformers loads from ``folder`` differs; None if it does not."""
+    from transformers import AutoTokenizer
+
+    try:
+        loaded: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        ids = loaded(PROBE, add_special_tokens=False)["input_ids"]
+    except Exception as error:  # transformers raises nearly anything for what it cannot load
+        return str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    expected = tokenizer.encode([PROBE], append_eos=False)[0].tolist()
+    if ids != expected:
+        return f"{PROBE!r} becomes {ids} instead of {expected}"
+    return None
+
+
+def _config(
+    decoder: Decoder, family: str, options: ExportOptions, tokenizer: Tokenizer | None
+) -> Any:
+    return transformers_config(
+        decoder.config,
+        family,
+        options.max_positions,
+        tokenizer.eos_id if tokenizer is not None else None,
+        tokenizer.pad_id if tokenizer is not None else None,
+    )
+
+
 def transformers_model(
-    decoder: Decoder, options: ExportOptions, tokenizer: Tokenizer | None
+    decoder: Decoder, family: str, options: ExportOptions, tokenizer: Tokenizer | None
 ) -> Any:
     """The transformers model with the decoder's dense weights in ``options.dtype``.
 
@@ -121,17 +178,12 @@ def transformers_model(
     """
     from transformers import AutoModelForCausalLM
 
-    config = transformers_config(
-        decoder.config,
-        options.max_positions,
-        tokenizer.eos_id if tokenizer is not None else None,
-        tokenizer.pad_id if tokenizer is not None else None,
-    )
+    config = _config(decoder, family, options, tokenizer)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     dtype = DTYPES[options.dtype]
     state = {}
-    for name, tensor in dense_tensors(decoder):
+    for name, tensor in dense_tensors(decoder, family):
         state[name] = tensor.to(dtype, copy=True).contiguous()
         if not bool(state[name].isfinite().all()):
             finite = bool(tensor.isfinite().all())

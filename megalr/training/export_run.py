@@ -12,7 +12,7 @@ from megalr.config.schema import RunConfig
 from megalr.data.tokenizer import Tokenizer, open_tokenizer
 from megalr.errors import UserError
 from megalr.export.card import model_card
-from megalr.export.families import family_of
+from megalr.export.families import families_of
 from megalr.export.write import ExportOptions, check_output, write_model
 from megalr.models.config import DecoderConfig
 from megalr.training.engine import sizes_of
@@ -57,7 +57,7 @@ def export_run(
     checkpoint = open_verified(run, tag)
     config = run_config(checkpoint)
     sizes = sizes_of(config)
-    family_of(sizes)  # before reading gigabytes
+    families_of(sizes)  # before reading gigabytes
     if config.method.name == "cola":
         raise UserError(
             f"{run} was trained with method cola, which has a nonlinearity between its factors: "
@@ -67,7 +67,7 @@ def export_run(
     decoder = load_decoder(run, checkpoint)
     options = ExportOptions(dtype, max_shard_size, config.data.sequence_length)
     rows = _facts(run, checkpoint, config, sizes, dtype)
-    tags = [config.method.name, config.optimizer.name, family_of(sizes)]
+    tags = [config.method.name, config.optimizer.name, families_of(sizes)[0]]
     write_model(decoder, output, options, chosen, model_card(run.resolve().name, tags, rows))
     return checkpoint
 

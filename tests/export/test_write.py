@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megalr.data.tokenizer import open_tokenizer
 from megalr.errors import UserError
 from megalr.export.names import dense_state_dict
 from megalr.export.write import ExportOptions, write_model
 from megalr.models.decoder import Decoder
+from tests.data.corpus import VOCAB_SIZE, prose, tiny_tokenizer
 from tests.export.models import FAMILIES, lively
 from tests.models.settings import factorized, full_rank, low_rank
 
@@ -103,3 +105,37 @@ def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"README.md", "config.json", "generation_config.json", "model.safetensors"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+def test_a_sentencepiece_tokenizer_gives_the_same_ids_from_the_exported_folder(
+    family: str, tmp_path: Path
+) -> None:
+    tokenizer = open_tokenizer(tiny_tokenizer())
+    decoder = lively(full_rank(), **{**FAMILIES[family][0], "vocab_size": VOCAB_SIZE})
+    options = ExportOptions("float32", "5GB", 64)
+    write_model(decoder, tmp_path / "out", options, tokenizer, "card")
+    exported = AutoTokenizer.from_pretrained(tmp_path / "out")
+    texts = [*prose(20, seed=5), "  two  spaces ", "</s> spelt out"][:21]
+    ids, lengths = tokenizer.encode(texts, append_eos=True)
+    starts = [0, *lengths.cumsum().tolist()]
+    for text, start, stop in zip(texts, starts, starts[1:], strict=False):
+        assert exported(text)["input_ids"] == ids[start:stop].tolist()
+    assert exported.eos_token_id == tokenizer.eos_id
+    assert open_tokenizer(tmp_path / "out").fingerprint == tokenizer.fingerprint
+    # AutoTokenizer would replace this tokenizer in a qwen2 folder.
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.model_type == {"qwen2": "llama"}.get(family, family)
+    sample = torch.randint(0, VOCAB_SIZE, (2, 20))
+    with torch.no_grad():
+        torch.testing.assert_close(model(sample).logits, decoder(sample), atol=1e-5, rtol=1e-5)
+
+
+def test_a_tokenizer_that_transformers_would_replace_is_refused(tmp_path: Path) -> None:
+    decoder = lively(
+        full_rank(), vocab_size=VOCAB_SIZE, attention_bias=True, sliding_window=5
+    )  # qwen2 only
+    options = ExportOptions("float32", "5GB", 64)
+    with pytest.raises(UserError, match="another tokenizer from a qwen2 folder") as caught:
+        write_model(decoder, tmp_path / "out", options, open_tokenizer(tiny_tokenizer()), "card")
+    assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
