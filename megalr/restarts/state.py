@@ -87,7 +87,7 @@ class ShardedState:
         return groups if self.tensor_group is None else [*groups, self.tensor_group]
 
     def counts(self, parameter: nn.Parameter) -> bool:
-        """Whether this rank counts in a sum over tensor-parallel ranks: all if cut, one if whole."""
+        """Whether this rank counts in a sum over tensor-parallel ranks: one if it is whole."""
         cut = shard_of(parameter) is not None
         return cut or self.tensor_group is None or dist.get_rank(self.tensor_group) == 0
 
