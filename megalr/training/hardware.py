@@ -30,8 +30,14 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     return PEAK_BF16_FLOPS.get(torch.cuda.get_device_name(device))
 
 
-def peak_memory_gib(device: torch.device) -> float:
-    """Most memory used so far, GiB: the CUDA allocator's peak, on a CPU the process' resident."""
+def peak_memory_gib(device: torch.device, graphed: bool = False) -> float:
+    """Most memory used so far, GiB: the CUDA allocator's peak, on a CPU the process' resident.
+
+    ``graphed``: a CUDA graph keeps memory that the allocator counts as used during its capture
+    only, before the optimizer's states exist; what was reserved from the device is given then.
+    """
+    if device.type == "cuda" and graphed:
+        return torch.cuda.max_memory_reserved(device) / 2**30
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -318,7 +318,7 @@ class Trainer:
             tokens_per_second=rate,
             step_seconds=step_seconds,
             mfu=mfu,
-            peak_memory_gib=peak_memory_gib(self.device),
+            peak_memory_gib=peak_memory_gib(self.device, self.engine.module.graphed is not None),
             samples_by_source=interval.samples_by_source(),
             eta_seconds=step_seconds * (self.config.train.updates - self.update),
         )
