@@ -41,13 +41,13 @@ class Shape:
         tokens: micro-batch size times sequence length.
         element: bytes of a number of the compute precision.
         compiled: ``train.compile``.
-        recompute: ``train.activation_checkpointing: full``.
+        recompute: ``train.activation_checkpointing``: none, bottleneck or full.
     """
 
     tokens: int
     element: int
     compiled: bool
-    recompute: bool
+    recompute: str
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,11 @@ def activation_bytes(
     block += _weight_copies(method, groups, shape)
     residual = sizes.hidden_size // (plan.mesh.tensor_size if plan.cut_residual else 1)
     entry = shape.tokens * residual * shape.element
-    kept = sizes.num_layers * (entry if shape.recompute else block)
-    working = block if shape.recompute else 0
+    between = shape.tokens * shape.element * _bottleneck_elements(method, groups)
+    # Kept of a block: everything; its input; its input, that of the second norm and 7 r numbers.
+    kinds = {"none": block, "full": entry, "bottleneck": 2 * entry + between}
+    kept = sizes.num_layers * kinds[shape.recompute]
+    working = 0 if shape.recompute == "none" else block
     f = groups[2].local_rows[0]
     backward = shape.tokens * (3 * f + 2 * residual) * shape.element + working
     head = head_bytes(sizes, plan, shape)
@@ -99,10 +102,14 @@ def block_elements(
     if not compiled:
         count += f  # the activation's output
     if method.name != "sltrain":
-        bottlenecks = sum(len(g.rows) for g in groups if g.factorized) * getattr(method, "rank", 0)
         both = method.name == "cola" and not compiled  # before and after the nonlinearity
-        count += bottlenecks * (2 if both else 1)
+        count += _bottleneck_elements(method, groups) * (2 if both else 1)
     return count
+
+
+def _bottleneck_elements(method: Any, groups: list[MatrixGroup]) -> int:
+    """Numbers a token between the factors of a block: 7 r."""
+    return sum(len(g.rows) for g in groups if g.factorized) * getattr(method, "rank", 0)
 
 
 def _weight_copies(method: Any, groups: list[MatrixGroup], shape: Shape) -> float:

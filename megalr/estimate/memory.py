@@ -141,7 +141,7 @@ def estimate_memory(
         tokens=config.train.micro_batch_size * config.data.sequence_length,
         element=4 if config.train.precision == "fp32" else 2,
         compiled=config.train.compile,
-        recompute=config.train.activation_checkpointing == "full",
+        recompute=config.train.activation_checkpointing,
     )
     return MemoryEstimate(
         state_bytes(config, ds_config, tensors, sizes.num_layers, data_size),

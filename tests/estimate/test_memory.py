@@ -269,6 +269,14 @@ def test_recomputed_blocks_keep_their_input_only() -> None:
     assert found.work > 64 * 256 * 2 * (8 * 1024 + 7 * 256 + 3 * 2752)
 
 
+def test_recomputed_blocks_that_keep_their_bottlenecks() -> None:
+    """2 h + 7 r numbers a token, which tests/models/test_recompute.py counts in autograd."""
+    method = {"name": "low_rank", "rank": 256, "alpha": 256.0}
+    train = {"activation_checkpointing": "bottleneck", "compile": True}
+    found = estimate_memory(_config("llama_350m", method, 64, 64, **train), zero(1), "x", 1)
+    assert found.activations.kept == 24 * (64 * 256) * (2 * 1024 + 7 * 256) * 2
+
+
 def test_wrappers_by_hand() -> None:
     assert wrapper_of("bf16", 1, "fp32", offload=False) == "BF16_Optimizer"
     assert wrapper_of("bf16", 1, "fp32", offload=True) == "DeepSpeedZeroOptimizer"
