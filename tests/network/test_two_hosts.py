@@ -165,27 +165,24 @@ def test_a_rank_in_trouble_is_named_on_all_hosts(hosts: Hosts) -> None:
     assert "error:" not in outputs[1]  # rank 0's word is enough
 
 
-def test_ranks_that_cannot_reach_each_other_say_so_in_time(hosts: Hosts) -> None:
+def test_what_keeps_ranks_apart_is_named_in_time(hosts: Hosts) -> None:
+    listen = f"import socket, time; s = socket.create_server(('', {PORT + 1})); time.sleep(90)"
+    other = hosts.start(0, [sys.executable, "-c", listen], ROOT, dict(os.environ))
     hosts.cut()
     try:
-        ranks = [meet(hosts, 0, 4), meet(hosts, 1, 4)]
-        outputs = finish(ranks, 120)
+        ranks = [
+            meet(hosts, 0, 4),
+            meet(hosts, 1, 4),
+            meet(hosts, 0, 4, MASTER_PORT=str(PORT + 1)),
+            meet(hosts, 1, 4, MASTER_ADDR="nowhere"),
+        ]
+        waiting, unreachable, occupied, unknown = finish(ranks, 120)
     finally:
         hosts.plug()
-    assert [rank.returncode for rank in ranks] == [2, 2]
-    assert f"rank 1 of 2 did not arrive at node0:{PORT} within 4 s" in error_of(outputs[0])
-    expected = f"rank 1 on node1 cannot reach node0:{PORT} (MASTER_ADDR:MASTER_PORT) within 4 s"
-    assert expected in error_of(outputs[1])
-
-
-def test_a_port_in_use_and_an_unknown_master_are_named(hosts: Hosts) -> None:
-    listen = f"import socket, time; s = socket.create_server(('', {PORT})); time.sleep(60)"
-    other = hosts.start(0, [sys.executable, "-c", listen], ROOT, dict(os.environ))
-    try:
-        time.sleep(1.0)
-        ranks = [meet(hosts, 0, 4), meet(hosts, 1, 4, MASTER_ADDR="nowhere")]
-        outputs = finish(ranks, 120)
-    finally:
         other.kill()
-    assert f"MASTER_PORT {PORT} is in use on node0" in error_of(outputs[0])
-    assert f"cannot reach nowhere:{PORT}" in error_of(outputs[1])
+    assert [rank.returncode for rank in ranks] == [2, 2, 2, 2]
+    assert f"rank 1 of 2 did not arrive at node0:{PORT} within 4 s" in error_of(waiting)
+    expected = f"rank 1 on node1 cannot reach node0:{PORT} (MASTER_ADDR:MASTER_PORT) within 4 s"
+    assert expected in error_of(unreachable)
+    assert f"MASTER_PORT {PORT + 1} is in use on node0" in error_of(occupied)
+    assert f"cannot reach nowhere:{PORT}" in error_of(unknown)

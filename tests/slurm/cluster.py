@@ -87,6 +87,14 @@ def wait_until(
         time.sleep(0.1)
 
 
+def _is_alive(process: int) -> bool:
+    """Whether a process runs; one that waits to be reaped does not."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 class Cluster:
     """The cluster in ``folder``; a short path, since sockets lie in it."""
 
@@ -158,9 +166,17 @@ class Cluster:
             self.query("scancel", "--signal=KILL", "--full", "--user", getpass.getuser())
             self.query("scancel", "--user", getpass.getuser())
             wait_until(lambda: not self.query("squeue", "-h"), 10, "no jobs left")
+        daemons = []
         for path in [*self.folder.glob("slurm*.pid"), self.folder / "munged.pid"]:
             with contextlib.suppress(OSError, ValueError):
-                os.kill(int(path.read_text()), signal.SIGTERM)
+                daemons.append(int(path.read_text()))
+        for number in (signal.SIGTERM, signal.SIGKILL):  # in good order they save their state
+            for daemon in daemons:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(daemon, number)
+            with contextlib.suppress(TimeoutError):
+                wait_until(lambda: not any(map(_is_alive, daemons)), 10, "daemons have ended")
+                return
 
     def query(self, *command: str) -> str:
         """Output of one of SLURM's commands."""

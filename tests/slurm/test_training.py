@@ -39,10 +39,7 @@ def endless(
 
 @pytest.fixture(scope="module")
 def reference(
-    cluster: Cluster,
-    data: Path,
-    endless: tuple[Job, Path],
-    tmp_path_factory: pytest.TempPathFactory,
+    cluster: Cluster, data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Job, Path]:
     """The unbroken run: two ranks on one node."""
     recipe = write_run(tmp_path_factory.mktemp("reference"), data)
