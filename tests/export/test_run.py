@@ -12,6 +12,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megalr.checkpoints import open_checkpoint
+from megalr.checkpoints.reshape import write_universal
 from megalr.errors import UserError
 from megalr.training.export_run import export_run
 from megalr.training.standalone import Request, evaluate_model, evaluate_run
@@ -85,6 +87,16 @@ def _evaluate(folder: str, tag: str) -> dict[str, Any]:
     return evaluate_run(Path(folder), tag, Request(), CPU)
 
 
+def test_a_universal_folder_is_evaluated_like_its_checkpoint(
+    bf16_run: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(bf16_run, tmp_path / "run")
+    write_universal(open_checkpoint(tmp_path / "run", "update_2"))
+    found = evaluate_run(tmp_path / "run", "update_2_universal", Request(), CPU)
+    assert found["checkpoint"] == "update_2_universal"
+    assert found["loss"] == pytest.approx(events(bf16_run, "eval")[0]["loss"], abs=1e-6)
+
+
 def test_evaluation_alone_repeats_the_runs_numbers_on_any_number_of_ranks(bf16_run: Path) -> None:
     for event in events(bf16_run, "eval"):
         tag = f"update_{event['update']}"
@@ -151,6 +163,13 @@ def test_checkpoints_that_are_not_whole_are_refused_in_one_line(
 
     refused("has no checkpoint update_3: it has update_2, update_4", tag="update_3")
     refused("holds no checkpoint: give the folder of a run", run=data)
+    with pytest.raises(UserError, match="nowhere holds no checkpoint"):
+        evaluate_run(Path("nowhere"), None, Request(), CPU)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    with pytest.raises(UserError, match="--output .* is not an empty folder"):
+        _export(folder, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
     data.rename(tmp_path / "moved")
     refused(r"no such file.*give it with --tokenizer PATH, or --tokenizer none")
     (tmp_path / "moved").rename(data)
