@@ -52,8 +52,6 @@ def evaluate_tasks(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Results of lm-eval and a line for people."""
     from megalr.training.harness import run_tasks
 
-    if arguments.model is None:
-        raise UserError("--tasks needs --model: export the run with tools/export_hf.py first")
     results = run_tasks(
         arguments.model,
         arguments.tasks.split(","),
@@ -96,6 +94,8 @@ def main() -> None:
     arguments = parse_arguments()
     if arguments.tag is not None and arguments.run is None:
         raise UserError(f"--tag {arguments.tag} belongs to --run: a model has no checkpoints")
+    if arguments.tasks is not None and arguments.model is None:
+        raise UserError("--tasks needs --model: export the run with tools/export_hf.py first")
     evaluated = evaluate_tasks if arguments.tasks is not None else evaluate_perplexity
     with contextlib.redirect_stdout(sys.stderr):  # libraries print there; JSON has it for itself
         found, line = evaluated(arguments)

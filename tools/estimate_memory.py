@@ -14,6 +14,7 @@ from megalr.config.loading import load_run_config
 from megalr.errors import exit_cleanly
 from megalr.estimate.memory import estimate_memory
 from megalr.models.config import PRESETS
+from megalr.training.pretrained import with_pretrained_sizes
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -39,6 +40,7 @@ def main() -> None:
     arguments = parse_arguments()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for a GPU, and warn
     config = load_run_config(arguments.config, arguments.overrides, presets=PRESETS)
+    config = with_pretrained_sizes(config)
     ds_user, source = {"zero_optimization": {"stage": 1}}, "default DeepSpeed config"
     if arguments.deepspeed_config is not None:
         source = str(arguments.deepspeed_config)

@@ -167,7 +167,7 @@ def test_checkpoints_that_are_not_whole_are_refused_in_one_line(
         evaluate_run(Path("nowhere"), None, Request(), CPU)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
-    with pytest.raises(UserError, match="--output .* is not an empty folder"):
+    with pytest.raises(UserError, match=r"--output .* is not an empty folder"):
         _export(folder, tmp_path / "out")
     shutil.rmtree(tmp_path / "out")
     data.rename(tmp_path / "moved")
