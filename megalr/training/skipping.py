@@ -33,6 +33,17 @@ def finite_everywhere(value: torch.Tensor) -> bool:
     return not bool(bad)
 
 
+def forget_gradients(optimizer: Any) -> None:
+    """Drop the gradients of a step that DeepSpeed's ZeRO-1 or 2 has skipped with CPU offload.
+
+    It drops them itself without offload. With it and bf16 their sums stay, the next micro-batches
+    are added, and no step is ever made again (docs/deepspeed-notes.md).
+    """
+    if getattr(optimizer, "cpu_offload", False):
+        for group in getattr(optimizer, "averaged_gradients", {}):
+            optimizer.averaged_gradients[group] = None
+
+
 @contextmanager
 def withheld(optimizer: Any) -> Iterator[None]:
     """While open, ``optimizer.step`` changes nothing and the engine counts a skipped step.

@@ -10,7 +10,7 @@ import torch
 from megalr.data.loader import UpdateBatch
 from megalr.training.engine import gradient_norm, plain_gradient_norm, set_learning_rate
 from megalr.training.interval import Made
-from megalr.training.skipping import finite_everywhere, guarded, withheld
+from megalr.training.skipping import finite_everywhere, forget_gradients, guarded, withheld
 
 
 class Updater:
@@ -64,6 +64,8 @@ class Updater:
             engine.backward(guarded(loss), scale_wrt_gas=False)
             self._step(made)
         made.applied = engine.was_step_applied()
+        if not made.applied:
+            forget_gradients(engine.optimizer)
         if not self._plain:
             made.norm = gradient_norm(engine)
         return made

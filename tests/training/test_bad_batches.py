@@ -5,9 +5,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
+from megalr.training import update
 from tests.distributed import RankFailed, run_distributed
 from tests.training.bad_batches import (
     run_with_bad_batches,
@@ -17,6 +19,7 @@ from tests.training.bad_batches import (
 from tests.training.runs import events, losses, settings, zero
 
 SMALL: dict[str, Any] = {"global_batch_size": 8, "micro_batch_size": 2, "updates": 8}
+OFFLOAD: dict[str, Any] = {"offload_optimizer": {"device": "cpu"}}
 SEEN = ("update", "loss", "gradient_norm", "learning_rate", "tokens", "perplexity")
 
 
@@ -27,19 +30,20 @@ def _values(folder: Path, data: Path, **sections: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "stage, precision, tensor",
+    "ds, precision, tensor",
     [
-        (0, "fp32", 1),
-        (0, "bf16", 1),
-        (1, "bf16", 1),
-        (2, "fp32", 1),
-        (3, "bf16", 1),
-        (0, "fp32", 2),
-        (1, "bf16", 2),
+        (zero(0), "fp32", 1),
+        (zero(0), "bf16", 1),
+        (zero(1), "bf16", 1),
+        (zero(2), "fp32", 1),
+        (zero(2, **OFFLOAD), "bf16", 1),
+        (zero(3), "bf16", 1),
+        (zero(0), "fp32", 2),
+        (zero(1), "bf16", 2),
     ],
 )
 def test_what_is_not_finite_on_one_rank_is_skipped_on_all_and_touches_nothing(
-    stage: int, precision: str, tensor: int, data: Path, tmp_path: Path
+    ds: dict[str, Any], precision: str, tensor: int, data: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     values = _values(
@@ -50,7 +54,7 @@ def test_what_is_not_finite_on_one_rank_is_skipped_on_all_and_touches_nothing(
         parallel={"tensor": tensor},
     )
     bad = {0: "nan_loss", 3: "nan_gradient", 5: "inf_loss"}
-    for seen in run_distributed(run_with_bad_batches, 2, values, zero(stage), bad):
+    for seen in run_distributed(run_with_bad_batches, 2, values, ds, bad):
         assert [update for update, _, _ in seen] == list(range(1, 9))
         skipped = [update for update, masters, moments in seen if not masters and not moments]
         # At update 2 the learning rate is that of update 1's place in the warm-up, above 0.
@@ -69,6 +73,23 @@ def test_what_is_not_finite_on_one_rank_is_skipped_on_all_and_touches_nothing(
     assert steps[8]["tokens"] - steps[7]["tokens"] <= 8 * 24
     assert steps[3]["learning_rate"] == pytest.approx(0.01 * 2 / 3)
     assert events(folder, "end")[0]["skipped"] == 3
+
+
+def test_deepspeed_keeps_a_bad_gradient_for_ever_when_it_offloads(
+    data: Path, tmp_path: Path
+) -> None:
+    """The reason for ``forget_gradients``; if this fails it is no longer needed."""
+    folder = tmp_path / "run"
+    values = _values(folder, data, train={"precision": "bf16"}, checkpoint={"every": 0})
+    run_distributed(_run_without_forgetting, 2, values, zero(2, **OFFLOAD), {3: "nan_loss"})
+    assert [e["update"] for e in events(folder, "skip")] == [4, 5, 6, 7, 8]
+
+
+def _run_without_forgetting(
+    values: dict[str, Any], ds: dict[str, Any], bad: dict[int, str]
+) -> None:
+    with patch.object(update, "forget_gradients", lambda optimizer: None):
+        run_with_bad_batches(values, ds, bad)
 
 
 @pytest.mark.parametrize(
