@@ -37,6 +37,11 @@ def universal_tag(tag: str) -> str:
     return f"{tag}_universal"
 
 
+def is_universal_tag(tag: str) -> bool:
+    """Whether it is the name of a universal folder."""
+    return tag.endswith(universal_tag(""))
+
+
 def tags(root: Path) -> list[str]:
     """Names of the checkpoints in ``checkpoints/``, oldest first; not looked into.
 

@@ -7,6 +7,7 @@ and the manifest lists all of them, it gets its own name, by one rename. See doc
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import shutil
@@ -124,9 +125,10 @@ def save_checkpoint(
         records, hashing = _write_files(engine, root, saving)
         loss = None if validation_loss is None or math.isnan(validation_loss) else validation_loss
         saved = SavedState(update, config.model_dump(mode="json"), _counters(engine), state)
-        layout = layout_of(engine)
-        size = on_main(lambda: _finish(root, tag, saved, layout, loss, records))
-    deleted, error = on_main(lambda: _delete_superseded(root, config))
+        text = saved.text()  # on every rank: a value that JSON cannot hold must stop all of them
+        manifest = Manifest(update, layout_of(engine), loss, records)
+        size = on_main(lambda: _finish(root, tag, text, manifest))
+    deleted, error = on_main(lambda: delete_superseded(root, config, update))
     seconds = time.perf_counter() - started
     path = f"{names.CHECKPOINTS}/{tag}"
     return SaveReport(path, seconds, hashing, size, deleted, error)
@@ -138,11 +140,8 @@ def _one_line(path: Path) -> Iterator[None]:
     try:
         yield
     except AgreedError as error:
-        with contextlib.suppress(
-            OSError
-        ):  # what cannot be removed now is removed at the next start
-            if is_main():
-                shutil.rmtree(names.saving_path(path.parent, path.name), ignore_errors=True)
+        if is_main():  # what cannot be removed now is removed at the next start
+            shutil.rmtree(names.saving_path(path.parent, path.name), ignore_errors=True)
         raise AgreedError(
             f"checkpoint {path} could not be written ({error}): free space or fix the path and "
             "start again; the previous checkpoint is whole"
@@ -248,38 +247,34 @@ def _counters(engine: Any) -> dict[str, int]:
     }
 
 
-def _finish(
-    root: Path,
-    tag: str,
-    saved: SavedState,
-    layout: dict[str, Any],
-    loss: float | None,
-    records: dict[str, FileRecord],
-) -> int:
+def _finish(root: Path, tag: str, state_text: str, manifest: Manifest) -> int:
     """Write state and manifest, give the checkpoint its name; bytes of all files. Rank 0 only."""
     saving = names.saving_path(root, tag)
     with _as_user_error():
-        names.write_atomically(saving / STATE, saved.text())
-        files = {**records, STATE: record_of(saving / STATE)}
-        manifest = Manifest(saved.update, layout, loss, files)
+        names.write_atomically(saving / STATE, state_text)
+        files = {**manifest.files, STATE: record_of(saving / STATE)}
+        manifest = dataclasses.replace(manifest, files=files)
         names.write_atomically(saving / MANIFEST, manifest_text(manifest))
         names.publish(root, tag)
         names.point_latest(root, tag)
     return sum(record.size for record in files.values())
 
 
-def _delete_superseded(root: Path, config: RunConfig) -> tuple[list[str], str | None]:
-    """Delete what retention no longer keeps; a failure is reported, it does not end the run."""
-    settings = config.checkpoint
+def delete_superseded(root: Path, config: RunConfig, update: int) -> tuple[list[str], str | None]:
+    """Delete what retention no longer keeps after the save at ``update``; rank 0 only.
+
+    Checkpoints of later updates are none of this run's: they were damaged when it began, so they
+    must not count among the newest. A failure is returned, it does not end the run.
+    """
     known = []
     for tag in names.tags(root):
         with contextlib.suppress(Damaged):
             manifest = read_manifest(root / tag)
-            if not tag.endswith(names.universal_tag("")):
+            if manifest.update <= update and not names.is_universal_tag(tag):
                 known.append(names.Kept(tag, manifest.update, manifest.validation_loss))
+    keep = config.checkpoint
     deleted: list[str] = []
-    old = names.superseded(known, settings.keep_last, settings.keep_every, settings.keep_best)
-    for tag in old:
+    for tag in names.superseded(known, keep.keep_last, keep.keep_every, keep.keep_best):
         try:
             names.discard(root, tag)
         except OSError as error:

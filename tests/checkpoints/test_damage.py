@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 from collections.abc import Callable
@@ -10,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from megalr.config.schema import RunConfig
 from megalr.errors import UserError
-from megalr.training.checkpoint import find_checkpoint
+from megalr.training.checkpoint import delete_superseded, find_checkpoint
 from tests.distributed import RankFailed, run_distributed
 from tests.training.runs import events, losses, run, settings, zero
 
@@ -120,17 +122,37 @@ def test_the_best_and_the_periodic_checkpoints_stay(data: Path, tmp_path: Path) 
     assert len(deleted) == 7 - len(kept)
 
 
+def test_a_damaged_checkpoint_of_a_later_update_does_not_push_out_good_ones(
+    saved: Path, data: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(saved, tmp_path / "run")
+    _flip(folder / "checkpoints" / "update_6")
+    one = settings(folder, data, **SECTIONS | {"checkpoint": {"keep_last": 1}})
+    config = RunConfig.model_validate(one)
+    # As after the save at update 4 of the run that went on from update 2 or 4.
+    assert delete_superseded(folder / "checkpoints", config, 4) == (["update_2"], None)
+    assert find_checkpoint(folder, verify=True).tag == "update_4"
+
+
 def _run_with_full_disk(values: dict[str, Any], limit: int) -> None:
     """A run in which rank 1 alone cannot write files above ``limit`` bytes."""
     import torch.distributed as dist
 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    outputs = [os.dup(1), os.dup(2)]
     if dist.get_rank() == 1:
+        # What pytest collects of this process's output is a file as well, and long by now.
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), 1)
+            os.dup2(nothing.fileno(), 2)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
         run(values, zero(1))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        for number, output in enumerate(outputs):
+            os.dup2(output, number + 1)
+            os.close(output)
 
 
 def test_one_rank_with_a_full_disk_stops_all_with_one_line_and_nothing_is_lost(

@@ -13,7 +13,7 @@ from megalr.checkpoints.manifest import check_files, read_manifest
 from tests.distributed import CONTEXT, free_port, run_distributed
 from tests.training.runs import events, run, settings, zero
 
-ROUNDS = 16
+ROUNDS = 15
 SMALL: dict[str, dict[str, Any]] = {
     "model": {
         "preset": "llama_9m",
@@ -26,9 +26,9 @@ SMALL: dict[str, dict[str, Any]] = {
         "pad_multiple": 16,
     },
     "method": {"name": "low_rank", "rank": 4, "alpha": 8.0},
-    "train": {"updates": 60, "global_batch_size": 4},
+    "train": {"updates": 45, "global_batch_size": 4},
     "restarts": {"every": 7},
-    "evaluation": {"every": 20},
+    "evaluation": {"every": 15},
     "checkpoint": {"every": 1, "keep_last": 2},
 }
 
@@ -82,11 +82,11 @@ def _one_round(number: int, rng: random.Random, values: dict[str, Any], folder: 
     if number % 8 == 0:  # anywhere during start-up
         time.sleep(rng.uniform(0, 1.5))
     elif number % 2:  # while a checkpoint is being written
-        _wait(lambda: _lines(folder) > before + rng.randrange(8), processes)
+        _wait(lambda: _lines(folder) > before + rng.randrange(6), processes)
         _wait(lambda: _saving(folder), processes)
         time.sleep(rng.uniform(0, 0.03))
     else:  # anywhere else
-        _wait(lambda: _lines(folder) > before + 3 + rng.randrange(8), processes)
+        _wait(lambda: _lines(folder) > before + 3 + rng.randrange(6), processes)
         time.sleep(rng.uniform(0, 0.1))
     victims = rng.sample(processes, 2)
     victims[0].kill()
@@ -96,7 +96,7 @@ def _one_round(number: int, rng: random.Random, values: dict[str, Any], folder: 
         process.join()
 
 
-def test_sixteen_kills_change_no_bit_of_the_losses(data: Path, tmp_path: Path) -> None:
+def test_fifteen_kills_change_no_bit_of_the_losses(data: Path, tmp_path: Path) -> None:
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
     run_distributed(run, 2, settings(unbroken, data, **SMALL), zero(1))
     values = settings(killed, data, **SMALL)
@@ -113,7 +113,7 @@ def test_sixteen_kills_change_no_bit_of_the_losses(data: Path, tmp_path: Path) -
     assert cut_short >= 2  # some died while saving
     run_distributed(run, 2, values, zero(1))
     resumes = events(killed, "resume")
-    assert len(resumes) >= ROUNDS // 2 and resumes[-1]["update"] < 60
+    assert len(resumes) >= ROUNDS // 2 and resumes[-1]["update"] < 45
     for kind, keys in (("step", ("loss", "gradient_norm")), ("eval", ("loss",))):
         expected = {e["update"]: [e[key] for key in keys] for e in events(unbroken, kind)}
         found = [(e["update"], [e[key] for key in keys]) for e in events(killed, kind)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,7 @@ def _tensor(path: Path) -> Any:
     return value["param"] if isinstance(value, dict) else value
 
 
-@pytest.mark.parametrize("stage, precision", [(1, "fp32"), (2, "bf16"), (1, "bf16")])
+@pytest.mark.parametrize("stage, precision", [(1, "bf16"), (2, "fp32")])
 def test_universal_tensors_are_those_of_deepspeeds_own_converter(
     stage: int, precision: str, data: Path, tmp_path: Path
 ) -> None:
@@ -102,6 +104,23 @@ def test_a_run_goes_on_from_the_universal_folder_alone(data: Path, tmp_path: Pat
     (folder / "metrics.jsonl").unlink()
     run_distributed(run, 1, values, zero(2))
     assert losses(folder) == pytest.approx(unbroken[5:], abs=1e-5)
+
+
+def test_the_tool_writes_the_folder_or_one_line(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    run_distributed(run, 1, settings(folder, data, train={"updates": 3}), zero(1))
+    tool = Path(__file__).parents[2] / "tools" / "reshape_checkpoint.py"
+    for arguments, code in (([str(folder)], 0), ([str(folder), "--tag", "update_2"], 2)):
+        monkeypatch.setattr(sys, "argv", [str(tool), *arguments])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(tool), run_name="__main__")
+        assert ended.value.code == code
+    output = capsys.readouterr()
+    universal = folder / "checkpoints" / "update_3_universal"
+    assert output.out.splitlines()[-1] == str(universal) and universal.is_dir()
+    assert output.err.startswith("error: ") and "has no checkpoint update_2" in output.err
 
 
 def test_what_cannot_be_opened_is_named_in_one_line(data: Path, tmp_path: Path) -> None:
