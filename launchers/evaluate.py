@@ -21,6 +21,21 @@ from megalr.errors import UserError, exit_cleanly
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+def natural(text: str) -> int:
+    """A whole number that is not negative."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return number
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    if natural(text) == 0:
+        raise argparse.ArgumentTypeError("must be above 0")
+    return int(text)
+
+
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -35,14 +50,14 @@ def parse_arguments() -> argparse.Namespace:
     add("--tag", help="checkpoint of --run, for example update_1000 (default: the newest)")
     add("--data", nargs="+", default=[], help="preprocessed folders (default: the run's)")
     add("--split", default="validation", choices=("validation", "train"), help="of the folders")
-    add("--sequence_length", type=int, help="positions of a sample (default: the run's)")
+    add("--sequence_length", type=positive, help="positions of a sample (default: the run's)")
     add("--packing", choices=("true", "false"), help="windows or documents (default: the run's)")
-    add("--tokens", type=int, help="evaluate on at most so many targets; 0: all")
-    add("--micro_batch_size", type=int, help="sequences a rank evaluates at a time")
+    add("--tokens", type=natural, help="evaluate on at most so many targets; 0: all")
+    add("--micro_batch_size", type=positive, help="sequences a rank evaluates at a time")
     add("--dtype", choices=DTYPES, help="to compute in (default: the run's, the model's)")
     add("--tasks", help="lm-eval's tasks for --model, separated by commas")
-    add("--num_fewshot", type=int, help="of --tasks: examples before a question")
-    add("--limit", type=int, help="of --tasks: questions of each task")
+    add("--num_fewshot", type=natural, help="of --tasks: examples before a question")
+    add("--limit", type=positive, help="of --tasks: questions of each task")
     add("--include_path", type=Path, help="of --tasks: folder with tasks of your own")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it
     return parser.parse_args()

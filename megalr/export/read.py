@@ -67,8 +67,14 @@ class Weights:
         return tuple(self._files[self._file_of[name]].get_slice(name).get_shape())
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """A tensor as it is stored, on the CPU; UserError if a number of it is not finite."""
-        tensor = self._files[self._file_of[name]].get_tensor(name)
+        """A tensor as it is stored, on the CPU; UserError if it cannot be read or is not finite."""
+        try:
+            tensor = self._files[self._file_of[name]].get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"{self.folder / self._file_of[name]}: {name} cannot be read ({error}); copy the "
+                "folder again"
+            ) from error
         if not bool(tensor.isfinite().all()):
             raise UserError(f"{self.folder}: {name} holds numbers that are not finite")
         return tensor
@@ -138,10 +144,13 @@ def load_linear(
     errors = {}
     for index, name in enumerate(names):
         weight = weights[f"{name}.weight"].to(device).float()
-        if isinstance(layer, SLTrainLinear):
-            layer.load_dense_and_support(index, weight)
-        else:
-            layer.load_dense(index, weight)
+        try:
+            if isinstance(layer, SLTrainLinear):
+                layer.load_dense_and_support(index, weight)
+            else:
+                layer.load_dense(index, weight)
+        except torch.linalg.LinAlgError as failure:
+            raise UserError(f"{weights.folder}: the SVD of {name} failed ({failure})") from failure
         difference = weight - layer.dense_weight(index).to(device)
         size = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
         error = float(torch.linalg.vector_norm(difference, dtype=torch.float64))

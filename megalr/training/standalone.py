@@ -115,6 +115,8 @@ def evaluate_model(folder: Path, request: Request, device: torch.device) -> dict
         model = model.to(DTYPES[request.dtype])
     meant = getattr(model.config, "max_position_embeddings", None) or LONGEST
     length = request.sequence_length or min(meant, LONGEST)
+    if length > meant:
+        raise UserError(f"--sequence_length {length}: the model in {folder} is meant for {meant}")
     packing = True if request.packing is None else request.packing
     data = agreed(lambda: _open(request.data, request.split, length, packing))
     agreed(lambda: check_vocabulary(data, model.config.vocab_size))

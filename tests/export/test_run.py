@@ -197,6 +197,8 @@ def test_data_that_does_not_fit_is_refused(bf16_run: Path, tmp_path: Path) -> No
     _export(bf16_run, tmp_path / "out")
     with pytest.raises(UserError, match="'v0' is 0 there and no id here"):
         evaluate_model(tmp_path / "out", Request(data=(str(other),)), CPU)
+    with pytest.raises(UserError, match=r"--sequence_length 25: the model in .* is meant for 24"):
+        evaluate_model(tmp_path / "out", Request(data=(str(other),), sequence_length=25), CPU)
     with pytest.raises(UserError, match="--model needs --data"):
         evaluate_model(tmp_path / "out", Request(), CPU)
     with pytest.raises(UserError, match=r"holds no config.json"):
