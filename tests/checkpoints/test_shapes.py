@@ -90,10 +90,15 @@ def test_every_kind_of_optimizer_state_survives_a_change_of_shape(
     assert losses(again) == pytest.approx(unbroken[5:], abs=1e-5)
 
 
-# (tensor-parallel size, data-parallel size, ZeRO stage) and the update up to which it is used
+# (tensor-parallel size, its layout, data-parallel size, ZeRO stage), update up to which it is used
 GRIDS = {
-    "low_rank": [(2, 1, 1, 2), (1, 2, 1, 4), (2, 2, 1, 6), (1, 1, 0, 8)],
-    "sltrain": [(1, 2, 2, 3), (2, 1, 0, 5), (1, 1, 1, 8)],
+    "low_rank": [
+        (2, "bottleneck", 1, 1, 2),
+        (1, "auto", 2, 1, 4),
+        (2, "column_row", 2, 1, 6),
+        (1, "auto", 1, 0, 8),
+    ],
+    "sltrain": [(1, "auto", 2, 2, 3), (2, "column_row", 1, 0, 5), (1, "auto", 1, 1, 8)],
 }
 
 
@@ -108,10 +113,11 @@ def test_a_run_changes_its_tensor_parallel_size_and_agrees_with_the_unbroken_one
     run_distributed(run, 1, settings(unbroken, data, **sections), zero(0))
     expected = losses(unbroken)
     folder, done = tmp_path / "0", 0
-    for number, (tensor, ranks, stage, update) in enumerate(GRIDS[method]):
+    for number, (tensor, layout, ranks, stage, update) in enumerate(GRIDS[method]):
         if number:
             folder = continued(folder, tmp_path / str(number), done)
-        values = settings(folder, data, **sections, parallel={"tensor": tensor})
+        parallel = {"tensor": tensor, "layout": layout}
+        values = settings(folder, data, **sections, parallel=parallel)
         run_distributed(run, tensor * ranks, values, zero(stage))
         assert losses(folder) == pytest.approx(expected[done:], abs=1e-5)
         done = update
