@@ -1,7 +1,7 @@
 """Perplexity of a checkpoint or of an exported model on preprocessed data; or lm-eval's tasks.
 
 python launchers/evaluate.py --run runs/NAME [--tag update_1000] [--data data/other]
-torchrun --nproc_per_node 4 launchers/evaluate.py --model out/ --data data/c4
+torchrun --nproc_per_node 4 -- launchers/evaluate.py --model out/ --data data/c4
 python launchers/evaluate.py --model out/ --tasks lambada_openai,piqa
 
 Prints one line of JSON on standard output and a line for people on standard error.
