@@ -18,16 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from megalr.checkpoints import folder as names
-from megalr.checkpoints.layout import describe, fragments_file, layout_of
+from megalr.checkpoints.layout import layout_of
 from megalr.checkpoints.load import load_source
 from megalr.checkpoints.manifest import (
     MANIFEST,
     Damaged,
-    FileRecord,
     Manifest,
     check_files,
     manifest_text,
@@ -39,6 +37,7 @@ from megalr.checkpoints.source import STATE, SavedState
 from megalr.config.schema import RunConfig
 from megalr.errors import AgreedError, UserError
 from megalr.restarts.state import ShardedState
+from megalr.training.checkpoint_files import as_user_error, reason_of, write_files
 from megalr.training.distributed import agree, is_main, on_main
 
 
@@ -122,7 +121,7 @@ def save_checkpoint(
     saving = names.saving_path(root, tag)
     with _one_line(root / tag):
         on_main(lambda: _prepare(saving))
-        records, hashing = _write_files(engine, root, saving)
+        records, hashing = write_files(engine, root, saving)
         loss = None if validation_loss is None or math.isnan(validation_loss) else validation_loss
         saved = SavedState(update, config.model_dump(mode="json"), _counters(engine), state)
         text = saved.text()  # on every rank: a value that JSON cannot hold must stop all of them
@@ -149,94 +148,10 @@ def _one_line(path: Path) -> Iterator[None]:
 
 
 def _prepare(saving: Path) -> None:
-    with _as_user_error():
+    with as_user_error():
         if saving.exists():
             shutil.rmtree(saving)
         saving.mkdir(parents=True)
-
-
-@contextlib.contextmanager
-def _as_user_error() -> Iterator[None]:
-    """The system's words instead of a traceback, for code that runs on one rank alone."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(_reason(error)) from error
-
-
-def _reason(error: Exception) -> str:
-    """The operating system's words; torch wraps a failed write in a RuntimeError."""
-    return getattr(error, "strerror", None) or str(error).splitlines()[0]
-
-
-def _write_files(engine: Any, root: Path, saving: Path) -> tuple[dict[str, FileRecord], float]:
-    """Have every rank write and hash its files; records of all ranks' files and the seconds.
-
-    Raises:
-        AgreedError: some rank could not.
-    """
-    error, written = _engine_files(engine, root, saving)
-    records: dict[str, FileRecord] = {}
-    seconds = 0.0
-    if error is None:
-        try:
-            written += _fragments(engine, saving)
-            started = time.perf_counter()
-            for path in written:
-                records[str(path.relative_to(saving))] = record_of(path, durable=True)
-            seconds = time.perf_counter() - started
-        except (OSError, RuntimeError) as caught:
-            error = caught
-    agree(None if error is None else UserError(_reason(error)))
-    gathered: list[Any] = [(records, seconds)]
-    if dist.is_initialized():
-        gathered = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, (records, seconds))
-    together = {name: record for part, _ in gathered for name, record in part.items()}
-    return together, max(spent for _, spent in gathered)
-
-
-def _engine_files(engine: Any, root: Path, saving: Path) -> tuple[Exception | None, list[Path]]:
-    """Have the engine write its files; the first error here and the files of this rank.
-
-    Inside ``save_checkpoint`` ranks wait for each other, so none may leave it by an exception:
-    errors of writing are kept until all ranks are out.
-    """
-    errors: list[Exception] = []
-    written: list[Path] = []
-    plain, copy_scripts = engine.checkpoint_engine.save, engine._copy_recovery_script
-
-    def save(state_dict: Any, path: str) -> None:
-        try:
-            if not errors:
-                plain(state_dict, path)
-                written.append(Path(path))
-        except (OSError, RuntimeError) as error:
-            errors.append(error)
-
-    def copy(folder: str) -> None:
-        try:
-            copy_scripts(folder)
-        except OSError as error:
-            errors.append(error)
-
-    engine.checkpoint_engine.save, engine._copy_recovery_script = save, copy
-    try:
-        engine.save_checkpoint(str(root), tag=saving.name, save_latest=False)
-    finally:
-        del engine.checkpoint_engine.save, engine._copy_recovery_script
-    return (errors[0] if errors else None), written
-
-
-def _fragments(engine: Any, saving: Path) -> list[Path]:
-    """Write the description of this rank's files, unless another rank's files hold the same."""
-    data_rank = dist.get_rank(engine.seq_data_parallel_group) if dist.is_initialized() else 0
-    if engine.zero_optimization_stage() == 0 and data_rank > 0:
-        return []
-    tensor_rank = engine.mpu.get_model_parallel_rank() if engine.mpu is not None else 0
-    path = saving / fragments_file(data_rank, tensor_rank)
-    torch.save(describe(engine), path)
-    return [path]
 
 
 def _counters(engine: Any) -> dict[str, int]:
@@ -250,7 +165,7 @@ def _counters(engine: Any) -> dict[str, int]:
 def _finish(root: Path, tag: str, state_text: str, manifest: Manifest) -> int:
     """Write state and manifest, give the checkpoint its name; bytes of all files. Rank 0 only."""
     saving = names.saving_path(root, tag)
-    with _as_user_error():
+    with as_user_error():
         names.write_atomically(saving / STATE, state_text)
         files = {**manifest.files, STATE: record_of(saving / STATE)}
         manifest = dataclasses.replace(manifest, files=files)
@@ -278,7 +193,7 @@ def delete_superseded(root: Path, config: RunConfig, update: int) -> tuple[list[
         try:
             names.discard(root, tag)
         except OSError as error:
-            return deleted, f"{tag}: {_reason(error)}"
+            return deleted, f"{tag}: {reason_of(error)}"
         deleted.append(tag)
     return deleted, None
 
@@ -311,7 +226,7 @@ def find_checkpoint(folder: Path, verify: bool) -> Found:
 
 
 def _list(root: Path) -> tuple[list[str], list[str]]:
-    with _as_user_error():
+    with as_user_error():
         names.recover(root)
         return names.tags(root), names.unfinished(root)
 
@@ -357,7 +272,7 @@ def tidy(folder: Path, found: Found) -> None:
             if found.tag is not None:
                 names.point_latest(root, found.tag)
         except OSError as error:
-            raise UserError(f"{root} cannot be written: {_reason(error)}") from error
+            raise UserError(f"{root} cannot be written: {reason_of(error)}") from error
 
     on_main(work)
 
