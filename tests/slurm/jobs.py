@@ -80,10 +80,14 @@ class Job:
         hours, minutes, _ = map(int, clock.split(":"))
         return 1440 * int(days or 0) + 60 * hours + minutes
 
-    def start_again_now(self) -> None:
-        """Start the requeued job without the minutes that SLURM leaves after a requeue."""
+    def start_again_soon(self) -> None:
+        """Start the requeued job without the two minutes that SLURM leaves after a requeue.
+
+        Not at once: within a second of the end a node takes the new start for the old one, whose
+        credential it has revoked.
+        """
         self.wait_for_state("PENDING")
-        self.cluster.query("scontrol", "update", f"jobid={self.number}", "StartTime=now")
+        self.cluster.query("scontrol", "update", f"jobid={self.number}", "StartTime=now+3")
 
     def tail(self) -> str:
         """The end of the log, for messages."""

@@ -70,7 +70,7 @@ def test_a_preempted_job_of_two_nodes_goes_on_exactly(
     options = ["--partition=high", "--nodelist=127.0.0.3", "--gpus-per-node=2", "--ntasks=1"]
     urgent = submit(cluster, tmp_path, options, write_program(tmp_path / "urgent.sh", "hostname"))
     urgent.wait_for_state("COMPLETED")
-    job.start_again_now()
+    job.start_again_soon()
     job.wait_for_state("COMPLETED")
     starts = [event["update"] for event in events(recipe.parent / "run", "start")]
     assert starts[0] == 0 and 50 <= starts[1] < 200  # from the checkpoint made when told to stop
@@ -89,7 +89,7 @@ def test_a_dead_node_is_replaced_and_the_run_goes_on_exactly(
     lost = cluster.query("scontrol", "show", "hostnames", job.show("NodeList")).split()[1]
     cluster.kill_node(lost)
     wait_until(lambda: job.show("Restarts") == "1", DEADLINE, "requeued", job.tail)
-    job.start_again_now()
+    job.start_again_soon()
     job.wait_for_state("COMPLETED")
     assert lost not in cluster.query("scontrol", "show", "hostnames", job.show("NodeList")).split()
     cluster.start_node(lost)
@@ -148,7 +148,7 @@ def test_at_the_time_limit_it_saves_and_requeues_itself_and_scancel_ends_it(
     assert f"requeued; it goes on from update_{stopped['update']}\n" in job.text()
     assert stopped["reason"] == "stop_file" and not (run / "stop").exists()
     cluster.query("scontrol", "update", f"jobid={job.number}", "TimeLimit=60")
-    job.start_again_now()
+    job.start_again_soon()
     wait_until(lambda: len(events(run, "resume")) == 1, DEADLINE, "second start", job.tail)
     assert events(run, "start")[1]["update"] == stopped["update"]
 
@@ -169,7 +169,7 @@ def test_a_run_that_fails_twice_at_the_same_place_is_not_requeued_again(
     )
     job = pretrain(cluster, recipe, ["127.0.0.2"], 1, PYTHON=str(broken))
     job.wait_for_text("failed with exit code 1: requeued; it goes on from the beginning")
-    job.start_again_now()
+    job.start_again_soon()
     job.wait_for_state("FAILED")
     assert "no checkpoint since the last requeue: not requeued (exit code 1)" in job.text()
     assert job.show("Restarts") == "1"
