@@ -61,6 +61,8 @@ def _worker(rank: int, world_size: int, port: int, pipe: Connection) -> None:
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     while (job := pipe.recv()) is not None:
         function, args = job
+        # An engine with tensor parallelism leaves its mesh in a global of DeepSpeed.
+        deepspeed.utils.groups.mpu = None
         try:
             torch.manual_seed(0)
             pipe.send((True, function(*args)))

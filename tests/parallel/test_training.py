@@ -11,7 +11,7 @@ from tests.distributed import run_distributed
 from tests.training.runs import events, run, settings, zero
 
 GRIDS = {"2x1": (2, 1), "1x2": (1, 2), "2x2": (2, 2), "4x1": (4, 1)}  # tensor x data
-MODEL = {"num_kv_heads": 4}
+MODEL = {"num_kv_heads": 4, "num_layers": 1}
 METHODS: dict[str, dict[str, Any]] = {
     "full_rank": {"name": "full_rank"},
     "low_rank": {"name": "low_rank", "rank": 8, "alpha": 16.0},
@@ -57,8 +57,8 @@ def _run(
         # first step after a reset, and runs drift apart, also between data-parallel sizes.
         optimizer={"lr": 0.005, "weight_decay": 0.1, "eps": 1e-4},
         data={"sequence_length": 16},
-        train={"updates": 20, "global_batch_size": 4, "micro_batch_size": 1, **train},
-        evaluation={"every": 0, "tokens": 400},
+        train={"updates": 20, "global_batch_size": 4, "micro_batch_size": 2, **train},
+        evaluation={"every": 0, "tokens": 100},
         checkpoint={"every": 0},
     )
     run_distributed(run, world, values, zero(stage))
@@ -78,8 +78,12 @@ def plain(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tup
 
 
 def _assert_same(found: tuple, expected: tuple) -> None:
-    for numbers, wanted in zip(found, expected, strict=True):
-        assert numbers == pytest.approx(wanted, rel=1e-4, abs=0)
+    """Losses to 1e-4; norms to 1e-4 until the first reset and to 1e-3 in the steps after one."""
+    losses, norms, validation = found
+    assert losses == pytest.approx(expected[0], rel=1e-4, abs=0)
+    assert norms[:5] == pytest.approx(expected[1][:5], rel=1e-4, abs=0)
+    assert norms == pytest.approx(expected[1], rel=1e-3, abs=0)
+    assert validation == pytest.approx(expected[2], rel=1e-4, abs=0)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
@@ -131,4 +135,4 @@ def test_bf16_norms_count_every_number_once(
     """A missing or wrong mark on cut parameters would change the norm by a tenth and more."""
     found = _run(tmp_path, data, "low_rank", 2, layout, stage, world=2, updates=5, precision="bf16")
     assert found[0] == pytest.approx(plain_bf16[0], rel=5e-3)
-    assert found[1] == pytest.approx(plain_bf16[1], rel=3e-2)
+    assert found[1] == pytest.approx(plain_bf16[1], rel=5e-2)
