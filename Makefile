@@ -1,5 +1,6 @@
 # make quickstart   venv, text, tokenizer, shards, a 2-process DeepSpeed run, evaluation, loss curve
-# make test         venv, all tests
+# make test         venv, the tests but those of real clusters and kill loops
+# make test-all     all of them; SLURM, pdsh and network namespaces where they are installed
 # make lint         ruff and mypy
 #
 # PYTHON=python3.12 chooses the interpreter of the venv; INPUT='path/*.json.gz' gives the quickstart
@@ -11,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: venv quickstart test lint
+.PHONY: venv quickstart test test-all lint
 
 venv: $(INSTALLED)
 
@@ -27,6 +28,9 @@ quickstart: $(INSTALLED)
 	$(VENV)/bin/python tools/quickstart.py $(if $(INPUT),--input '$(INPUT)') $(ARGS)
 
 test: $(INSTALLED)
+	$(VENV)/bin/python -m pytest -m 'not long' $(ARGS)
+
+test-all: $(INSTALLED)
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 lint: $(INSTALLED)

@@ -9,9 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from megalr.checkpoints.manifest import check_files, read_manifest
 from tests.distributed import CONTEXT, free_port, run_distributed
 from tests.training.runs import events, run, settings, zero
+
+pytestmark = pytest.mark.long
 
 ROUNDS = 15
 SMALL: dict[str, dict[str, Any]] = {

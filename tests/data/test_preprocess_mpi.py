@@ -69,6 +69,7 @@ def expected(inputs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> di
     return contents(output)
 
 
+@pytest.mark.long
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(
     inputs: list[Path], expected: dict[str, bytes], tmp_path: Path
 ) -> None:

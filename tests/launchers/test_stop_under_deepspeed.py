@@ -10,11 +10,14 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 import yaml
 
 from tests.distributed import free_port
 from tests.synthetic import write_dataset
 from tests.training.runs import events, settings
+
+pytestmark = pytest.mark.long
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent

@@ -22,7 +22,10 @@ TIMEOUT_SECONDS = 12
 PORT = 29511
 
 NO_HOSTS = why_not()
-pytestmark = pytest.mark.skipif(NO_HOSTS is not None, reason=str(NO_HOSTS))
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(NO_HOSTS is not None, reason=str(NO_HOSTS)),
+]
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,14 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
+
 from tests.data.corpus import prose, tiny_tokenizer, write_jsonl
 from tests.data.test_preprocess import contents, preprocess
 from tests.slurm.cluster import Cluster, wait_until
 from tests.slurm.jobs import DEADLINE, ROOT, submit
+
+pytestmark = pytest.mark.long
 
 SCRIPT = ROOT / "launchers" / "slurm" / "preprocess.sbatch"
 

@@ -25,6 +25,8 @@ from tests.slurm.jobs import (
 )
 from tests.training.runs import events, losses
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def endless(

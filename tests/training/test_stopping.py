@@ -17,6 +17,8 @@ from tests.training.runs import events, settings, zero
 from tests.training.stops import hang_in_update_3, run_until_signal, signal_at_first_sight
 from tests.warm import start_ranks
 
+pytestmark = pytest.mark.long
+
 SEEN = ("update", "loss", "gradient_norm", "learning_rate", "tokens", "perplexity")
 
 
