@@ -37,7 +37,8 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _worker(rank: int, world_size: int, port: int, pipe: Connection) -> None:
+def become_rank(rank: int, world_size: int, port: int) -> None:
+    """Set the variables that a launcher on one machine gives to a rank, on the CPU."""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -48,6 +49,10 @@ def _worker(rank: int, world_size: int, port: int, pipe: Connection) -> None:
         DS_ACCELERATOR="cpu",
         OMP_NUM_THREADS="1",
     )
+
+
+def _worker(rank: int, world_size: int, port: int, pipe: Connection) -> None:
+    become_rank(rank, world_size, port)
     import warnings
 
     import deepspeed

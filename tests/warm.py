@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from tests.distributed import CONTEXT, free_port
+from tests.distributed import CONTEXT, become_rank, free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 PRETRAIN = ROOT / "launchers" / "pretrain.py"
@@ -91,16 +91,7 @@ def _rank(
     output: str,
     hook: Hook | None,
 ) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        DS_ACCELERATOR="cpu",
-        OMP_NUM_THREADS="1",
-    )
+    become_rank(rank, world_size, port)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)

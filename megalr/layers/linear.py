@@ -66,6 +66,25 @@ class GroupedLinear(nn.Module, ABC):
         """What this rank holds of the whole unpadded ``weight (m, n)`` of matrix ``index``."""
         return weight[self.shape.held_rows(index), self.shape.held_columns()]
 
+    def dense_output(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """``x W^T (+ bias)`` for the stack W as held here, with its sums; ``(..., sum m_i)``."""
+        x = copy(x, self.output_group)
+        if self.input_group is None:
+            return F.linear(x, weight, self.bias)
+        y = reduce(F.linear(x, weight), self.input_group)
+        return y if self.bias is None else y + self.bias  # once, not by every rank
+
+    @torch.no_grad()
+    def draw_dense(self, seed: int, std: float, device: torch.device) -> None:
+        """Load N(0, std^2) into every matrix, drawn whole and without padding.
+
+        So the numbers depend on neither ranks nor padding.
+        """
+        for index, name in enumerate(self.shape.names):
+            draw = torch.empty(self.shape.out_used[index], self.shape.in_used, device=device)
+            draw.normal_(0.0, std, generator=named_generator(seed, name, device))
+            self.load_dense(index, draw)
+
     def factor_pairs(self) -> list[FactorPair]:
         """The factorized matrices of this layer; none for a dense layer."""
         return []
@@ -92,25 +111,13 @@ class FullRankLinear(GroupedLinear):
         set_shard(self.weight, shape.shard())
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        x = copy(x, self.output_group)
-        if self.input_group is None:
-            y = F.linear(x, self.weight, self.bias)  # (..., sum m_i)
-        else:
-            y = reduce(F.linear(x, self.weight), self.input_group)
-            y = y if self.bias is None else y + self.bias  # once, not by every rank
-        return y.split(self.sizes, dim=-1)
+        return self.dense_output(x, self.weight).split(self.sizes, dim=-1)
 
     @torch.no_grad()
     def reset_parameters(self, seed: int, std: float) -> None:
         """Draw every W_i from N(0, std^2); padding is zero."""
         self.weight.zero_()
-        for index, name in enumerate(self.shape.names):
-            # Drawn whole and without padding, so the numbers depend on neither ranks nor padding.
-            draw = torch.empty(
-                self.shape.out_used[index], self.shape.in_used, device=self.weight.device
-            )
-            draw.normal_(0.0, std, generator=named_generator(seed, name, draw.device))
-            self.load_dense(index, draw)
+        self.draw_dense(seed, std, self.weight.device)
 
     def dense_weight(self, index: int) -> torch.Tensor:
         """What this rank holds of W_index without padding, float32, ``(m, n)``."""

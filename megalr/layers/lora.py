@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from megalr.layers.factors import LinearShape, named_generator, set_row_blocks
 from megalr.layers.linear import FactorizedLinear
-from megalr.parallel.collectives import copy, reduce
 from megalr.parallel.shards import set_shard
 
 
@@ -33,24 +31,15 @@ class LoRALinear(FactorizedLinear):
         set_shard(self.weight, shape.shard())
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        if self.input_group is None:
-            frozen = F.linear(copy(x, self.output_group), self.weight, self.bias)
-        else:
-            frozen = reduce(F.linear(x, self.weight), self.input_group)
-            frozen = frozen if self.bias is None else frozen + self.bias
-        parts = zip(frozen.split(self.sizes, dim=-1), self.low_rank_outputs(x), strict=True)
+        frozen = self.dense_output(x, self.weight).split(self.sizes, dim=-1)
+        parts = zip(frozen, self.low_rank_outputs(x), strict=True)
         return tuple(y + z for y, z in parts)
 
     @torch.no_grad()
     def reset_parameters(self, seed: int, std: float) -> None:
         """Draw W0 and A, zero B and the padding."""
         self.weight.zero_()
-        for index, name in enumerate(self.shape.names):
-            draw = torch.empty(
-                self.shape.out_used[index], self.shape.in_used, device=self.weight.device
-            )
-            draw.normal_(0.0, std, generator=named_generator(seed, name, draw.device))
-            self.load_dense(index, draw)
+        self.draw_dense(seed, std, self.weight.device)
         self.a.copy_(self.draw_a(seed))
         self.b.zero_()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -34,7 +33,6 @@ class Mesh:
     data_size: int = 1
     data_rank: int = 0
     data_group: Group = None
-    _tensor_group: Group = None  # as the engine wants it: a group also if it has one member
 
     # The interface of DeepSpeed's mpu; its names, not ours.
     def get_model_parallel_rank(self) -> int:
@@ -46,8 +44,8 @@ class Mesh:
         return self.tensor_size
 
     def get_model_parallel_group(self) -> Group:
-        """The tensor-parallel group."""
-        return self._tensor_group
+        """The tensor-parallel group; the engine is given a mesh only where there is one."""
+        return self.tensor_group
 
     def get_data_parallel_rank(self) -> int:
         """Place in the data-parallel group."""
@@ -95,20 +93,11 @@ def make_mesh(tensor: int, device_type: str) -> Mesh:
     grid = init_device_mesh(
         device_type, (world // tensor, tensor), mesh_dim_names=("data", "tensor")
     )
-    group = grid.get_group("tensor")
     return Mesh(
         tensor_size=tensor,
         tensor_rank=rank % tensor,
-        tensor_group=group,
+        tensor_group=grid.get_group("tensor"),
         data_size=world // tensor,
         data_rank=rank // tensor,
         data_group=grid.get_group("data"),
-        _tensor_group=group,
     )
-
-
-def sum_over(values: torch.Tensor, group: Group) -> torch.Tensor:
-    """``values`` summed in place over the group."""
-    if group is not None:
-        dist.all_reduce(values, group=group)
-    return values

@@ -38,7 +38,7 @@ from megalr.config.schema import RunConfig
 from megalr.errors import AgreedError, UserError
 from megalr.restarts.state import ShardedState
 from megalr.training.checkpoint_files import as_user_error, reason_of, write_files
-from megalr.training.distributed import agree, is_main, on_main
+from megalr.training.distributed import agreed, is_main, on_main
 
 
 @dataclass(frozen=True)
@@ -296,10 +296,10 @@ def load_checkpoint(engine: Any, folder: Path, tag: str) -> Loaded:
     different = {
         k: [manifest.layout.get(k), v] for k, v in now.items() if manifest.layout.get(k) != v
     }
-    saved = _on_all(lambda: SavedState.read(root / tag))
+    saved = agreed(lambda: SavedState.read(root / tag), Damaged)
     options = [dict(group) for group in ShardedState(engine).base.param_groups]
     if different:
-        _on_all(lambda: load_source(engine, open_source(root / tag)))
+        agreed(lambda: load_source(engine, open_source(root / tag)), Damaged)
         ShardedState(engine).refresh_weights()
     else:
         path, _ = engine.load_checkpoint(str(root), tag=tag)
@@ -308,15 +308,3 @@ def load_checkpoint(engine: Any, folder: Path, tag: str) -> Loaded:
     for group, given in zip(ShardedState(engine).base.param_groups, options, strict=True):
         group.update({key: value for key, value in given.items() if key != "params"})
     return Loaded(dict(saved.state, update=saved.update), time.perf_counter() - started, different)
-
-
-def _on_all(function: Any) -> Any:
-    """Run ``function`` on every rank; one rank's trouble with files or shapes stops all of them."""
-    error: Exception | None = None
-    result = None
-    try:
-        result = function()
-    except (UserError, Damaged) as caught:
-        error = caught
-    agree(error)
-    return result

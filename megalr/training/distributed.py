@@ -150,13 +150,17 @@ def agree(error: Exception | None) -> None:
             raise AgreedError(f"{where if len(found) > 1 else ''}{text}")
 
 
-def agreed(function: Callable[[], T]) -> T:
-    """``function()`` on every rank, or an AgreedError on every rank if one raises a UserError."""
-    error: UserError | None = None
+def agreed(function: Callable[[], T], *kinds: type[Exception]) -> T:
+    """``function()`` on every rank, or an AgreedError on every rank if one raises.
+
+    Caught are UserErrors and the ``kinds`` of errors named besides.
+    """
+    expected: tuple[type[Exception], ...] = (UserError, *kinds)
+    error: Exception | None = None
     results: list[T] = []
     try:
         results.append(function())
-    except UserError as caught:
+    except expected as caught:
         error = caught
     agree(error)
     return results[0]

@@ -17,7 +17,8 @@ from megalr.optim.build import build_optimizer
 from megalr.optim.groups import parameter_groups
 from megalr.optim.methods import RunFacts
 from megalr.optim.zero import attach_layouts
-from megalr.parallel.mesh import ONE_RANK, Mesh, sum_over
+from megalr.parallel.collectives import all_reduce
+from megalr.parallel.mesh import ONE_RANK, Mesh
 from megalr.parallel.shards import shard_of
 from megalr.training.graphs import MicroBatchGraph
 
@@ -192,7 +193,7 @@ def plain_gradient_norm(decoder: Decoder) -> torch.Tensor:
     norm = nn.utils.get_total_norm(gradients)
     if mesh.tensor_group is None:
         return norm
-    return sum_over(norm.square(), mesh.tensor_group).sqrt()
+    return all_reduce(norm.square(), mesh.tensor_group).sqrt()
 
 
 def _mark_gradients(decoder: Decoder) -> None:

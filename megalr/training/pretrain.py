@@ -32,7 +32,7 @@ from megalr.restarts.controller import Restarts
 from megalr.restarts.relora import Relora
 from megalr.training.checkpoint import Found, find_checkpoint, load_checkpoint, tidy
 from megalr.training.distributed import (
-    agree,
+    agreed,
     is_main,
     limit_collectives,
     on_main,
@@ -104,7 +104,7 @@ def _train(
     config = with_pretrained_sizes(config)
     mesh = make_mesh(config.parallel.tensor, device.type)
     ds_config = resolve_deepspeed_config(config, ds_user, ds_source, mesh.data_size)
-    train_data, validation_data = _open_data(config)
+    train_data, validation_data = agreed(lambda: _open_data(config))
     if config.checkpoint.keep_best and validation_data is None:
         raise AgreedError(
             f"checkpoint.keep_best is {config.checkpoint.keep_best} and there is no validation "
@@ -129,25 +129,8 @@ def _train(
     data_may_differ = any(key.startswith("data.") for key, _, _ in changed)
     saved, resumed = _resume(config, engine, found, train_data, data_may_differ)
     start = Position() if saved is None else Position.of(saved)
-    metrics = MetricsWriter(
-        Path(config.run.dir),
-        is_main(),
-        config.train.updates,
-        config.log.tensorboard,
-        config.log.wandb_project,
-        config.model_dump(mode="json"),
-    )
-    loader = UpdateLoader(
-        train_data,
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
-        rank=mesh.data_rank,
-        world_size=mesh.data_size,
-        seed=config.run.seed,
-        start_update=start.next_batch,
-        prefetch_updates=config.data.prefetch_updates,
-        pin_memory=device.type == "cuda",
-    )
+    metrics = _metrics(config)
+    loader = _loader(config, train_data, mesh, start.next_batch, device.type == "cuda")
     watchdog = Watchdog(config.health.stall_seconds, Path(config.run.dir), dist.get_rank())
     with metrics, loader, watchdog:
         seconds = round(time.perf_counter() - started, 3)
@@ -172,17 +155,7 @@ def _train(
             saved,
         )
         trainer.run()
-        metrics.write(
-            "end",
-            trainer.update,
-            updates=trainer.update,
-            seconds=round(time.perf_counter() - started, 3),
-            train_seconds=round(trainer.train_seconds, 3),
-            skipped=trainer.health.skipped,
-            rollbacks=trainer.health.rollbacks,
-            restart_share=restarts.seconds / max(trainer.train_seconds, 1e-9),
-            reason="finished" if trainer.finished else stop.reason,
-        )
+        _write_end(metrics, trainer, restarts, time.perf_counter() - started, stop.reason)
     return 0 if trainer.finished else STOPPED
 
 
@@ -262,20 +235,7 @@ def _resume(
 
 
 def _open_data(config: RunConfig) -> tuple[TokenDataset, TokenDataset | None]:
-    """Open and check the data on every rank; one rank's trouble stops all of them."""
-    error: UserError | None = None
-    opened: tuple[TokenDataset, TokenDataset | None] | None = None
-    try:
-        opened = _open_data_here(config)
-    except UserError as caught:
-        error = caught
-    agree(error)
-    if opened is None:
-        raise UserError("the data could not be opened")
-    return opened
-
-
-def _open_data_here(config: RunConfig) -> tuple[TokenDataset, TokenDataset | None]:
+    """Open and check training and validation data on this rank."""
     data = config.data
     train = open_training_data(
         [{"path": s.path, "weight": s.weight} for s in data.train],
@@ -295,6 +255,50 @@ def _open_data_here(config: RunConfig) -> tuple[TokenDataset, TokenDataset | Non
     if validation is not None:
         check_same_tokenizer(train, validation)
     return train, validation
+
+
+def _loader(
+    config: RunConfig, data: TokenDataset, mesh: Mesh, start_update: int, pin_memory: bool
+) -> UpdateLoader:
+    return UpdateLoader(
+        data,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        rank=mesh.data_rank,
+        world_size=mesh.data_size,
+        seed=config.run.seed,
+        start_update=start_update,
+        prefetch_updates=config.data.prefetch_updates,
+        pin_memory=pin_memory,
+    )
+
+
+def _metrics(config: RunConfig) -> MetricsWriter:
+    return MetricsWriter(
+        Path(config.run.dir),
+        is_main(),
+        config.train.updates,
+        config.log.tensorboard,
+        config.log.wandb_project,
+        config.model_dump(mode="json"),
+    )
+
+
+def _write_end(
+    metrics: MetricsWriter, trainer: Trainer, restarts: Restarts, seconds: float, stop: str | None
+) -> None:
+    """The last event of this start; ``stop`` is why it stopped, if it did not finish."""
+    metrics.write(
+        "end",
+        trainer.update,
+        updates=trainer.update,
+        seconds=round(seconds, 3),
+        train_seconds=round(trainer.train_seconds, 3),
+        skipped=trainer.health.skipped,
+        rollbacks=trainer.health.rollbacks,
+        restart_share=restarts.seconds / max(trainer.train_seconds, 1e-9),
+        reason="finished" if trainer.finished else stop,
+    )
 
 
 def _validation(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from megalr.checkpoints.manifest import check_files, read_manifest
-from tests.distributed import CONTEXT, free_port, run_distributed
+from tests.distributed import CONTEXT, become_rank, free_port, run_distributed
 from tests.training.runs import events, run, settings, zero
 
 pytestmark = pytest.mark.long
@@ -42,16 +42,7 @@ def _rank(rank: int, port: int, values: dict[str, Any], output: str) -> None:
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE="2",
-        LOCAL_WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        DS_ACCELERATOR="cpu",
-        OMP_NUM_THREADS="1",
-    )
+    become_rank(rank, 2, port)
     import torch
 
     torch.set_num_threads(1)
