@@ -88,8 +88,10 @@ CASES: dict[str, Case] = {
     "1b_low_rank": Case("llama_1b", LOW_1B, 64),
     "1b_low_rank_paper": Case("llama_1b", LOW_1B, 64, "paper_bf16"),
     "1b_full_rank": Case("llama_1b", FULL, 64),
+    "1b_full_rank_paper": Case("llama_1b", FULL, 64, "paper_bf16"),
     "350m_sltrain": Case("llama_350m", SPARSE_350, 64),
     "1b_sltrain": Case("llama_1b", SPARSE_1B, 64),
+    "1b_sltrain_paper": Case("llama_1b", SPARSE_1B, 64, "paper_bf16"),
     "1b_low_rank_bottleneck": Case("llama_1b", LOW_1B, 64, train=BOTTLENECK),
     "1b_low_rank_recompute": Case("llama_1b", LOW_1B, 64, train=RECOMPUTE),
     "7b_low_rank_bottleneck": Case("llama_7b", LOW_7B, 32, train=BOTTLENECK),
@@ -126,10 +128,9 @@ def random_data(folder: Path, tokens: int = 20_000_000, vocab_size: int = 32000)
     return folder
 
 
-def run_case(name: str, case: Case, data: Path, work: Path, gpus: int, updates: int) -> dict:
-    """Run one case; return its numbers."""
-    folder = work / name
-    config = {
+def run_settings(case: Case, folder: Path, data: Path, gpus: int, updates: int) -> dict[str, Any]:
+    """The configuration of a case's run."""
+    return {
         "run": {"dir": str(folder)},
         "model": {"preset": case.preset},
         "method": case.method,
@@ -150,6 +151,12 @@ def run_case(name: str, case: Case, data: Path, work: Path, gpus: int, updates: 
         "checkpoint": {"every": 0},
         "log": {"every": 10, "tensorboard": False},
     }
+
+
+def run_case(name: str, case: Case, data: Path, work: Path, gpus: int, updates: int) -> dict:
+    """Run one case; return its numbers."""
+    folder = work / name
+    config = run_settings(case, folder, data, gpus, updates)
     paths = work / f"{name}.yaml", work / f"{name}.json"
     paths[0].write_text(yaml.safe_dump(config))
     paths[1].write_text(json.dumps({"zero_optimization": {"stage": case.stage}}))

@@ -1,0 +1,124 @@
+"""Where the time of an update goes: wall clock, GPU kernels by name, host functions.
+
+    python benchmarks/profile_step.py --cases 60m_low_rank_paper 1b_sltrain --output results
+
+A case is one of benchmarks/throughput.py, run in this process on random tokens by the engine, the
+updater and the CUDA graph of a real run; there is no launcher, loader or log. For each case
+``profile_CASE.txt`` gives the milliseconds of an update, the functions of the host (cProfile) and
+the kernels of the GPU (torch profiler) with the most time of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import io
+import pstats
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import yaml
+from throughput import CASES, Case, run_settings
+from torch.profiler import ProfilerActivity, profile
+
+from megalr.config.deepspeed import resolve_deepspeed_config
+from megalr.config.loading import load_run_config
+from megalr.data.loader import UpdateBatch
+from megalr.errors import exit_cleanly
+from megalr.training.distributed import start_distributed
+from megalr.training.engine import build_engine, build_model
+from megalr.training.update import Updater
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def updater_of(case: Case, folder: Path, device: torch.device) -> Callable[[], None]:
+    """A function that makes one update of the case on the same random tokens."""
+    path = folder / "run.yaml"
+    settings = run_settings(case, folder, folder, gpus=1, updates=1000)
+    path.write_text(yaml.safe_dump(settings))
+    config = load_run_config([path], [])
+    ds_user = {"zero_optimization": {"stage": case.stage}}
+    ds_config = resolve_deepspeed_config(config, ds_user, "profile", 1)
+    engine = build_engine(config, ds_config, build_model(config, device))
+    updater = Updater(engine, device, None)
+    ids = torch.randint(3, 32000, (case.micro_batch, 257)).pin_memory()
+    batch = UpdateBatch(0, [(ids[:, :-1], ids[:, 1:])], ids[:, 1:].numel(), (case.micro_batch,))
+    number = iter(range(1, 1000))
+    return lambda: updater.make(batch, next(number), 1e-4) and None
+
+
+def milliseconds(work: Callable[[], None], repeats: int) -> float:
+    """Wall clock of one call, the device's work included."""
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(repeats):
+        work()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - started) / repeats * 1e3
+
+
+def host_table(work: Callable[[], None], repeats: int) -> str:
+    """Functions by the time spent in themselves."""
+    profiler = cProfile.Profile()
+    profiler.enable()
+    for _ in range(repeats):
+        work()
+    torch.cuda.synchronize()
+    profiler.disable()
+    text = io.StringIO()
+    pstats.Stats(profiler, stream=text).strip_dirs().sort_stats("tottime").print_stats(30)
+    return text.getvalue()
+
+
+def kernel_table(work: Callable[[], None], repeats: int, trace: Path | None) -> str:
+    """GPU kernels by time."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        for _ in range(repeats):
+            work()
+        torch.cuda.synchronize()
+    if trace is not None:
+        profiler.export_chrome_trace(str(trace))
+    averages = profiler.key_averages()
+    return averages.table(sort_by="self_device_time_total", row_limit=60, max_name_column_width=110)
+
+
+def profile_case(name: str, output: Path, trace: bool) -> None:
+    """Measure one case in this process and write its tables."""
+    device = start_distributed()
+    with tempfile.TemporaryDirectory() as folder:
+        update = updater_of(CASES[name], Path(folder), device)
+        for _ in range(5):
+            update()
+        lines = [f"case {name}, torch {torch.__version__}, {torch.cuda.get_device_name()}"]
+        lines.append(f"update: {milliseconds(update, 30):.3f} ms")
+        lines.append(host_table(update, 20))
+        lines.append(kernel_table(update, 2, output / f"trace_{name}.json.gz" if trace else None))
+    (output / f"profile_{name}.txt").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines[:2]), flush=True)
+
+
+def main() -> None:
+    """Profile every case in a process of its own."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", nargs="+", choices=CASES, required=True)
+    parser.add_argument("--trace", action="store_true", help="write a Chrome trace as well")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the results")
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    if len(arguments.cases) == 1:
+        profile_case(arguments.cases[0], arguments.output, arguments.trace)
+        return
+    for name in arguments.cases:
+        words = ["--cases", name, "--output", str(arguments.output)]
+        words += ["--trace"] if arguments.trace else []
+        subprocess.run([sys.executable, __file__, *words], cwd=ROOT, check=False)
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)
