@@ -6,12 +6,13 @@ import hashlib
 import itertools
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from megalr.errors import UserError
+from megalr.kernels.sparse import MAX_ENTRIES, sparse_low_rank
 from megalr.layers.factors import LinearShape, named_generator, set_row_blocks
 from megalr.layers.linear import FactorizedLinear
 from megalr.parallel.collectives import copy, reduce
@@ -28,53 +29,6 @@ def draw_support(seed: int, name: str, rows: int, columns: int, density: float) 
     generator = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
     count = int(density * rows * columns)
     return np.sort(generator.choice(rows * columns, count, replace=False, shuffle=False))
-
-
-class _SparsePlusLowRank(torch.autograd.Function):
-    """``y = x W^T`` with ``W = B A + S``, keeping x, the factors and the values, but no W.
-
-    Backward rebuilds W once and forms ``D = dY^T X`` once: ``dX = dY W``, ``dB = D A^T``,
-    ``dA = B^T D``, ``dv = D[support]``. Transients: W and D, each ``(sum m_i, n)``.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        b: torch.Tensor,
-        a: torch.Tensor,
-        values: torch.Tensor,
-        support: torch.Tensor,
-        sizes: tuple[int, ...],
-    ) -> torch.Tensor:
-        ctx.save_for_backward(x, b, a, values, support)
-        ctx.sizes = sizes
-        return x @ dense(b, a, values, support, sizes).t()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        (dy,) = grads
-        x, b, a, values, support = ctx.saved_tensors
-        sizes, rank = ctx.sizes, b.shape[1]
-        dx = dy @ dense(b, a, values, support, sizes)  # (N, n)
-        d = dy.t() @ x  # (sum m_i, n)
-        parts = list(zip(d.split(sizes), b.split(sizes), a.split(rank), strict=True))
-        db = torch.cat([d_i @ a_i.t() for d_i, _, a_i in parts])
-        da = torch.cat([b_i.t() @ d_i for d_i, b_i, _ in parts])
-        return dx, db, da, d.view(-1).index_select(0, support), None, None
-
-
-def dense(
-    b: torch.Tensor,
-    a: torch.Tensor,
-    values: torch.Tensor,
-    support: torch.Tensor,
-    sizes: tuple[int, ...],
-) -> torch.Tensor:
-    """The stack ``(sum m_i, n)`` of ``B_i A_i``, plus the values at their positions."""
-    parts = zip(b.split(sizes), a.split(b.shape[1]), strict=True)
-    w = torch.cat([b_i @ a_i for b_i, a_i in parts])
-    return w.view(-1).index_add_(0, support, values).view_as(w)
 
 
 class SLTrainLinear(FactorizedLinear):
@@ -96,6 +50,9 @@ class SLTrainLinear(FactorizedLinear):
         seed: seed of the run; it gives the support.
         bias: adds a dense vector to each output.
         supports: positions as ``draw_support`` gives them, by matrix, instead of drawn ones.
+
+    Raises:
+        UserError: a rank would hold 2^31 entries or more, which int32 positions cannot address.
     """
 
     support: torch.Tensor
@@ -111,6 +68,12 @@ class SLTrainLinear(FactorizedLinear):
         supports: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         super().__init__(shape, rank, alpha, bias)
+        entries = sum(self.sizes) * shape.local_in
+        if entries >= MAX_ENTRIES:
+            raise UserError(
+                f"{', '.join(shape.names)}: method sltrain addresses fewer than 2^31 entries of "
+                f"these matrices on a rank, not {entries}: raise parallel.tensor"
+            )
         stored: list[np.ndarray] = []
         held: list[np.ndarray] = []
         self.counts: list[int] = []  # entries held here, and drawn, of each matrix
@@ -153,10 +116,9 @@ class SLTrainLinear(FactorizedLinear):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         # A factor that is not cut gets a partial gradient from every rank's part of W.
         a, b = copy(self.a, self.output_group), copy(self.b, self.input_group)
-        a = a if self.scale == 1.0 else a * self.scale
         x = copy(x, self.output_group)
-        y = _SparsePlusLowRank.apply(
-            x.reshape(-1, x.shape[-1]), b, a, self.values, self.support, self.sizes
+        y = sparse_low_rank(
+            x.reshape(-1, x.shape[-1]), b, a, self.values, self.support, self.sizes, self.scale
         )
         y = reduce(y, self.input_group)
         if self.bias is not None:

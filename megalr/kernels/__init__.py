@@ -1,0 +1,1 @@
+"""Kernels of our own for GPUs; each has a plain PyTorch twin that computes the same."""

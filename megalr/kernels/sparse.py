@@ -1,0 +1,203 @@
+"""``y = x (scale B A + S)^T`` as an operator that torch.compile does not look into (METHODS §7).
+
+Traced through, forward and backward both build W = scale B A + S, the partitioner finds that out
+and keeps W of every layer between them: all the memory that the factors were to save. As operators
+of their own they keep their inputs and nothing else, compiled or not.
+
+Entries of S are added to W and read from D = dY^T X by the kernels of ``sparse_triton`` on CUDA
+devices where Triton is installed, and by PyTorch elsewhere.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+MAX_ENTRIES = 2**31
+"""Positions are int32: a stack of matrices must have fewer entries than this."""
+
+_KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_ARGUMENTS = "Tensor x, Tensor b, Tensor a, Tensor values, Tensor support, int[] sizes, float scale"
+
+
+@torch.library.custom_op(
+    "megalr::sparse_low_rank", mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor"
+)
+def sparse_low_rank(
+    x: Tensor,
+    b: Tensor,
+    a: Tensor,
+    values: Tensor,
+    support: Tensor,
+    sizes: Sequence[int],
+    scale: float,
+) -> Tensor:
+    """``y = x W^T`` for the stack W of ``W_i = scale B_i A_i + S_i``, differentiable.
+
+    The backward pass rebuilds W once and forms ``D = dY^T X`` once: ``dX = dY W``,
+    ``dB_i = scale D_i A_i^T``, ``dA_i = scale B_i^T D_i``, ``dvalues = D.flat[support]``. Kept for
+    it are the arguments. Transients: W, then D, each ``(sum m_i, n)``.
+
+    Args:
+        x: ``(N, n)``.
+        b: ``(sum m_i, r)``, the factors B_i stacked by rows.
+        a: ``(G r, n)``, the factors A_i stacked by rows.
+        values: ``(nnz,)``, the entries of all S_i.
+        support: ``(nnz,)`` int32, their flat positions in the stack ``(sum m_i, n)``, none twice.
+        sizes: the m_i.
+        scale: factor of the products B_i A_i. The product in float32 is scaled before it is
+            rounded, so no scaled copy of a factor is made or kept.
+
+    Returns:
+        ``(N, sum m_i)`` in the dtype of ``x``, which all float tensors share.
+
+    Raises:
+        ValueError: the stack has 2^31 entries or more.
+    """
+    return x @ dense_stack(b, a, values, support, sizes, scale).t()
+
+
+@torch.library.custom_op(
+    "megalr::sparse_low_rank_backward",
+    mutates_args=(),
+    schema=f"(Tensor dy, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def sparse_low_rank_backward(
+    dy: Tensor,
+    x: Tensor,
+    b: Tensor,
+    a: Tensor,
+    values: Tensor,
+    support: Tensor,
+    sizes: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(dx, db, da, dvalues)`` of ``sparse_low_rank`` for ``dy (N, sum m_i)``."""
+    return gradients(dy, x, b, a, values, support, sizes, scale)
+
+
+def gradients(
+    dy: Tensor,
+    x: Tensor,
+    b: Tensor,
+    a: Tensor,
+    values: Tensor,
+    support: Tensor,
+    sizes: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What ``sparse_low_rank_backward`` does, as ordinary PyTorch calls."""
+    dx = dy @ dense_stack(b, a, values, support, sizes, scale)  # (N, n); W is free again
+    d = dy.t() @ x  # (sum m_i, n)
+    db, da = torch.empty_like(b), torch.empty_like(a)
+    for rows, inner in _blocks(sizes, b.shape[1]):
+        _scaled_product(d[rows], a[inner].t(), scale, out=db[rows])
+        _scaled_product(b[rows].t(), d[rows], scale, out=da[inner])
+    return dx, db, da, gather(d, support)
+
+
+def dense_stack(
+    b: Tensor, a: Tensor, values: Tensor, support: Tensor, sizes: Sequence[int], scale: float
+) -> Tensor:
+    """The stack ``(sum m_i, n)`` of ``scale B_i A_i + S_i``, formed in one buffer."""
+    w = b.new_empty(b.shape[0], a.shape[1])
+    if w.numel() >= MAX_ENTRIES:
+        raise ValueError(f"int32 positions cannot address {w.numel()} entries of {tuple(w.shape)}")
+    for rows, inner in _blocks(sizes, b.shape[1]):
+        _scaled_product(b[rows], a[inner], scale, out=w[rows])
+    scatter_add_(w, support, values)
+    return w
+
+
+def scatter_add_(dense: Tensor, places: Tensor, values: Tensor) -> None:
+    """``dense.flat[places] += values`` for int32 ``places (nnz,)``, none twice; in place."""
+    kernels = _kernels_for(dense)
+    if kernels is not None:
+        kernels.scatter_add_(dense, places, values)
+    else:
+        dense.view(-1).index_add_(0, places, values)
+
+
+def gather(dense: Tensor, places: Tensor) -> Tensor:
+    """``dense.flat[places]`` for int32 ``places (nnz,)``."""
+    kernels = _kernels_for(dense)
+    if kernels is not None:
+        return kernels.gather(dense, places)
+    return dense.view(-1).index_select(0, places)
+
+
+def _kernels_for(dense: Tensor) -> ModuleType | None:
+    """The Triton kernels if they can work on this tensor."""
+    if not (_HAS_TRITON and dense.is_cuda and dense.dtype in _KERNEL_DTYPES):
+        return None
+    from megalr.kernels import sparse_triton
+
+    return sparse_triton
+
+
+def _blocks(sizes: Sequence[int], rank: int) -> Iterator[tuple[slice, slice]]:
+    """Of each matrix: its rows of the stack, and the rows of its A among the factors A."""
+    start = 0
+    for index, rows in enumerate(sizes):
+        yield slice(start, start + rows), slice(index * rank, (index + 1) * rank)
+        start += rows
+
+
+def _scaled_product(left: Tensor, right: Tensor, scale: float, out: Tensor) -> None:
+    """``out = scale left right`` in one GEMM; what ``out`` held, NaN included, has no effect."""
+    torch.addmm(out, left, right, beta=0, alpha=scale, out=out)
+
+
+@sparse_low_rank.register_fake
+def _(x: Tensor, b: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape[0], b.shape[0])
+
+
+@sparse_low_rank_backward.register_fake
+def _(dy: Tensor, x: Tensor, b: Tensor, a: Tensor, values: Tensor, *_: Any) -> Any:
+    return (
+        x.new_empty(x.shape),
+        b.new_empty(b.shape),
+        a.new_empty(a.shape),
+        values.new_empty(values.shape),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.sizes, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple:
+    found = sparse_low_rank_backward(dy, *ctx.saved_tensors, ctx.sizes, ctx.scale)
+    return (*found, None, None, None)
+
+
+sparse_low_rank.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _dense_flops(x: Sequence[int], b: Sequence[int]) -> tuple[int, int]:
+    """FLOPs of one product of the size of ``x W^T``, and of one of all ``B_i A_i``."""
+    return 2 * x[0] * x[1] * b[0], 2 * b[0] * b[1] * x[1]
+
+
+# torch.utils.flop_counter cannot see inside an operator; it is told what happens there.
+@register_flop_formula(torch.ops.megalr.sparse_low_rank)
+def _forward_flops(x: Sequence[int], b: Sequence[int], *_: Any, **__: Any) -> int:
+    tokens, factors = _dense_flops(x, b)
+    return tokens + factors
+
+
+@register_flop_formula(torch.ops.megalr.sparse_low_rank_backward)
+def _backward_flops(
+    dy: Sequence[int], x: Sequence[int], b: Sequence[int], *_: Any, **__: Any
+) -> int:
+    tokens, factors = _dense_flops(x, b)
+    return 2 * tokens + 3 * factors
