@@ -96,11 +96,18 @@ def gradients(
     """What ``sparse_low_rank_backward`` does, as ordinary PyTorch calls."""
     dx = dy @ dense_stack(b, a, values, support, sizes, scale)  # (N, n); W is free again
     d = dy.t() @ x  # (sum m_i, n)
-    db, da = torch.empty_like(b), torch.empty_like(a)
+    return dx, *factor_gradients(d, b, a, sizes, scale), gather(d, support)
+
+
+def factor_gradients(
+    d: Tensor, b: Tensor, a: Tensor, sizes: Sequence[int], scale: float
+) -> tuple[Tensor, Tensor]:
+    """``dB_i = scale D_i A_i^T`` and ``dA_i = scale B_i^T D_i``, stacked as the factors are."""
+    db, da = b.new_empty(b.shape), a.new_empty(a.shape)
     for rows, inner in _blocks(sizes, b.shape[1]):
         _scaled_product(d[rows], a[inner].t(), scale, out=db[rows])
         _scaled_product(b[rows].t(), d[rows], scale, out=da[inner])
-    return dx, db, da, gather(d, support)
+    return db, da
 
 
 def dense_stack(
