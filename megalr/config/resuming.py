@@ -28,6 +28,7 @@ KEYS_FREE_ON_RESUME = (
     "train.compile",
     "train.cuda_graphs",
     "train.activation_checkpointing",
+    "train.kernels",
     "parallel.*",
     "evaluation.*",
     "checkpoint.*",

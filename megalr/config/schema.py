@@ -198,8 +198,8 @@ class TrainConfig(Section):
     (micro_batch_size x number of data-parallel ranks)."""
     precision: Literal["bf16", "paper_bf16", "fp32"] = Field(default="bf16", examples=["bf16"])
     """bf16: compute in bfloat16, master weights and optimizer state in float32. paper_bf16: master
-    weights, gradients and optimizer state in bfloat16 too, as in the published runs; needs ZeRO
-    stage 1 or more. fp32: all in float32."""
+    weights, gradients and optimizer state in bfloat16 too, as in the published runs (these are
+    ZeRO stage 0, the fastest on one GPU). fp32: all in float32."""
     gradient_clipping: float = Field(default=1.0, ge=0, examples=[1.0])
     """Largest global norm of the gradient; larger ones are scaled down to it; 0 = no clipping."""
     compile: bool = Field(default=False, examples=[True])
@@ -207,12 +207,16 @@ class TrainConfig(Section):
     cuda_graphs: bool = Field(default=False, examples=[True])
     """Whether forward and backward of a micro-batch run as one CUDA graph, which takes launching
     kernels off the critical path: for small models on a GPU; not with ZeRO stage 3 or offload."""
-    activation_checkpointing: Literal["none", "bottleneck", "full"] = Field(
-        default="none", examples=["full"]
+    activation_checkpointing: Literal["none", "elementwise", "mlp", "bottleneck", "full"] = Field(
+        default="none", examples=["elementwise"]
     )
-    """What the backward pass recomputes. bottleneck: all of a layer but the vectors between the
-    factors, whose products with A are not repeated (low_rank and cola with all targets). full:
-    every layer, from its input."""
+    """What the backward pass recomputes. elementwise: norms and activations; costs next to nothing.
+    mlp: the products with B of o, gate and up as well. bottleneck: all but the vectors between the
+    factors, whose products with A are not repeated. full: every layer, from its input. mlp and
+    bottleneck: for low_rank and cola with all targets."""
+    kernels: Literal["auto", "torch"] = Field(default="auto", examples=["torch"])
+    """auto: kernels of our own where there is one for the device, dtype and shape (loss, causal
+    attention of short sequences, SLTrain's entries). torch: their plain PyTorch twins only."""
 
 
 class ParallelConfig(Section):

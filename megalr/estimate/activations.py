@@ -24,7 +24,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megalr.estimate.tensors import DENSE_INSIDE, MatrixGroup, matrix_groups
+from megalr.estimate.tensors import MatrixGroup, matrix_groups
 from megalr.layers.head import CHUNK_BYTES
 from megalr.models.config import DecoderConfig
 from megalr.parallel.plan import Plan
@@ -41,7 +41,7 @@ class Shape:
         tokens: micro-batch size times sequence length.
         element: bytes of a number of the compute precision.
         compiled: ``train.compile``.
-        recompute: ``train.activation_checkpointing``: none, bottleneck or full.
+        recompute: ``train.activation_checkpointing``, one of models.recompute.LEVELS.
     """
 
     tokens: int
@@ -72,13 +72,12 @@ def activation_bytes(
     heads = sizes.num_heads // plan.mesh.tensor_size
     # Besides the elements: log-sum-exp of attention and the norms' scales, float32.
     block = shape.tokens * (token * shape.element + 4 * (heads + 2))
-    block += _weight_copies(method, groups, shape)
     residual = sizes.hidden_size // (plan.mesh.tensor_size if plan.cut_residual else 1)
-    entry = shape.tokens * residual * shape.element
-    between = shape.tokens * shape.element * _bottleneck_elements(method, groups)
-    # Kept of a block: everything; its input; its input, that of the second norm and 7 r numbers.
-    kinds = {"none": block, "full": entry, "bottleneck": 2 * entry + between}
-    kept = sizes.num_layers * kinds[shape.recompute]
+    kept = block
+    if shape.recompute != "none":
+        kept = shape.tokens * shape.element * kept_elements(sizes, method, plan, groups, shape)
+        kept += shape.tokens * 4 * heads if shape.recompute in ("elementwise", "mlp") else 0
+    kept *= sizes.num_layers
     working = 0 if shape.recompute == "none" else block
     f = groups[2].local_rows[0]
     backward = shape.tokens * (3 * f + 2 * residual) * shape.element + working
@@ -107,23 +106,28 @@ def block_elements(
     return count
 
 
+def kept_elements(
+    sizes: DecoderConfig, method: Any, plan: Plan, groups: list[MatrixGroup], shape: Shape
+) -> float:
+    """Elements a token that a block keeps where something is recomputed (models.recompute)."""
+    t = plan.mesh.tensor_size
+    residual = sizes.hidden_size / (t if plan.cut_residual else 1)
+    # q, k, v and what attention gives
+    attention = 2 * (sizes.hidden_size + sizes.kv_heads * sizes.head_dim) / t
+    between = 0 if method.name == "sltrain" else _bottleneck_elements(method, groups)
+    if shape.recompute == "full":
+        return residual
+    if shape.recompute == "bottleneck":
+        return residual + between
+    if shape.recompute == "mlp":
+        return residual + attention + between
+    projections = (2 if sizes.gated_mlp else 1) * groups[2].local_rows[0]
+    return 2 * residual + attention + projections + between
+
+
 def _bottleneck_elements(method: Any, groups: list[MatrixGroup]) -> int:
     """Numbers a token between the factors of a block: 7 r."""
     return sum(len(g.rows) for g in groups if g.factorized) * getattr(method, "rank", 0)
-
-
-def _weight_copies(method: Any, groups: list[MatrixGroup], shape: Shape) -> float:
-    """Tensors of the size of weights that a block keeps for backward."""
-    factorized = [g for g in groups if g.factorized]
-    if not factorized:
-        return 0.0
-    if method.name == "sltrain":
-        # torch.compile finds W in forward and backward and keeps it instead of building it twice.
-        dense = sum(g.local_n * sum(g.local_rows) for g in factorized)
-        return dense * shape.element if shape.compiled else 0.0
-    scaled = method.name in ("low_rank", *DENSE_INSIDE) and method.alpha != method.rank
-    rows = sum(sum(g.local_rows) for g in factorized)
-    return rows * method.rank * shape.element if scaled else 0.0
 
 
 def head_bytes(sizes: DecoderConfig, plan: Plan, shape: Shape) -> float:

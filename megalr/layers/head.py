@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from megalr.kernels.loss import IGNORE, fused_loss_and_gradient_, has_fused_loss
 from megalr.layers.embedding import init_rows, vocabulary_shard
-from megalr.layers.parallel_loss import IGNORE, ParallelLoss
+from megalr.layers.parallel_loss import ParallelLoss
 from megalr.parallel.collectives import gather
 from megalr.parallel.mesh import ONE_RANK, Mesh
 from megalr.parallel.shards import part_of, set_shard
@@ -112,8 +113,13 @@ class Head(nn.Module):
         """Compile the loss kernel, so that no float32 copy of a chunk is stored either."""
         if isinstance(self.kernel, ParallelLoss):
             self.kernel.compile()
-        else:
+        elif self.kernel is loss_and_gradient_:
             self.kernel = torch.compile(loss_and_gradient_, dynamic=False)
+
+    def fuse_loss(self) -> None:
+        """Use the kernel of our own for the loss where there is one and the logits are whole."""
+        if self.group is None and has_fused_loss(self.weight.device):
+            self.kernel = fused_loss_and_gradient_
 
     @torch.no_grad()
     def reset_parameters(self, seed: int, std: float) -> None:

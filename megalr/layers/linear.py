@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from megalr.layers.expansion import expand
 from megalr.layers.factors import FactorPair, LinearShape, named_generator, set_row_blocks
 from megalr.layers.norm import Unscaled
 from megalr.parallel.collectives import copy, reduce
@@ -172,27 +173,15 @@ class FactorizedLinear(GroupedLinear):
     def low_rank_outputs(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """``scale (x A_i^T) B_i^T`` for every matrix, ``(..., m_i)`` each; no bias."""
         h = copy(self.bottleneck(x), self.output_group)
-        return self._expand(h, (None,) * len(self.sizes))
+        return tuple(expand(h, self.b, self.sizes, self.scale))
 
     def outputs_of(self, h: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """``scale h_i B_i^T (+ bias_i)`` of bottlenecks ``h (..., G r)``, ``(..., m_i)`` each."""
-        h = copy(h, self.output_group)
+        outputs = expand(copy(h, self.output_group), self.b, self.sizes, self.scale)
         if self.bias is None:
-            return self._expand(h, (None,) * len(self.sizes))
-        return self._expand(h, self.bias.split(self.sizes))
-
-    def _expand(
-        self, h: torch.Tensor, biases: tuple[torch.Tensor | None, ...]
-    ) -> tuple[torch.Tensor, ...]:
-        # The scale goes to B: m x r products instead of one a token.
-        b = self.b if self.scale == 1.0 else self.b * self.scale
-        parts = zip(
-            h.split(self.rank, dim=-1),  # (..., r) each
-            b.split(self.sizes),  # (m_i, r) each
-            biases,
-            strict=True,
-        )
-        return tuple(F.linear(h_i, b_i, bias) for h_i, b_i, bias in parts)  # (..., m_i) each
+            return tuple(outputs)
+        biases = self.bias.split(self.sizes)
+        return tuple(y + bias for y, bias in zip(outputs, biases, strict=True))
 
     def used_factors(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of what this rank holds of A_index (r, n) and B_index (m, r), without padding."""

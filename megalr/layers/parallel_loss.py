@@ -7,10 +7,8 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from megalr.kernels.loss import IGNORE
 from megalr.parallel.collectives import all_reduce
-
-IGNORE = -100
-"""Label of a position that has no target."""
 
 
 class ParallelLoss:

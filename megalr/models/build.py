@@ -21,6 +21,7 @@ from megalr.layers.sltrain import SLTrainLinear
 from megalr.models.config import DecoderConfig
 from megalr.models.decoder import Decoder, MakeLinear
 from megalr.models.plans import check_plan
+from megalr.models.recompute import FOR_FACTORS
 from megalr.parallel.plan import SINGLE, Plan
 
 FACTORIZED = ("low_rank", "loro", "sltrain", "lora", "relora", "cola")
@@ -97,22 +98,22 @@ def build_decoder(
 
     Raises:
         UserError: rank or targets that do not fit the model, a plan that does not, or
-            ``recompute`` bottleneck where some matrix is not just its factors.
+            ``recompute`` mlp or bottleneck where some matrix is not just its factors.
     """
     check_plan(config, method, plan)
     decoder = Decoder(config, make_linear_of(method, seed, supports), recompute, plan)
-    if recompute == "bottleneck":
-        _check_bottlenecks(decoder, method)
+    if recompute in FOR_FACTORS:
+        _check_bottlenecks(decoder, method, recompute)
     decoder.reset_parameters(seed)
     return decoder
 
 
-def _check_bottlenecks(decoder: Decoder, method: Any) -> None:
+def _check_bottlenecks(decoder: Decoder, method: Any, recompute: str) -> None:
     """Raise UserError unless every matrix is a product of factors and nothing else."""
     for linear in decoder.linears():
         if not isinstance(linear, BottleneckLinear):
             raise UserError(
-                "train.activation_checkpointing bottleneck keeps what passes between factors, but "
-                f"{linear.shape.names[0]} is a {type(linear).__name__} (method {method.name}): use "
-                "full or none, or low_rank or cola with all targets"
+                f"train.activation_checkpointing {recompute} keeps what passes between factors, "
+                f"but {linear.shape.names[0]} is a {type(linear).__name__} (method {method.name}): "
+                "use none, elementwise or full, or low_rank or cola with all targets"
             )

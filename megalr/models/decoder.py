@@ -14,19 +14,18 @@ Shapes: B batch, S sequence, h hidden, H heads, K key/value heads, D head width,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from megalr.layers.embedding import Embedding, init_rows
 from megalr.layers.factors import FactorPair, LinearShape
 from megalr.layers.head import Head
-from megalr.layers.linear import BottleneckLinear, FactorizedLinear, GroupedLinear
+from megalr.layers.linear import FactorizedLinear, GroupedLinear
 from megalr.layers.norm import CutRMSNorm, LastNorm, Unscaled
 from megalr.models.config import DecoderConfig
+from megalr.models.recompute import recomputed
 from megalr.parallel.plan import SINGLE, Plan
 
 MakeLinear = Callable[[LinearShape, bool], GroupedLinear]
@@ -72,6 +71,7 @@ class Attention(nn.Module):
         super().__init__()
         h, kv = config.hidden_size, config.kv_heads * config.head_dim
         self.config = config
+        self.fused = False  # whether mix may use the kernel of our own
         qkv = LinearShape(
             tuple(f"{prefix}.{name}" for name in "qkv"),
             h,
@@ -150,10 +150,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """``x + attention(norm x)``, then ``x + mlp(norm x)``.
 
-    With ``keep_bottlenecks`` the backward pass recomputes everything but the r-sized vectors
-    between the factors: for each token x, x after attention, and 7 r numbers are kept (compare
-    CoLA-M, arXiv 2502.10940). Products with A are not repeated, those with B of q, k, v, gate and
-    up are. Every layer must be a BottleneckLinear.
+    ``recompute``: what the backward pass computes again (models.recompute).
     """
 
     def __init__(
@@ -162,10 +159,10 @@ class Block(nn.Module):
         index: int,
         make_linear: MakeLinear,
         plan: Plan,
-        keep_bottlenecks: bool = False,
+        recompute: str = "none",
     ) -> None:
         super().__init__()
-        self.keep_bottlenecks = keep_bottlenecks
+        self.recompute = recompute
         self.attention_norm = make_norm(config, plan)
         self.attention = Attention(config, f"layers.{index}.attention", make_linear, plan)
         self.mlp_norm = make_norm(config, plan)
@@ -174,30 +171,16 @@ class Block(nn.Module):
     def forward(
         self, x: torch.Tensor, rope: torch.Tensor | None, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        if self.keep_bottlenecks and torch.is_grad_enabled():
-            return self._keeping_bottlenecks(x, rope, mask)
-        x = x + self.attention(self.attention_norm(x), rope, mask)
-        return x + self.mlp(self.mlp_norm(x))
+        if self.recompute == "none" or not torch.is_grad_enabled():
+            return self._whole(x, rope, mask)
+        sizes = self.attention.qkv.sizes
+        return recomputed(self._whole, x, rope, mask, level=self.recompute, read_by_attention=sizes)
 
-    def _keeping_bottlenecks(
+    def _whole(
         self, x: torch.Tensor, rope: torch.Tensor | None, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """The same in four pieces, each from one kept tensor to the next, and two sums."""
-        attention, mlp = self.attention, self.mlp
-        qkv, o = cast(BottleneckLinear, attention.qkv), cast(BottleneckLinear, attention.o)
-        into, down = cast(BottleneckLinear, mlp.into), cast(BottleneckLinear, mlp.down)
-        h = _recomputed(lambda x: qkv.bottleneck(self.attention_norm(x)), x)
-        h = _recomputed(lambda h: o.bottleneck(attention.mix(qkv.outputs_of(h), rope, mask)), h)
-        x = x + o.outputs_of(h)[0]
-        h = _recomputed(lambda x: into.bottleneck(self.mlp_norm(x)), x)
-        h = _recomputed(lambda h: down.bottleneck(mlp.mix(into.outputs_of(h))), h)
-        return x + down.outputs_of(h)[0]
-
-
-def _recomputed(function: Callable[..., torch.Tensor], *inputs: Any) -> torch.Tensor:
-    """``function(*inputs)``, of which the backward pass keeps the inputs only."""
-    # Nothing random happens inside, so no generator state needs to be kept.
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+        x = x + self.attention(self.attention_norm(x), rope, mask)
+        return x + self.mlp(self.mlp_norm(x))
 
 
 class Decoder(nn.Module):
@@ -206,9 +189,8 @@ class Decoder(nn.Module):
     Args:
         config: sizes and choices.
         make_linear: builds the linear layer of a group of matrices, so decides the method.
-        recompute: what the backward pass computes again instead of keeping it: ``none``;
-            ``bottleneck``: all but the r-sized vectors between the factors (see Block); ``full``:
-            every block, from its input.
+        recompute: what the backward pass computes again instead of keeping it: one of
+            models.recompute.LEVELS.
         plan: which parts of the weights this rank holds; the default is all.
 
     ``graphed`` may be set to a faster computation of the scaled loss and its gradients (see
@@ -225,7 +207,6 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.plan = plan
-        self.recompute_blocks = recompute == "full"
         self.graphed: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] | None = None
         self.embedding = Embedding(
             config.vocab_size, config.padded_vocab_size, config.hidden_size, plan.mesh
@@ -236,8 +217,7 @@ class Decoder(nn.Module):
             else None
         )
         self.layers = nn.ModuleList(
-            Block(config, index, make_linear, plan, recompute == "bottleneck")
-            for index in range(config.num_layers)
+            Block(config, index, make_linear, plan, recompute) for index in range(config.num_layers)
         )
         self.norm = LastNorm(config.norm, config.hidden_size, config.norm_eps, plan.group)
         self.head = Head(
@@ -283,10 +263,7 @@ class Decoder(nn.Module):
             rope = rope_tables(S, self.config.head_dim, self.config.rope_theta, x.device)
         mask = self._window_mask(S, x.device)
         for layer in self.blocks():
-            if self.recompute_blocks and torch.is_grad_enabled():
-                x = _recomputed(layer, x, rope, mask)
-            else:
-                x = layer(x, rope, mask)
+            x = layer(x, rope, mask)
         return self.norm(self.plan.end_residual(x))
 
     def _window_mask(self, S: int, device: torch.device) -> torch.Tensor | None:
@@ -297,6 +274,12 @@ class Decoder(nn.Module):
         position = torch.arange(S, device=device)
         distance = position[:, None] - position[None, :]
         return (distance >= 0) & (distance < window)
+
+    def use_kernels(self) -> None:
+        """Use kernels of our own where there is one for device, dtype and shape."""
+        self.head.fuse_loss()
+        for block in self.blocks():
+            block.attention.fused = True
 
     def blocks(self) -> list[Block]:
         """The blocks, in order."""

@@ -1,0 +1,56 @@
+"""The fused loss equals torch's cross entropy (on the CPU by Triton's interpreter)."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megalr.kernels.loss import IGNORE
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or not (torch.cuda.is_available() or INTERPRETED),
+    reason="needs Triton and a GPU, or TRITON_INTERPRET=1",
+)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _rows(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    from megalr.kernels.loss_triton import rows_
+
+    return rows_(logits, labels, vocab_size, IGNORE, block=64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("width", "vocab_size"), [(192, 192), (192, 150), (64, 50)])
+def test_equals_cross_entropy(dtype: torch.dtype, width: int, vocab_size: int) -> None:
+    """Losses by row and the gradient, with padded columns and rows without a target."""
+    torch.manual_seed(0)
+    logits = (4 * torch.randn(7, width, device=DEVICE)).to(dtype)
+    labels = torch.randint(0, vocab_size, (7,), device=DEVICE)
+    labels[2] = IGNORE
+    reference = logits.double()[:, :vocab_size].requires_grad_()
+    expected = F.cross_entropy(reference, labels, reduction="none", ignore_index=IGNORE)
+    expected.sum().backward()
+    assert reference.grad is not None
+    nll = _rows(logits, labels, vocab_size)
+    tolerance = 1e-5 if dtype == torch.float32 else 4e-3
+    torch.testing.assert_close(nll.double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        logits[:, :vocab_size].double(), reference.grad, rtol=tolerance, atol=tolerance
+    )
+    assert not logits[:, vocab_size:].any()
+
+
+def test_not_finite_logits_give_a_loss_that_is_not_finite() -> None:
+    """What the guard against bad updates looks for."""
+    for bad in (math.nan, math.inf):
+        logits = torch.randn(2, 64, device=DEVICE)
+        logits[1, 5] = bad
+        nll = _rows(logits, torch.tensor([3, 4], device=DEVICE), 64)
+        assert math.isfinite(nll[0]) and not math.isfinite(nll[1])

@@ -1,0 +1,58 @@
+"""The grouped products with B equal plain torch, in value, gradients and as an operator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megalr.layers.expansion import expand
+
+SIZES = [6, 10, 6]
+RANK = 4
+
+
+def _inputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    h = torch.randn(2, 5, len(SIZES) * RANK, dtype=dtype, requires_grad=True)
+    return h, torch.randn(sum(SIZES), RANK, dtype=dtype, requires_grad=True)
+
+
+def _plain(h: torch.Tensor, b: torch.Tensor, scale: float) -> list[torch.Tensor]:
+    parts = zip(h.split(RANK, dim=-1), b.split(SIZES), strict=True)
+    return [scale * F.linear(h_i, b_i) for h_i, b_i in parts]
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.37])
+def test_values_and_gradients_in_float64(scale: float) -> None:
+    """One output without a use gives no gradient to its B."""
+    h, b = _inputs(torch.float64)
+    weights = [torch.randn(2, 5, size, dtype=torch.float64) for size in SIZES]
+    results = []
+    for outputs in (expand(h, b, SIZES, scale), _plain(h, b, scale)):
+        loss = (outputs[0] * weights[0]).sum() + (outputs[2] * weights[2]).sum()
+        results.append((list(outputs), torch.autograd.grad(loss, (h, b))))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-12)
+    assert not results[0][1][1][SIZES[0] : SIZES[0] + SIZES[1]].any()
+
+
+def test_scale_is_applied_before_rounding() -> None:
+    """In bf16 a scaled copy of B would be rounded a second time."""
+    h, b = _inputs(torch.bfloat16)
+    scale = 1 / 3
+    exact = _plain(h.detach().double(), b.detach().double(), scale)
+    for y, expected in zip(expand(h, b, SIZES, scale), exact, strict=True):
+        torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=2**-10)
+
+
+def test_operator_is_registered_as_compilation_needs_it() -> None:
+    """Shapes without data, no aliases, gradients under AOT autograd."""
+    h, b = _inputs(torch.float32)
+    torch.library.opcheck(expand, (h, b, SIZES, 0.5))
+
+
+def test_compiles_into_one_graph() -> None:
+    h, b = _inputs(torch.float32)
+    compiled = torch.compile(expand, backend="aot_eager", fullgraph=True)
+    for y, expected in zip(compiled(h, b, SIZES, 0.5), expand(h, b, SIZES, 0.5), strict=True):
+        torch.testing.assert_close(y, expected, rtol=0, atol=0)
