@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from throughput import CASES, Case, run_settings
+from throughput import CASES, Case, run_settings, stage_of
 from torch.profiler import ProfilerActivity, profile
 
 from megalr.config.deepspeed import resolve_deepspeed_config
@@ -43,7 +43,7 @@ def updater_of(case: Case, folder: Path, device: torch.device) -> Callable[[], N
     settings = run_settings(case, folder, folder, gpus=1, updates=1000)
     path.write_text(yaml.safe_dump(settings))
     config = load_run_config([path], [])
-    ds_user = {"zero_optimization": {"stage": case.stage}}
+    ds_user = {"zero_optimization": {"stage": stage_of(case)}}
     ds_config = resolve_deepspeed_config(config, ds_user, "profile", 1)
     engine = build_engine(config, ds_config, build_model(config, device))
     updater = Updater(engine, device, None)

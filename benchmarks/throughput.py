@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Case:
-    """One measured run."""
+    """One measured run.
+
+    ``stage`` None: 1, and 0 where DeepSpeed needs no wrapper for the precision (paper_bf16).
+    """
 
     preset: str
     method: dict[str, Any]
     micro_batch: int
     precision: str = "bf16"
-    stage: int = 1
+    stage: int | None = None
+    accumulation: int = 1
     train: dict[str, Any] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=lambda: {"lr": 1e-3})
     tensor: int = 1
@@ -52,8 +56,19 @@ LOW_7B = {"name": "low_rank", "rank": 1024, "alpha": 32.0}
 FULL = {"name": "full_rank"}
 SPARSE_350 = {"name": "sltrain", "rank": 256, "alpha": 16.0, "density": 0.03}
 SPARSE_1B = {"name": "sltrain", "rank": 512, "alpha": 8.0, "density": 0.03}
-RECOMPUTE = {"activation_checkpointing": "full"}
-BOTTLENECK = {"activation_checkpointing": "bottleneck"}
+PAPER = "paper_bf16"
+PLAIN = {"compile": False, "cuda_graphs": False, "kernels": "torch"}
+LEVELS = ("elementwise", "mlp", "bottleneck", "full")
+
+
+def keeping(level: str) -> dict[str, Any]:
+    """Settings of a level of activation checkpointing."""
+    return {"activation_checkpointing": level}
+
+
+def level_cases(name: str, case: Case) -> dict[str, Case]:
+    """The case with every level of activation checkpointing."""
+    return {f"{name}_{level}": replace(case, train=keeping(level)) for level in LEVELS}
 
 
 def method_cases(preset: str, rank: int) -> dict[str, Case]:
@@ -80,28 +95,43 @@ def method_cases(preset: str, rank: int) -> dict[str, Case]:
 
 CASES: dict[str, Case] = {
     "60m_low_rank": Case("llama_60m", LOW_60, 128),
-    "60m_low_rank_paper": Case("llama_60m", LOW_60, 128, "paper_bf16"),
+    "60m_low_rank_paper": Case("llama_60m", LOW_60, 128, PAPER),
+    "60m_low_rank_paper_plain": Case("llama_60m", LOW_60, 128, PAPER, train=PLAIN),
+    "60m_low_rank_plain": Case("llama_60m", LOW_60, 128, train=PLAIN),
     "60m_full_rank": Case("llama_60m", FULL, 128),
     "350m_low_rank": Case("llama_350m", LOW_350, 64),
-    "350m_low_rank_paper": Case("llama_350m", LOW_350, 64, "paper_bf16"),
+    "350m_low_rank_paper": Case("llama_350m", LOW_350, 64, PAPER),
     "350m_full_rank": Case("llama_350m", FULL, 64),
-    "1b_low_rank": Case("llama_1b", LOW_1B, 64),
-    "1b_low_rank_paper": Case("llama_1b", LOW_1B, 64, "paper_bf16"),
-    "1b_full_rank": Case("llama_1b", FULL, 64),
-    "1b_full_rank_paper": Case("llama_1b", FULL, 64, "paper_bf16"),
     "350m_sltrain": Case("llama_350m", SPARSE_350, 64),
+    "1b_low_rank": Case("llama_1b", LOW_1B, 64),
+    "1b_low_rank_paper": Case("llama_1b", LOW_1B, 64, PAPER),
+    **level_cases("1b_low_rank_paper", Case("llama_1b", LOW_1B, 64, PAPER)),
+    "1b_full_rank": Case("llama_1b", FULL, 64),
+    "1b_full_rank_paper": Case("llama_1b", FULL, 64, PAPER),
+    "1b_full_rank_paper_elementwise": Case(
+        "llama_1b", FULL, 64, PAPER, train=keeping("elementwise")
+    ),
     "1b_sltrain": Case("llama_1b", SPARSE_1B, 64),
-    "1b_sltrain_paper": Case("llama_1b", SPARSE_1B, 64, "paper_bf16"),
-    "1b_low_rank_bottleneck": Case("llama_1b", LOW_1B, 64, train=BOTTLENECK),
-    "1b_low_rank_recompute": Case("llama_1b", LOW_1B, 64, train=RECOMPUTE),
-    "7b_low_rank_bottleneck": Case("llama_7b", LOW_7B, 32, train=BOTTLENECK),
-    "7b_low_rank_recompute": Case("llama_7b", LOW_7B, 32, train=RECOMPUTE),
+    "1b_sltrain_paper": Case("llama_1b", SPARSE_1B, 64, PAPER),
+    "1b_sltrain_paper_elementwise": Case(
+        "llama_1b", SPARSE_1B, 64, PAPER, train=keeping("elementwise")
+    ),
+    "7b_low_rank": Case("llama_7b", LOW_7B, 32, accumulation=8, train=keeping("elementwise")),
     "7b_low_rank_column_row": Case("llama_7b", LOW_7B, 16, tensor=2, layout="column_row"),
     "7b_low_rank_cut": Case("llama_7b", LOW_7B, 16, tensor=2, layout="bottleneck"),
-    "7b_full_rank_tensor": Case("llama_7b", FULL, 16, tensor=2, train=RECOMPUTE),
+    "7b_full_rank_tensor": Case("llama_7b", FULL, 16, tensor=2, train=keeping("full")),
     **method_cases("llama_350m", 256),
     **method_cases("llama_1b", 512),
 }
+
+TARGETS: dict[str, tuple[int, float]] = {
+    "60m_low_rank_paper": (1_800_000, 6),
+    "350m_low_rank_paper": (370_000, 14),
+    "1b_low_rank_paper": (145_000, 30),
+    "1b_sltrain_paper": (50_000, 32),
+    "1b_full_rank_paper": (70_000, 34),
+}
+"""Tokens/s at least and GiB at most on one H200 (a shared list of goals, not a test)."""
 
 
 def random_data(folder: Path, tokens: int = 20_000_000, vocab_size: int = 32000) -> Path:
@@ -128,6 +158,13 @@ def random_data(folder: Path, tokens: int = 20_000_000, vocab_size: int = 32000)
     return folder
 
 
+def stage_of(case: Case) -> int:
+    """ZeRO stage of a case."""
+    if case.stage is not None:
+        return case.stage
+    return 0 if case.precision == PAPER else 1
+
+
 def run_settings(case: Case, folder: Path, data: Path, gpus: int, updates: int) -> dict[str, Any]:
     """The configuration of a case's run."""
     return {
@@ -140,7 +177,7 @@ def run_settings(case: Case, folder: Path, data: Path, gpus: int, updates: int) 
         "data": {"train": str(data), "sequence_length": 256},
         "train": {
             "updates": updates,
-            "global_batch_size": case.micro_batch * gpus // case.tensor,
+            "global_batch_size": case.micro_batch * case.accumulation * gpus // case.tensor,
             "micro_batch_size": case.micro_batch,
             "precision": case.precision,
             "compile": True,
@@ -159,7 +196,7 @@ def run_case(name: str, case: Case, data: Path, work: Path, gpus: int, updates: 
     config = run_settings(case, folder, data, gpus, updates)
     paths = work / f"{name}.yaml", work / f"{name}.json"
     paths[0].write_text(yaml.safe_dump(config))
-    paths[1].write_text(json.dumps({"zero_optimization": {"stage": case.stage}}))
+    paths[1].write_text(json.dumps({"zero_optimization": {"stage": stage_of(case)}}))
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(gpus)]
     command += [str(ROOT / "launchers" / "pretrain.py"), "--config", str(paths[0])]
     command += ["--deepspeed_config", str(paths[1])]
@@ -178,6 +215,7 @@ def summary(name: str, case: Case, metrics: Path, gpus: int) -> dict[str, Any]:
     return {
         "case": name,
         **asdict(case),
+        "stage": stage_of(case),
         "gpus": gpus,
         "tokens_per_second": round(statistics.median(rates)),
         "tokens_per_second_range": [round(min(rates)), round(max(rates))],
@@ -186,7 +224,7 @@ def summary(name: str, case: Case, metrics: Path, gpus: int) -> dict[str, Any]:
         "peak_memory_gib": round(max(step["peak_memory_gib"] for step in steps), 2),
         "startup_seconds": start["startup_seconds"],
         "first_interval_seconds": round(steps[0]["step_seconds"] * 10, 2),
-        "loss": [steps[0]["loss"], steps[-1]["loss"]],
+        "losses": [round(step["loss"], 5) for step in steps],
         "versions": start["versions"],
     }
 
@@ -200,6 +238,7 @@ def main() -> None:
     parser.add_argument("--stage", type=int, help="ZeRO stage instead of the case's")
     parser.add_argument("--data", type=Path, help="preprocessed data set (default: random tokens)")
     parser.add_argument("--commit", default="unknown", help="commit to note in the result")
+    parser.add_argument("--name", default="throughput", help="first part of the result's name")
     parser.add_argument("--output", type=Path, required=True, help="folder of the result")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -210,11 +249,36 @@ def main() -> None:
             case = CASES[name]
             if arguments.stage is not None:
                 case = Case(**{**asdict(case), "stage": arguments.stage})
-            result = run_case(name, case, data, Path(work), arguments.gpus, arguments.updates)
+            try:
+                result = run_case(name, case, data, Path(work), arguments.gpus, arguments.updates)
+            except UserError as error:
+                print(error, flush=True)
+                continue
             print(json.dumps(result), flush=True)
             results.append({**result, "commit": arguments.commit})
-            path = arguments.output / f"throughput_{arguments.gpus}gpu.json"
+            path = arguments.output / f"{arguments.name}_{arguments.gpus}gpu.json"
             path.write_text(json.dumps(results, indent=1) + "\n")
+    print(table(results))
+    if len(results) < len(arguments.cases):
+        raise UserError(f"{len(arguments.cases) - len(results)} of the cases failed, see above")
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The results as a Markdown table, beside what is to be reached."""
+    lines = [
+        "| case | tokens/s | range | at least | ms an update | MFU | GiB | at most | start-up s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        speed, memory = TARGETS.get(r["case"], ("", ""))
+        low, high = r["tokens_per_second_range"]
+        mfu = r["mfu"] if isinstance(r["mfu"], str) else f"{r['mfu']:.3f}"
+        lines.append(
+            f"| {r['case']} | {r['tokens_per_second']:,} | {low:,} to {high:,} | {speed} | "
+            f"{1e3 * r['update_seconds']:.2f} | {mfu} | {r['peak_memory_gib']} | {memory} | "
+            f"{r['startup_seconds']:.1f} |"
+        )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
