@@ -2,7 +2,7 @@
 
 * RMSNorm or LayerNorm before attention and MLP; a last norm before the head
 * RoPE in the half-split layout, or learned positions
-* grouped-query attention by scaled_dot_product_attention, causal, optional sliding window
+* grouped-query attention, causal, optional sliding window (see kernels.attention)
 * SwiGLU or a plain MLP
 * q, k, v are one group of matrices, gate and up another (see layers.factors)
 * MLP width and vocabulary are padded; padded rows and columns are zero, get no gradient, and so
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from megalr.kernels.attention import applies, attention, plain_attention
 from megalr.layers.embedding import Embedding, init_rows
 from megalr.layers.factors import FactorPair, LinearShape
 from megalr.layers.head import Head
@@ -55,15 +56,11 @@ def rope_tables(length: int, head_dim: int, theta: float, device: torch.device) 
     return torch.stack((angles.cos(), angles.sin()))
 
 
-def apply_rope(x: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
-    """Rotate ``x (B, H, S, D)`` in float32: (x1, x2) -> (x1 c - x2 s, x2 c + x1 s)."""
-    first, second = x.float().chunk(2, dim=-1)
-    rotated = torch.cat((-second, first), dim=-1)
-    return (x.float() * tables[0] + rotated * tables[1]).to(x.dtype)
-
-
 class Attention(nn.Module):
-    """Causal grouped-query attention."""
+    """Causal grouped-query attention.
+
+    ``fused`` may be set: use the kernel of kernels.attention where it applies, not plain torch.
+    """
 
     def __init__(
         self, config: DecoderConfig, prefix: str, make_linear: MakeLinear, plan: Plan
@@ -97,20 +94,10 @@ class Attention(nn.Module):
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """``softmax(q k^T) v`` of the outputs of ``qkv``, heads side by side: what ``o`` reads."""
-        D = self.config.head_dim
-        # (B, H|K, S, D) each; under tensor parallelism this rank's heads
-        q, k, v = (y.unflatten(-1, (-1, D)).transpose(1, 2) for y in projections)
-        if rope is not None:
-            q, k = apply_rope(q, rope), apply_rope(k, rope)
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None,
-            enable_gqa=self.config.kv_heads != self.config.num_heads,
-        )
-        return y.transpose(1, 2).flatten(2)  # (B, S, h), or this rank's part of it
+        q, k, v = projections  # under tensor parallelism this rank's heads
+        if self.fused and applies(q, mask, self.config.head_dim):
+            return attention(q, k, v, rope, self.config.head_dim)
+        return plain_attention(q, k, v, rope, mask, self.config.head_dim)
 
 
 class MLP(nn.Module):

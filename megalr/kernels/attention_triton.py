@@ -1,0 +1,248 @@
+"""Triton kernels of causal attention with rotary positions inside; launched by kernels.attention.
+
+Forward: one program for each (sequence, head, block of queries) walks over the blocks of keys up to
+the diagonal with a running maximum, as FlashAttention does (arXiv 2307.08691).
+
+Backward: a program takes whole (sequence, key head) tasks. With blocks of keys j outside and blocks
+of queries i >= j inside, a pair of blocks needs five products and nothing is computed twice: dk_j
+and dv_j stay in registers. dq_i is complete when i reaches the diagonal, j == i; until then its sum
+waits in a piece of float32 scratch that belongs to the program. There are only as many programs as
+run at once, so the scratch is small enough to stay in the L2 cache, and no sum is atomic: results
+are the same on every run.
+
+q and k are rotated in registers after each load, dq and dk rotated back before they are stored.
+Scores are kept in units of log 2 (exp2 is one instruction).
+
+Shapes: M queries and N keys in a block, D head width. q, k, v lie as the projections give them:
+(B, S, heads * D), rows and sequences at any stride. Strides of rows and numbers of heads are
+compile-time constants: addresses are then constants too and take no registers.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _load_rows(pointers, rows, S, EVEN: tl.constexpr):
+    """A tile of whole rows; rows from S on are 0. EVEN: there are none."""
+    if EVEN:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=(rows < S)[:, None], other=0.0)
+
+
+@triton.jit
+def _store_rows(pointers, tile, rows, S, EVEN: tl.constexpr):
+    """Store the rows of a tile that lie below S, in the dtype of the target."""
+    tile = tile.to(pointers.dtype.element_ty)
+    if EVEN:
+        tl.store(pointers, tile)
+    else:
+        tl.store(pointers, tile, mask=(rows < S)[:, None])
+
+
+@triton.jit
+def _angles(rope, rows, S, D: tl.constexpr, EVEN: tl.constexpr):
+    """Cosines and sines (rows, D/2) of tables (2, S, D) whose halves repeat each other."""
+    columns = tl.arange(0, D // 2)
+    pointers = rope + rows[:, None] * D + columns[None, :]
+    return _load_rows(pointers, rows, S, EVEN), _load_rows(pointers + S * D, rows, S, EVEN)
+
+
+@triton.jit
+def _load_rotated(
+    base, stride, rows, rope, S, D: tl.constexpr, ROPE: tl.constexpr, EVEN: tl.constexpr
+):
+    """Rows (rows, D) of q or k, rotated in float32 and rounded to their dtype again."""
+    if ROPE:
+        columns = tl.arange(0, D // 2)
+        pointers = base + rows[:, None] * stride + columns[None, :]
+        first = _load_rows(pointers, rows, S, EVEN).to(tl.float32)
+        second = _load_rows(pointers + D // 2, rows, S, EVEN).to(tl.float32)
+        cos, sin = _angles(rope, rows, S, D, EVEN)
+        # (rows, D/2, 2) -> (rows, 2, D/2) -> (rows, D): names registers anew, moves nothing
+        both = tl.join(first * cos - second * sin, second * cos + first * sin)
+        tile = tl.reshape(tl.permute(both, (0, 2, 1)), (rows.shape[0], D))
+        return tile.to(base.dtype.element_ty)
+    else:
+        return _load_rows(base + rows[:, None] * stride + tl.arange(0, D)[None, :], rows, S, EVEN)
+
+
+@triton.jit
+def _store_rotated_back(
+    base, stride, tile, rows, rope, S, D: tl.constexpr, ROPE: tl.constexpr, EVEN: tl.constexpr
+):
+    """Store the gradient (rows, D) of rotated rows as the gradient of the rows themselves."""
+    if ROPE:
+        halves = tl.permute(tl.reshape(tile, (rows.shape[0], 2, D // 2)), (0, 2, 1))
+        first, second = tl.split(halves)
+        cos, sin = _angles(rope, rows, S, D, EVEN)
+        columns = tl.arange(0, D // 2)
+        pointers = base + rows[:, None] * stride + columns[None, :]
+        _store_rows(pointers, first * cos + second * sin, rows, S, EVEN)
+        _store_rows(pointers + D // 2, second * cos - first * sin, rows, S, EVEN)
+    else:
+        pointers = base + rows[:, None] * stride + tl.arange(0, D)[None, :]
+        _store_rows(pointers, tile, rows, S, EVEN)
+
+
+@triton.jit
+def _forward_step(
+    acc, total, top, q, k, k_stride, v, v_stride, rope, rows, start, scale, S,
+    D: tl.constexpr, N: tl.constexpr, ROPE: tl.constexpr, EVEN: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Take the keys [start, start + N) into sums (M, D), totals (M) and running maxima (M)."""
+    columns = start + tl.arange(0, N)
+    key = _load_rotated(k, k_stride, columns, rope, S, D, ROPE, EVEN)
+    value = _load_rows(v + columns[:, None] * v_stride + tl.arange(0, D)[None, :], columns, S, EVEN)
+    scores = tl.dot(q, tl.trans(key)) * scale  # (M, N)
+    if MASKED:
+        scores = tl.where(rows[:, None] >= columns[None, :], scores, float("-inf"))
+    # Finite from the first block on: key 0 is open to every row.
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    p = tl.exp2(scores - new_top[:, None])
+    shrink = tl.exp2(top - new_top)
+    total = total * shrink + tl.sum(p, 1)
+    acc = tl.dot(p.to(value.dtype), value, acc * shrink[:, None])
+    return acc, total, new_top
+
+
+@triton.jit
+def forward_kernel(
+    q, k, v, rope, o, lse,
+    q_batch, k_batch, v_batch, scale, S,
+    q_stride: tl.constexpr, k_stride: tl.constexpr, v_stride: tl.constexpr,
+    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    ROPE: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """o (B, S, H*D) and lse (B, H, S) = log2 of the sums of exp2(scores); scale includes log2(e).
+
+    Grid: blocks of queries * H * B. EVEN: S is a multiple of M and of N.
+    """
+    blocks = tl.cdiv(S, M)
+    block = blocks - 1 - tl.program_id(0) % blocks  # the longest first
+    task = tl.program_id(0) // blocks
+    head = task % H
+    batch = (task // H).to(tl.int64)
+    q += batch * q_batch + head * D
+    k += batch * k_batch + head // GROUP * D
+    v += batch * v_batch + head // GROUP * D
+
+    rows = block * M + tl.arange(0, M)
+    query = _load_rotated(q, q_stride, rows, rope, S, D, ROPE, EVEN)
+    acc = tl.zeros((M, D), tl.float32)
+    total = tl.zeros((M,), tl.float32)
+    top = tl.full((M,), float("-inf"), tl.float32)
+    below = block * M // N * N  # keys before this are open to all rows of the block
+    for start in range(0, below, N):
+        acc, total, top = _forward_step(
+            acc, total, top, query, k, k_stride, v, v_stride, rope, rows, start, scale, S,
+            D, N, ROPE, EVEN, False,
+        )  # fmt: skip
+    for start in range(below, tl.minimum(block * M + M, S), N):
+        acc, total, top = _forward_step(
+            acc, total, top, query, k, k_stride, v, v_stride, rope, rows, start, scale, S,
+            D, N, ROPE, EVEN, True,
+        )  # fmt: skip
+    o += batch * S * H * D + head * D
+    pointers = o + rows[:, None] * (H * D) + tl.arange(0, D)[None, :]
+    _store_rows(pointers, acc / total[:, None], rows, S, EVEN)
+    tl.store(lse + (batch * H + head) * S + rows, top + tl.log2(total), mask=rows < S)
+
+
+@triton.jit
+def _backward_step(
+    dk, dv, key, value, q, q_stride, do, do_stride, o, o_stride, lse, rope, dq, dq_stride, scratch,
+    first, columns, earlier, scale, scale_log2, S, D: tl.constexpr, M: tl.constexpr,
+    ROPE: tl.constexpr, EVEN: tl.constexpr, DIAGONAL: tl.constexpr,
+):  # fmt: skip
+    """One pair of blocks: add to dk, dv (N, D) and to dq, for good if on the diagonal.
+
+    Scores are held transposed, (N, M), so that P^T and dS^T enter the products for dv and dk from
+    registers. ``earlier``: scratch holds a sum of dq over the blocks of keys before this one.
+    """
+    rows = first + tl.arange(0, M)
+    wide = tl.arange(0, D)[None, :]
+    query = _load_rotated(q, q_stride, rows, rope, S, D, ROPE, EVEN)  # (M, D)
+    d_out = _load_rows(do + rows[:, None] * do_stride + wide, rows, S, EVEN)
+    out = _load_rows(o + rows[:, None] * o_stride + wide, rows, S, EVEN)
+    # Rows from S on: query, d_out and delta are 0, so they add 0 to everything.
+    delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)  # (M)
+    level = tl.load(lse + rows, mask=rows < S, other=0.0)  # (M)
+
+    p = tl.exp2(tl.dot(key, tl.trans(query)) * scale_log2 - level[None, :])  # (N, M)
+    if DIAGONAL:
+        p = tl.where(columns[:, None] <= rows[None, :], p, 0.0)
+    dv = tl.dot(p.to(d_out.dtype), d_out, dv)
+    ds = p * (tl.dot(value, tl.trans(d_out)) - delta[None, :])  # (N, M)
+    ds = ds.to(query.dtype)
+    dk = tl.dot(ds, query, dk)
+
+    # dq transposed, (D, M): D fills the 64 rows of a tensor core product however few queries M are.
+    d_query = tl.dot(tl.trans(key), ds)
+    kept = scratch + first * D + tl.arange(0, D)[:, None] * M + tl.arange(0, M)[None, :]
+    if earlier:
+        d_query += tl.load(kept)
+    if DIAGONAL:
+        d_query = tl.trans(d_query) * scale
+        _store_rotated_back(dq, dq_stride, d_query, rows, rope, S, D, ROPE, EVEN)
+    else:
+        tl.store(kept, d_query)
+    return dk, dv
+
+
+@triton.jit
+def backward_kernel(
+    q, k, v, rope, o, lse, do, dq, dk, dv, scratch,
+    q_batch, k_batch, v_batch, do_batch, scale, scale_log2, S, tasks,
+    q_stride: tl.constexpr, k_stride: tl.constexpr, v_stride: tl.constexpr,
+    do_stride: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, ROPE: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """dq (B, S, H*D), dk and dv (B, S, K*D) of causal attention with H = K * GROUP heads.
+
+    Grid: any number of programs; they share the ``tasks`` = B * K out among themselves. scratch is
+    (programs, GROUP, S rounded up to N, D) float32. N is a multiple of M; EVEN: S of N.
+    """
+    H: tl.constexpr = K * GROUP
+    padded = tl.cdiv(S, N) * N
+    scratch += tl.program_id(0).to(tl.int64) * GROUP * padded * D
+    for task in range(tl.program_id(0), tasks, tl.num_programs(0)):
+        batch = tl.cast(task // K, tl.int64)
+        kv_head = task % K
+        k_head = k + batch * k_batch + kv_head * D
+        v_head = v + batch * v_batch + kv_head * D
+        shared = batch * S * K * D + kv_head * D  # where dk and dv of the head start
+        for start in range(0, S, N):
+            columns = start + tl.arange(0, N)
+            key = _load_rotated(k_head, k_stride, columns, rope, S, D, ROPE, EVEN)  # (N, D)
+            wide = tl.arange(0, D)[None, :]
+            value = _load_rows(v_head + columns[:, None] * v_stride + wide, columns, S, EVEN)
+            d_key = tl.zeros((N, D), tl.float32)
+            d_value = tl.zeros((N, D), tl.float32)
+            for member in range(GROUP):
+                head = kv_head * GROUP + member
+                q_head = q + batch * q_batch + head * D
+                do_head = do + batch * do_batch + head * D
+                o_head = o + batch * S * H * D + head * D
+                dq_head = dq + batch * S * H * D + head * D
+                lse_head = lse + (batch * H + head) * S
+                sums = scratch + member * padded * D
+                for first in range(start, start + N, M):
+                    d_key, d_value = _backward_step(
+                        d_key, d_value, key, value, q_head, q_stride, do_head, do_stride,
+                        o_head, H * D, lse_head, rope, dq_head, H * D, sums,
+                        first, columns, start > 0, scale, scale_log2, S,
+                        D, M, ROPE, EVEN, True,
+                    )  # fmt: skip
+                for first in range(start + N, S, M):
+                    d_key, d_value = _backward_step(
+                        d_key, d_value, key, value, q_head, q_stride, do_head, do_stride,
+                        o_head, H * D, lse_head, rope, dq_head, H * D, sums,
+                        first, columns, start > 0, scale, scale_log2, S,
+                        D, M, ROPE, EVEN, False,
+                    )  # fmt: skip
+            _store_rotated_back(dk + shared, K * D, d_key * scale, columns, rope, S, D, ROPE, EVEN)
+            _store_rows(dv + shared + columns[:, None] * (K * D) + wide, d_value, columns, S, EVEN)
+            # The threads of the program see each other's sums in scratch before they are read.
+            tl.debug_barrier()
