@@ -20,6 +20,7 @@ from megalr.optim.zero import attach_layouts
 from megalr.parallel.collectives import all_reduce
 from megalr.parallel.mesh import ONE_RANK, Mesh
 from megalr.parallel.shards import shard_of
+from megalr.training.batched import batch_parameters
 from megalr.training.graphs import MicroBatchGraph
 
 
@@ -117,27 +118,13 @@ def build_engine(config: RunConfig, ds_config: dict[str, Any], decoder: Decoder)
     # at learning rate 0, but Adam's counter and moments must start from nothing.
     engine.basic_optimizer.state.clear()
     attach_layouts(engine)
-    _test_gradients_once(engine)
+    batch_parameters(engine)
     if decoder.plan.parallel and hasattr(engine.optimizer, "fp32_groups"):
         _mark_gradients(decoder)
     if config.train.cuda_graphs:
         shape = config.train.micro_batch_size, config.data.sequence_length
         decoder.graphed = MicroBatchGraph(decoder, shape, _gradients_are_used_up(engine))
     return engine
-
-
-def _test_gradients_once(engine: Any) -> None:
-    """Let the gradient norm alone find inf and nan under ZeRO 1 and 2.
-
-    ``DeepSpeedZeroOptimizer.step`` looks at every gradient by itself, some six kernels a parameter,
-    and then at the norm, which is not finite whenever one of them is not; both skip the update on
-    all ranks. With offload the first test is another one and stays (docs/deepspeed-notes.md).
-    """
-    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-
-    optimizer = engine.optimizer
-    if isinstance(optimizer, DeepSpeedZeroOptimizer) and not optimizer.cpu_offload:
-        optimizer.check_overflow = lambda partition_gradients=True: None
 
 
 def _check_graphs(ds_config: dict[str, Any], decoder: Decoder) -> None:
