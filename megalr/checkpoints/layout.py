@@ -36,7 +36,7 @@ def layout_of(engine: Any) -> dict[str, Any]:
         "sub_groups": [
             flat.numel() for flat in getattr(optimizer, "fp32_partitioned_groups_flat", ())
         ],
-        "bf16": bool(engine.bfloat16_enabled()),
+        "bf16": any(p.dtype == torch.bfloat16 for p in engine.module.parameters()),
     }
 
 

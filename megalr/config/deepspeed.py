@@ -19,6 +19,15 @@ NEVER = 1_000_000_000
 """Steps between two of DeepSpeed's own progress lines: more than any run has."""
 
 
+def is_plain(precision: str, stage: int) -> bool:
+    """Whether the optimizer works on the model's own weights, without a wrapper of DeepSpeed's.
+
+    So it is without ZeRO where weights and masters have one dtype: ``train.precision`` fp32 or
+    paper_bf16.
+    """
+    return stage == 0 and precision != "bf16"
+
+
 def read_deepspeed_json(path: Path | str) -> dict[str, Any]:
     """Read a DeepSpeed JSON file.
 
@@ -118,7 +127,8 @@ def _template(config: RunConfig, stage: int, accumulation: int) -> dict[str, Any
     """Every value megalr relies on or chooses, before the user's JSON is laid over it."""
     precision = config.train.precision
     low = precision != "fp32"
-    pure = precision == "paper_bf16"
+    wrapped = low and not is_plain(precision, stage)
+    pure = wrapped and precision == "paper_bf16"
     full_accumulation = not low or (precision == "bf16" and stage > 0)
     return {
         "train_batch_size": config.train.global_batch_size,
@@ -132,7 +142,7 @@ def _template(config: RunConfig, stage: int, accumulation: int) -> dict[str, Any
         "communication_data_type": "bf16" if low else "fp32",
         "data_types": {"grad_accum_dtype": "fp32" if full_accumulation else "bf16"},
         "bf16": {
-            "enabled": low,
+            "enabled": wrapped,
             "immediate_grad_update": False,
             "check_grad_overflow": True,
             "bf16_master_weights_and_grads": pure,

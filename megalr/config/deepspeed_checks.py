@@ -183,12 +183,6 @@ def combination_problems(config: RunConfig, resolved: dict[str, Any]) -> list[st
             f"communication_data_type = {shown(resolved['communication_data_type'])}: "
             "must be fp32 or bf16"
         )
-    if precision == "paper_bf16" and stage == 0:
-        problems.append(
-            "zero_optimization.stage = 0: train.precision = paper_bf16 needs ZeRO stage 1, 2 or 3 "
-            "(bf16 master weights live in DeepSpeed's ZeRO optimizers only); "
-            "take ds_configs/paper_bf16.json"
-        )
     for name, stages in (("offload_optimizer", (1, 2, 3)), ("offload_param", (3,))):
         device = (zero.get(name) or {}).get("device", "none")
         if device == "none":

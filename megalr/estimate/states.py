@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from megalr.config.deepspeed import is_plain
 from megalr.config.schema import RunConfig
 from megalr.estimate.tensors import TRAINED, Stored
 from megalr.models.config import round_up
@@ -27,7 +28,8 @@ class StateBytes:
     """Bytes on one rank.
 
     Attributes:
-        wrapper: DeepSpeed's class around the optimizer; "none" for plain float32.
+        wrapper: DeepSpeed's class around the optimizer; "none" where it works on the weights
+            themselves (float32 or paper_bf16 without ZeRO).
         weights: what the model computes with.
         frozen: weights without gradient, and positions of sparse entries.
         masters: float32 (paper_bf16: bfloat16) copies that the optimizer updates.
@@ -56,7 +58,7 @@ class StateBytes:
 def wrapper_of(precision: str, stage: int, accumulation: str, offload: bool) -> str:
     """The class that wraps the optimizer; ``accumulation`` is the dtype gradients add up in."""
     if stage == 0:
-        return "none" if precision == "fp32" else "FP16_UnfusedOptimizer"
+        return "none" if is_plain(precision, stage) else "FP16_UnfusedOptimizer"
     if stage == 3:
         return "DeepSpeedZeroOptimizer_Stage3"
     if stage == 1 and precision != "fp32" and accumulation == "fp32" and not offload:
@@ -159,7 +161,9 @@ def _gradient_bytes(
 ) -> tuple[int, int, int, int]:
     """Bytes of (accumulated gradients, buckets, ``.grad``, what exists only in the update)."""
     if wrapper == "none":
-        return 0, 0, weight * held, weight * min(held, ALLREDUCE_ELEMENTS)
+        # On one rank nothing is reduced (megalr.training.plain).
+        flattened = min(held, ALLREDUCE_ELEMENTS) if data_size > 1 else 0
+        return 0, 0, weight * held, weight * flattened
     if wrapper == "FP16_UnfusedOptimizer":
         # The all-reduce flattens a bucket; afterwards every gradient is copied to float32.
         return 0, 0, weight * held, max(weight * min(held, ALLREDUCE_ELEMENTS), 4 * held)

@@ -10,7 +10,8 @@ BF16_Optimizer (ZeRO 1   one slice a group                               equal c
 with fp32 accumulation)
 ZeRO 3                   one slice a sub-group, shown only in ``step``   a share of each tensor
 stage 0, bf16            an fp32 copy of every parameter                 whole tensors
-stage 0, fp32            the parameters                                  whole tensors
+stage 0, fp32 and        the parameters                                  whole tensors
+paper_bf16
 =======================  ==============================================  =======================
 
 Everything that depends on DeepSpeed's internals is in this file (facts: docs/deepspeed-notes.md).

@@ -183,7 +183,7 @@ class ShardedState:
             _refresh_stage3(optimizer)
         elif hasattr(optimizer, "update_lp_params"):  # ZeRO-1, ZeRO-2, BF16_Optimizer
             optimizer.update_lp_params()
-        elif optimizer is not self.base:  # stage 0 with low-precision weights
+        elif optimizer is not self.base:  # stage 0 with masters beside the weights
             for parameter in self._parameters:
                 master = self.master(parameter)
                 if master is not None:

@@ -5,23 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
+from megalr.config.deepspeed import is_plain
 from megalr.config.schema import RunConfig
 from megalr.errors import UserError
 from megalr.models.build import Supports, build_decoder
 from megalr.models.config import DecoderConfig, decoder_config
 from megalr.models.decoder import Decoder
 from megalr.models.plans import make_plan
+from megalr.models.recompute import SELECTIVE
 from megalr.optim.build import build_optimizer
 from megalr.optim.groups import parameter_groups
 from megalr.optim.methods import RunFacts
 from megalr.optim.zero import attach_layouts
-from megalr.parallel.collectives import all_reduce
 from megalr.parallel.mesh import ONE_RANK, Mesh
 from megalr.parallel.shards import shard_of
 from megalr.training.batched import batch_parameters
 from megalr.training.graphs import MicroBatchGraph
+from megalr.training.plain import as_deepspeed_takes_it, guard_steps
 
 
 def sizes_of(config: RunConfig) -> DecoderConfig:
@@ -80,11 +81,13 @@ def build_engine(config: RunConfig, ds_config: dict[str, Any], decoder: Decoder)
             "over data-parallel ranks in the middle of layers; use stage 0, 1 or 2, or "
             "parallel.tensor=1"
         )
-    if stage == 3 and config.train.activation_checkpointing == "bottleneck":
+    if stage == 3 and config.train.activation_checkpointing in SELECTIVE:
         raise UserError(
-            "train.activation_checkpointing is bottleneck with ZeRO stage 3, which gathers weights "
-            "for whole layers only; use stage 1 or 2, or full"
+            f"train.activation_checkpointing is {config.train.activation_checkpointing} with ZeRO "
+            "stage 3, which gathers weights for whole layers only; use stage 1 or 2, or full"
         )
+    if config.train.kernels == "auto":
+        decoder.use_kernels()
     if config.train.compile:
         if stage == 3:
             raise UserError(
@@ -92,6 +95,9 @@ def build_engine(config: RunConfig, ds_config: dict[str, Any], decoder: Decoder)
                 "compilation; use stage 1 or 2, or train.compile=false"
             )
         compile_blocks(decoder)
+    plain = is_plain(config.train.precision, stage)
+    if plain and config.train.precision == "paper_bf16":
+        decoder.bfloat16()  # else DeepSpeed does it
     groups = parameter_groups(decoder, decoder.factor_parameters(), config.optimizer.weight_decay)
     facts = RunFacts(
         total_updates=config.train.updates,
@@ -110,7 +116,7 @@ def build_engine(config: RunConfig, ds_config: dict[str, Any], decoder: Decoder)
     engine, _, _, _ = deepspeed.initialize(
         model=decoder,
         optimizer=optimizer,
-        config=ds_config,
+        config=as_deepspeed_takes_it(ds_config) if plain else ds_config,
         mpu=mesh if decoder.plan.parallel else None,
         dist_init_required=False,
     )
@@ -118,6 +124,8 @@ def build_engine(config: RunConfig, ds_config: dict[str, Any], decoder: Decoder)
     # at learning rate 0, but Adam's counter and moments must start from nothing.
     engine.basic_optimizer.state.clear()
     attach_layouts(engine)
+    if plain:
+        guard_steps(engine)
     batch_parameters(engine)
     if decoder.plan.parallel and hasattr(engine.optimizer, "fp32_groups"):
         _mark_gradients(decoder)
@@ -160,27 +168,9 @@ def set_learning_rate(engine: Any, learning_rate: float) -> None:
 
 
 def gradient_norm(engine: Any) -> torch.Tensor | float:
-    """Global norm of the averaged gradient of the last update, before clipping.
-
-    ZeRO and the bf16 wrapper compute it in ``step``. Plain float32 without ZeRO keeps no norm;
-    there :func:`plain_gradient_norm` must be read before ``step``.
-    """
+    """Global norm of the averaged gradient of the last update, before clipping."""
     norm = engine.get_global_grad_norm()
     return float("nan") if norm is None else norm
-
-
-def plain_gradient_norm(decoder: Decoder) -> torch.Tensor:
-    """Global norm of the gradients in ``.grad``; over tensor-parallel ranks, each number once."""
-    mesh = decoder.plan.mesh
-    gradients = [
-        p.grad
-        for p in decoder.parameters()
-        if p.grad is not None and (shard_of(p) is not None or mesh.tensor_rank == 0)
-    ]
-    norm = nn.utils.get_total_norm(gradients)
-    if mesh.tensor_group is None:
-        return norm
-    return all_reduce(norm.square(), mesh.tensor_group).sqrt()
 
 
 def _mark_gradients(decoder: Decoder) -> None:

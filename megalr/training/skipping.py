@@ -2,13 +2,11 @@
 
 Every wrapper that DeepSpeed puts around an optimizer looks for a non-finite gradient, on all ranks
 together, and then makes no update (docs/deepspeed-notes.md); the host waits for that answer in any
-case. Plain float32 without ZeRO has no wrapper; there the same is done here.
+case. Where there is no wrapper :mod:`megalr.training.plain` does the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,12 +23,15 @@ def guarded(loss: torch.Tensor) -> torch.Tensor:
     return loss * (1 + (value - value))
 
 
-def finite_everywhere(value: torch.Tensor) -> bool:
-    """Whether ``value`` is finite on all ranks; every rank must call it. The host waits."""
-    bad = (~torch.isfinite(value)).any().float()
-    if dist.is_initialized():
+def not_finite_anywhere(value: torch.Tensor) -> torch.Tensor:
+    """1 if the number ``value`` is inf or nan on some rank, else 0; float32, the same on all ranks.
+
+    Every rank must call it. The host does not wait for the device.
+    """
+    bad = (~torch.isfinite(value)).float()
+    if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(bad, op=dist.ReduceOp.MAX)
-    return not bool(bad)
+    return bad
 
 
 def forget_gradients(optimizer: Any) -> None:
@@ -42,18 +43,3 @@ def forget_gradients(optimizer: Any) -> None:
     if getattr(optimizer, "cpu_offload", False):
         for group in getattr(optimizer, "averaged_gradients", {}):
             optimizer.averaged_gradients[group] = None
-
-
-@contextmanager
-def withheld(optimizer: Any) -> Iterator[None]:
-    """While open, ``optimizer.step`` changes nothing and the engine counts a skipped step.
-
-    For a torch optimizer that is the engine's own (float32 without ZeRO): the engine asks an
-    attribute ``overflow`` whether the step was made, which only its wrappers have.
-    """
-    optimizer.step = lambda *_, **__: None
-    optimizer.overflow = True
-    try:
-        yield
-    finally:
-        del optimizer.step, optimizer.overflow

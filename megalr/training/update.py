@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from megalr.data.loader import UpdateBatch
-from megalr.training.engine import gradient_norm, plain_gradient_norm, set_learning_rate
+from megalr.training.engine import gradient_norm, set_learning_rate
 from megalr.training.interval import Made
-from megalr.training.skipping import finite_everywhere, forget_gradients, guarded, withheld
+from megalr.training.skipping import forget_gradients, guarded
 
 
 class Updater:
@@ -31,7 +31,6 @@ class Updater:
         self.engine = engine
         self.device = device
         self.refuse = refuse
-        self._plain = engine.optimizer is engine.basic_optimizer  # float32 without ZeRO
 
     def make(self, batch: UpdateBatch, update: int, learning_rate: float) -> Made:
         """Forward, backward and step of the batch; ``update`` is its number from 1 on.
@@ -62,23 +61,9 @@ class Updater:
             # divides by the number of micro-batches although it is told not to
             # (docs/deepspeed-notes.md).
             engine.backward(guarded(loss), scale_wrt_gas=False)
-            self._step(made)
+            engine.step()
         made.applied = engine.was_step_applied()
         if not made.applied:
             forget_gradients(engine.optimizer)
-        if not self._plain:
-            made.norm = gradient_norm(engine)
+        made.norm = gradient_norm(engine)
         return made
-
-    def _step(self, made: Made) -> None:
-        """The engine's step, with the check of the gradient where the engine makes none."""
-        engine = self.engine
-        if not self._plain or not engine.is_gradient_accumulation_boundary():
-            engine.step()
-            return
-        made.norm = plain_gradient_norm(engine.module)
-        if finite_everywhere(made.norm):
-            engine.step()
-            return
-        with withheld(engine.optimizer):
-            engine.step()

@@ -28,6 +28,7 @@ def continued(source: Path, target: Path, update: int) -> Path:
 CHAINS = {
     "fp32": [(2, 1, 3), (1, 2, 5), (2, 0, 6), (2, 3, 8), (1, 0, 10)],
     "bf16": [(2, 1, 5), (2, 2, 10)],
+    "paper_bf16": [(2, 1, 5), (1, 0, 7), (2, 2, 10)],
 }
 
 

@@ -84,6 +84,17 @@ def test_a_value_the_user_chose_is_kept_and_an_empty_json_is_completed() -> None
     assert empty["communication_data_type"] == empty["data_types"]["grad_accum_dtype"] == "fp32"
 
 
+def test_pure_bf16_without_zero_leaves_deepspeeds_bf16_mode_off() -> None:
+    user = {"zero_optimization": {"stage": 0}, "bf16": {"enabled": "auto"}}
+    run = run_with("train.precision=paper_bf16")
+    resolved = resolve_deepspeed_config(run, user, "ds.json", 4)
+    bf16 = resolved["bf16"]
+    assert bf16["enabled"] is bf16["bf16_master_weights_and_grads"] is False
+    assert bf16["bf16_optimizer_states"] is False
+    assert resolved["data_types"]["grad_accum_dtype"] == "bf16"
+    assert resolved["communication_data_type"] == "bf16"
+
+
 def test_all_mistakes_of_a_json_are_reported_together() -> None:
     message = refusal(
         {
@@ -148,7 +159,16 @@ def test_all_mistakes_of_a_json_are_reported_together() -> None:
             "grad_accum_dtype = 'fp32': must be bf16 with train.precision = bf16 and "
             "zero_optimization.stage = 0",
         ),
-        ({}, ("train.precision=paper_bf16",), "paper_bf16 needs ZeRO stage 1, 2 or 3"),
+        (
+            {"data_types": {"grad_accum_dtype": "fp32"}},
+            ("train.precision=paper_bf16",),
+            "grad_accum_dtype = 'fp32': must be bf16 with train.precision = paper_bf16",
+        ),
+        (
+            {"bf16": {"enabled": True}},
+            ("train.precision=paper_bf16",),
+            "the run asks for false (train.precision = paper_bf16); write 'auto' here",
+        ),
         (
             {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
             (),

@@ -48,6 +48,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "no ZeRO, float32": ({}, zero(0)),
     "no ZeRO": ({"train": BF16}, zero(0)),
+    "no ZeRO, pure bf16": ({**METHODS["sltrain"], "train": {"precision": "paper_bf16"}}, zero(0)),
     "ZeRO 1": ({"train": BF16}, zero(1)),
     "ZeRO 2": ({"train": BF16}, zero(2)),
     "ZeRO 2, pure bf16": ({"train": {"precision": "paper_bf16"}}, zero(2)),
@@ -186,7 +187,7 @@ def test_states_are_those_of_the_live_engine(
     assert average == pytest.approx(found.moments, rel=2e-3)
 
 
-@pytest.mark.parametrize("name", ["ZeRO 1", "ZeRO 2", "ZeRO 2, pure bf16"])
+@pytest.mark.parametrize("name", ["no ZeRO, pure bf16", "ZeRO 1", "ZeRO 2", "ZeRO 2, pure bf16"])
 def test_what_an_update_sums_over_ranks(
     name: str, measured: dict[str, list[dict[str, Any]]]
 ) -> None:
@@ -194,6 +195,9 @@ def test_what_an_update_sums_over_ranks(
     if name == "ZeRO 1":
         padding = 3 * 2 * 2  # of three flat groups
         assert rank["trained"] <= rank["summed"] <= rank["trained"] + padding
+        assert rank["step_gradients"] == 2 * rank["trained"]
+    elif name == "no ZeRO, pure bf16":
+        assert rank["summed"] == rank["trained"]
         assert rank["step_gradients"] == 2 * rank["trained"]
     else:
         assert rank["micro_batches"] == 3
@@ -270,16 +274,17 @@ def test_recomputed_blocks_keep_their_input_only() -> None:
 
 
 def test_recomputed_blocks_that_keep_their_bottlenecks() -> None:
-    """2 h + 7 r numbers a token, which tests/models/test_recompute.py counts in autograd."""
+    """h + 7 r numbers a token, which tests/models/test_recompute.py counts in autograd."""
     method = {"name": "low_rank", "rank": 256, "alpha": 256.0}
     train = {"activation_checkpointing": "bottleneck", "compile": True}
     found = estimate_memory(_config("llama_350m", method, 64, 64, **train), zero(1), "x", 1)
-    assert found.activations.kept == 24 * (64 * 256) * (2 * 1024 + 7 * 256) * 2
+    assert found.activations.kept == 24 * (64 * 256) * (1024 + 7 * 256) * 2
 
 
 def test_wrappers_by_hand() -> None:
     assert wrapper_of("bf16", 1, "fp32", offload=False) == "BF16_Optimizer"
     assert wrapper_of("bf16", 1, "fp32", offload=True) == "DeepSpeedZeroOptimizer"
+    assert wrapper_of("paper_bf16", 0, "bf16", offload=False) == "none"
     assert wrapper_of("paper_bf16", 1, "bf16", offload=False) == "DeepSpeedZeroOptimizer"
 
 

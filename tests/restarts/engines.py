@@ -18,6 +18,7 @@ from megalr.models.config import DecoderConfig
 from megalr.models.decoder import Decoder
 from megalr.optim.groups import parameter_groups
 from megalr.restarts.refactorize import factor_parameters
+from megalr.training.plain import as_deepspeed_takes_it
 
 GLOBAL_BATCH = 6  # sequences; divides by 1, 2 and 3 ranks
 LENGTH = 8
@@ -50,6 +51,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         "bf16",
         {"stage": 3, "offload_optimizer": _CPU, "stage3_param_persistence_threshold": 0},
     ),
+    "paper_bf16 stage 0": ("paper_bf16", {"stage": 0}),
     "paper_bf16 stage 1": ("paper_bf16", {"stage": 1}),
     "paper_bf16 stage 3": (
         "paper_bf16",
@@ -120,6 +122,9 @@ def engine_of(
     resolved = resolve_deepspeed_config(config, {"zero_optimization": zero}, "test", world)
     resolved["zero_optimization"] |= zero_options
     decoder = make_decoder(method)
+    if kind == "paper_bf16 stage 0":  # as build_engine does; DeepSpeed casts for the others
+        decoder.bfloat16()
+        resolved = as_deepspeed_takes_it(resolved)
     engine, *_ = deepspeed.initialize(
         model=decoder,
         optimizer=make_optimizer(decoder) if optimizer is None else optimizer(decoder),

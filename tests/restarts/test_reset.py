@@ -102,6 +102,7 @@ def _resets(kind: str, folder: str) -> list[float]:
         "bf16 stage 1",
         "bf16 stage 2 offload",
         "bf16 stage 3 offload",
+        "paper_bf16 stage 0",
         "paper_bf16 stage 1",
     ],
 )

@@ -149,6 +149,7 @@ def _interrupted(kind: str, folder: str) -> list:
         "bf16 stage 2",
         "bf16 stage 2 offload",
         "bf16 stage 3",
+        "paper_bf16 stage 0",
         "paper_bf16 stage 1",
     ],
 )

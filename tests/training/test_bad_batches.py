@@ -39,6 +39,8 @@ def _values(folder: Path, data: Path, **sections: Any) -> dict[str, Any]:
         (zero(2, **OFFLOAD), "bf16", 1),
         (zero(3), "bf16", 1),
         (zero(0), "fp32", 2),
+        (zero(0), "paper_bf16", 1),
+        (zero(0), "paper_bf16", 2),
         (zero(1), "bf16", 2),
     ],
 )

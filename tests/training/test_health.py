@@ -19,7 +19,7 @@ from megalr.training import watchdog as watchdog_module
 from megalr.training.health import Health, SpikeWindow
 from megalr.training.interval import Interval, Made, settle
 from megalr.training.signals import STOP_SIGNALS, StopRequest
-from megalr.training.skipping import guarded, withheld
+from megalr.training.skipping import guarded
 from megalr.training.stopping import StopCheck
 from megalr.training.watchdog import Watchdog
 
@@ -120,20 +120,6 @@ def test_a_guarded_loss_is_itself_or_spoils_the_gradient() -> None:
             assert weight.grad.isnan()
         else:
             assert torch.equal(ours, loss) and weight.grad == 7
-
-
-def test_a_withheld_step_changes_nothing() -> None:
-    weight = torch.nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.AdamW([weight], lr=0.1)
-    weight.grad = torch.full((3,), float("nan"))
-    with withheld(optimizer):
-        optimizer.step()
-        assert optimizer.overflow
-    assert torch.equal(weight.detach(), torch.ones(3)) and not optimizer.state
-    assert not hasattr(optimizer, "overflow")
-    weight.grad = torch.ones(3)
-    optimizer.step()
-    assert (weight.detach() < 1).all()
 
 
 def test_signals_are_only_remembered_and_the_first_one_counts() -> None:

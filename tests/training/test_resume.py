@@ -22,7 +22,9 @@ def _cut_back(folder: Path, update: int) -> None:
             shutil.rmtree(checkpoint)
 
 
-@pytest.mark.parametrize("stage, precision", [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")])
+@pytest.mark.parametrize(
+    "stage, precision", [(0, "fp32"), (0, "paper_bf16"), (1, "bf16"), (2, "fp32"), (3, "bf16")]
+)
 def test_resume_gives_bitwise_the_losses_norms_and_evaluations_of_the_unbroken_run(
     stage: int, precision: str, data: Path, tmp_path: Path
 ) -> None:
