@@ -6,40 +6,46 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK, WARPS = 4096, 4
+BLOCK, WARPS = 4096, 8
 """Columns that a program looks at together, and its warps."""
+
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def _loss_and_gradient(logits, labels, nll, width, vocab_size, ignore, BLOCK: tl.constexpr):
-    """One row: its -log softmax(z)[label]; z is replaced by softmax(z) - onehot(label)."""
+    """One row: its -log softmax(z)[label]; z is replaced by softmax(z) - onehot(label).
+
+    The kernel is bound by arithmetic, not by memory: one exponential a number and pass, and the
+    label's column apart from the loops.
+    """
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + row)
+    kept = label != ignore
     start = logits + row * width
-    # Largest and sum of exponentials so far, by lane: lanes meet once, after the loop.
-    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    target = tl.zeros((BLOCK,), tl.float32)
+    target = tl.load(start + tl.where(kept, label, 0)).to(tl.float32)
+    largest = float("-inf")  # of log2(e) z, so far
+    total = 0.0
     for first in range(0, vocab_size, BLOCK):
         column = first + tl.arange(0, BLOCK)
         z = tl.load(start + column, mask=column < vocab_size, other=float("-inf")).to(tl.float32)
-        larger = tl.maximum(largest, z)
-        # A lane that has seen nothing yet has -inf - (-inf): its total is 0 all the same. The
-        # larger of -inf and NaN is -inf, but NaN has been seen.
-        seen = (larger > float("-inf")) | (z != z)
-        total = tl.where(seen, total * tl.exp(largest - larger) + tl.exp(z - larger), 0.0)
+        larger = tl.maximum(largest, tl.max(z, axis=0) * LOG2E)
+        # NaN is no maximum, but is in the sum; where all is -inf so far, the sum becomes NaN too:
+        # no logit of a model is -inf.
+        total = total * tl.exp2(largest - larger) + tl.sum(tl.exp2(z * LOG2E - larger), axis=0)
         largest = larger
-        target += tl.where(column == label, z, 0.0)
-    top = tl.max(largest, axis=0)
-    log_sum = top + tl.log(tl.sum(total * tl.exp(largest - top), axis=0))
-    kept = label != ignore
-    tl.store(nll + row, tl.where(kept, log_sum - tl.sum(target, axis=0), 0.0))
+    log_sum = largest + tl.log2(total)
+    loss = log_sum / LOG2E - target
+    tl.store(nll + row, tl.where(kept, loss, 0.0))
+    weight = tl.where(kept, 1.0, 0.0)
     for first in range(0, width, BLOCK):  # padded columns included: their gradient is 0
         column = first + tl.arange(0, BLOCK)
         z = tl.load(start + column, mask=column < vocab_size, other=float("-inf")).to(tl.float32)
-        gradient = tl.exp(z - log_sum) - tl.where(column == label, 1.0, 0.0)
-        gradient = tl.where(kept, gradient, 0.0)
+        gradient = tl.exp2(z * LOG2E - log_sum) * weight
         tl.store(start + column, gradient.to(logits.dtype.element_ty), mask=column < width)
+    tl.debug_barrier()  # the label's column once more, after all threads have written
+    gradient = tl.exp2(target * LOG2E - log_sum) - 1.0
+    tl.store(start + label, gradient.to(logits.dtype.element_ty), mask=kept)
 
 
 def rows_(
