@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import register_flop_formula
 
 from megalr.errors import UserError
 
@@ -26,27 +28,32 @@ MAX_LENGTH = 512
 
 HEAD_WIDTHS = (32, 64, 128)
 
-SHARED_MEMORY = 160 * 1024
-"""Bytes of shared memory that a GPU must lend to a block: what the configurations below need."""
+HOPPER = 9
+"""Compute capability (H100, H200). For A100 the backward kernel spills most of its registers."""
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 @dataclass(frozen=True)
 class Forward:
-    """How the forward kernel is cut: queries and keys in a block, warps, pipeline stages."""
+    """How the forward kernel is cut: queries and keys in a block, warps, pipeline stages.
+
+    registers: the most a thread may use, None for no limit of ours. Fewer means more blocks at once
+    on a multiprocessor.
+    """
 
     queries: int
     keys: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 @dataclass(frozen=True)
 class Backward:
     """How the backward kernel is cut; ``keys`` is a multiple of ``queries``.
 
-    programs: how many run at once on a multiprocessor; each has its own scratch.
+    programs: how many a multiprocessor gets; each has its own scratch.
     """
 
     queries: int
@@ -54,13 +61,14 @@ class Backward:
     warps: int
     stages: int
     programs: int
+    registers: int | None = None
 
 
-FORWARD = {32: Forward(128, 64, 4, 2), 64: Forward(128, 64, 4, 2), 128: Forward(128, 64, 8, 2)}
+FORWARD = {32: Forward(128, 64, 4, 1), 64: Forward(128, 64, 4, 1), 128: Forward(128, 64, 8, 1)}
 BACKWARD = {
-    32: Backward(64, 128, 8, 1, 2),
-    64: Backward(64, 128, 8, 1, 2),
-    128: Backward(64, 64, 8, 1, 2),
+    32: Backward(64, 128, 8, 1, 1),
+    64: Backward(64, 128, 8, 1, 1),
+    128: Backward(32, 128, 8, 1, 1),
 }
 """By head width, for sequences of more than 64 tokens."""
 
@@ -72,7 +80,7 @@ def forward_choice(D: int, S: int) -> Forward:
 
 def backward_choice(D: int, S: int) -> Backward:
     """The backward kernel's blocks for a head width and a length."""
-    return BACKWARD[D] if S > 64 else Backward(64, 64, 8, 1, 2)
+    return BACKWARD[D] if S > 64 else Backward(32, 64, 4, 1, 2)
 
 
 def apply_rope(x: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
@@ -114,18 +122,15 @@ def plain_attention(
 
 @torch.compiler.assume_constant_result
 def _capable(index: int | None) -> bool:
-    """Whether the CUDA device can run the kernels in the configurations above."""
-    if torch.version.cuda is None:
-        return False
-    device: Any = torch.cuda.get_device_properties(index)
-    return device.major >= 8 and device.shared_memory_per_block_optin >= SHARED_MEMORY
+    """Whether the device is a GPU that the configurations above were chosen for."""
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(index)[0] == HOPPER
 
 
 def applies(q: torch.Tensor, mask: torch.Tensor | None, head_dim: int) -> bool:
     """Whether :func:`attention` takes this case; a static fact, so torch.compile does not break.
 
-    That is: half precision, ``q (B, S, H * D)`` with S up to ``MAX_LENGTH`` on a CUDA device with
-    enough shared memory (A100, H100 and later data-centre GPUs), no mask but the causal one.
+    That is: half precision, ``q (B, S, H * D)`` with S up to ``MAX_LENGTH`` on a Hopper GPU, and no
+    mask but the causal one.
     """
     return (
         _HAS_TRITON
@@ -207,7 +212,7 @@ def launch_forward(
             q_stride=q.stride(1), k_stride=k.stride(1), v_stride=v.stride(1), H=H, GROUP=group,
             D=D, M=choice.queries, N=choice.keys,
             ROPE=rope is not None, EVEN=S % max(choice.queries, choice.keys) == 0,
-            num_warps=choice.warps, num_stages=choice.stages,
+            num_warps=choice.warps, num_stages=choice.stages, maxnreg=choice.registers,
         )  # fmt: skip
     return o, lse
 
@@ -250,7 +255,7 @@ def launch_backward(
             q_stride=q.stride(1), k_stride=k.stride(1), v_stride=v.stride(1),
             do_stride=do.stride(1), K=K, GROUP=group, D=D, M=choice.queries, N=choice.keys,
             ROPE=rope is not None, EVEN=S % choice.keys == 0,
-            num_warps=choice.warps, num_stages=choice.stages,
+            num_warps=choice.warps, num_stages=choice.stages, maxnreg=choice.registers,
         )  # fmt: skip
     return dq, dk, dv
 
@@ -300,3 +305,20 @@ def _gradients(ctx: Any, do: torch.Tensor | None, _: None) -> tuple[torch.Tensor
 
 
 _forward.register_autograd(_gradients, setup_context=_keep)
+
+
+def _product_flops(q: Sequence[int]) -> int:
+    """FLOPs of one product of S by S scores; q is the shape ``(B, S, H * D)``."""
+    return 2 * q[0] * q[1] * q[1] * q[2]
+
+
+# torch.utils.flop_counter cannot see inside an operator; it is told what happens there, with the
+# masked scores counted as torch does for scaled_dot_product_attention.
+@register_flop_formula(torch.ops.megalr.causal_attention)
+def _forward_flops(q: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * _product_flops(q)
+
+
+@register_flop_formula(torch.ops.megalr.causal_attention_backward)
+def _backward_flops(do: Sequence[int], *_: Any, **__: Any) -> int:
+    return 5 * _product_flops(do)

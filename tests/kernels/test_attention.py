@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from megalr.errors import UserError
 from megalr.kernels.attention import (
@@ -155,6 +156,25 @@ def test_refuses_what_does_not_fit() -> None:
         attention(q, k, v.float(), None, 32)
     with pytest.raises(UserError, match="tables"):
         attention(q, k, v, _rope(5, 32), 32)
+
+
+@pytest.mark.parametrize("level", ["forward", "backward"])
+def test_counts_the_work_of_sdpa(level: str) -> None:
+    """FLOPs seen by torch's counter: those of attention by sdpa, masked scores included."""
+    q, k, v = (torch.empty(2, 8, 4 * 32, device="meta", requires_grad=True) for _ in range(3))
+    counts = []
+    for function in (
+        lambda: plain_attention(q, k, v, None, None, 32),
+        lambda: attention(q, k, v, None, 32),
+    ):
+        with FlopCounterMode(display=False) as counter:
+            o = function()
+            if level == "backward":
+                o.sum().backward()
+        counts.append(counter.get_total_flops())
+    forward = 4 * 2 * 8 * 8 * 4 * 32
+    # Plain attention on meta tensors keeps its scores: two products forward, four backward.
+    assert counts == ([forward, forward] if level == "forward" else [3 * forward, 3.5 * forward])
 
 
 def test_cpu_float32_and_masks_take_the_plain_path() -> None:
