@@ -18,6 +18,7 @@ from torch import nn
 
 from megalr.layers.expansion import expand
 from megalr.layers.factors import FactorPair, LinearShape, named_generator, set_row_blocks
+from megalr.layers.gated import Gated, product
 from megalr.layers.norm import Unscaled
 from megalr.parallel.collectives import copy, reduce
 from megalr.parallel.shards import set_shard
@@ -67,12 +68,13 @@ class GroupedLinear(nn.Module, ABC):
         """What this rank holds of the whole unpadded ``weight (m, n)`` of matrix ``index``."""
         return weight[self.shape.held_rows(index), self.shape.held_columns()]
 
-    def dense_output(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def dense_output(self, x: torch.Tensor | Gated, weight: torch.Tensor) -> torch.Tensor:
         """``x W^T (+ bias)`` for the stack W as held here, with its sums; ``(..., sum m_i)``."""
-        x = copy(x, self.output_group)
-        if self.input_group is None:
-            return F.linear(x, weight, self.bias)
-        y = reduce(F.linear(x, weight), self.input_group)
+        if isinstance(x, torch.Tensor):
+            x = copy(x, self.output_group)
+            if self.input_group is None:
+                return F.linear(x, weight, self.bias)
+        y = reduce(product(x, weight), self.input_group)
         return y if self.bias is None else y + self.bias  # once, not by every rank
 
     @torch.no_grad()
@@ -111,8 +113,12 @@ class FullRankLinear(GroupedLinear):
         set_row_blocks(self.weight, shape.names, shape.row_ranges())
         set_shard(self.weight, shape.shard())
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return self.dense_output(x, self.weight).split(self.sizes, dim=-1)
+    def forward(self, x: torch.Tensor | Gated) -> tuple[torch.Tensor, ...]:
+        return self.stacked(x).split(self.sizes, dim=-1)
+
+    def stacked(self, x: torch.Tensor | Gated) -> torch.Tensor:
+        """The outputs side by side, ``(..., sum m_i)``, as the GEMM leaves them."""
+        return self.dense_output(x, self.weight)
 
     @torch.no_grad()
     def reset_parameters(self, seed: int, std: float) -> None:
@@ -163,12 +169,12 @@ class FactorizedLinear(GroupedLinear):
     def _a_ranges(self) -> list[tuple[int, int]]:
         return [(i * self.rank, (i + 1) * self.rank) for i in range(len(self.shape.names))]
 
-    def bottleneck(self, x: torch.Tensor | Unscaled) -> torch.Tensor:
+    def bottleneck(self, x: torch.Tensor | Unscaled | Gated) -> torch.Tensor:
         """``x A_i^T`` of the whole input side by side, ``(..., G r)``, the same on all ranks."""
         if isinstance(x, Unscaled):
             h = reduce(F.linear(x.values, self.a), self.input_group)
             return x.scaled(h, self.input_group)
-        return reduce(F.linear(x, self.a), self.input_group)
+        return reduce(product(x, self.a), self.input_group)
 
     def low_rank_outputs(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """``scale (x A_i^T) B_i^T`` for every matrix, ``(..., m_i)`` each; no bias."""
@@ -229,7 +235,7 @@ class FactorizedLinear(GroupedLinear):
 class BottleneckLinear(FactorizedLinear):
     """A layer that is its two factors and nothing else: all that passes are r numbers a matrix."""
 
-    def forward(self, x: torch.Tensor | Unscaled) -> tuple[torch.Tensor, ...]:
+    def forward(self, x: torch.Tensor | Unscaled | Gated) -> tuple[torch.Tensor, ...]:
         return self.outputs_of(self.bottleneck(x))
 
 

@@ -20,10 +20,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from megalr.kernels.attention import applies, attention, plain_attention
+from megalr.kernels.swiglu import swiglu_applies
 from megalr.layers.embedding import Embedding, init_rows
 from megalr.layers.factors import FactorPair, LinearShape
+from megalr.layers.gated import Gated
 from megalr.layers.head import Head
-from megalr.layers.linear import FactorizedLinear, GroupedLinear
+from megalr.layers.linear import (
+    BottleneckLinear,
+    FactorizedLinear,
+    FullRankLinear,
+    GroupedLinear,
+)
 from megalr.layers.norm import CutRMSNorm, LastNorm, Unscaled
 from megalr.models.config import DecoderConfig
 from megalr.models.recompute import recomputed
@@ -123,13 +130,26 @@ class MLP(nn.Module):
         self.down = make_linear(down, config.output_bias)
         self.activation = ACTIVATIONS[config.activation]
         self.gated = config.gated_mlp
+        self.fused = False  # whether down may form its input itself
 
     def forward(self, x: torch.Tensor | Unscaled) -> torch.Tensor:
-        (y,) = self.down(self.mix(self.into(x)))
+        if self.fused and isinstance(self.into, FullRankLinear) and isinstance(x, torch.Tensor):
+            projections: tuple[torch.Tensor, ...] = (self.into.stacked(x),)
+        else:
+            projections = self.into(x)
+        fused = self.fused and swiglu_applies(projections[0])
+        (y,) = self.down(Gated(projections) if fused else self.mix(projections))
         return y
+
+    def fuse(self) -> None:
+        """Let ``down`` form its input itself, by the kernel of our own, where that is possible."""
+        kind = isinstance(self.down, BottleneckLinear | FullRankLinear)
+        self.fused = kind and self.gated and self.activation is F.silu
 
     def mix(self, projections: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """``act(gate) * up``, or ``act(up)``: what ``down`` reads, ``(B, S, padded width)``."""
+        if len(projections) == 1 and self.gated:
+            projections = projections[0].chunk(2, dim=-1)
         hidden = self.activation(projections[0])
         return hidden * projections[1] if self.gated else hidden
 
@@ -262,11 +282,16 @@ class Decoder(nn.Module):
         distance = position[:, None] - position[None, :]
         return (distance >= 0) & (distance < window)
 
-    def use_kernels(self) -> None:
-        """Use kernels of our own where there is one for device, dtype and shape."""
+    def use_kernels(self, weights_are_there: bool = True) -> None:
+        """Use kernels of our own where there is one for device, dtype and shape.
+
+        ``weights_are_there``: also outside the forward pass of their layer (not with ZeRO 3).
+        """
         self.head.fuse_loss()
         for block in self.blocks():
             block.attention.fused = True
+            if weights_are_there:
+                block.mlp.fuse()
 
     def blocks(self) -> list[Block]:
         """The blocks, in order."""

@@ -33,7 +33,7 @@ SELECTIVE = ("elementwise", "mlp", "bottleneck")
 FOR_FACTORS = ("mlp", "bottleneck")
 """Levels that need layers which are their two factors."""
 
-PRODUCTS = ("aten::mm", "aten::addmm", "megalr::sparse_low_rank")
+PRODUCTS = ("aten::mm", "aten::addmm", "megalr::sparse_low_rank", "megalr::swiglu_product")
 """Products with weights, but those with B of factorized layers, which are megalr::expand."""
 
 

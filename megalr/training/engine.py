@@ -87,7 +87,7 @@ def build_engine(config: RunConfig, ds_config: dict[str, Any], decoder: Decoder)
             "stage 3, which gathers weights for whole layers only; use stage 1 or 2, or full"
         )
     if config.train.kernels == "auto":
-        decoder.use_kernels()
+        decoder.use_kernels(weights_are_there=stage != 3)
     if config.train.compile:
         if stage == 3:
             raise UserError(

@@ -1,0 +1,126 @@
+"""SwiGLU with the product that follows it, as one operator that keeps neither's input twice.
+
+``y = (silu(gate) up) W^T``: autograd keeps gate, up and, for the gradient of W, their product, f
+numbers a token each. Here the product is formed again in the kernel of the backward pass that reads
+gate and up anyway, in the memory of its own gradient: a third less is kept, for one more write of f
+numbers a token. W is the matrix ``down`` or, of a factorized one, its factor A.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+# Written out because torch 2.6 infers no schema from lists of tensors as what is returned.
+_BACKWARD = "(Tensor dy, Tensor[] projections, Tensor w) -> (Tensor[], Tensor)"
+
+
+def swiglu_applies(x: Tensor) -> bool:
+    """Whether the operator runs by its kernels on x: half precision on a CUDA device, Triton."""
+    return _HAS_TRITON and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+
+
+@torch.library.custom_op("megalr::swiglu_product", mutates_args=())
+def swiglu_product(projections: Sequence[Tensor], w: Tensor) -> Tensor:
+    """``(silu(gate) up) W^T``.
+
+    Args:
+        projections: gate and up, ``(..., f)`` each, or one tensor ``(..., 2 f)`` of both side by
+            side, as one GEMM leaves them.
+        w: ``(m, f)``.
+
+    Returns:
+        ``(..., m)``. The elementwise part is computed in float32 and rounded once.
+    """
+    gate, up = _rows(projections)  # (N, f)
+    if swiglu_applies(gate):
+        from megalr.kernels.swiglu_triton import forward
+
+        hidden = forward(gate, up)
+    else:
+        hidden = (F.silu(_wide(gate)) * _wide(up)).to(gate.dtype)
+    return (hidden @ w.t()).view(*projections[0].shape[:-1], w.shape[0])
+
+
+@swiglu_product.register_fake
+def _(projections: Sequence[Tensor], w: Tensor) -> Tensor:
+    return w.new_empty(*projections[0].shape[:-1], w.shape[0])
+
+
+@torch.library.custom_op("megalr::swiglu_product_backward", mutates_args=(), schema=_BACKWARD)
+def swiglu_product_backward(
+    dy: Tensor, projections: Sequence[Tensor], w: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """Gradients of the projections, in the form they came in, and of W."""
+    grads = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in projections]
+    (gate, up), (dgate, dup) = _rows(projections), _rows(grads)
+    flat = dy.reshape(-1, w.shape[0])  # (N, m)
+    hidden = flat @ w  # (N, f), the gradient of the product until the kernel has run
+    if swiglu_applies(gate):
+        from megalr.kernels.swiglu_triton import backward_
+
+        backward_(gate, up, hidden, dgate, dup)
+    else:
+        _plain_backward_(gate, up, hidden, dgate, dup)
+    return grads, flat.t() @ hidden
+
+
+@swiglu_product_backward.register_fake
+def _(dy: Tensor, projections: Sequence[Tensor], w: Tensor) -> tuple[list[Tensor], Tensor]:
+    contiguous = torch.contiguous_format
+    grads = [torch.empty_like(p, memory_format=contiguous) for p in projections]
+    return grads, torch.empty_like(w)
+
+
+def _plain_backward_(gate: Tensor, up: Tensor, hidden: Tensor, dgate: Tensor, dup: Tensor) -> None:
+    """What the kernel does, in plain PyTorch."""
+    g, u, d = _wide(gate), _wide(up), _wide(hidden)
+    s = torch.sigmoid(g)
+    dup.copy_(d * g * s)
+    dgate.copy_(d * u * (s + g * s * (1 - s)))
+    hidden.copy_(g * s * u)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _rows(projections: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Gate and up as ``(N, f)`` each, views where possible."""
+    flat = [p.reshape(-1, p.shape[-1]) for p in projections]
+    gate, up = flat if len(flat) == 2 else flat[0].chunk(2, dim=-1)
+    return gate, up
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    projections, w = inputs
+    ctx.save_for_backward(*projections, w)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[list[Tensor], Tensor]:
+    *projections, w = ctx.saved_tensors
+    return swiglu_product_backward(dy, projections, w)
+
+
+swiglu_product.register_autograd(_backward, setup_context=_keep)
+
+
+@register_flop_formula(torch.ops.megalr.swiglu_product)
+def _flops(projections: Any, w: Any, *_: Any, **__: Any) -> int:
+    tokens = 1
+    for size in projections[0][:-1]:
+        tokens *= size
+    return 2 * tokens * w[0] * w[1]
+
+
+@register_flop_formula(torch.ops.megalr.swiglu_product_backward)
+def _backward_flops(dy: Any, projections: Any, w: Any, *_: Any, **__: Any) -> int:
+    return 2 * _flops(projections, w)

@@ -1,0 +1,71 @@
+"""Triton kernels of SwiGLU's elementwise part."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK, WARPS = 1024, 4
+"""Columns that a program looks at, and its warps."""
+
+
+@triton.jit
+def _forward(gate, up, hidden, gate_stride, up_stride, width, BLOCK: tl.constexpr):
+    """hidden = silu(gate) up, in float32, rounded once; hidden is contiguous."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    g = tl.load(gate + row * gate_stride + column, mask=inside).to(tl.float32)
+    u = tl.load(up + row * up_stride + column, mask=inside).to(tl.float32)
+    h = g * tl.sigmoid(g) * u
+    tl.store(hidden + row * width + column, h.to(hidden.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward(
+    gate, up, hidden, dgate, dup, gate_stride, up_stride, dgate_stride, dup_stride, width,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """hidden, which holds its own gradient, becomes silu(gate) up; dgate and dup are written."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    g = tl.load(gate + row * gate_stride + column, mask=inside).to(tl.float32)
+    u = tl.load(up + row * up_stride + column, mask=inside).to(tl.float32)
+    place = hidden + row * width + column
+    d = tl.load(place, mask=inside).to(tl.float32)
+    s = tl.sigmoid(g)
+    silu = g * s
+    kind = hidden.dtype.element_ty
+    tl.store(dup + row * dup_stride + column, (d * silu).to(kind), mask=inside)
+    slope = s + silu * (1.0 - s)
+    tl.store(dgate + row * dgate_stride + column, (d * u * slope).to(kind), mask=inside)
+    tl.store(place, (silu * u).to(kind), mask=inside)
+
+
+def forward(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """``silu(gate) up`` of ``(N, f)`` tensors whose rows are contiguous."""
+    rows, width = gate.shape
+    hidden = torch.empty(rows, width, dtype=gate.dtype, device=gate.device)
+    grid = (rows, triton.cdiv(width, BLOCK))
+    _forward[grid](
+        gate, up, hidden, gate.stride(0), up.stride(0), width, BLOCK=BLOCK, num_warps=WARPS
+    )
+    return hidden
+
+
+def backward_(
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    hidden: torch.Tensor,
+    dgate: torch.Tensor,
+    dup: torch.Tensor,
+) -> None:
+    """Gradients into ``dgate``, ``dup``; ``hidden`` turns from its gradient into its value."""
+    rows, width = gate.shape
+    grid = (rows, triton.cdiv(width, BLOCK))
+    _backward[grid](
+        gate, up, hidden, dgate, dup, gate.stride(0), up.stride(0), dgate.stride(0),
+        dup.stride(0), width, BLOCK=BLOCK, num_warps=WARPS,
+    )  # fmt: skip

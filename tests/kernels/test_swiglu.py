@@ -1,0 +1,66 @@
+"""SwiGLU with the product that follows equals plain autograd (kernels by Triton's interpreter)."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megalr.kernels.swiglu import swiglu_product
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or not (torch.cuda.is_available() or INTERPRETED),
+    reason="needs Triton and a GPU, or TRITON_INTERPRET=1",
+)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _inputs(together: bool, dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.Tensor]:
+    torch.manual_seed(0)
+    widths = [20] if together else [10, 10]
+    projections = [torch.randn(2, 7, n, dtype=dtype, requires_grad=True) for n in widths]
+    return projections, torch.randn(6, 10, dtype=dtype, requires_grad=True)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_values_and_gradients_in_float64(together: bool) -> None:
+    projections, w = _inputs(together, torch.float64)
+    gate, up = projections[0].chunk(2, dim=-1) if together else projections
+    weights = torch.randn(2, 7, 6, dtype=torch.float64)
+    results = []
+    for y in (swiglu_product(projections, w), F.linear(F.silu(gate) * up, w)):
+        results.append((y.detach(), torch.autograd.grad((y * weights).sum(), (*projections, w))))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-12)
+
+
+def test_operator_is_registered_as_compilation_needs_it() -> None:
+    torch.library.opcheck(swiglu_product, _inputs(False, torch.float32))
+
+
+@needs_triton
+@pytest.mark.parametrize("stride", [2000, 4000])
+def test_kernels_equal_float64(stride: int) -> None:
+    """Rows of a wider tensor, more columns than a block."""
+    from megalr.kernels.swiglu_triton import backward_, forward
+
+    torch.manual_seed(0)
+    both = torch.randn(3, stride, device=DEVICE).bfloat16()
+    gate, up = both[:, :1500], torch.randn(3, 1500, device=DEVICE).bfloat16()
+    d = torch.randn(3, 1500, device=DEVICE).bfloat16()
+    g, u = (x.double().requires_grad_() for x in (gate, up))
+    expected = F.silu(g) * u
+    expected.backward(d.double())
+    hidden, dgate, dup = d.clone(), torch.empty_like(up), torch.empty_like(up)
+    backward_(gate, up, hidden, dgate, dup)
+    for found, exact in (
+        (forward(gate, up), expected),
+        (hidden, expected),
+        (dgate, g.grad),
+        (dup, u.grad),
+    ):
+        # the interpreter truncates where a GPU rounds to nearest
+        torch.testing.assert_close(found.double(), exact.detach(), rtol=2**-7, atol=1e-6)
