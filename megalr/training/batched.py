@@ -46,7 +46,6 @@ def _has(optimizer: Any, names: str) -> bool:
 
 # ------------------------------------------------------------------------------ BF16_Optimizer
 
-
 _BF16 = (
     "bf16_groups fp32_groups_gradients fp32_groups_gradients_flat fp32_groups_has_gradients "
     "fp32_groups_gradient_flat_partition fp32_groups_flat_partition update_hp_grads clear_hp_grads "
@@ -174,12 +173,12 @@ def _bf16_norm(optimizer: Any) -> Tensor:
 
 # ---------------------------------------------------------------------- DeepSpeedZeroOptimizer
 
-
 _ZERO = (
     "averaged_gradients params_in_partition dp_process_group model_parallel_rank clip_grad "
     "bit16_groups_flat round_robin_bit16_groups round_robin_bit16_offsets loss_scale "
     "scaled_global_norm _model_parallel_all_reduce _update_model_bit16_weights "
-    "unscale_and_clip_grads"
+    "unscale_and_clip_grads allreduce_and_copy_with_multiple_ranks allreduce_bucket unflatten "
+    "overlap_comm reduction_stream"
 )
 _REDUCE = (
     "partition_gradients overlap_comm contiguous_gradients reduce_scatter ipg_buckets "
@@ -207,6 +206,7 @@ def _batch_zero(optimizer: Any) -> None:
     optimizer.scaled_global_norm = MethodType(_zero_norm, optimizer)
     _clip_where_needed(optimizer)
     _keep_weights_in_place(optimizer)
+    optimizer.allreduce_and_copy_with_multiple_ranks = MethodType(_sum_over_ranks, optimizer)
     usual = (
         _has(optimizer, _REDUCE)
         and optimizer.contiguous_gradients
@@ -262,17 +262,22 @@ def _gradients_that_count(
 
 
 def _clip_where_needed(optimizer: Any) -> None:
-    """Multiply gradients where their norm is too large only; DeepSpeed multiplies by 1 otherwise.
+    """Multiply gradients if their norm is too large only; DeepSpeed multiplies by 1 otherwise.
 
     The norm being on the host, so is the factor: in float32, while DeepSpeed's lies on the device
     and is rounded to bf16 there where gradients are bf16.
     """
-    always = optimizer.unscale_and_clip_grads
+    one_by_one = optimizer.unscale_and_clip_grads
 
     def unscale_and_clip_grads(self: Any, gradients: list[Any], norm: Any) -> None:
-        small = self.clip_grad > 0 and norm >= 0 and (norm + 1e-6) / self.clip_grad <= 1
-        if self.loss_scale != 1.0 or not small:
-            always(gradients, norm)
+        if self.loss_scale != 1.0 or self.clip_grad <= 0 or not norm >= 0:
+            one_by_one(gradients, norm)
+            return
+        excess = (norm + 1e-6) / self.clip_grad
+        if excess > 1:
+            factor = (1.0 / excess).item()
+            for gradient in gradients:  # one; _foreach_mul_ rounds the factor to bf16 on the CPU
+                gradient.mul_(factor)
 
     optimizer.unscale_and_clip_grads = MethodType(unscale_and_clip_grads, optimizer)
 
@@ -291,6 +296,45 @@ def _keep_weights_in_place(optimizer: Any) -> None:
             anew(group)
 
     optimizer._update_model_bit16_weights = MethodType(_update_model_bit16_weights, optimizer)
+
+
+def _sum_over_ranks(
+    optimizer: Any,
+    small_bucket: list[Tensor],
+    communication_data_type: torch.dtype,
+    log: Any = None,
+    divide: bool = True,
+    process_group: Any = None,
+    bucket_ranks: Any = None,
+    output_bucket: Any = None,
+) -> None:
+    """``allreduce_and_copy_with_multiple_ranks``: sum gradients, keep those of this rank.
+
+    ``bucket_ranks[i]`` (a number or a set of them) wants the sum of ``small_bucket[i]``, written
+    back there and added to ``output_bucket[i]``, the float32 sum over micro-batches, if there is
+    one. DeepSpeed converts, adds and writes every tensor by itself.
+    """
+    group = optimizer.dp_process_group if process_group is None else process_group
+    reduced = optimizer.allreduce_bucket(
+        small_bucket, communication_data_type, log=log, divide=divide, process_group=group
+    )
+    parts = optimizer.unflatten(reduced, small_bucket)
+    outputs = output_bucket or [None] * len(small_bucket)
+    wanted = [ranks if isinstance(ranks, frozenset) else {ranks} for ranks in bucket_ranks]
+    rank = dist.get_rank(group)
+    entries = zip(parts, small_bucket, outputs, wanted, strict=True)
+    kept = [entry[:3] for entry in entries if rank in entry[3]]
+    if not kept:
+        return
+    torch._foreach_copy_([tensor for _, tensor, _ in kept], [part for part, _, _ in kept])
+    totals = [output for _, _, output in kept if output is not None]
+    if totals:
+        terms = [torch.empty_like(total) for total in totals]
+        torch._foreach_copy_(terms, [part for part, _, output in kept if output is not None])
+        torch._foreach_add_(totals, terms)
+    if optimizer.overlap_comm and reduced.is_cuda:  # memory that another stream has allocated
+        for tensor in (reduced, *(tensor for _, tensor, _ in kept)):
+            tensor.record_stream(optimizer.reduction_stream)
 
 
 def _reduce_in_buckets(optimizer: Any) -> None:
