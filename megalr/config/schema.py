@@ -216,7 +216,8 @@ class TrainConfig(Section):
     bottleneck: for low_rank and cola with all targets."""
     kernels: Literal["auto", "torch"] = Field(default="auto", examples=["torch"])
     """auto: kernels of our own where there is one for the device, dtype and shape (loss, causal
-    attention of short sequences, SLTrain's entries). torch: their plain PyTorch twins only."""
+    attention of short sequences, SwiGLU with the product that follows). torch: their plain PyTorch
+    twins only."""
 
 
 class ParallelConfig(Section):

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from megalr.errors import UserError
-from megalr.kernels.sparse import MAX_ENTRIES, sparse_low_rank
 from megalr.layers.factors import LinearShape, named_generator, set_row_blocks
 from megalr.layers.linear import FactorizedLinear
+from megalr.layers.sparse_product import MAX_ENTRIES, sparse_low_rank
 from megalr.parallel.collectives import copy, reduce
 from megalr.parallel.shards import Shard, set_shard
 

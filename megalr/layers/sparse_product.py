@@ -3,16 +3,11 @@
 Traced through, forward and backward both build W = scale B A + S, the partitioner finds that out
 and keeps W of every layer between them: all the memory that the factors were to save. As operators
 of their own they keep their inputs and nothing else, compiled or not.
-
-Entries of S are added to W and read from D = dY^T X by the kernels of ``sparse_triton`` on CUDA
-devices where Triton is installed, and by PyTorch elsewhere.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,8 +17,6 @@ from torch.utils.flop_counter import register_flop_formula
 MAX_ENTRIES = 2**31
 """Positions are int32: a stack of matrices must have fewer entries than this."""
 
-_KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _ARGUMENTS = "Tensor x, Tensor b, Tensor a, Tensor values, Tensor support, int[] sizes, float scale"
 
 
@@ -96,7 +89,7 @@ def gradients(
     """What ``sparse_low_rank_backward`` does, as ordinary PyTorch calls."""
     dx = dy @ dense_stack(b, a, values, support, sizes, scale)  # (N, n); W is free again
     d = dy.t() @ x  # (sum m_i, n)
-    return dx, *factor_gradients(d, b, a, sizes, scale), gather(d, support)
+    return dx, *factor_gradients(d, b, a, sizes, scale), d.view(-1).index_select(0, support)
 
 
 def factor_gradients(
@@ -119,34 +112,8 @@ def dense_stack(
         raise ValueError(f"int32 positions cannot address {w.numel()} entries of {tuple(w.shape)}")
     for rows, inner in _blocks(sizes, b.shape[1]):
         _scaled_product(b[rows], a[inner], scale, out=w[rows])
-    scatter_add_(w, support, values)
+    w.view(-1).index_add_(0, support, values)
     return w
-
-
-def scatter_add_(dense: Tensor, places: Tensor, values: Tensor) -> None:
-    """``dense.flat[places] += values`` for int32 ``places (nnz,)``, none twice; in place."""
-    kernels = _kernels_for(dense)
-    if kernels is not None:
-        kernels.scatter_add_(dense, places, values)
-    else:
-        dense.view(-1).index_add_(0, places, values)
-
-
-def gather(dense: Tensor, places: Tensor) -> Tensor:
-    """``dense.flat[places]`` for int32 ``places (nnz,)``."""
-    kernels = _kernels_for(dense)
-    if kernels is not None:
-        return kernels.gather(dense, places)
-    return dense.view(-1).index_select(0, places)
-
-
-def _kernels_for(dense: Tensor) -> ModuleType | None:
-    """The Triton kernels if they can work on this tensor."""
-    if not (_HAS_TRITON and dense.is_cuda and dense.dtype in _KERNEL_DTYPES):
-        return None
-    from megalr.kernels import sparse_triton
-
-    return sparse_triton
 
 
 def _blocks(sizes: Sequence[int], rank: int) -> Iterator[tuple[slice, slice]]:

@@ -1,9 +1,7 @@
-"""The SLTrain operator against dense autograd, and its kernels against plain indexing."""
+"""The SLTrain operator against dense autograd."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -11,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from megalr.kernels.sparse import (
+from megalr.layers.sparse_product import (
     dense_stack,
     gradients,
     sparse_low_rank,
@@ -110,31 +108,3 @@ def test_stacks_beyond_int32_positions_are_refused() -> None:
     values = torch.empty(0, device="meta")
     with pytest.raises(ValueError, match="2147483648 entries"):
         dense_stack(b, a, values, values.int(), (2**16,), 1.0)
-
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None or not (torch.cuda.is_available() or INTERPRETED),
-    reason="needs Triton and a GPU, or TRITON_INTERPRET=1",
-)
-@pytest.mark.parametrize("count", [0, 5, 1024, 2500])  # blocks of 1024
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_kernels_equal_plain_indexing(dtype: torch.dtype, count: int) -> None:
-    from megalr.kernels import sparse_triton
-
-    torch.manual_seed(count)
-    dense = torch.randn(70, 90, device=DEVICE).to(dtype)
-    places = torch.randperm(dense.numel(), device=DEVICE)[:count].sort().values
-    values = torch.randn(count, device=DEVICE).to(dtype)
-    expected = dense.clone()
-    expected.view(-1)[places] += values
-    gathered = sparse_triton.gather(dense, places.int())
-    assert gathered.dtype == dtype and torch.equal(gathered, dense.view(-1)[places])
-    sparse_triton.scatter_add_(dense, places.int(), values)
-    if INTERPRETED and dtype == torch.bfloat16:  # the interpreter cuts bits off, GPUs round
-        torch.testing.assert_close(dense, expected, rtol=2**-7, atol=0)
-    else:
-        assert torch.equal(dense, expected)
