@@ -64,10 +64,14 @@ class Backward:
     registers: int | None = None
 
 
-FORWARD = {32: Forward(128, 64, 4, 1), 64: Forward(128, 64, 4, 1), 128: Forward(128, 64, 8, 1)}
+FORWARD = {
+    32: Forward(64, 64, 4, 1, 128),
+    64: Forward(64, 64, 4, 1, 128),
+    128: Forward(128, 64, 8, 1),
+}
 BACKWARD = {
-    32: Backward(64, 128, 8, 1, 1),
-    64: Backward(64, 128, 8, 1, 1),
+    32: Backward(64, 64, 4, 1, 2),
+    64: Backward(64, 64, 4, 1, 2),
     128: Backward(32, 128, 8, 1, 1),
 }
 """By head width, for sequences of more than 64 tokens."""
