@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -47,6 +49,7 @@ class Case:
     optimizer: dict[str, Any] = field(default_factory=lambda: {"lr": 1e-3})
     tensor: int = 1
     layout: str = "auto"
+    restarts: dict[str, Any] = field(default_factory=dict)
 
 
 LOW_60 = {"name": "low_rank", "rank": 128, "alpha": 32.0}
@@ -57,6 +60,7 @@ FULL = {"name": "full_rank"}
 SPARSE_350 = {"name": "sltrain", "rank": 256, "alpha": 16.0, "density": 0.03}
 SPARSE_1B = {"name": "sltrain", "rank": 512, "alpha": 8.0, "density": 0.03}
 PAPER = "paper_bf16"
+OFTEN = {"every": 8}
 PLAIN = {"compile": False, "cuda_graphs": False, "kernels": "torch"}
 LEVELS = ("elementwise", "mlp", "bottleneck", "full")
 
@@ -116,6 +120,8 @@ CASES: dict[str, Case] = {
     "1b_sltrain_paper_elementwise": Case(
         "llama_1b", SPARSE_1B, 64, PAPER, train=keeping("elementwise")
     ),
+    "60m_restarts": Case("llama_60m", LOW_60, 128, PAPER, accumulation=4, restarts=OFTEN),
+    "1b_restarts": Case("llama_1b", LOW_1B, 64, PAPER, accumulation=8, restarts=OFTEN),
     "7b_low_rank": Case("llama_7b", LOW_7B, 32, accumulation=8, train=keeping("elementwise")),
     "7b_low_rank_column_row": Case("llama_7b", LOW_7B, 16, tensor=2, layout="column_row"),
     "7b_low_rank_cut": Case("llama_7b", LOW_7B, 16, tensor=2, layout="bottleneck"),
@@ -173,6 +179,7 @@ def run_settings(case: Case, folder: Path, data: Path, gpus: int, updates: int) 
         "method": case.method,
         "optimizer": case.optimizer,
         "parallel": {"tensor": case.tensor, "layout": case.layout},
+        "restarts": case.restarts,
         "schedule": {"warmup_updates": 10},
         "data": {"train": str(data), "sequence_length": 256},
         "train": {
@@ -186,7 +193,7 @@ def run_settings(case: Case, folder: Path, data: Path, gpus: int, updates: int) 
             **case.train,
         },
         "checkpoint": {"every": 0},
-        "log": {"every": 10, "tensorboard": False},
+        "log": {"every": max(1, updates // 10), "tensorboard": False},
     }
 
 
@@ -197,13 +204,22 @@ def run_case(name: str, case: Case, data: Path, work: Path, gpus: int, updates: 
     paths = work / f"{name}.yaml", work / f"{name}.json"
     paths[0].write_text(yaml.safe_dump(config))
     paths[1].write_text(json.dumps({"zero_optimization": {"stage": stage_of(case)}}))
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(gpus)]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", free_port()]
+    if "CUDA_VISIBLE_DEVICES" not in os.environ:  # which the launcher would ignore
+        command += ["--num_gpus", str(gpus)]
     command += [str(ROOT / "launchers" / "pretrain.py"), "--config", str(paths[0])]
     command += ["--deepspeed_config", str(paths[1])]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode != 0:
         raise UserError(f"case {name} failed:\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}")
     return summary(name, case, folder / "metrics.jsonl", gpus)
+
+
+def free_port() -> str:
+    """A port nobody listens on, so that several of these programs can run on one machine."""
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return str(listener.getsockname()[1])
 
 
 def summary(name: str, case: Case, metrics: Path, gpus: int) -> dict[str, Any]:
@@ -223,7 +239,12 @@ def summary(name: str, case: Case, metrics: Path, gpus: int) -> dict[str, Any]:
         "mfu": steps[-1]["mfu"],
         "peak_memory_gib": round(max(step["peak_memory_gib"] for step in steps), 2),
         "startup_seconds": start["startup_seconds"],
-        "first_interval_seconds": round(steps[0]["step_seconds"] * 10, 2),
+        "first_interval_seconds": round(steps[0]["step_seconds"] * steps[0]["update"], 2),
+        "restart_seconds": [
+            round(event["refactorize_seconds"] + event["reset_seconds"], 4)
+            for event in events
+            if event["event"] == "restart"
+        ],
         "losses": [round(step["loss"], 5) for step in steps],
         "versions": start["versions"],
     }
