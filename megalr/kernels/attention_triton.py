@@ -50,22 +50,52 @@ def _angles(rope, rows, S, D: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
+def _load_vector(base, rows, S, EVEN: tl.constexpr):
+    """One number a row; rows from S on are 0."""
+    if EVEN:
+        return tl.load(base + rows)
+    else:
+        return tl.load(base + rows, mask=rows < S, other=0.0)
+
+
+@triton.jit
+def _rotated_halves(base, stride, rows, rope, S, D: tl.constexpr, EVEN: tl.constexpr):
+    """Both halves (rows, D/2) of rows of q or k, rotated in float32."""
+    pointers = base + rows[:, None] * stride + tl.arange(0, D // 2)[None, :]
+    first = _load_rows(pointers, rows, S, EVEN).to(tl.float32)
+    second = _load_rows(pointers + D // 2, rows, S, EVEN).to(tl.float32)
+    cos, sin = _angles(rope, rows, S, D, EVEN)
+    return first * cos - second * sin, second * cos + first * sin
+
+
+@triton.jit
 def _load_rotated(
     base, stride, rows, rope, S, D: tl.constexpr, ROPE: tl.constexpr, EVEN: tl.constexpr
 ):
     """Rows (rows, D) of q or k, rotated in float32 and rounded to their dtype again."""
     if ROPE:
-        columns = tl.arange(0, D // 2)
-        pointers = base + rows[:, None] * stride + columns[None, :]
-        first = _load_rows(pointers, rows, S, EVEN).to(tl.float32)
-        second = _load_rows(pointers + D // 2, rows, S, EVEN).to(tl.float32)
-        cos, sin = _angles(rope, rows, S, D, EVEN)
+        first, second = _rotated_halves(base, stride, rows, rope, S, D, EVEN)
         # (rows, D/2, 2) -> (rows, 2, D/2) -> (rows, D): names registers anew, moves nothing
-        both = tl.join(first * cos - second * sin, second * cos + first * sin)
-        tile = tl.reshape(tl.permute(both, (0, 2, 1)), (rows.shape[0], D))
-        return tile.to(base.dtype.element_ty)
+        both = tl.permute(tl.join(first, second), (0, 2, 1))
+        return tl.reshape(both, (rows.shape[0], D)).to(base.dtype.element_ty)
     else:
         return _load_rows(base + rows[:, None] * stride + tl.arange(0, D)[None, :], rows, S, EVEN)
+
+
+@triton.jit
+def _store_rotated(
+    target, base, stride, rows, rope, S, D: tl.constexpr, ROPE: tl.constexpr, EVEN: tl.constexpr
+):
+    """Copy rows of q or k, rotated, to rows of D numbers; rows from S on as 0."""
+    if ROPE:
+        first, second = _rotated_halves(base, stride, rows, rope, S, D, EVEN)
+        pointers = target + rows[:, None] * D + tl.arange(0, D // 2)[None, :]
+        tl.store(pointers, first.to(target.dtype.element_ty))
+        tl.store(pointers + D // 2, second.to(target.dtype.element_ty))
+    else:
+        wide = tl.arange(0, D)[None, :]
+        tile = _load_rows(base + rows[:, None] * stride + wide, rows, S, EVEN)
+        tl.store(target + rows[:, None] * D + wide, tile)
 
 
 @triton.jit
@@ -151,24 +181,57 @@ def forward_kernel(
 
 
 @triton.jit
+def _thread_order(tile, D: tl.constexpr, M: tl.constexpr):
+    """The numbers of a product (D, M) as (M/8, 8 D), so that what a thread holds lies in fours.
+
+    In the result of a tensor core product of four warps, row ``16 w + 8 h + r`` and column
+    ``8 n + 2 c + e`` belong to thread (w, r, c). Stored as [n, w, r, c, h, e] a thread reads and
+    writes 16 bytes beside those of its neighbours, and nothing moves between threads.
+    """
+    parts = tl.reshape(tile, (D // 16, 2, 8, M // 8, 4, 2))
+    return tl.reshape(tl.permute(parts, (3, 0, 2, 4, 1, 5)), (M // 8, 8 * D))
+
+
+@triton.jit
+def _from_thread_order(tile, D: tl.constexpr, M: tl.constexpr):
+    """The inverse of _thread_order: (M/8, 8 D) -> (D, M)."""
+    parts = tl.reshape(tile, (M // 8, D // 16, 8, 4, 2, 2))
+    return tl.reshape(tl.permute(parts, (1, 4, 2, 0, 3, 5)), (D, M))
+
+
+@triton.jit
+def _prepare(
+    q, q_stride, do, do_stride, o, o_stride, queries, deltas, rope, rows, S,
+    D: tl.constexpr, ROPE: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """What every block of keys needs of some queries: rotated, and delta = rowsum(do o).
+
+    Rows from S on are written as 0, so they add 0 to everything.
+    """
+    wide = tl.arange(0, D)[None, :]
+    _store_rotated(queries, q, q_stride, rows, rope, S, D, ROPE, EVEN)
+    d_out = _load_rows(do + rows[:, None] * do_stride + wide, rows, S, EVEN)
+    out = _load_rows(o + rows[:, None] * o_stride + wide, rows, S, EVEN)
+    tl.store(deltas + rows, tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1))
+
+
+@triton.jit
 def _backward_step(
-    dk, dv, key, value, q, q_stride, do, do_stride, o, o_stride, lse, rope, dq, dq_stride, scratch,
+    dk, dv, key, value, queries, deltas, do, do_stride, lse, rope, dq, dq_stride, sums,
     first, columns, earlier, scale, scale_log2, S, D: tl.constexpr, M: tl.constexpr,
     ROPE: tl.constexpr, EVEN: tl.constexpr, DIAGONAL: tl.constexpr,
 ):  # fmt: skip
     """One pair of blocks: add to dk, dv (N, D) and to dq, for good if on the diagonal.
 
     Scores are held transposed, (N, M), so that P^T and dS^T enter the products for dv and dk from
-    registers. ``earlier``: scratch holds a sum of dq over the blocks of keys before this one.
+    registers. ``earlier``: ``sums`` hold dq over the blocks of keys before this one.
     """
     rows = first + tl.arange(0, M)
     wide = tl.arange(0, D)[None, :]
-    query = _load_rotated(q, q_stride, rows, rope, S, D, ROPE, EVEN)  # (M, D)
+    query = tl.load(queries + rows[:, None] * D + wide)  # (M, D)
     d_out = _load_rows(do + rows[:, None] * do_stride + wide, rows, S, EVEN)
-    out = _load_rows(o + rows[:, None] * o_stride + wide, rows, S, EVEN)
-    # Rows from S on: query, d_out and delta are 0, so they add 0 to everything.
-    delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)  # (M)
-    level = tl.load(lse + rows, mask=rows < S, other=0.0)  # (M)
+    delta = tl.load(deltas + rows)  # (M)
+    level = _load_vector(lse, rows, S, EVEN)  # (M)
 
     p = tl.exp2(tl.dot(key, tl.trans(query)) * scale_log2 - level[None, :])  # (N, M)
     if DIAGONAL:
@@ -179,12 +242,12 @@ def _backward_step(
     dk = tl.dot(ds, query, dk)
 
     # dq transposed, (D, M): D fills the 64 rows of a tensor core product however few queries M are.
-    d_query = tl.dot(tl.trans(key), ds)
-    kept = scratch + first * D + tl.arange(0, D)[:, None] * M + tl.arange(0, M)[None, :]
+    d_query = _thread_order(tl.dot(tl.trans(key), ds), D, M)
+    kept = sums + first * D + tl.arange(0, M // 8)[:, None] * (8 * D) + tl.arange(0, 8 * D)[None, :]
     if earlier:
         d_query += tl.load(kept)
     if DIAGONAL:
-        d_query = tl.trans(d_query) * scale
+        d_query = tl.trans(_from_thread_order(d_query, D, M)) * scale
         _store_rotated_back(dq, dq_stride, d_query, rows, rope, S, D, ROPE, EVEN)
     else:
         tl.store(kept, d_query)
@@ -193,7 +256,7 @@ def _backward_step(
 
 @triton.jit
 def backward_kernel(
-    q, k, v, rope, o, lse, do, dq, dk, dv, scratch,
+    q, k, v, rope, o, lse, do, dq, dk, dv, queries, keys, deltas, sums,
     q_batch, k_batch, v_batch, do_batch, scale, scale_log2, S, tasks,
     q_stride: tl.constexpr, k_stride: tl.constexpr, v_stride: tl.constexpr,
     do_stride: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
@@ -201,48 +264,66 @@ def backward_kernel(
 ):  # fmt: skip
     """dq (B, S, H*D), dk and dv (B, S, K*D) of causal attention with H = K * GROUP heads.
 
-    Grid: any number of programs; they share the ``tasks`` = B * K out among themselves. scratch is
-    (programs, GROUP, S rounded up to N, D) float32. N is a multiple of M; EVEN: S of N.
+    Grid: any number of programs; they share the ``tasks`` = B * K out among themselves. With P as S
+    rounded up to N, the scratch of a program is a piece of queries (programs, GROUP, P, D) and keys
+    (programs, P, D) in the dtype of q, deltas (programs, GROUP, P) and sums (programs, GROUP, P, D)
+    float32; there are no sums if P = N. N is a multiple of M; EVEN: S of N.
     """
     H: tl.constexpr = K * GROUP
     padded = tl.cdiv(S, N) * N
-    scratch += tl.program_id(0).to(tl.int64) * GROUP * padded * D
+    mine = tl.program_id(0).to(tl.int64) * padded
+    queries += mine * GROUP * D
+    keys += mine * D
+    deltas += mine * GROUP
+    sums += mine * GROUP * D
     for task in range(tl.program_id(0), tasks, tl.num_programs(0)):
         batch = tl.cast(task // K, tl.int64)
         kv_head = task % K
+        head = kv_head * GROUP  # the first of the group
         k_head = k + batch * k_batch + kv_head * D
         v_head = v + batch * v_batch + kv_head * D
+        q_head = q + batch * q_batch + head * D
+        do_head = do + batch * do_batch + head * D
+        out = batch * S * H * D + head * D  # where o and dq of the group start
         shared = batch * S * K * D + kv_head * D  # where dk and dv of the head start
+        # The threads of the program see each other's scratch: sums, then what is prepared.
+        tl.debug_barrier()
+        for start in range(0, padded, M):
+            rows = start + tl.arange(0, M)
+            _store_rotated(keys, k_head, k_stride, rows, rope, S, D, ROPE, EVEN)
+            for member in range(GROUP):
+                _prepare(
+                    q_head + member * D, q_stride, do_head + member * D, do_stride,
+                    o + out + member * D, H * D, queries + member * padded * D,
+                    deltas + member * padded, rope, rows, S, D, ROPE, EVEN,
+                )  # fmt: skip
+        tl.debug_barrier()
         for start in range(0, S, N):
             columns = start + tl.arange(0, N)
-            key = _load_rotated(k_head, k_stride, columns, rope, S, D, ROPE, EVEN)  # (N, D)
             wide = tl.arange(0, D)[None, :]
+            key = tl.load(keys + columns[:, None] * D + wide)  # (N, D)
             value = _load_rows(v_head + columns[:, None] * v_stride + wide, columns, S, EVEN)
             d_key = tl.zeros((N, D), tl.float32)
             d_value = tl.zeros((N, D), tl.float32)
             for member in range(GROUP):
-                head = kv_head * GROUP + member
-                q_head = q + batch * q_batch + head * D
-                do_head = do + batch * do_batch + head * D
-                o_head = o + batch * S * H * D + head * D
-                dq_head = dq + batch * S * H * D + head * D
-                lse_head = lse + (batch * H + head) * S
-                sums = scratch + member * padded * D
-                for first in range(start, start + N, M):
+                query = queries + member * padded * D
+                delta = deltas + member * padded
+                kept = sums + member * padded * D
+                d_out = do_head + member * D
+                d_query = dq + out + member * D
+                level = lse + (batch * H + head + member) * S
+                for first in tl.static_range(0, N, M):
                     d_key, d_value = _backward_step(
-                        d_key, d_value, key, value, q_head, q_stride, do_head, do_stride,
-                        o_head, H * D, lse_head, rope, dq_head, H * D, sums,
-                        first, columns, start > 0, scale, scale_log2, S,
-                        D, M, ROPE, EVEN, True,
+                        d_key, d_value, key, value, query, delta, d_out, do_stride, level, rope,
+                        d_query, H * D, kept, start + first, columns, start > 0, scale, scale_log2,
+                        S, D, M, ROPE, EVEN, True,
                     )  # fmt: skip
                 for first in range(start + N, S, M):
                     d_key, d_value = _backward_step(
-                        d_key, d_value, key, value, q_head, q_stride, do_head, do_stride,
-                        o_head, H * D, lse_head, rope, dq_head, H * D, sums,
-                        first, columns, start > 0, scale, scale_log2, S,
-                        D, M, ROPE, EVEN, False,
+                        d_key, d_value, key, value, query, delta, d_out, do_stride, level, rope,
+                        d_query, H * D, kept, first, columns, start > 0, scale, scale_log2,
+                        S, D, M, ROPE, EVEN, False,
                     )  # fmt: skip
             _store_rotated_back(dk + shared, K * D, d_key * scale, columns, rope, S, D, ROPE, EVEN)
             _store_rows(dv + shared + columns[:, None] * (K * D) + wide, d_value, columns, S, EVEN)
-            # The threads of the program see each other's sums in scratch before they are read.
-            tl.debug_barrier()
+            tl.debug_barrier()  # for the sums
