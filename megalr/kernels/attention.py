@@ -249,7 +249,6 @@ def launch_backward(
     programs = min(B * K, processors * choice.programs)
     blocks = -(-S // choice.keys)
     padded = blocks * choice.keys
-    queries, keys = (q.new_empty(programs, heads, padded, D) for heads in (group, 1))
     deltas = q.new_empty(programs, group, padded, dtype=torch.float32)
     # With one block of keys every pair is on the diagonal, and no sum has to wait.
     waiting = padded if blocks > 1 else 0
@@ -257,7 +256,7 @@ def launch_backward(
     with torch.cuda.device_of(q):
         backward_kernel[(programs,)](
             q, k, v, None if rope is None else rope.contiguous(), o, lse, do, dq, dk, dv,
-            queries, keys, deltas, sums, q.stride(0), k.stride(0), v.stride(0), do.stride(0),
+            deltas, sums, q.stride(0), k.stride(0), v.stride(0), do.stride(0),
             1 / math.sqrt(D), math.log2(math.e) / math.sqrt(D), S, B * K,
             q_stride=q.stride(1), k_stride=k.stride(1), v_stride=v.stride(1),
             do_stride=do.stride(1), K=K, GROUP=group, D=D, M=choice.queries, N=choice.keys,

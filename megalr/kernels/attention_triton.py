@@ -83,19 +83,14 @@ def _load_rotated(
 
 
 @triton.jit
-def _store_rotated(
-    target, base, stride, rows, rope, S, D: tl.constexpr, ROPE: tl.constexpr, EVEN: tl.constexpr
+def _copy_rotated(
+    target, target_stride, base, stride, rows, rope, S, D: tl.constexpr, EVEN: tl.constexpr
 ):
-    """Copy rows of q or k, rotated, to rows of D numbers; rows from S on as 0."""
-    if ROPE:
-        first, second = _rotated_halves(base, stride, rows, rope, S, D, EVEN)
-        pointers = target + rows[:, None] * D + tl.arange(0, D // 2)[None, :]
-        tl.store(pointers, first.to(target.dtype.element_ty))
-        tl.store(pointers + D // 2, second.to(target.dtype.element_ty))
-    else:
-        wide = tl.arange(0, D)[None, :]
-        tile = _load_rows(base + rows[:, None] * stride + wide, rows, S, EVEN)
-        tl.store(target + rows[:, None] * D + wide, tile)
+    """Copy rows of q or k, rotated."""
+    first, second = _rotated_halves(base, stride, rows, rope, S, D, EVEN)
+    pointers = target + rows[:, None] * target_stride + tl.arange(0, D // 2)[None, :]
+    _store_rows(pointers, first, rows, S, EVEN)
+    _store_rows(pointers + D // 2, second, rows, S, EVEN)
 
 
 @triton.jit
@@ -200,16 +195,9 @@ def _from_thread_order(tile, D: tl.constexpr, M: tl.constexpr):
 
 
 @triton.jit
-def _prepare(
-    q, q_stride, do, do_stride, o, o_stride, queries, deltas, rope, rows, S,
-    D: tl.constexpr, ROPE: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-    """What every block of keys needs of some queries: rotated, and delta = rowsum(do o).
-
-    Rows from S on are written as 0, so they add 0 to everything.
-    """
+def _store_delta(deltas, do, do_stride, o, o_stride, rows, S, D: tl.constexpr, EVEN: tl.constexpr):
+    """delta = rowsum(do o); rows from S on get 0, so that they add 0 to everything."""
     wide = tl.arange(0, D)[None, :]
-    _store_rotated(queries, q, q_stride, rows, rope, S, D, ROPE, EVEN)
     d_out = _load_rows(do + rows[:, None] * do_stride + wide, rows, S, EVEN)
     out = _load_rows(o + rows[:, None] * o_stride + wide, rows, S, EVEN)
     tl.store(deltas + rows, tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1))
@@ -217,7 +205,7 @@ def _prepare(
 
 @triton.jit
 def _backward_step(
-    dk, dv, key, value, queries, deltas, do, do_stride, lse, rope, dq, dq_stride, sums,
+    dk, dv, key, value, q, q_stride, deltas, do, do_stride, lse, rope, dq, dq_stride, sums,
     first, columns, earlier, scale, scale_log2, S, D: tl.constexpr, M: tl.constexpr,
     ROPE: tl.constexpr, EVEN: tl.constexpr, DIAGONAL: tl.constexpr,
 ):  # fmt: skip
@@ -228,35 +216,34 @@ def _backward_step(
     """
     rows = first + tl.arange(0, M)
     wide = tl.arange(0, D)[None, :]
-    query = tl.load(queries + rows[:, None] * D + wide)  # (M, D)
+    query = _load_rows(q + rows[:, None] * q_stride + wide, rows, S, EVEN)  # (M, D)
     d_out = _load_rows(do + rows[:, None] * do_stride + wide, rows, S, EVEN)
     delta = tl.load(deltas + rows)  # (M)
     level = _load_vector(lse, rows, S, EVEN)  # (M)
+    kept = sums + first * D + tl.arange(0, M // 8)[:, None] * (8 * D) + tl.arange(0, 8 * D)[None, :]
 
     p = tl.exp2(tl.dot(key, tl.trans(query)) * scale_log2 - level[None, :])  # (N, M)
     if DIAGONAL:
         p = tl.where(columns[:, None] <= rows[None, :], p, 0.0)
     dv = tl.dot(p.to(d_out.dtype), d_out, dv)
+    d_query = tl.load(kept, mask=earlier, other=0.0)
     ds = p * (tl.dot(value, tl.trans(d_out)) - delta[None, :])  # (N, M)
     ds = ds.to(query.dtype)
     dk = tl.dot(ds, query, dk)
 
     # dq transposed, (D, M): D fills the 64 rows of a tensor core product however few queries M are.
-    d_query = _thread_order(tl.dot(tl.trans(key), ds), D, M)
-    kept = sums + first * D + tl.arange(0, M // 8)[:, None] * (8 * D) + tl.arange(0, 8 * D)[None, :]
-    if earlier:
-        d_query += tl.load(kept)
+    d_query = tl.dot(tl.trans(key), ds, _from_thread_order(d_query, D, M))
     if DIAGONAL:
-        d_query = tl.trans(_from_thread_order(d_query, D, M)) * scale
+        d_query = tl.trans(d_query) * scale
         _store_rotated_back(dq, dq_stride, d_query, rows, rope, S, D, ROPE, EVEN)
     else:
-        tl.store(kept, d_query)
+        tl.store(kept, _thread_order(d_query, D, M))
     return dk, dv
 
 
 @triton.jit
 def backward_kernel(
-    q, k, v, rope, o, lse, do, dq, dk, dv, queries, keys, deltas, sums,
+    q, k, v, rope, o, lse, do, dq, dk, dv, deltas, sums,
     q_batch, k_batch, v_batch, do_batch, scale, scale_log2, S, tasks,
     q_stride: tl.constexpr, k_stride: tl.constexpr, v_stride: tl.constexpr,
     do_stride: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
@@ -265,17 +252,15 @@ def backward_kernel(
     """dq (B, S, H*D), dk and dv (B, S, K*D) of causal attention with H = K * GROUP heads.
 
     Grid: any number of programs; they share the ``tasks`` = B * K out among themselves. With P as S
-    rounded up to N, the scratch of a program is a piece of queries (programs, GROUP, P, D) and keys
-    (programs, P, D) in the dtype of q, deltas (programs, GROUP, P) and sums (programs, GROUP, P, D)
-    float32; there are no sums if P = N. N is a multiple of M; EVEN: S of N.
+    rounded up to N, the scratch of a program is a piece of deltas (programs, GROUP, P) and of sums
+    (programs, GROUP, P, D), both float32; there are no sums if P = N. N is a multiple of M; EVEN:
+    S of N. Until the gradients of a block are known, their place holds its rotated rows of q, k.
     """
     H: tl.constexpr = K * GROUP
     padded = tl.cdiv(S, N) * N
-    mine = tl.program_id(0).to(tl.int64) * padded
-    queries += mine * GROUP * D
-    keys += mine * D
-    deltas += mine * GROUP
-    sums += mine * GROUP * D
+    mine = tl.program_id(0).to(tl.int64) * GROUP * padded
+    deltas += mine
+    sums += mine * D
     for task in range(tl.program_id(0), tasks, tl.num_programs(0)):
         batch = tl.cast(task // K, tl.int64)
         kv_head = task % K
@@ -286,27 +271,41 @@ def backward_kernel(
         do_head = do + batch * do_batch + head * D
         out = batch * S * H * D + head * D  # where o and dq of the group start
         shared = batch * S * K * D + kv_head * D  # where dk and dv of the head start
-        # The threads of the program see each other's scratch: sums, then what is prepared.
+        # The threads of the program see each other's sums and deltas of the task before.
         tl.debug_barrier()
         for start in range(0, padded, M):
             rows = start + tl.arange(0, M)
-            _store_rotated(keys, k_head, k_stride, rows, rope, S, D, ROPE, EVEN)
+            if ROPE:
+                _copy_rotated(dk + shared, K * D, k_head, k_stride, rows, rope, S, D, EVEN)
             for member in range(GROUP):
-                _prepare(
-                    q_head + member * D, q_stride, do_head + member * D, do_stride,
-                    o + out + member * D, H * D, queries + member * padded * D,
-                    deltas + member * padded, rope, rows, S, D, ROPE, EVEN,
+                if ROPE:
+                    _copy_rotated(
+                        dq + out + member * D, H * D, q_head + member * D, q_stride, rows, rope,
+                        S, D, EVEN,
+                    )  # fmt: skip
+                _store_delta(
+                    deltas + member * padded, do_head + member * D, do_stride,
+                    o + out + member * D, H * D, rows, S, D, EVEN,
                 )  # fmt: skip
         tl.debug_barrier()
         for start in range(0, S, N):
             columns = start + tl.arange(0, N)
             wide = tl.arange(0, D)[None, :]
-            key = tl.load(keys + columns[:, None] * D + wide)  # (N, D)
+            if ROPE:
+                key_rows = dk + shared + columns[:, None] * (K * D)
+            else:
+                key_rows = k_head + columns[:, None] * k_stride
+            key = _load_rows(key_rows + wide, columns, S, EVEN)  # (N, D)
             value = _load_rows(v_head + columns[:, None] * v_stride + wide, columns, S, EVEN)
             d_key = tl.zeros((N, D), tl.float32)
             d_value = tl.zeros((N, D), tl.float32)
             for member in range(GROUP):
-                query = queries + member * padded * D
+                if ROPE:
+                    query = dq + out + member * D
+                    query_stride: tl.constexpr = H * D
+                else:
+                    query = q_head + member * D
+                    query_stride: tl.constexpr = q_stride
                 delta = deltas + member * padded
                 kept = sums + member * padded * D
                 d_out = do_head + member * D
@@ -314,15 +313,15 @@ def backward_kernel(
                 level = lse + (batch * H + head + member) * S
                 for first in tl.static_range(0, N, M):
                     d_key, d_value = _backward_step(
-                        d_key, d_value, key, value, query, delta, d_out, do_stride, level, rope,
-                        d_query, H * D, kept, start + first, columns, start > 0, scale, scale_log2,
-                        S, D, M, ROPE, EVEN, True,
+                        d_key, d_value, key, value, query, query_stride, delta, d_out, do_stride,
+                        level, rope, d_query, H * D, kept, start + first, columns, start > 0,
+                        scale, scale_log2, S, D, M, ROPE, EVEN, True,
                     )  # fmt: skip
                 for first in range(start + N, S, M):
                     d_key, d_value = _backward_step(
-                        d_key, d_value, key, value, query, delta, d_out, do_stride, level, rope,
-                        d_query, H * D, kept, first, columns, start > 0, scale, scale_log2,
-                        S, D, M, ROPE, EVEN, False,
+                        d_key, d_value, key, value, query, query_stride, delta, d_out, do_stride,
+                        level, rope, d_query, H * D, kept, first, columns, start > 0,
+                        scale, scale_log2, S, D, M, ROPE, EVEN, False,
                     )  # fmt: skip
             _store_rotated_back(dk + shared, K * D, d_key * scale, columns, rope, S, D, ROPE, EVEN)
             _store_rows(dv + shared + columns[:, None] * (K * D) + wide, d_value, columns, S, EVEN)
