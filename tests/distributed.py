@@ -53,6 +53,7 @@ def become_rank(rank: int, world_size: int, port: int) -> None:
 
 def _worker(rank: int, world_size: int, port: int, pipe: Connection) -> None:
     become_rank(rank, world_size, port)
+    import gc
     import warnings
 
     import deepspeed
@@ -64,6 +65,8 @@ def _worker(rank: int, world_size: int, port: int, pipe: Connection) -> None:
     warnings.simplefilter("ignore")  # DeepSpeed calls what torch has renamed since
     torch.set_num_threads(1)
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    # DeepSpeed collects garbage several times for an engine, 3 s in all if it goes through torch.
+    gc.freeze()
     while (job := pipe.recv()) is not None:
         function, args = job
         # An engine with tensor parallelism leaves its mesh in a global of DeepSpeed.
