@@ -10,13 +10,17 @@ its input, both norms' outputs,
 the input of the second norm       4 h                    4 h
 q and k turned, v, output          4 h                    6 h: v is a part of
                                                           the stack q, k, v
+the same, attention by our kernel  4 h                    4 h: q, k, v as they
+                                                          are in the stack
 bottlenecks                        7 r                    0
 gate, up and their product         3 f                    3 f
 without torch.compile also silu    f                      f
+gate and up alone, SwiGLU inside
+the operator of ``down``           2 f                    2 f
 =================================  =====================  =====================
 
-These are the tensors that torch's autograd keeps of a compiled block (found by looking at the saved
-tensors); whole runs agree to 1 % (docs/memory.md).
+These are the tensors that torch's autograd keeps of a block (tests/estimate/test_activations.py
+counts them).
 """
 
 from __future__ import annotations
@@ -24,13 +28,33 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megalr.estimate.tensors import MatrixGroup, matrix_groups
+from megalr.config.schema import RunConfig
+from megalr.estimate.tensors import DENSE_INSIDE, MatrixGroup, matrix_groups
+from megalr.kernels.attention import HEAD_WIDTHS, MAX_LENGTH
 from megalr.layers.head import CHUNK_BYTES
 from megalr.models.config import DecoderConfig
 from megalr.parallel.plan import Plan
 
 LIBRARIES = 80 * 2**20
 """Bytes of workspace of the GPU libraries inside the allocator: what is left of recorded peaks."""
+
+TWO_PRODUCTS = ("low_rank", "loro", "cola")
+"""Methods whose factorized layers are layers.linear.BottleneckLinear."""
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Which kernels of our own a run uses.
+
+    Attributes:
+        attention: kernels.attention, which keeps q, k, v as projected.
+        swiglu: kernels.swiglu, which keeps gate and up but not their product.
+        loss: kernels.loss, which makes no float32 array of logits.
+    """
+
+    attention: bool = False
+    swiglu: bool = False
+    loss: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,12 +66,14 @@ class Shape:
         element: bytes of a number of the compute precision.
         compiled: ``train.compile``.
         recompute: ``train.activation_checkpointing``, one of models.recompute.LEVELS.
+        kernels: what ``train.kernels`` comes to.
     """
 
     tokens: int
     element: int
     compiled: bool
     recompute: str
+    kernels: Kernels = Kernels()
 
 
 @dataclass(frozen=True)
@@ -63,12 +89,42 @@ class ActivationBytes:
     work: int
 
 
+def kernels_of(
+    config: RunConfig, sizes: DecoderConfig, plan: Plan, stage: int, hopper: bool
+) -> Kernels:
+    """What ``train.kernels`` comes to on CUDA GPUs with Triton.
+
+    Args:
+        config: of the run.
+        sizes: its model, padded.
+        plan: tensor parallelism.
+        stage: of ZeRO; stage 3 has weights in the forward pass of their own layer only.
+        hopper: whether the GPUs are those that the attention kernels are made for (H100, H200).
+    """
+    if config.train.kernels == "torch":
+        return Kernels()
+    half = config.train.precision != "fp32"
+    length, window = config.data.sequence_length, sizes.sliding_window
+    fits = length <= MAX_LENGTH and sizes.head_dim in HEAD_WIDTHS
+    down = matrix_groups(sizes, config.method, plan)[3]
+    reads_gated = not down.factorized or config.method.name in TWO_PRODUCTS
+    return Kernels(
+        attention=half and hopper and fits and (window is None or window >= length),
+        swiglu=half and stage < 3 and reads_gated and _gated_silu(sizes),
+        loss=not plan.parallel,
+    )
+
+
+def _gated_silu(sizes: DecoderConfig) -> bool:
+    return sizes.gated_mlp and sizes.activation == "silu"
+
+
 def activation_bytes(
     sizes: DecoderConfig, method: Any, plan: Plan, shape: Shape
 ) -> ActivationBytes:
     """Activations of a micro-batch on one rank."""
     groups = matrix_groups(sizes, method, plan)
-    token = block_elements(sizes, method, plan, groups, shape.compiled)
+    token = block_elements(sizes, method, plan, groups, shape)
     heads = sizes.num_heads // plan.mesh.tensor_size
     # Besides the elements: log-sum-exp of attention and the norms' scales, float32.
     block = shape.tokens * (token * shape.element + 4 * (heads + 2))
@@ -77,16 +133,17 @@ def activation_bytes(
     if shape.recompute != "none":
         kept = shape.tokens * shape.element * kept_elements(sizes, method, plan, groups, shape)
         kept += shape.tokens * 4 * heads if shape.recompute in ("elementwise", "mlp") else 0
-    kept *= sizes.num_layers
-    working = 0 if shape.recompute == "none" else block
+    # What a block computes again in backward; the rest of it has been kept.
+    again = max(0, block - kept)
     f = groups[2].local_rows[0]
-    backward = shape.tokens * (3 * f + 2 * residual) * shape.element + working
+    backward = shape.tokens * (3 * f + 2 * residual) * shape.element + again
+    backward += shape.element * _dense_transient(method, groups)
     head = head_bytes(sizes, plan, shape)
-    return ActivationBytes(int(kept), int(max(backward, head)) + LIBRARIES)
+    return ActivationBytes(int(kept * sizes.num_layers), int(max(backward, head)) + LIBRARIES)
 
 
 def block_elements(
-    sizes: DecoderConfig, method: Any, plan: Plan, groups: list[MatrixGroup], compiled: bool
+    sizes: DecoderConfig, method: Any, plan: Plan, groups: list[MatrixGroup], shape: Shape
 ) -> float:
     """Elements a token that a block keeps, as in the table above."""
     t = plan.mesh.tensor_size
@@ -94,14 +151,18 @@ def block_elements(
     f = groups[2].local_rows[0]
     residual = sizes.hidden_size / (t if plan.cut_residual else 1)
     count = 4 * residual + 2 * h + 2 * kv
-    if not groups[0].factorized or method.name == "sltrain":
+    stacked = not groups[0].factorized or method.name == "sltrain"
+    if stacked and not shape.kernels.attention:
         # q, k, v come from one GEMM: v keeps the whole stack alive beside the turned q and k.
         count += h + kv
-    count += (3 if sizes.gated_mlp else 2) * f
-    if not compiled:
-        count += f  # the activation's output
+    if shape.kernels.swiglu:
+        count += 2 * f
+    elif sizes.gated_mlp:
+        count += (3 if shape.compiled else 4) * f  # not compiled, silu(gate) is kept as well
+    else:
+        count += 2 * f
     if method.name != "sltrain":
-        both = method.name == "cola" and not compiled  # before and after the nonlinearity
+        both = method.name == "cola" and not shape.compiled  # before and after the nonlinearity
         count += _bottleneck_elements(method, groups) * (2 if both else 1)
     return count
 
@@ -122,12 +183,23 @@ def kept_elements(
     if shape.recompute == "mlp":
         return residual + attention + between
     projections = (2 if sizes.gated_mlp else 1) * groups[2].local_rows[0]
-    return 2 * residual + attention + projections + between
+    count = 2 * residual + attention + projections + between
+    if method.name in DENSE_INSIDE:
+        # Products with the frozen matrix are kept as well as those that are added to them.
+        count += sum(sum(group.local_rows) for group in groups[:3] if group.factorized)
+    return count
 
 
 def _bottleneck_elements(method: Any, groups: list[MatrixGroup]) -> int:
     """Numbers a token between the factors of a block: 7 r."""
     return sum(len(g.rows) for g in groups if g.factorized) * getattr(method, "rank", 0)
+
+
+def _dense_transient(method: Any, groups: list[MatrixGroup]) -> int:
+    """Elements of W, then of its gradient, that SLTrain forms in backward: of a group at a time."""
+    if method.name != "sltrain":
+        return 0
+    return max(sum(g.local_rows) * g.local_n for g in groups if g.factorized)
 
 
 def head_bytes(sizes: DecoderConfig, plan: Plan, shape: Shape) -> float:
@@ -137,6 +209,7 @@ def head_bytes(sizes: DecoderConfig, plan: Plan, shape: Shape) -> float:
     chunk = -(-shape.tokens // -(-shape.tokens // largest))
     logits = chunk * rows
     weight = rows * h * (4 + shape.element)  # the float32 sum and the chunk's own product
-    # Not compiled, the loss keeps four float32 arrays of the chunk's size at a time.
-    arrays = logits * (shape.element if shape.compiled else shape.element + 16)
+    # In plain PyTorch the loss keeps four float32 arrays of the chunk's size at a time.
+    one_array = shape.compiled or shape.kernels.loss
+    arrays = logits * (shape.element if one_array else shape.element + 16)
     return arrays + weight + 3 * shape.tokens * h * shape.element

@@ -9,7 +9,7 @@ from typing import Any
 from megalr.config.deepspeed import resolve_deepspeed_config
 from megalr.config.schema import RunConfig
 from megalr.errors import UserError
-from megalr.estimate.activations import ActivationBytes, Shape, activation_bytes
+from megalr.estimate.activations import ActivationBytes, Shape, activation_bytes, kernels_of
 from megalr.estimate.states import StateBytes, state_bytes
 from megalr.estimate.tensors import plan_of, stored_tensors
 from megalr.export.families import pretrained_sizes
@@ -47,30 +47,30 @@ class MemoryEstimate:
         return self.activations.kept + self.activations.work
 
     @property
+    def graph(self) -> int:
+        """Bytes that a CUDA graph of forward and backward never gives back.
+
+        Gradients take the place of the activations that backward has used up. All are there at the
+        end, with ZeRO 2 as well, and where they add up in ``.grad`` a second time outside of it.
+        """
+        s, a = self.states, self.activations
+        adds_up = self.accumulation > 1 and s.wrapper != "BF16_Optimizer"
+        return max(a.kept, s.weights) + a.work + (s.weights if adds_up else 0)
+
+    @property
     def peak(self) -> int:
         """Bytes that the allocator needs at once in training.
 
-        Activations and the copies of the update do not exist together, except under a CUDA graph.
+        Activations and the copies of the update do not exist together, except under a CUDA graph:
+        there it is what is reserved from the device, ``peak_memory_gib`` of metrics.jsonl.
         """
         s = self.states
         if self.graphs:
-            return self.fixed + s.step_gradients + self.micro_batch + s.update
-        # The first micro-batch starts without gradients.
+            return self.fixed + self.graph + s.update
+        # The first micro-batch starts without gradients; later ones find them.
         before = s.step_gradients if self.accumulation > 1 else 0
-        return self.fixed + max(before + self.micro_batch, s.step_gradients + s.update)
-
-    @property
-    def recorded_peak(self) -> int:
-        """What ``peak_memory_gib`` of metrics.jsonl will show.
-
-        It differs from ``peak`` under a CUDA graph only: the allocator counts the graph's memory
-        while the graph is captured, before the first update, when moments do not exist yet.
-        """
-        if not self.graphs:
-            return self.peak
-        s = self.states
-        capture = self.fixed - s.moments + self.micro_batch
-        return max(capture, self.fixed + s.step_gradients + s.update)
+        growing = max(self.activations.kept, s.step_gradients - before) + self.activations.work
+        return self.fixed + max(before + growing, s.step_gradients + s.update)
 
     def table(self) -> str:
         """Lines of ``name  GiB``, the total last."""
@@ -88,7 +88,9 @@ class MemoryEstimate:
             ("update: copies for reductions", s.update),
         ]
         lines = [f"{name:<32}{size / GIB:10.3f}" for name, size in rows if size]
-        how = "all" if self.graphs else "activations and the update's copies are not there together"
+        how = "activations and the update's copies are not there together"
+        if self.graphs:
+            how = "gradients take the place of activations"
         lines += ["-" * 42, f"{'peak, GiB':<32}{self.peak / GIB:10.3f}  ({how})"]
         if s.on_host:
             lines.append(f"{'in host memory, GiB':<32}{s.on_host / GIB:10.3f}")
@@ -122,11 +124,17 @@ def data_parallel_size(gpus: int, tensor: int) -> int:
 
 
 def estimate_memory(
-    config: RunConfig, ds_user: dict[str, Any], source: str, gpus: int
+    config: RunConfig, ds_user: dict[str, Any], source: str, gpus: int, hopper: bool = True
 ) -> MemoryEstimate:
-    """Memory of one rank of a run on ``gpus`` GPUs.
+    """Memory of one rank of a run on CUDA GPUs with Triton.
 
-    ``ds_user`` is the user's DeepSpeed JSON and ``source`` its name in messages.
+    Args:
+        config: the run.
+        ds_user: the user's DeepSpeed JSON.
+        source: its name in messages.
+        gpus: ranks of the run.
+        hopper: whether the GPUs are those that our attention kernels are made for (H100, H200);
+            other kernels of our own run on any.
 
     Raises:
         UserError: settings that do not go together, batches or layouts that do not divide.
@@ -142,6 +150,7 @@ def estimate_memory(
         element=4 if config.train.precision == "fp32" else 2,
         compiled=config.train.compile,
         recompute=config.train.activation_checkpointing,
+        kernels=kernels_of(config, sizes, plan, ds_config["zero_optimization"]["stage"], hopper),
     )
     return MemoryEstimate(
         state_bytes(config, ds_config, tensors, sizes.num_layers, data_size),

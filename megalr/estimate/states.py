@@ -55,6 +55,25 @@ class StateBytes:
     on_host: int = 0
 
 
+@dataclass(frozen=True)
+class Numbers:
+    """What the sizes of gradient buffers follow from.
+
+    Attributes:
+        weight, master, added: bytes of a weight, of a master weight, of a summed gradient.
+        ranks: data-parallel ranks.
+        accumulation: micro-batches of an update.
+        graphs: ``train.cuda_graphs``.
+    """
+
+    weight: int
+    master: int
+    added: int
+    ranks: int
+    accumulation: int
+    graphs: bool
+
+
 def wrapper_of(precision: str, stage: int, accumulation: str, offload: bool) -> str:
     """The class that wraps the optimizer; ``accumulation`` is the dtype gradients add up in."""
     if stage == 0:
@@ -116,9 +135,15 @@ def state_bytes(
     frozen = _frozen(tensors, layers, weight, data_size if stage == 3 else 1)
     moments = math.ceil(moment_bytes(config, tensors, layers) * share / total)
     masters = 0 if wrapper == "none" else master * share
-    gradients, buckets, step, update = _gradient_bytes(
-        wrapper, stage, zero, held, share, flat, data_size, weight, master, added
+    numbers = Numbers(
+        weight,
+        master,
+        added,
+        data_size,
+        ds_config["gradient_accumulation_steps"],
+        config.train.cuda_graphs,
     )
+    gradients, buckets, step, update = _gradient_bytes(wrapper, zero, held, share, flat, numbers)
     if stage == 3:
         buckets += _gathered(tensors, zero, weight)
     host = 0
@@ -149,36 +174,50 @@ def _frozen(tensors: list[Stored], layers: int, weight: int, parts: int) -> int:
 
 def _gradient_bytes(
     wrapper: str,
-    stage: int,
     zero: dict[str, Any],
     held: int,
     share: int,
     flat: dict[str, int],
-    data_size: int,
-    weight: int,
-    master: int,
-    added: int,
+    size: Numbers,
 ) -> tuple[int, int, int, int]:
-    """Bytes of (accumulated gradients, buckets, ``.grad``, what exists only in the update)."""
+    """Bytes of (accumulated gradients, buckets, ``.grad``, what exists only in the update).
+
+    What megalr replaces of DeepSpeed's wrappers is counted (training.batched, training.plain). On
+    one rank nothing is reduced.
+    """
+    weight, added, alone = size.weight, size.added, size.ranks == 1
     if wrapper == "none":
-        # On one rank nothing is reduced (megalr.training.plain).
-        flattened = min(held, ALLREDUCE_ELEMENTS) if data_size > 1 else 0
-        return 0, 0, weight * held, weight * flattened
+        return 0, 0, weight * held, 0 if alone else weight * min(held, ALLREDUCE_ELEMENTS)
     if wrapper == "FP16_UnfusedOptimizer":
         # The all-reduce flattens a bucket; afterwards every gradient is copied to float32.
         return 0, 0, weight * held, max(weight * min(held, ALLREDUCE_ELEMENTS), 4 * held)
+    group = max(flat.values())
     if wrapper == "BF16_Optimizer":
-        # One all-reduce a bucket of whole flat groups: a float32 copy and one in bf16.
-        return added * held, 0, weight * held, (added + 2) * _largest_bucket(flat)
-    bucket = int(zero["reduce_bucket_size"])
+        # Of several micro-batches a group's gradients are gathered in bf16 before they are added,
+        # and one rank alone rounds a group's sums. Several ranks reduce buckets of whole flat
+        # groups: a float32 copy and one in bf16.
+        gathered = weight * group if size.accumulation > 1 else 0
+        return (
+            added * held,
+            0,
+            weight * held,
+            gathered if alone else (added + 2) * _largest_bucket(flat),
+        )
+    stage, bucket = zero["stage"], int(zero["reduce_bucket_size"])
     copies = 2 if zero["overlap_comm"] and stage < 3 else 1
+    flat_share = size.master * group // size.ranks
+    if stage == 1 and added == weight:
+        # Gradients are gathered into buckets that take their place, and each is flattened again
+        # to be reduced. A graph's gradients stay beside them.
+        buckets = 2 * min(bucket, held) + (held if size.graphs else 0)
+        return 0, 0, weight * held, (0 if alone else weight * buckets) + flat_share
     if stage == 1:
-        kept = weight * held + (added * held if added != weight else 0)
-        flat_share = master * max(flat.values()) // data_size
-        return 0, copies * added * bucket, kept, added * share + flat_share
+        return 0, copies * added * bucket, (weight + added) * held, added * share + flat_share
     if stage == 2:
-        return added * share, copies * weight * bucket, 0, master * max(flat.values()) // data_size
-    return added * share, weight * bucket, 0, master * share
+        # A full bucket is flattened to be reduced, and in float32 to be added to the sums.
+        moving = min(bucket, held) * (weight + (added if added != weight else 0))
+        return added * share, copies * weight * bucket + moving, 0, flat_share
+    return added * share, weight * bucket, 0, size.master * share
 
 
 def _largest_bucket(flat: dict[str, int]) -> int:

@@ -1,0 +1,187 @@
+"""Estimated activations are those that autograd keeps of blocks, with and without our kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import megalr.models.decoder
+from megalr.config.schema import RunConfig
+from megalr.estimate.activations import (
+    Kernels,
+    Shape,
+    block_elements,
+    head_bytes,
+    kept_elements,
+    kernels_of,
+)
+from megalr.estimate.memory import estimate_memory, sizes_of
+from megalr.estimate.tensors import matrix_groups, plan_of
+from megalr.kernels.attention import plain_attention
+from megalr.models.build import build_decoder
+from megalr.parallel.plan import SINGLE
+from tests.models.settings import ALL_TARGETS, factorized, full_rank, low_rank, tiny
+from tests.training.runs import zero
+
+BATCH, LENGTH = 3, 16
+SIZES = tiny(num_heads=4, num_kv_heads=2)
+# Not compiled, RMSNorm keeps its input on GPUs, as LayerNorm does everywhere; on the CPU it is
+# several operators, which keep float32 copies.
+EAGER_SIZES = tiny(num_heads=4, num_kv_heads=2, norm="layer")
+NOT_DOWN = [target for target in ALL_TARGETS if target != "down"]
+METHODS = {
+    "low_rank": low_rank(),
+    "low_rank, down dense": low_rank(targets=NOT_DOWN),
+    "full_rank": full_rank(),
+    "cola": factorized("cola"),
+    "sltrain": factorized("sltrain"),
+    "lora": factorized("lora"),
+    "lora, down dense": SimpleNamespace(**{**vars(factorized("lora")), "targets": NOT_DOWN}),
+}
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The operators with kernels are used on the CPU too, attention by its plain twin."""
+    monkeypatch.setattr(megalr.models.decoder, "applies", lambda *_: True)
+    monkeypatch.setattr(megalr.models.decoder, "swiglu_applies", lambda _: True)
+
+    def attention(q: Any, k: Any, v: Any, rope: Any, head_dim: int) -> Any:
+        y = plain_attention(q, k, v, rope, None, head_dim)
+        return y, y.new_empty(BATCH, y.shape[-1] // head_dim, LENGTH, dtype=torch.float32)
+
+    with torch.library._scoped_library("megalr", "IMPL") as library:
+        library.impl("causal_attention", attention, "CPU")
+        yield
+    torch._dynamo.reset()
+
+
+def _kept_numbers(method: Any, kernels: bool, compiled: bool, level: str = "none") -> float:
+    """bf16 numbers a token and block that are saved for backward, weights aside."""
+    sizes = SIZES if compiled else EAGER_SIZES
+    decoder = build_decoder(sizes, method, seed=3, recompute=level).bfloat16()
+    if kernels:
+        decoder.use_kernels()
+    weights = {p.untyped_storage().data_ptr() for p in decoder.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        of_tokens = tensor.numel() > BATCH * LENGTH and tensor.dtype == torch.bfloat16
+        if of_tokens and storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    x = torch.randn(BATCH, LENGTH, SIZES.hidden_size, requires_grad=True, dtype=torch.bfloat16)
+    rope = torch.ones(2, LENGTH, SIZES.head_dim)
+    alive = [x]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        for block in decoder.blocks():
+            if compiled:
+                block.compile(dynamic=False, backend="aot_eager_decomp_partition")
+            alive.append(block(alive[-1], rope, None))
+    return sum(kept.values()) / (2 * BATCH * LENGTH * SIZES.num_layers)
+
+
+def _estimated(method: Any, kernels: bool, compiled: bool, level: str = "none") -> float:
+    settings = {"precision": "bf16", "kernels": "auto" if kernels else "torch"}
+    config: Any = SimpleNamespace(
+        train=SimpleNamespace(**settings), data=SimpleNamespace(sequence_length=256), method=method
+    )
+    # The heads of the tiny model are narrower than the kernels want; the operators do not mind.
+    wide = tiny(hidden_size=256, num_heads=4, num_kv_heads=2)
+    used = kernels_of(config, wide, SINGLE, 1, True)
+    shape = Shape(BATCH * LENGTH, 2, compiled, level, used)
+    count = block_elements if level == "none" else kept_elements
+    arguments = (SIZES, method, SINGLE, matrix_groups(SIZES, method, SINGLE), shape)
+    return count(*arguments)
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.usefixtures("on_cpu")
+def test_a_block_not_compiled_keeps_what_is_estimated(name: str, kernels: bool) -> None:
+    found = _kept_numbers(METHODS[name], kernels, compiled=False)
+    assert found == _estimated(METHODS[name], kernels, compiled=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "kernels", "level"),
+    [
+        ("low_rank", True, "none"),
+        ("full_rank", False, "none"),
+        ("full_rank", True, "none"),
+        ("sltrain", True, "none"),
+        ("full_rank", True, "elementwise"),
+        ("lora", True, "elementwise"),
+    ],
+)
+@pytest.mark.usefixtures("on_cpu")
+def test_a_compiled_block_keeps_what_is_estimated(name: str, kernels: bool, level: str) -> None:
+    found = _kept_numbers(METHODS[name], kernels, compiled=True, level=level)
+    assert found == _estimated(METHODS[name], kernels, compiled=True, level=level)
+
+
+def _run(method: dict[str, Any], **sections: dict[str, Any]) -> RunConfig:
+    """A run of llama_350m."""
+    values: dict[str, dict[str, Any]] = {
+        "run": {"dir": "unused"},
+        "model": {"preset": "llama_350m"},
+        "optimizer": {"lr": 1e-3},
+        "data": {"train": "unused", "sequence_length": 256},
+        "train": {"updates": 1, "global_batch_size": 8, "micro_batch_size": 8},
+        "method": method,
+    }
+    return RunConfig.model_validate(
+        {
+            name: {**values.get(name, {}), **sections.get(name, {})}
+            for name in {**values, **sections}
+        }
+    )
+
+
+LOW_RANK = {"name": "low_rank", "rank": 256, "alpha": 256.0}
+FULL_RANK = {"name": "full_rank"}
+ALL = Kernels(attention=True, swiglu=True, loss=True)
+
+
+@pytest.mark.parametrize(
+    ("run", "stage", "hopper", "expected"),
+    [
+        (_run(LOW_RANK), 1, True, ALL),
+        (_run(FULL_RANK), 1, True, ALL),
+        (_run(LOW_RANK, train={"kernels": "torch"}), 1, True, Kernels()),
+        (_run(LOW_RANK), 1, False, Kernels(swiglu=True, loss=True)),
+        (_run(LOW_RANK), 3, True, Kernels(attention=True, loss=True)),
+        (_run(LOW_RANK, train={"precision": "fp32"}), 1, True, Kernels(loss=True)),
+        (_run(LOW_RANK, data={"sequence_length": 1024}), 1, True, Kernels(False, True, True)),
+        (_run(LOW_RANK, model={"sliding_window": 128}), 1, True, Kernels(False, True, True)),
+        (_run({"name": "lora", "rank": 8, "alpha": 8.0}), 1, True, Kernels(True, False, True)),
+        (_run(LOW_RANK, parallel={"tensor": 2}), 1, True, Kernels(True, True, False)),
+    ],
+)
+def test_which_kernels_a_run_uses(
+    run: RunConfig, stage: int, hopper: bool, expected: Kernels
+) -> None:
+    sizes = sizes_of(run)
+    plan = plan_of(sizes, run.method, run.parallel.tensor, run.parallel.layout)
+    assert kernels_of(run, sizes, plan, stage, hopper) == expected
+
+
+def test_the_loss_kernel_makes_no_float32_logits() -> None:
+    sizes = sizes_of(_run(FULL_RANK))
+    plain, fused = (Shape(2048, 2, False, "none", Kernels(loss=loss)) for loss in (False, True))
+    logits = 2048 * sizes.padded_vocab_size
+    assert head_bytes(sizes, SINGLE, plain) - head_bytes(sizes, SINGLE, fused) == 16 * logits
+
+
+def test_bytes_by_hand() -> None:
+    """llama_350m, 2048 tokens: h 1024, f 2752 (2736 padded), 24 layers, 16 heads."""
+    found = estimate_memory(_run(FULL_RANK, train={"compile": True}), zero(1), "x", 1).activations
+    assert found.kept == 24 * 2048 * (2 * (8 * 1024 + 2 * 2752) + 4 * (16 + 2))
+    a100 = estimate_memory(_run(FULL_RANK), zero(1), "x", 1, hopper=False).activations
+    assert a100.kept - found.kept == 24 * 2048 * 2 * (2 * 1024)  # v keeps the stack alive
