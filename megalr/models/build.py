@@ -98,12 +98,18 @@ def build_decoder(
 
     Raises:
         UserError: rank or targets that do not fit the model, a plan that does not, or
-            ``recompute`` mlp or bottleneck where some matrix is not just its factors.
+            ``recompute`` mlp or bottleneck where some matrix is not just its factors, or
+            elementwise for LoRA.
     """
     check_plan(config, method, plan)
     decoder = Decoder(config, make_linear_of(method, seed, supports), recompute, plan)
     if recompute in FOR_FACTORS:
         _check_bottlenecks(decoder, method, recompute)
+    if recompute == "elementwise" and method.name in ("lora", "relora"):
+        raise UserError(
+            f"train.activation_checkpointing elementwise keeps both products of a {method.name} "
+            "layer, more than none does: use none or full"
+        )
     decoder.reset_parameters(seed)
     return decoder
 

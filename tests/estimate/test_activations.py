@@ -117,7 +117,6 @@ def test_a_block_not_compiled_keeps_what_is_estimated(name: str, kernels: bool) 
         ("full_rank", True, "none"),
         ("sltrain", True, "none"),
         ("full_rank", True, "elementwise"),
-        ("lora", True, "elementwise"),
     ],
 )
 @pytest.mark.usefixtures("on_cpu")

@@ -103,3 +103,8 @@ def test_what_is_kept(level: str) -> None:
 def test_layers_without_bottleneck_are_refused(method: SimpleNamespace, layer: str) -> None:
     with pytest.raises(UserError, match=f"is a {layer} .method {method.name}.: use none, el"):
         build_decoder(tiny(), method, seed=3, recompute="bottleneck")
+
+
+def test_elementwise_is_refused_where_it_would_keep_more() -> None:
+    with pytest.raises(UserError, match="keeps both products of a lora layer"):
+        build_decoder(tiny(), factorized("lora"), seed=3, recompute="elementwise")
