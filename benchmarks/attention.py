@@ -6,28 +6,30 @@ For the attention of 60M to 7B models in bfloat16: the error of o, dq, dk, dv ag
 float32, and milliseconds of forward and backward, for torch's attention with rotations compiled by
 torch.compile and for our kernels in each configuration. Every timed piece of work is one CUDA
 graph, as in training, and finds an empty L2 cache. Configurations are compiled by several
-processes; one that does not compile or run is listed with the reason.
+processes before anything is measured; one that does not compile or run is listed with the reason.
+The results are saved after each shape.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import astuple
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
-from record import provenance, save
+from record import provenance
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megalr.data.files import write_atomic
 from megalr.kernels.attention import (
     Backward,
     Forward,
-    attention,
     backward_choice,
     forward_choice,
     launch_backward,
@@ -45,39 +47,36 @@ SHAPES = {
     "60m": (128, 256, 8, 64),
     "350m": (64, 256, 16, 64),
 }
-LIKE = {"60m": "1b", "350m": "1b"}
-"""Shapes that try only the best configurations of another one of the same head width."""
-BEST = 4
-
-FORWARD = (
-    Forward(64, 64, 4, 1),
-    Forward(64, 64, 4, 1, 128),
-    Forward(64, 64, 4, 2),
-    Forward(128, 64, 4, 1),
-    Forward(128, 64, 4, 2),
-    Forward(128, 64, 8, 1),
-    Forward(128, 64, 8, 1, 128),
-    Forward(128, 64, 8, 2),
-    Forward(128, 128, 8, 1),
-    Forward(128, 128, 8, 2),
-)
-BACKWARD = (
-    Backward(64, 128, 8, 1, 1),
-    Backward(64, 128, 8, 1, 2, 128),
-    Backward(64, 128, 8, 2, 1),
-    Backward(64, 128, 16, 1, 1),
-    Backward(32, 128, 8, 1, 1),
-    Backward(32, 128, 8, 2, 1),
-    Backward(32, 128, 8, 1, 2, 128),
-    Backward(128, 128, 8, 1, 1),
-    Backward(64, 64, 4, 1, 2),
-    Backward(64, 64, 4, 2, 2),
-    Backward(64, 64, 4, 1, 3, 168),
-    Backward(32, 64, 4, 1, 2),
-    Backward(32, 64, 4, 1, 3, 168),
-    Backward(32, 64, 4, 2, 3, 168),
-    Backward(32, 64, 4, 1, 4, 128),
-)
+SHORT = ("60m", "350m")
+"""Shapes that try only the first two choices of a kind: they differ from 1b in B and H alone."""
+PARTS = ("o", "dq", "dk", "dv")
+# By head width, the most promising first. Few, so that all shapes take about a minute.
+CHOICES: dict[int, tuple[Choice, ...]] = {
+    64: (
+        Forward(64, 64, 4, 1, 128),
+        Forward(64, 32, 4, 1, 96),
+        Forward(64, 64, 4, 1),
+        Forward(64, 32, 4, 1, 128),
+        Forward(128, 64, 4, 1),
+        Backward(64, 64, 4, 1, 3, 168),
+        Backward(64, 64, 4, 1, 2),
+        Backward(32, 64, 4, 1, 4, 128),
+        Backward(64, 64, 4, 2, 2),
+        Backward(128, 128, 8, 1, 1),
+    ),
+    128: (
+        Forward(128, 64, 8, 1),
+        Forward(64, 64, 4, 1),
+        Forward(64, 64, 4, 1, 168),
+        Forward(64, 32, 4, 1, 128),
+        Forward(64, 64, 4, 2),
+        Backward(64, 64, 4, 1, 2),
+        Backward(64, 64, 8, 1, 1),
+        Backward(64, 128, 8, 1, 1),
+        Backward(32, 128, 8, 1, 1),
+        Backward(32, 64, 4, 1, 2),
+    ),
+}
 
 
 def inputs_of(shape: tuple[int, int, int, int]) -> list[torch.Tensor]:
@@ -94,8 +93,14 @@ def work_of(shape: tuple[int, int, int, int], choice: Choice) -> Callable[[], An
     D = shape[3]
     if isinstance(choice, Forward):
         return lambda: launch_forward(q, k, v, rope, D, choice)
-    o, lse = launch_forward(q, k, v, rope, D, Forward(64, 64, 4, 1))
-    return lambda: launch_backward(do, q, k, v, rope, o, lse, D, choice)
+    B, S, H, _ = shape
+    lse = torch.full((B, H, S), 8.0, device="cuda")  # any numbers take the same time
+    return lambda: launch_backward(do, q, k, v, rope, do, lse, D, choice)
+
+
+def label_of(choice: Choice) -> str:
+    """The kind and the numbers of a choice."""
+    return f"{type(choice).__name__.lower()} {astuple(choice)}"
 
 
 def reason(error: BaseException) -> str:
@@ -136,29 +141,35 @@ def plain_work(shape: tuple[int, int, int, int]) -> dict[str, Callable[[], Any]]
     }
 
 
-def errors(shape: tuple[int, int, int, int]) -> dict[str, dict[str, float]]:
-    """Norm of the error over the norm, by implementation and result; at most 8 sequences."""
+def errors(shape: tuple[int, int, int, int], choices: list[Choice]) -> dict[str, dict[str, float]]:
+    """Norm of the error over the norm by result, for 8 sequences: of sdpa and of the choices."""
     _, S, H, D = shape
     q, k, v, do, rope = inputs_of((8, S, H, D))
 
-    def results(f: Callable[..., torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+    def results(dtype: torch.dtype) -> dict[str, torch.Tensor]:
         inputs = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
-        o = f(*inputs)
-        return [o.detach(), *torch.autograd.grad(o, inputs, do.to(dtype))]
-
-    def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return plain_attention(q, k, v, rope, None, D)
+        o = plain_attention(*inputs, rope, None, D)
+        gradients = torch.autograd.grad(o, inputs, do.to(dtype))
+        return dict(zip(PARTS, (o.detach(), *gradients), strict=True))
 
     with sdpa_kernel(SDPBackend.MATH):
-        exact = results(plain, torch.float32)
-    found = {
-        "sdpa": results(plain, torch.bfloat16),
-        "kernels": results(lambda q, k, v: attention(q, k, v, rope, D), torch.bfloat16),
-    }
+        exact = results(torch.float32)
+    found = {"sdpa": results(torch.bfloat16)}
+    o, lse = launch_forward(q, k, v, rope, D)
+    for choice in choices:
+        try:
+            if isinstance(choice, Forward):
+                parts = {"o": launch_forward(q, k, v, rope, D, choice)[0]}
+            else:
+                gradients = launch_backward(do, q, k, v, rope, o, lse, D, choice)
+                parts = dict(zip(PARTS[1:], gradients, strict=True))
+        except Exception:  # its time will say why
+            continue
+        found[label_of(choice)] = parts
     return {
         name: {
-            part: float(f"{(x.float() - e).norm() / e.norm():.2e}")
-            for part, x, e in zip(("o", "dq", "dk", "dv"), parts, exact, strict=True)
+            part: float(f"{(x.float() - exact[part]).norm() / exact[part].norm():.2e}")
+            for part, x in parts.items()
         }
         for name, parts in found.items()
     }
@@ -173,47 +184,55 @@ def measured(work: Callable[[], Callable[[], Any]]) -> float | str:
         return reason(error)
 
 
-def ranked(times: dict[Any, float | str]) -> list[Any]:
-    """Keys that have a time, the fastest first."""
-    return sorted((c for c, t in times.items() if isinstance(t, float)), key=lambda c: times[c])
+def choices_of(name: str) -> list[Choice]:
+    """What a shape tries."""
+    choices = CHOICES[SHAPES[name][3]]
+    kinds = ([c for c in choices if isinstance(c, kind)] for kind in (Forward, Backward))
+    return [c for kind in kinds for c in kind[: 2 if name in SHORT else None]]
 
 
-def measure_shape(name: str, choices: list[Choice], pool: ProcessPoolExecutor) -> dict[str, Any]:
-    """Errors and times of one shape; prints its table."""
+def measure_shape(
+    name: str, works: dict[str, Callable[[], Any]], futures: dict[Choice, Future[None]]
+) -> dict[str, Any]:
+    """Errors and times of one shape; prints its table.
+
+    Args:
+        name: of the shape.
+        works: of plain_work.
+        futures: the compilations of its choices, done.
+    """
     shape = SHAPES[name]
-    futures: dict[Choice, Future[None]] = {
-        choice: pool.submit(compile_choice, shape, choice) for choice in choices
-    }
-    plain = plain_work(shape)
-    for work in plain.values():
-        work()  # compiles while the other processes compile the kernels
-    times: dict[Choice, float | str] = {}
-    failed = {choice: future.exception() for choice, future in futures.items()}
     result: dict[str, Any] = {"shape_B_S_H_D": shape}
-    try:
-        result["errors"] = errors(shape)
-    except Exception as error:
-        result["errors"] = reason(error)
-    forward, both = (measured(lambda work=work: work) for work in plain.values())
-    backward = (
-        round(both - forward, 4)
-        if isinstance(forward, float) and isinstance(both, float)
-        else f"{forward} {both}"
-    )
+    plain = {kind: measured(lambda work=work: work) for kind, work in works.items()}
+    forward, both = plain["forward"], plain["both"]
+    backward: float | str = f"{forward} {both}"
+    if isinstance(forward, float) and isinstance(both, float):
+        backward = round(both - forward, 4)
     result["sdpa_ms"] = {"forward": forward, "backward": backward}
-    for choice in choices:
-        problem = failed[choice]
-        times[choice] = reason(problem) if problem else measured(lambda c=choice: work_of(shape, c))
-    print(f"{name} {shape} errors {result['errors']}")
-    for kind, label in ((Forward, "forward"), (Backward, "backward")):
-        mine: dict[Any, float | str] = {c: t for c, t in times.items() if isinstance(c, kind)}
-        default = (forward_choice if kind is Forward else backward_choice)(shape[3], shape[1])
-        order = ranked(mine)
-        print(f"  {label}: sdpa {result['sdpa_ms'][label]} ms; default {astuple(default)}")
-        for choice in [*order, *(c for c in mine if c not in order)]:
-            print(f"    {astuple(choice)!s:32} {mine[choice]}", flush=True)
-        result[label] = {str(astuple(c)): mine[c] for c in [*order, *(set(mine) - set(order))]}
-        result[f"best_{label}"] = order[:BEST]
+    failed = {choice: future.exception() for choice, future in futures.items()}
+    try:
+        found = errors(shape, list(futures))
+    except Exception as error:
+        found = {}
+        print(f"{name} errors: {reason(error)}")
+    result["errors"] = found
+    print(f"{name} {shape} errors of sdpa {found.get('sdpa')}")
+    for kind, default in (
+        (Forward, forward_choice(shape[3], shape[1])),
+        (Backward, backward_choice(shape[3], shape[1])),
+    ):
+        times: dict[Choice, float | str] = {}
+        for choice in (c for c in futures if isinstance(c, kind)):
+            problem = failed[choice]
+            times[choice] = (
+                reason(problem) if problem else measured(lambda c=choice: work_of(shape, c))
+            )
+        print(f"  {kind.__name__}: sdpa {result['sdpa_ms'][kind.__name__.lower()]} ms")
+        for choice, time in sorted(times.items(), key=lambda item: str(item[1])):
+            mark = "default" if choice == default else ""
+            error = found.get(label_of(choice))
+            print(f"    {astuple(choice)!s:28} {time} {mark} {error}", flush=True)
+        result[kind.__name__.lower()] = {str(astuple(c)): time for c, time in times.items()}
     return result
 
 
@@ -224,19 +243,26 @@ def main() -> None:
     arguments = parser.parse_args()
     workers = max(1, min(12, len(os.sched_getaffinity(0)) - 2))
     results: dict[str, Any] = {}
+    record = {
+        **provenance(("torch",)),
+        "device": torch.cuda.get_device_name(),
+        "shapes": results,
+    }
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for name in sorted(arguments.shapes, key=list(SHAPES).index):
-            like = results.get(LIKE.get(name, ""))
-            choices: list[Choice] = [*FORWARD, *BACKWARD]
-            if like:
-                choices = [*like["best_forward"], *like["best_backward"]]
-            results[name] = measure_shape(name, choices, pool)
-    for result in results.values():
-        for label in ("forward", "backward"):
-            result[f"best_{label}"] = [str(astuple(c)) for c in result[f"best_{label}"][:1]]
-    device = torch.cuda.get_device_name()
-    record = {**provenance(("torch",)), "device": device, "shapes": results}
-    save("attention", record, arguments.output)
+        futures = {
+            name: {c: pool.submit(compile_choice, SHAPES[name], c) for c in choices_of(name)}
+            for name in sorted(arguments.shapes, key=list(SHAPES).index)
+        }
+        plain = {name: plain_work(SHAPES[name]) for name in futures}
+        for works in plain.values():
+            for work in works.values():
+                work()  # torch compiles it while the other processes compile the kernels
+        wait([future for mine in futures.values() for future in mine.values()])
+        for name, mine in futures.items():
+            results[name] = measure_shape(name, plain[name], mine)
+            arguments.output.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(record, indent=1)
+            write_atomic(arguments.output / "attention.json", f"{text}\n".encode())
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ FORWARD = {
 BACKWARD = {
     32: Backward(64, 64, 4, 1, 2),
     64: Backward(64, 64, 4, 1, 2),
-    128: Backward(32, 128, 8, 1, 1),
+    128: Backward(64, 64, 4, 1, 2),
 }
 """By head width, for sequences of more than 64 tokens."""
 

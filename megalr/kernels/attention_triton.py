@@ -10,8 +10,11 @@ waits in a piece of float32 scratch that belongs to the program. There are only 
 run at once, so the scratch is small enough to stay in the L2 cache, and no sum is atomic: results
 are the same on every run.
 
-q and k are rotated in registers after each load, dq and dk rotated back before they are stored.
-Scores are kept in units of log 2 (exp2 is one instruction).
+The forward pass rotates q and k in registers after each load. The backward pass, which would do so
+once a pair of blocks, rotates them at the start of a task and keeps the result where dq and dk will
+be; these are rotated back before they are stored. (The forward pass could hand rotated q and k on,
+but the projections that v is a view of keep the raw ones alive, so that would be memory.) Scores
+are kept in units of log 2 (exp2 is one instruction).
 
 Shapes: M queries and N keys in a block, D head width. q, k, v lie as the projections give them:
 (B, S, heads * D), rows and sequences at any stride. Strides of rows and numbers of heads are
@@ -118,14 +121,15 @@ def _forward_step(
 ):  # fmt: skip
     """Take the keys [start, start + N) into sums (M, D), totals (M) and running maxima (M)."""
     columns = start + tl.arange(0, N)
-    key = _load_rotated(k, k_stride, columns, rope, S, D, ROPE, EVEN)
+    # v first: a load behind the barrier that the rotated keys need would be waited for apart.
     value = _load_rows(v + columns[:, None] * v_stride + tl.arange(0, D)[None, :], columns, S, EVEN)
-    scores = tl.dot(q, tl.trans(key)) * scale  # (M, N)
+    key = _load_rotated(k, k_stride, columns, rope, S, D, ROPE, EVEN)
+    scores = tl.dot(q, tl.trans(key))  # (M, N)
     if MASKED:
         scores = tl.where(rows[:, None] >= columns[None, :], scores, float("-inf"))
     # Finite from the first block on: key 0 is open to every row.
-    new_top = tl.maximum(top, tl.max(scores, 1))
-    p = tl.exp2(scores - new_top[:, None])
+    new_top = tl.maximum(top, tl.max(scores, 1) * scale)
+    p = tl.exp2(scores * scale - new_top[:, None])  # one fused multiply-add
     shrink = tl.exp2(top - new_top)
     total = total * shrink + tl.sum(p, 1)
     acc = tl.dot(p.to(value.dtype), value, acc * shrink[:, None])
@@ -257,6 +261,7 @@ def backward_kernel(
     S of N. Until the gradients of a block are known, their place holds its rotated rows of q, k.
     """
     H: tl.constexpr = K * GROUP
+    query_stride: tl.constexpr = H * D if ROPE else q_stride
     padded = tl.cdiv(S, N) * N
     mine = tl.program_id(0).to(tl.int64) * GROUP * padded
     deltas += mine
@@ -300,12 +305,7 @@ def backward_kernel(
             d_key = tl.zeros((N, D), tl.float32)
             d_value = tl.zeros((N, D), tl.float32)
             for member in range(GROUP):
-                if ROPE:
-                    query = dq + out + member * D
-                    query_stride: tl.constexpr = H * D
-                else:
-                    query = q_head + member * D
-                    query_stride: tl.constexpr = q_stride
+                query = dq + out + member * D if ROPE else q_head + member * D
                 delta = deltas + member * padded
                 kept = sums + member * padded * D
                 d_out = do_head + member * D

@@ -78,6 +78,7 @@ CASES = {
     "one_block": ((2, 21, 1, 1, 32), Forward(32, 32, 4, 1), Backward(32, 32, 4, 1, 1)),
     "one_token": ((1, 1, 2, 1, 32), Forward(16, 16, 4, 1), Backward(16, 16, 4, 1, 1)),
     "grouped_heads": ((1, 40, 4, 2, 32), Forward(16, 16, 4, 1), Backward(16, 32, 4, 1, 3)),
+    "no_rotation": ((1, 40, 2, 1, 32), Forward(16, 16, 4, 1), Backward(16, 16, 4, 1, 1)),
 }
 
 
@@ -91,7 +92,7 @@ def test_kernels_equal_float64(case: str, dtype: torch.dtype) -> None:
     shape, forward, backward = CASES[case]
     S, D = shape[1], shape[4]
     *qkv, do = inputs = _inputs(shape, dtype, strided=case == "grouped_heads")
-    rope = _rope(S, D) if case != "one_block" else None
+    rope = _rope(S, D) if case not in ("one_block", "no_rotation") else None
     o, lse = launch_forward(*qkv, rope, D, forward)
     results = (o, *launch_backward(do, *qkv, rope, o, lse, D, backward))
     tolerance = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
