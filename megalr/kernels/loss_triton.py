@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK, WARPS = 4096, 8
+BLOCK, WARPS = 16384, 16
 """Columns that a program looks at together, and its warps."""
 
 LOG2E = tl.constexpr(1.4426950408889634)

@@ -6,15 +6,16 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK, WARPS = 1024, 4
-"""Columns that a program looks at, and its warps."""
+BLOCKS, WARPS = (1024, 512, 256), 4
+"""Columns that a program may look at, and its warps."""
 
 
 @triton.jit
 def _forward(gate, up, hidden, gate_stride, up_stride, width, BLOCK: tl.constexpr):
     """hidden = silu(gate) up, in float32, rounded once; hidden is contiguous."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    in_a_row = tl.cdiv(width, BLOCK)
+    row = (tl.program_id(0) // in_a_row).to(tl.int64)
+    column = (tl.program_id(0) % in_a_row).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     g = tl.load(gate + row * gate_stride + column, mask=inside).to(tl.float32)
     u = tl.load(up + row * up_stride + column, mask=inside).to(tl.float32)
@@ -28,8 +29,9 @@ def _backward(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """hidden, which holds its own gradient, becomes silu(gate) up; dgate and dup are written."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    in_a_row = tl.cdiv(width, BLOCK)
+    row = (tl.program_id(0) // in_a_row).to(tl.int64)
+    column = (tl.program_id(0) % in_a_row).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     g = tl.load(gate + row * gate_stride + column, mask=inside).to(tl.float32)
     u = tl.load(up + row * up_stride + column, mask=inside).to(tl.float32)
@@ -46,11 +48,10 @@ def _backward(
 
 def forward(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """``silu(gate) up`` of ``(N, f)`` tensors whose rows are contiguous."""
-    rows, width = gate.shape
-    hidden = torch.empty(rows, width, dtype=gate.dtype, device=gate.device)
-    grid = (rows, triton.cdiv(width, BLOCK))
-    _forward[grid](
-        gate, up, hidden, gate.stride(0), up.stride(0), width, BLOCK=BLOCK, num_warps=WARPS
+    hidden = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    rows, width, block = _cut(gate, up)
+    _forward[(rows * triton.cdiv(width, block),)](
+        gate, up, hidden, gate.stride(0), up.stride(0), width, BLOCK=block, num_warps=WARPS
     )
     return hidden
 
@@ -63,9 +64,16 @@ def backward_(
     dup: torch.Tensor,
 ) -> None:
     """Gradients into ``dgate``, ``dup``; ``hidden`` turns from its gradient into its value."""
-    rows, width = gate.shape
-    grid = (rows, triton.cdiv(width, BLOCK))
-    _backward[grid](
+    rows, width, block = _cut(gate, up, dgate, dup)
+    _backward[(rows * triton.cdiv(width, block),)](
         gate, up, hidden, dgate, dup, gate.stride(0), up.stride(0), dgate.stride(0),
-        dup.stride(0), width, BLOCK=BLOCK, num_warps=WARPS,
+        dup.stride(0), width, BLOCK=block, num_warps=WARPS,
     )  # fmt: skip
+
+
+def _cut(*tensors: torch.Tensor) -> tuple[int, int, int]:
+    """Rows, their width, and the columns of a program: one long row if nothing lies between."""
+    rows, width = tensors[0].shape
+    if all(x.is_contiguous() for x in tensors):
+        return 1, rows * width, BLOCKS[0]
+    return rows, width, min(BLOCKS, key=lambda block: triton.cdiv(width, block) * block)

@@ -59,9 +59,10 @@ def build_model(
 
 
 def compile_blocks(decoder: Decoder) -> None:
-    """Compile every block and the loss by themselves: equal blocks share one compilation."""
+    """Compile every block, the last norm and the loss by themselves: equal blocks are one."""
     for block in decoder.blocks():
         block.compile(dynamic=False)
+    decoder.norm.compile(dynamic=False)
     decoder.head.compile_loss()
 
 

@@ -71,7 +71,7 @@ CASES = {
     "blocks_of_one_size": ((2, 64, 2, 2, 32), Forward(32, 32, 4, 1), Backward(32, 32, 4, 1, 3)),
     "wide_blocks_of_keys": ((1, 70, 2, 2, 64), Forward(16, 32, 4, 1), Backward(16, 32, 4, 1, 1)),
     "wide_blocks_of_queries": (
-        (1, 50, 1, 1, 128),
+        (1, 50, 1, 1, 64),
         Forward(32, 16, 4, 1),
         Backward(16, 16, 4, 1, 1),
     ),
