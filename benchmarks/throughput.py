@@ -10,16 +10,19 @@ memory of the CUDA allocator, seconds from start to the first update.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import yaml
@@ -28,6 +31,9 @@ from megalr.data.files import sha256_of_file, write_atomic
 from megalr.data.manifest import Manifest, ShardEntry, SourceInfo, TokenizerInfo
 from megalr.data.writer import ShardWriter
 from megalr.errors import UserError, exit_cleanly
+
+LONGEST_SECONDS = 300
+"""After which a case counts as failed."""
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -183,7 +189,7 @@ def run_settings(case: Case, folder: Path, data: Path, gpus: int, updates: int) 
         "schedule": {"warmup_updates": 10},
         "data": {"train": str(data), "sequence_length": 256},
         "train": {
-            "updates": updates,
+            "updates": 100 * updates,  # more than will be made, see run_until
             "global_batch_size": case.micro_batch * case.accumulation * gpus // case.tensor,
             "micro_batch_size": case.micro_batch,
             "precision": case.precision,
@@ -209,10 +215,36 @@ def run_case(name: str, case: Case, data: Path, work: Path, gpus: int, updates: 
         command += ["--num_gpus", str(gpus)]
     command += [str(ROOT / "launchers" / "pretrain.py"), "--config", str(paths[0])]
     command += ["--deepspeed_config", str(paths[1])]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    if done.returncode != 0:
-        raise UserError(f"case {name} failed:\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}")
+    log = work / f"{name}.log"
+    with log.open("w") as output:
+        run_until(command, folder / "metrics.jsonl", updates, output)
+    if steps_done(folder / "metrics.jsonl") < updates:
+        raise UserError(f"case {name} failed:\n{log.read_text()[-4000:]}")
     return summary(name, case, folder / "metrics.jsonl", gpus)
+
+
+def run_until(command: list[str], metrics: Path, updates: int, output: IO[str]) -> None:
+    """Run the command until its metrics say that the updates are done, then kill it.
+
+    A run that ended by itself would write a checkpoint first, 50 GB at 7B.
+    """
+    give_up = time.monotonic() + LONGEST_SECONDS
+    started = subprocess.Popen(
+        command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True
+    )
+    while started.poll() is None and steps_done(metrics) < updates and time.monotonic() < give_up:
+        time.sleep(0.3)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(started.pid, signal.SIGKILL)
+    started.wait()
+
+
+def steps_done(metrics: Path) -> int:
+    """Updates that the metrics report."""
+    if not metrics.exists():
+        return 0
+    lines = metrics.read_text().rpartition("\n")[0].splitlines()
+    return max((json.loads(line)["update"] for line in lines), default=0)
 
 
 def free_port() -> str:
@@ -224,7 +256,8 @@ def free_port() -> str:
 
 def summary(name: str, case: Case, metrics: Path, gpus: int) -> dict[str, Any]:
     """Median and spread of the step lines after the first three."""
-    events = [json.loads(line) for line in metrics.read_text().splitlines()]
+    lines = metrics.read_text().rpartition("\n")[0].splitlines()
+    events = [json.loads(line) for line in lines]
     steps = [event for event in events if event["event"] == "step"]
     start = next(event for event in events if event["event"] == "start")
     rates = [step["tokens_per_second"] for step in steps[3:]]
