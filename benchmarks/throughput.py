@@ -2,9 +2,9 @@
 
     python benchmarks/throughput.py --cases 60m_low_rank 350m_low_rank --output benchmarks/results
 
-Each case is one run of ``launchers/pretrain.py`` under the ``deepspeed`` launcher on random tokens
-(or ``--data``). Reported: the median and the spread over the logged intervals after warm-up, peak
-memory of the CUDA allocator, seconds from start to the first update.
+Each case is one run of ``launchers/pretrain.py`` on random tokens (or ``--data``), under the
+``deepspeed`` launcher if there are several GPUs. Reported: the median and the spread over the
+logged intervals after warm-up, peak memory, seconds from start to the first update.
 """
 
 from __future__ import annotations
@@ -210,8 +210,9 @@ def run_case(name: str, case: Case, data: Path, work: Path, gpus: int, updates: 
     paths = work / f"{name}.yaml", work / f"{name}.json"
     paths[0].write_text(yaml.safe_dump(config))
     paths[1].write_text(json.dumps({"zero_optimization": {"stage": stage_of(case)}}))
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", free_port()]
-    if "CUDA_VISIBLE_DEVICES" not in os.environ:  # which the launcher would ignore
+    command = [sys.executable]
+    if gpus > 1:  # one process needs no launcher, which imports DeepSpeed twice more
+        command += ["-m", "deepspeed.launcher.runner", "--master_port", free_port()]
         command += ["--num_gpus", str(gpus)]
     command += [str(ROOT / "launchers" / "pretrain.py"), "--config", str(paths[0])]
     command += ["--deepspeed_config", str(paths[1])]
@@ -232,11 +233,15 @@ def run_until(command: list[str], metrics: Path, updates: int, output: IO[str]) 
     started = subprocess.Popen(
         command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True
     )
-    while started.poll() is None and steps_done(metrics) < updates and time.monotonic() < give_up:
-        time.sleep(0.3)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(started.pid, signal.SIGKILL)
-    started.wait()
+    try:
+        while started.poll() is None and steps_done(metrics) < updates:
+            if time.monotonic() > give_up:
+                break
+            time.sleep(0.3)
+    finally:  # also when this program is told to end: the run would go on and disturb the next
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
+        started.wait()
 
 
 def steps_done(metrics: Path) -> int:
@@ -296,6 +301,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the result")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     results = []
     with tempfile.TemporaryDirectory() as work:
         data = arguments.data or random_data(Path(work) / "data")

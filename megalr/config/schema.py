@@ -231,7 +231,8 @@ class ParallelConfig(Section):
     )
     """Which factors are cut. column_row: one factor of each matrix, for every method. bottleneck:
     both, with the residual stream cut as well; low_rank and cola only. auto: bottleneck from 4
-    tensor-parallel ranks on where the model allows it, else column_row."""
+    tensor-parallel ranks on (2 from a hidden size of 4096 on) where the model allows it, else
+    column_row."""
 
 
 class EvaluationConfig(Section):

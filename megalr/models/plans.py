@@ -13,7 +13,9 @@ BOTTLENECK_METHODS = ("low_rank", "cola")
 """Methods whose matrices are products of factors and nothing else."""
 
 FEWEST_FOR_BOTTLENECK = 4
-"""Ranks from which ``auto`` takes the bottleneck layout (docs/parallelism.md)."""
+WIDE, FEWEST_FOR_WIDE = 4096, 2
+"""Ranks from which ``auto`` takes the bottleneck layout, and from which for hidden sizes of WIDE or
+more (docs/parallelism.md)."""
 
 _TARGETS = {"q", "k", "v", "o", "gate", "up", "down"}
 
@@ -25,7 +27,8 @@ def make_plan(config: DecoderConfig, method: Any, mesh: Mesh, layout: str) -> Pl
         UserError: as :func:`check_plan`.
     """
     if layout == "auto":
-        fits = mesh.tensor_size >= FEWEST_FOR_BOTTLENECK
+        fewest = FEWEST_FOR_WIDE if config.hidden_size >= WIDE else FEWEST_FOR_BOTTLENECK
+        fits = mesh.tensor_size >= fewest
         fits = fits and _why_not_bottleneck(config, method, mesh.tensor_size) is None
         layout = "bottleneck" if fits else "column_row"
     plan = Plan(mesh, layout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -57,6 +58,8 @@ def test_auto_takes_the_layout_that_the_model_has() -> None:
     config = decoder_config("llama_60m", {})
     assert _plan(config, low_rank(), 2, "auto") == "column_row"
     assert _plan(config, low_rank(), 4, "auto") == "bottleneck"
+    wide = replace(config, hidden_size=4096, num_heads=32, num_kv_heads=None)
+    assert _plan(wide, low_rank(), 2, "auto") == "bottleneck"
     assert _plan(config, full_rank(), 4, "auto") == "column_row"
     assert _plan(config, low_rank(), 2, "bottleneck") == "bottleneck"
 
