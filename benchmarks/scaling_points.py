@@ -21,6 +21,9 @@ from megalr.parallel.plan import SINGLE
 
 RESULTS = Path(__file__).resolve().parent / "results"
 METHODS = ("low_rank", "full_rank", "sltrain")
+"""Methods that are predicted."""
+
+KNOWN = (*METHODS, "cola", "lora")
 """Methods that the model of time knows: with AdamW, by torch's products alone."""
 
 H200 = Cluster(
@@ -117,7 +120,8 @@ def recorded(folder: Path = RESULTS) -> list[Measured]:
     runs = []
     for path in sorted(folder.glob("throughput_*.json")):
         for row in json.loads(path.read_text()):
-            if row["precision"] != "bf16" or row["method"]["name"] not in METHODS:
+            adamw = row.get("optimizer", {}).get("name", "adamw") == "adamw"
+            if row["precision"] != "bf16" or row["method"]["name"] not in KNOWN or not adamw:
                 continue
             parallel = {**row.get("parallel", {}), **row.get("train", {}).get("parallel", {})}
             tensor = parallel.get("tensor", 1)
@@ -135,13 +139,6 @@ def recorded(folder: Path = RESULTS) -> list[Measured]:
             )
             name = f"{row['case']}, {row['gpus']} GPU" + (f", TP {tensor}" if tensor > 1 else "")
             runs.append(Measured(name, job, job.tokens / row["tokens_per_second"]))
-    for name in ("full_rank", "low_rank"):
-        lines = (folder / "c4_60m" / f"{name}.jsonl").read_text().splitlines()
-        steps = [e for e in map(json.loads, lines) if e["event"] == "step"]
-        method = method_of("llama_60m", name)
-        job = Job(PRESETS["llama_60m"], method, 128, 256, accumulation=4, clipping=True)
-        seconds = float(np.median([e["step_seconds"] for e in steps[2:]]))
-        runs.append(Measured(f"60m_{name}, 4 micro-batches, 1 GPU", job, seconds))
     return runs
 
 

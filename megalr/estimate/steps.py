@@ -98,17 +98,19 @@ class UpdateTime:
 def update_work(job: Job) -> tuple[Work, Work]:
     """Traffic of gradients and states: (in every micro-batch, once an update).
 
-    Passes over memory that DeepSpeed's wrapper makes (docs/deepspeed-notes.md): with BF16_Optimizer
-    every gradient is added to a float32 buffer; the all-reduce of an update flattens that buffer,
-    converts it and copies it back twice, on one rank too.
+    Passes over memory that DeepSpeed's wrapper makes (docs/deepspeed-notes.md, training.batched):
+    with BF16_Optimizer the gradients of the first micro-batch are copied to a float32 buffer and
+    further ones added; the all-reduce of an update flattens that buffer, converts it and copies it
+    back twice. One rank reduces nothing.
     """
     tensors = stored_tensors(job.sizes, job.method, job.plan)
     n = sum(group_sizes(tensors, job.sizes.num_layers, False).values())
     share = n / job.data_size
     adam, refresh = 28 * share, 6 * share
     if wrapper_of("bf16", job.stage, "fp32", False) == "BF16_Optimizer":
-        once = 28 * n + 4 * n + (8 * n if job.clipping else 0) + adam + refresh + 4 * n
-        return Work(moved=12 * n), Work(moved=once)
+        reduced = 28 * n if job.data_size > 1 else 0
+        once = reduced + 4 * n + (8 * share if job.clipping else 0) + adam + refresh + 4 * n
+        return Work(moved=6 * n if job.accumulation == 1 else 12 * n), Work(moved=once)
     if job.stage == 0:
         once = 8 * n + 6 * n + 4 * n + (8 * n if job.clipping else 0) + 28 * n + 6 * n
         return Work(moved=6 * n if job.accumulation > 1 else 0), Work(moved=once)

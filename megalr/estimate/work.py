@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megalr.estimate.tensors import DENSE_INSIDE, MatrixGroup, matrix_groups
+from megalr.kernels.attention import HEAD_WIDTHS, MAX_LENGTH
 from megalr.models.config import DecoderConfig
 from megalr.parallel.plan import Plan
 
@@ -65,9 +66,10 @@ def micro_batch_work(
     tokens = batch * sequence
     block_forward, block_backward = block_work(sizes, method, plan, batch, sequence, element)
     h, rows = sizes.hidden_size, sizes.padded_vocab_size / plan.mesh.tensor_size
-    # logits, gradients of the input and of the weight; the loss reads logits twice, writes once
+    # logits, gradients of the input and of the weight; the loss reads and writes them (the second
+    # reading of a row finds it in the cache)
     head = product((tokens, rows, h), element) * 3
-    head += Work(moved=element * tokens * (3 * rows + 4 * h))
+    head += Work(moved=element * tokens * (2 * rows + 4 * h))
     head += Work(moved=12 * rows * h)  # float32 sum of the weight's gradient
     embedding = Work(moved=element * (2 * tokens * h + rows * h))
     forward = block_forward * sizes.num_layers + head + embedding
@@ -90,9 +92,10 @@ def block_work(
     h = sizes.hidden_size
     residual = h / t if plan.cut_residual else h
     f = sizes.padded_intermediate_size / t
-    # Norms and sums of the residual stream; turning q and k; gate * up.
-    forward += Work(moved=element * tokens * (9 * residual + 4 * h / t + 3 * f))
-    backward += Work(moved=element * tokens * (16 * residual + 6 * h / t + 6 * f))
+    # Norms and sums of the residual stream; turning q and k where attention does not; gate * up.
+    turned = 0 if sequence <= MAX_LENGTH and sizes.head_dim in HEAD_WIDTHS else h / t
+    forward += Work(moved=element * tokens * (9 * residual + 4 * turned + 3 * f))
+    backward += Work(moved=element * tokens * (16 * residual + 6 * turned + 6 * f))
     return forward, backward
 
 
