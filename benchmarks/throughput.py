@@ -4,7 +4,8 @@
 
 Each case is one run of ``launchers/pretrain.py`` on random tokens (or ``--data``), under the
 ``deepspeed`` launcher if there are several GPUs. Reported: the median and the spread over the
-logged intervals after warm-up, peak memory, seconds from start to the first update.
+logged intervals after warm-up, peak memory, seconds from start to the first update, and of these
+what torch.compile took.
 """
 
 from __future__ import annotations
@@ -277,6 +278,9 @@ def summary(name: str, case: Case, metrics: Path, gpus: int) -> dict[str, Any]:
         "mfu": steps[-1]["mfu"],
         "peak_memory_gib": round(max(step["peak_memory_gib"] for step in steps), 2),
         "startup_seconds": start["startup_seconds"],
+        "compile_seconds": next(
+            (round(e["compile_seconds"], 2) for e in events if e["event"] == "compile"), 0.0
+        ),
         "first_interval_seconds": round(steps[0]["step_seconds"] * steps[0]["update"], 2),
         "restart_seconds": [
             round(event["refactorize_seconds"] + event["reset_seconds"], 4)

@@ -30,6 +30,16 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     return PEAK_BF16_FLOPS.get(torch.cuda.get_device_name(device))
 
 
+def compile_seconds() -> float:
+    """Seconds that torch.compile has worked in this process, finding results in its cache included.
+
+    Of wall clock, forward and backward graphs of all blocks; 0 if nothing was compiled.
+    """
+    from torch._dynamo.utils import calculate_time_spent
+
+    return float(calculate_time_spent()["total_wall_time"])
+
+
 def peak_memory_gib(device: torch.device, graphed: bool = False) -> float:
     """Most memory used so far, GiB: the CUDA allocator's peak, on a CPU the process' resident.
 

@@ -33,7 +33,7 @@ from megalr.restarts.reset import reset_moments
 from megalr.restarts.state import ShardedState
 from megalr.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from megalr.training.evaluation import evaluate
-from megalr.training.hardware import peak_flops, peak_memory_gib
+from megalr.training.hardware import compile_seconds, peak_flops, peak_memory_gib
 from megalr.training.health import Health
 from megalr.training.interval import Interval, Made, settle
 from megalr.training.metrics import MetricsWriter, Stopwatch
@@ -133,8 +133,12 @@ class Trainer:
             self.evaluate()
             if self.finished:
                 self.save()  # again, now with nothing pending
+        compiling = self.config.train.compile
         while self.update < self.config.train.updates and self.stop.reason is None:
             made = self.train_update(next(self.batches))
+            if compiling:  # the first update of this start, or the CUDA graph before, compiled
+                self.metrics.write("compile", made.update, compile_seconds=compile_seconds())
+                compiling = False
             trouble = self.check(made)
             if trouble is not None:
                 self.roll_back(trouble)
