@@ -39,6 +39,7 @@ def test_allowing_what_does_not_exist_or_cannot_work_is_an_error(key: str, messa
         check_allowed(["train.updates", key])
 
 
+@pytest.mark.long
 def test_allowed_keys_change_and_are_logged(data: Path, tmp_path: Path) -> None:
     check_allowed(["optimizer.betas", "optimizer.weight_decay", "schedule.*"])
     source = tmp_path / "source"

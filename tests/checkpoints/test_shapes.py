@@ -103,6 +103,7 @@ GRIDS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", GRIDS)
 def test_a_run_changes_its_tensor_parallel_size_and_agrees_with_the_unbroken_one(
     method: str, data: Path, tmp_path: Path

@@ -238,6 +238,7 @@ def test_a_run_starts_with_the_function_of_the_pretrained_model(
     assert events(tmp_path / "run", "start")[0]["model"] == str(model)
 
 
+@pytest.mark.long
 def test_sltrain_goes_on_without_the_pretrained_model_on_any_grid(
     data: Path, model: Path, tmp_path: Path
 ) -> None:

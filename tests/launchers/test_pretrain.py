@@ -96,6 +96,7 @@ def test_print_config_prints_the_resolved_run_and_stops(data: Path, tmp_path: Pa
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_deepspeed_torchrun_mpirun_and_plain_python_train_the_same_run(
     data: Path, tmp_path: Path
 ) -> None:
@@ -125,6 +126,7 @@ def test_deepspeed_torchrun_mpirun_and_plain_python_train_the_same_run(
     assert max(last.values()) - min(last.values()) < 1e-5
 
 
+@pytest.mark.long
 def test_a_full_disk_while_saving_leaves_the_previous_checkpoint(
     data: Path, tmp_path: Path
 ) -> None:

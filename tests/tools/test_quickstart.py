@@ -73,6 +73,7 @@ def write_text(path: Path, documents: int) -> None:
             file.write(json.dumps({"text": " ".join(choose.choices(words, k=100))}) + "\n")
 
 
+@pytest.mark.long
 def test_quickstart_on_own_text_ends_with_a_report_and_a_second_time_does_nothing(
     tmp_path: Path,
 ) -> None:

@@ -65,6 +65,7 @@ def test_three_ranks_give_the_losses_of_one_and_resume_bitwise(
     assert losses(shared) == unbroken[5:]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["sltrain", "lora", "cola", "spam", "stable_spam"])
 def test_elementwise_methods_give_the_same_losses_under_zero_3(
     name: str, data: Path, tmp_path: Path
