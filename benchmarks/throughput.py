@@ -32,6 +32,7 @@ from megalr.data.files import sha256_of_file, write_atomic
 from megalr.data.manifest import Manifest, ShardEntry, SourceInfo, TokenizerInfo
 from megalr.data.writer import ShardWriter
 from megalr.errors import UserError, exit_cleanly
+from megalr.models.recompute import LEVELS
 
 LONGEST_SECONDS = 300
 """After which a case counts as failed."""
@@ -69,7 +70,6 @@ SPARSE_1B = {"name": "sltrain", "rank": 512, "alpha": 8.0, "density": 0.03}
 PAPER = "paper_bf16"
 OFTEN = {"every": 8}
 PLAIN = {"compile": False, "cuda_graphs": False, "kernels": "torch"}
-LEVELS = ("elementwise", "mlp", "bottleneck", "full")
 
 
 def keeping(level: str) -> dict[str, Any]:
@@ -79,7 +79,11 @@ def keeping(level: str) -> dict[str, Any]:
 
 def level_cases(name: str, case: Case) -> dict[str, Case]:
     """The case with every level of activation checkpointing."""
-    return {f"{name}_{level}": replace(case, train=keeping(level)) for level in LEVELS}
+    return {
+        f"{name}_{level}": replace(case, train=keeping(level))
+        for level in LEVELS
+        if level != "none"
+    }
 
 
 def method_cases(preset: str, rank: int) -> dict[str, Case]:

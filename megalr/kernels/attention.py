@@ -2,8 +2,8 @@
 
 :func:`attention` is the operator for GPUs, forward and backward one Triton kernel each (see
 attention_triton); :func:`plain_attention` is the same in plain PyTorch, for all other cases;
-:func:`applies` says which. In an H200's step of a 1B model, sdpa with separate rotations spends
-more time in copies of layouts and conversions than in attention.
+:func:`applies` says which. In an H200's step of a 1B model, rotations and
+conversions around sdpa take nearly as long as attention itself (docs/performance.md).
 
 Shapes: B batch, S sequence, H heads, K key/value heads (K divides H: head h reads key head
 h * K // H), D head width.
@@ -11,7 +11,6 @@ h * K // H), D head width.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from megalr.errors import UserError
+from megalr.kernels import HAS_TRITON
 
 MAX_LENGTH = 512
 """Longer sequences go to scaled_dot_product_attention, whose kernels are made for them."""
@@ -31,8 +31,6 @@ HEAD_WIDTHS = (32, 64)
 
 HOPPER = 9
 """Compute capability (H100, H200). For A100 the backward kernel spills most of its registers."""
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 @dataclass(frozen=True)
@@ -136,7 +134,7 @@ def applies(q: torch.Tensor, mask: torch.Tensor | None, head_dim: int) -> bool:
     mask but the causal one.
     """
     return (
-        _HAS_TRITON
+        HAS_TRITON
         and mask is None
         and q.is_cuda
         and q.dtype in (torch.bfloat16, torch.float16)

@@ -7,9 +7,9 @@ from the cache.
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
+
+from megalr.kernels import HAS_TRITON
 
 IGNORE = -100
 """Label of a position that has no target."""
@@ -17,7 +17,7 @@ IGNORE = -100
 
 def has_fused_loss(device: torch.device) -> bool:
     """Whether the kernel runs there: a CUDA device, and Triton, which comes with torch for it."""
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    return device.type == "cuda" and HAS_TRITON
 
 
 def fused_loss_and_gradient_(

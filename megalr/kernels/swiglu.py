@@ -8,7 +8,6 @@ numbers a token. W is the matrix ``down`` or, of a factorized one, its factor A.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+from megalr.kernels import HAS_TRITON
 
 # Written out because torch 2.6 infers no schema from lists of tensors as what is returned.
 _BACKWARD = "(Tensor dy, Tensor[] projections, Tensor w) -> (Tensor[], Tensor)"
@@ -25,7 +24,7 @@ _BACKWARD = "(Tensor dy, Tensor[] projections, Tensor w) -> (Tensor[], Tensor)"
 
 def swiglu_applies(x: Tensor) -> bool:
     """Whether the operator runs by its kernels on x: half precision on a CUDA device, Triton."""
-    return _HAS_TRITON and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+    return HAS_TRITON and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
 
 
 @torch.library.custom_op("megalr::swiglu_product", mutates_args=())
