@@ -54,15 +54,15 @@ def run_until_signal(
 def _at(point: str, act: Any) -> Iterator[None]:
     """Call ``act(updates done or being made)`` whenever the run comes to ``point``."""
     build_engine, save_checkpoint = pretrain.build_engine, loop.save_checkpoint
-    until_stopped, step = Trainer._until_stopped, Updater._step
+    until_stopped, make = Trainer._until_stopped, Updater.make
 
     def start(*arguments: Any) -> Any:
         act(0)
         return build_engine(*arguments)
 
-    def in_step(self: Updater, made: Made) -> None:
-        act(made.update)
-        step(self, made)
+    def in_step(self: Updater, batch: UpdateBatch, update: int, learning_rate: float) -> Made:
+        act(update)
+        return make(self, batch, update, learning_rate)
 
     def in_evaluation(self: Trainer, batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
         for seen, batch in enumerate(until_stopped(self, batches)):
@@ -76,7 +76,7 @@ def _at(point: str, act: Any) -> Iterator[None]:
 
     patches = {
         "start": (pretrain, "build_engine", start),
-        "step": (Updater, "_step", in_step),
+        "step": (Updater, "make", in_step),
         "evaluation": (Trainer, "_until_stopped", in_evaluation),
         "saving": (loop, "save_checkpoint", in_saving),
     }
