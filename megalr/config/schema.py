@@ -242,8 +242,16 @@ class EvaluationConfig(Section):
     """Updates between two evaluations; 0 = only at the end."""
     tokens: int | None = Field(default=10_000_000, ge=1, examples=[10_000_000])
     """Evaluate on at most this many target tokens (tokens); null = on all."""
+    final_tokens: int | None = Field(default=None, ge=1, examples=[10_000_000])
+    """The same for the evaluation after the last update (tokens); null = evaluation.tokens. The
+    smaller set is a part of the larger, so few tokens on the way and many at the end cost little
+    and give a figure to print."""
     micro_batch_size: int | None = Field(default=None, ge=1, examples=[64])
     """Sequences a rank evaluates at a time; null = train.micro_batch_size."""
+
+    def limit(self, last: bool) -> int | None:
+        """Target tokens at most of the evaluation after the last update, or of another."""
+        return self.final_tokens if last and self.final_tokens is not None else self.tokens
 
 
 class CheckpointConfig(Section):

@@ -13,7 +13,7 @@ newest checkpoint and leaves out the batches since (docs/health.md).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,8 @@ class Trainer:
         engine: DeepSpeed's engine around a Decoder.
         device: where this rank computes.
         batches: this rank's batches, from that of the next update on.
-        validation: the fixed validation batches, iterable again and again; None without evaluation.
+        validation: the fixed validation batches, iterable again and again, on the way (False) and
+            after the last update (True); None without evaluation.
         restarts: refactorization and momentum reset; also gives the learning rate's factor.
         relora: ReLoRA's merges; None for other methods.
         metrics: where events go.
@@ -73,7 +74,7 @@ class Trainer:
         engine: Any,
         device: torch.device,
         batches: UpdateLoader,
-        validation: Iterable[MicroBatch] | None,
+        validation: Mapping[bool, Iterable[MicroBatch]] | None,
         restarts: Restarts,
         relora: Relora | None,
         metrics: MetricsWriter,
@@ -334,7 +335,7 @@ class Trainer:
         self._wait()
         result = evaluate(
             self.engine.module,
-            self._until_stopped(self.validation),
+            self._until_stopped(self.validation[self.update >= self.config.train.updates]),
             self.device,
             self.engine.seq_data_parallel_group,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -303,13 +303,17 @@ def _write_end(
 
 def _validation(
     config: RunConfig, data: TokenDataset | None, mesh: Mesh
-) -> Iterable[tuple[torch.Tensor, torch.Tensor]] | None:
+) -> dict[bool, EvaluationBatches] | None:
+    """The batches evaluated on the way (False) and after the last update (True)."""
     if data is None:
         return None
-    return EvaluationBatches(
-        data,
-        micro_batch_size=config.evaluation.micro_batch_size or config.train.micro_batch_size,
-        rank=mesh.data_rank,
-        world_size=mesh.data_size,
-        max_targets=config.evaluation.tokens,
-    )
+    return {
+        last: EvaluationBatches(
+            data,
+            micro_batch_size=config.evaluation.micro_batch_size or config.train.micro_batch_size,
+            rank=mesh.data_rank,
+            world_size=mesh.data_size,
+            max_targets=config.evaluation.limit(last),
+        )
+        for last in (False, True)
+    }

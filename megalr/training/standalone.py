@@ -80,7 +80,9 @@ def evaluate_run(
     notes = agreed(lambda: _check_tokenizer_of_run(config, data))
     dtype = request.dtype or ("float32" if config.train.precision == "fp32" else "bfloat16")
     decoder = agreed(lambda: load_decoder(run, checkpoint)).to(device, DTYPES[dtype])
-    limit = config.evaluation.tokens if request.tokens is None else request.tokens or None
+    limit = config.evaluation.limit(last=checkpoint.update >= config.train.updates)
+    if request.tokens is not None:
+        limit = request.tokens or None
     micro = (
         request.micro_batch_size
         or config.evaluation.micro_batch_size

@@ -43,10 +43,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bf16_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bf16 run of two ranks, ZeRO 2, with checkpoints after 2 and 4 updates."""
+    """A bf16 run of two ranks, ZeRO 2, with checkpoints after 2 and 4 updates, evaluated on some
+    of the validation data and on all of it."""
     folder = tmp_path_factory.mktemp("runs") / "bf16"
-    train = {"train": {**SHORT["train"], "precision": "bf16"}, "evaluation": {"every": 2}}
-    run_distributed(run, 2, settings(folder, data, **{**SHORT, **train}), zero(2))
+    evaluation = {"every": 2, "tokens": 240, "final_tokens": 100_000}
+    other = {"train": {**SHORT["train"], "precision": "bf16"}, "evaluation": evaluation}
+    run_distributed(run, 2, settings(folder, data, **{**SHORT, **other}), zero(2))
     return folder
 
 
@@ -106,6 +108,16 @@ def test_evaluation_alone_repeats_the_runs_numbers_on_any_number_of_ranks(bf16_r
             assert found["loss"] == pytest.approx(event["loss"], abs=1e-6)
             assert found["perplexity"] == pytest.approx(event["perplexity"], rel=1e-6)
             assert found["tokens"] == event["tokens"]
+
+
+def test_the_last_evaluation_may_have_more_tokens(bf16_run: Path) -> None:
+    on_the_way, last = events(bf16_run, "eval")
+    assert 240 - 24 < on_the_way["tokens"] <= 240 < last["tokens"]
+    everything = evaluate_run(bf16_run, "update_4", Request(tokens=0), CPU)
+    assert last["tokens"] == everything["tokens"]
+    part = evaluate_run(bf16_run, "update_4", Request(tokens=240), CPU)
+    assert part["tokens"] == on_the_way["tokens"]
+    assert abs(part["loss"] - last["loss"]) > 1e-4
 
 
 def test_the_folder_has_tokenizer_generation_settings_and_a_card(
