@@ -222,11 +222,12 @@ def run_case(name: str, case: Case, data: Path, work: Path, gpus: int, updates: 
     command += [str(ROOT / "launchers" / "pretrain.py"), "--config", str(paths[0])]
     command += ["--deepspeed_config", str(paths[1])]
     log = work / f"{name}.log"
+    launched = time.time()
     with log.open("w") as output:
         run_until(command, folder / "metrics.jsonl", updates, output)
     if steps_done(folder / "metrics.jsonl") < updates:
         raise UserError(f"case {name} failed:\n{log.read_text()[-4000:]}")
-    return summary(name, case, folder / "metrics.jsonl", gpus)
+    return summary(name, case, folder / "metrics.jsonl", gpus, launched)
 
 
 def run_until(command: list[str], metrics: Path, updates: int, output: IO[str]) -> None:
@@ -264,12 +265,13 @@ def free_port() -> str:
         return str(listener.getsockname()[1])
 
 
-def summary(name: str, case: Case, metrics: Path, gpus: int) -> dict[str, Any]:
-    """Median and spread of the step lines after the first three."""
+def summary(name: str, case: Case, metrics: Path, gpus: int, launched: float) -> dict[str, Any]:
+    """Median and spread of the step lines after the first three; times from ``launched`` on."""
     lines = metrics.read_text().rpartition("\n")[0].splitlines()
     events = [json.loads(line) for line in lines]
     steps = [event for event in events if event["event"] == "step"]
     start = next(event for event in events if event["event"] == "start")
+    compiled = next((event for event in events if event["event"] == "compile"), None)
     rates = [step["tokens_per_second"] for step in steps[3:]]
     return {
         "case": name,
@@ -282,9 +284,11 @@ def summary(name: str, case: Case, metrics: Path, gpus: int) -> dict[str, Any]:
         "mfu": steps[-1]["mfu"],
         "peak_memory_gib": round(max(step["peak_memory_gib"] for step in steps), 2),
         "startup_seconds": start["startup_seconds"],
-        "compile_seconds": next(
-            (round(e["compile_seconds"], 2) for e in events if e["event"] == "compile"), 0.0
+        "compile_seconds": round(compiled["compile_seconds"], 2) if compiled else 0.0,
+        "launch_to_first_update_seconds": (  # imports, compilation and all
+            round(compiled["time"] - launched, 2) if compiled else None
         ),
+        "data_seconds": round(statistics.median(step["data_seconds"] for step in steps[3:]), 6),
         "first_interval_seconds": round(steps[0]["step_seconds"] * steps[0]["update"], 2),
         "restart_seconds": [
             round(event["refactorize_seconds"] + event["reset_seconds"], 4)

@@ -39,9 +39,15 @@ class Made:
 
 @dataclass
 class Interval:
-    """The updates since the last report."""
+    """The updates since the last report.
+
+    Attributes:
+        made: one entry an update, skipped ones too.
+        waited: seconds in which this rank waited for the loader to have a batch ready.
+    """
 
     made: list[Made] = field(default_factory=list)
+    waited: float = 0.0
 
     @property
     def targets(self) -> int:

@@ -136,7 +136,7 @@ class Trainer:
                 self.save()  # again, now with nothing pending
         compiling = self.config.train.compile
         while self.update < self.config.train.updates and self.stop.reason is None:
-            made = self.train_update(next(self.batches))
+            made = self.train_update(self._next_batch())
             if compiling:  # the first update of this start, or the CUDA graph before, compiled
                 self.metrics.write("compile", made.update, compile_seconds=compile_seconds())
                 compiling = False
@@ -151,6 +151,12 @@ class Trainer:
                 self.log_step()
             self.metrics.write("signal", self.update, signal=self.stop.reason)
             self.stop.honoured()
+
+    def _next_batch(self) -> UpdateBatch:
+        started = time.perf_counter()
+        batch = next(self.batches)
+        self._interval.waited += time.perf_counter() - started
+        return batch
 
     def train_update(self, batch: UpdateBatch) -> Made:
         """One optimizer step on the global batch, or none if that is bad; counted either way."""
@@ -322,6 +328,7 @@ class Trainer:
             tokens=self.tokens,
             tokens_per_second=rate,
             step_seconds=step_seconds,
+            data_seconds=interval.waited / len(interval.made),
             mfu=mfu,
             peak_memory_gib=peak_memory_gib(self.device, self.engine.module.graphed is not None),
             samples_by_source=interval.samples_by_source(),

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 
+from megalr.data.loader import UpdateBatch, UpdateLoader
 from megalr.training.metrics import MetricsWriter, Stopwatch
+from tests.distributed import run_distributed
+from tests.training.runs import events, run, settings, zero
+
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "metrics.md"
+SLOW_SECONDS = 0.02
 
 
 def _writer(folder: Path, active: bool = True) -> MetricsWriter:
@@ -53,3 +62,42 @@ def test_stopwatch_leaves_out_what_is_measured_apart() -> None:
     watch.exclude(100.0)
     assert watch.lap() < -90.0  # the exclusion belongs to the running interval only
     assert watch.lap() >= 0.0
+
+
+def _documented() -> dict[str, set[str]]:
+    """Fields of each event that docs/metrics.md names."""
+    text, *sections = DOCUMENT.read_text(encoding="utf-8").split("\n## ")
+    rows = re.findall(r"^\| `(\w+)` \|.*\|(.*)\|$", text, re.MULTILINE)
+    fields = {name: set(re.findall(r"`(\w+)`", cell)) for name, cell in rows}
+    for section in sections:
+        cells = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
+        fields[section.split("`")[1]] = {name for cell in cells for name in cell.split("`")[1::2]}
+    return fields
+
+
+def _run_with_a_slow_loader(*arguments: Any) -> None:
+    quick = UpdateLoader.__next__
+
+    def slow(self: UpdateLoader) -> UpdateBatch:
+        time.sleep(SLOW_SECONDS)
+        return quick(self)
+
+    with patch.object(UpdateLoader, "__next__", slow):
+        run(*arguments)
+
+
+def test_every_event_is_documented_with_its_fields_and_waiting_for_data_is_told(
+    data: Path, tmp_path: Path
+) -> None:
+    documented = _documented()
+    code = (DOCUMENT.parents[1] / "megalr" / "training").glob("*.py")
+    text = "".join(path.read_text(encoding="utf-8") for path in code)
+    assert set(re.findall(r'metrics\.write\(\s*"(\w+)"', text)) == documented.keys()
+
+    folder = tmp_path / "run"
+    run_distributed(_run_with_a_slow_loader, 2, settings(folder, data), zero(1))
+    for event in ("start", "step", "eval", "checkpoint", "end"):
+        fields = events(folder, event)[-1].keys() - {"event", "update", "time"}
+        assert fields == documented[event], event
+    for step in events(folder, "step"):
+        assert SLOW_SECONDS <= step["data_seconds"] <= step["step_seconds"]
