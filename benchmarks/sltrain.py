@@ -13,13 +13,13 @@ others go on.
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from record import provenance, save
+from timing import attempt, milliseconds, peak_mib
 from torch import Tensor
 
 from megalr.errors import UserError, exit_cleanly
@@ -34,7 +34,6 @@ GROUPS = {
 """The m_i and n of the matrices that share an input in a 1B LLaMA layer."""
 
 TOKENS, RANK, DENSITY, SCALE = 16384, 512, 0.03, 8 / 512
-WORKS_A_GRAPH, REPLAYS = 4, 15
 
 
 @dataclass
@@ -121,48 +120,6 @@ def works(o: Operands) -> dict[str, Callable[[], object]]:
         "dB = D A', dA = B' D": lambda: factor_gradients(o.w, b, a, o.sizes, SCALE),
         "read S: index_select": lambda: flat.index_select(0, o.support),
     }
-
-
-def milliseconds(work: Callable[[], object]) -> float:
-    """Device time of one call, the median over replays of a graph of several."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):  # compiles kernels, fills cuBLAS's workspaces
-            work()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(WORKS_A_GRAPH):
-            work()
-    graph.replay()
-    times = []
-    for _ in range(REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / WORKS_A_GRAPH)
-    return statistics.median(times)
-
-
-def peak_mib(work: Callable[[], object]) -> float:
-    """Most memory that a call holds at a time beyond its operands."""
-    work()  # cuBLAS's workspace is no part of it
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    work()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
-def attempt(measure: Callable[[], float]) -> float | str:
-    """A number, or in one line why there is none."""
-    try:
-        return round(measure(), 4)
-    except Exception as error:  # whatever one way does, the others are to be measured
-        return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def measure_group(o: Operands) -> dict[str, float | str]:

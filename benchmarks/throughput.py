@@ -133,7 +133,7 @@ CASES: dict[str, Case] = {
     ),
     "60m_restarts": Case("llama_60m", LOW_60, 128, PAPER, accumulation=4, restarts=OFTEN),
     "1b_restarts": Case("llama_1b", LOW_1B, 64, PAPER, accumulation=8, restarts=OFTEN),
-    "7b_low_rank": Case("llama_7b", LOW_7B, 32, accumulation=8, train=keeping("elementwise")),
+    "7b_low_rank": Case("llama_7b", LOW_7B, 32, accumulation=8),
     "7b_low_rank_column_row": Case("llama_7b", LOW_7B, 16, tensor=2, layout="column_row"),
     "7b_low_rank_cut": Case("llama_7b", LOW_7B, 16, tensor=2, layout="bottleneck"),
     "7b_full_rank_tensor": Case("llama_7b", FULL, 16, tensor=2, train=keeping("full")),
@@ -208,13 +208,15 @@ def run_settings(case: Case, folder: Path, data: Path, gpus: int, updates: int) 
     }
 
 
-def run_case(name: str, case: Case, data: Path, work: Path, gpus: int, updates: int) -> dict:
-    """Run one case; return its numbers."""
+def run_case(
+    name: str, case: Case, data: Path, work: Path, gpus: int, updates: int, zero: dict[str, Any]
+) -> dict:
+    """Run one case; return its numbers. ``zero``: more keys of DeepSpeed's zero_optimization."""
     folder = work / name
     config = run_settings(case, folder, data, gpus, updates)
     paths = work / f"{name}.yaml", work / f"{name}.json"
     paths[0].write_text(yaml.safe_dump(config))
-    paths[1].write_text(json.dumps({"zero_optimization": {"stage": stage_of(case)}}))
+    paths[1].write_text(json.dumps({"zero_optimization": {"stage": stage_of(case), **zero}}))
     command = [sys.executable]
     if gpus > 1:  # one process needs no launcher, which imports DeepSpeed twice more
         command += ["-m", "deepspeed.launcher.runner", "--master_port", free_port()]
@@ -307,6 +309,10 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=1, help="data-parallel GPUs")
     parser.add_argument("--updates", type=int, default=100)
     parser.add_argument("--stage", type=int, help="ZeRO stage instead of the case's")
+    parser.add_argument("--accumulation", type=int, help="micro-batches instead of the case's")
+    parser.add_argument(
+        "--zero", type=json.loads, default={}, help="more keys of zero_optimization, as JSON"
+    )
     parser.add_argument("--data", type=Path, help="preprocessed data set (default: random tokens)")
     parser.add_argument("--commit", default="unknown", help="commit to note in the result")
     parser.add_argument("--name", default="throughput", help="first part of the result's name")
@@ -320,14 +326,24 @@ def main() -> None:
         for name in arguments.cases:
             case = CASES[name]
             if arguments.stage is not None:
-                case = Case(**{**asdict(case), "stage": arguments.stage})
+                case = replace(case, stage=arguments.stage)
+            if arguments.accumulation is not None:
+                case = replace(case, accumulation=arguments.accumulation)
             try:
-                result = run_case(name, case, data, Path(work), arguments.gpus, arguments.updates)
+                result = run_case(
+                    name,
+                    case,
+                    data,
+                    Path(work),
+                    arguments.gpus,
+                    arguments.updates,
+                    arguments.zero,
+                )
             except UserError as error:
                 print(error, flush=True)
                 continue
             print(json.dumps(result), flush=True)
-            results.append({**result, "commit": arguments.commit})
+            results.append({**result, "zero": arguments.zero, "commit": arguments.commit})
             path = arguments.output / f"{arguments.name}_{arguments.gpus}gpu.json"
             path.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))

@@ -1,0 +1,52 @@
+"""Device time of a piece of work, as it is inside a CUDA graph, and the memory it takes."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+
+import torch
+
+WORKS_A_GRAPH, REPLAYS = 4, 15
+
+
+def milliseconds(work: Callable[[], object]) -> float:
+    """Device time of one call, the median over replays of a graph of several."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # compiles kernels, fills cuBLAS's workspaces
+            work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(WORKS_A_GRAPH):
+            work()
+    graph.replay()
+    times = []
+    for _ in range(REPLAYS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / WORKS_A_GRAPH)
+    return statistics.median(times)
+
+
+def peak_mib(work: Callable[[], object]) -> float:
+    """Most memory that a call holds at a time beyond its operands."""
+    work()  # cuBLAS's workspace is no part of it
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def attempt(measure: Callable[[], float]) -> float | str:
+    """A number, or in one line why there is none."""
+    try:
+        return round(measure(), 4)
+    except Exception as error:  # whatever one way does, the others are to be measured
+        return f"{type(error).__name__}: {error}".splitlines()[0]
