@@ -32,7 +32,7 @@ def parse_arguments() -> argparse.Namespace:
         nargs="+",
         required=True,
         help="files or quoted glob patterns (.json, .jsonl, .ndjson, .txt, each also .gz or .zst; "
-        ".parquet), or hub:DATASET[:CONFIG[:SPLIT]]",
+        ".parquet; .bin of Megatron, .ds of datatrove), or hub:DATASET[:CONFIG[:SPLIT]]",
     )
     add("--tokenizer", type=Path, required=True, help="*.model file or tokenizer folder")
     add("--output", type=Path, required=True, help="folder of the data set")

@@ -28,7 +28,8 @@ class _Factorized(Section):
     targets: Annotated[tuple[Projection, ...], AsTuple] = Field(
         default=ALL_PROJECTIONS, min_length=1, examples=[["q", "k", "v", "o"]]
     )
-    """Projections of every layer that are factorised; the others stay whole."""
+    """Projections of every layer that are factorised; the others stay whole. q, k, v are stored
+    together, and so are gate, up: name all of a group or none."""
 
     @field_validator("targets")
     @classmethod

@@ -23,7 +23,8 @@ class _Projected(Section):
     targets: Annotated[tuple[Projection, ...], AsTuple] = Field(
         default=ALL_PROJECTIONS, min_length=1, examples=[["q", "k", "v", "o"]]
     )
-    """Projections of every layer that get the rule; all other tensors get plain Adam."""
+    """Projections of every layer that get the rule; all other tensors get plain Adam. q, k, v are
+    stored together, and so are gate, up: name all of a group or none."""
     eps: float = Field(default=1e-6, gt=0, examples=[1e-6])
     """Added to the root of the second moment, before the bias correction, for all tensors;
     takes the place of optimizer.eps."""
@@ -136,7 +137,8 @@ class LOROMethod(Section):
     targets: Annotated[tuple[Projection, ...], AsTuple] = Field(
         default=ALL_PROJECTIONS, min_length=1, examples=[["q", "k", "v", "o"]]
     )
-    """Projections of every layer that are factorised; the others stay whole."""
+    """Projections of every layer that are factorised; the others stay whole. q, k, v are stored
+    together, and so are gate, up: name all of a group or none."""
     eps: float = Field(default=1e-6, gt=0, examples=[1e-6])
     """Added to the root of the second moment, before the bias correction, for all tensors;
     takes the place of optimizer.eps."""

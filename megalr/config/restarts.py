@@ -47,8 +47,8 @@ class RestartsConfig(Section):
     recovery_updates: int = Field(default=10, ge=1, examples=[10])
     """Updates below the scheduled learning rate after a reset; only with lr_recovery."""
     verify: bool = Field(default=False, examples=[True])
-    """After every restart check on all ranks that weights are bitwise equal and are the rounded
-    masters."""
+    """After every refactorization check on all ranks that weights are bitwise equal and are the
+    rounded masters."""
     compat: Literal["none", "published"] = Field(default="none", examples=["published"])
     """published: the learning rate of the published code after restarts, with its off-by-one:
     recovery_updates is its recovery_steps, and where the period does not divide the run there is

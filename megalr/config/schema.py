@@ -203,17 +203,19 @@ class TrainConfig(Section):
     gradient_clipping: float = Field(default=1.0, ge=0, examples=[1.0])
     """Largest global norm of the gradient; larger ones are scaled down to it; 0 = no clipping."""
     compile: bool = Field(default=False, examples=[True])
-    """Whether the decoder layers are compiled by torch.compile."""
+    """Whether the decoder layers are compiled by torch.compile; not with ZeRO stage 3."""
     cuda_graphs: bool = Field(default=False, examples=[True])
     """Whether forward and backward of a micro-batch run as one CUDA graph, which takes launching
-    kernels off the critical path: for small models on a GPU; not with ZeRO stage 3 or offload."""
+    kernels off the critical path: for small models on a GPU; not with ZeRO stage 3, offload or
+    parallel.tensor above 1."""
     activation_checkpointing: Literal["none", "elementwise", "mlp", "bottleneck", "full"] = Field(
         default="none", examples=["elementwise"]
     )
     """What the backward pass recomputes. elementwise: norms and activations; costs next to nothing.
     mlp: the products with B of o, gate and up as well. bottleneck: all but the vectors between the
     factors, whose products with A are not repeated. full: every layer, from its input. mlp and
-    bottleneck: for low_rank and cola with all targets."""
+    bottleneck: for low_rank and cola with all targets. elementwise: not for lora and relora. With
+    ZeRO stage 3: none or full."""
     kernels: Literal["auto", "torch"] = Field(default="auto", examples=["torch"])
     """auto: kernels of our own where there is one for the device, dtype and shape (loss, causal
     attention of short sequences, SwiGLU with the product that follows). torch: their plain PyTorch
