@@ -8,6 +8,7 @@ import pytest
 
 from megalr.config import load_run_config
 from megalr.config.deepspeed import read_deepspeed_json, resolve_deepspeed_config
+from megalr.config.resuming import diff_configs
 from megalr.models.config import PRESETS
 
 ROOT = Path(__file__).parents[2]
@@ -73,3 +74,16 @@ def test_sltrain_recipes_follow_its_scripts():
         warmup = config.schedule.warmup_updates
         assert (method.rank, method.alpha, train.updates, warmup) == expected
         assert method.density == 0.03 and config.optimizer.lr == 3e-3
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("base", ["llama_{}_low_rank", "methods/llama_{}_sltrain"])
+def test_a_recipe_with_restarts_differs_from_the_one_without_in_nothing_else(base, size):
+    plain = ROOT / "recipes" / f"{base.format(size)}.yaml"
+    name = f"{plain.stem}_restarts.yaml"
+    restarted = load_run_config([ROOT / "recipes" / "methods" / name])
+    assert restarted.restarts.refactorize_period == restarted.restarts.reset_period == 200
+    different = {
+        key.split(".")[0] for key, _, _ in diff_configs(load_run_config([plain]), restarted)
+    }
+    assert different == {"run", "restarts"}
