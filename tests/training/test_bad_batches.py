@@ -95,25 +95,28 @@ def _run_without_forgetting(
 
 
 @pytest.mark.parametrize(
-    "stage, precision, method",
+    "stage, precision, sections",
     [
         (1, "bf16", {}),
-        (2, "fp32", {"name": "galore", "rank": 4, "update_proj_gap": 3}),
+        (2, "fp32", {"method": {"name": "galore", "rank": 4, "update_proj_gap": 3}}),
         (3, "bf16", {}),
+        pytest.param(1, "bf16", {"parallel": {"tensor": 2}}, marks=pytest.mark.long),
+        pytest.param(
+            2, "fp32", {"parallel": {"tensor": 2, "layout": "bottleneck"}}, marks=pytest.mark.long
+        ),
     ],
 )
 def test_after_a_rollback_the_run_is_the_one_without_the_batches_left_out(
-    stage: int, precision: str, method: dict[str, Any], data: Path, tmp_path: Path
+    stage: int, precision: str, sections: dict[str, Any], data: Path, tmp_path: Path
 ) -> None:
-    restarts = {"every": 4} if not method else {"reset_every": 4}
+    restarts = {"reset_every": 4} if "method" in sections else {"every": 4}
     options: dict[str, Any] = {
         "train": {"precision": precision, "updates": 10},
         "checkpoint": {"every": 4, "keep_last": 9},
         "restarts": restarts,
         "health": {"max_skipped": 2},
+        **sections,
     }
-    if method:
-        options["method"] = method
     ours, reference = tmp_path / "ours", tmp_path / "reference"
     bad = {5: "nan_loss", 6: "nan_gradient"}
     run_distributed(run_with_bad_batches, 2, _values(ours, data, **options), zero(stage), bad)
