@@ -5,7 +5,9 @@ A failure here means that DeepSpeed has changed: read the note again and decide 
 
 from __future__ import annotations
 
+import inspect
 import io
+import math
 import tokenize
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ import pytest
 from megalr.config import load_run_config
 from megalr.config.deepspeed import read_deepspeed_json, resolve_deepspeed_config
 from megalr.config.deepspeed_keys import FIXED_KEYS, OPTIONAL_KEYS, REFUSED_KEYS
+from megalr.estimate.states import ALLREDUCE_ELEMENTS
 from tests.distributed import run_distributed
 
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
@@ -101,27 +104,34 @@ def test_defaults_that_megalr_overrides_are_still_what_the_notes_say() -> None:
     assert config.zero_config.memory_efficient_linear is True
     assert config.zero_force_ds_cpu_optimizer is True
     assert config.zero_allow_untested_optimizer is False
+    assert config.checkpoint_tag_validation_enabled and not config.checkpoint_tag_validation_fail
 
 
+OFFLOADED = "1 + CPU offload"
 COMBINATIONS = [
     # precision, stage, grad_accum_dtype, optimizer wrapper (None: not legal)
-    ("bf16", 0, "bf16", "ddp_bf16"),
-    ("bf16", 0, "fp32", None),
-    ("bf16", 1, "fp32", "bf16"),
-    ("bf16", 1, "bf16", "zero_optimization"),
-    ("bf16", 2, "fp32", "zero_optimization"),
-    ("bf16", 2, "bf16", "zero_optimization"),
-    ("bf16", 3, "fp32", "zero_optimization"),
-    ("fp32", 0, "fp32", "plain"),
-    ("fp32", 0, "bf16", None),
-    ("fp32", 1, "fp32", "zero_optimization"),
+    ("bf16", "0", "bf16", "ddp_bf16"),
+    ("bf16", "0", "fp32", None),
+    ("bf16", "1", "fp32", "bf16"),
+    ("bf16", "1", "bf16", "zero_optimization"),
+    ("bf16", OFFLOADED, "fp32", "zero_optimization"),
+    ("bf16", OFFLOADED, "bf16", "zero_optimization"),
+    ("bf16", "2", "fp32", "zero_optimization"),
+    ("bf16", "2", "bf16", "zero_optimization"),
+    ("bf16", "3", "fp32", "zero_optimization"),
+    ("bf16", "3", "bf16", "zero_optimization"),
+    ("fp32", "0", "fp32", "plain"),
+    ("fp32", "0", "bf16", None),
+    ("fp32", "1", "fp32", "zero_optimization"),
+    ("fp32", "2", "fp32", "zero_optimization"),
+    ("fp32", "3", "fp32", "zero_optimization"),
 ]
 
 
 @pytest.mark.parametrize(("precision", "stage", "accumulate", "wrapper"), COMBINATIONS)
 def test_optimizer_wrapper_of_each_precision_stage_and_accumulation_type(
     precision: str,
-    stage: int,
+    stage: str,
     accumulate: str,
     wrapper: str | None,
     monkeypatch: pytest.MonkeyPatch,
@@ -137,10 +147,10 @@ def test_optimizer_wrapper_of_each_precision_stage_and_accumulation_type(
         pipeline_parallelism=False,
         fp16_enabled=lambda: False,
         bfloat16_enabled=lambda: precision == "bf16",
-        zero_optimization=lambda: stage > 0,
-        zero_optimization_stage=lambda: stage,
+        zero_optimization=lambda: int(stage[0]) > 0,
+        zero_optimization_stage=lambda: int(stage[0]),
         zero_allow_untested_optimizer=lambda: True,
-        zero_cpu_offload=lambda: False,
+        zero_cpu_offload=lambda: stage == OFFLOADED,
         zero_compute_grad_norm=lambda: True,
         _config=SimpleNamespace(grad_accum_dtype=accumulate),
     )
@@ -155,8 +165,8 @@ def test_optimizer_wrapper_of_each_precision_stage_and_accumulation_type(
 
 
 def probe_engines(configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Per config: wrapper class, loss after one update, Adam's step counter after building, and
-    whether the weights survive a gradient that is not a number."""
+    """Per config: wrapper class, loss after one update, Adam's step counter after building, whether
+    the weights survive a gradient that is not a number, and the engine's counters and norm then."""
     import deepspeed
     import torch
 
@@ -183,6 +193,7 @@ def probe_engines(configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
             float(loss.detach()),
             max(steps, default=0),
             finite,
+            (engine.global_steps, engine.skipped_steps, engine.get_global_grad_norm()),
         )
         engine.destroy()
     return found
@@ -215,10 +226,13 @@ def test_engines_of_shipped_configs_make_the_update_of_plain_adamw_and_skip_nan(
         "bf16 zero0": "FP16_UnfusedOptimizer",
         "bf16 zero1": "BF16_Optimizer",
     }
-    for name, (wrapper, after, steps_before, survives) in found.items():
+    for name, (wrapper, after, steps_before, survives, (steps, skipped, norm)) in found.items():
         expected = wrappers.get(name, stage_3 if "zero3" in name else "DeepSpeedZeroOptimizer")
         assert wrapper == expected, name
         assert survives == (name != "fp32 zero0"), name
+        # A skipped update counts as a step; the norm says that it was one.
+        assert (steps, skipped) == (3, int(survives)), name
+        assert math.isinf(norm) if survives else norm is None, (name, norm)
         if name == "bf16 zero0":
             # The wrapper takes a step with zero gradients when it is built: Adam's bias
             # correction then starts at 2 and the first update is a quarter smaller.
@@ -242,3 +256,61 @@ def test_options_that_deepspeed_parses_but_never_uses() -> None:
     assert not any("disable_allgather" in found for found in words.values())
     assert not any("vocabulary_size" in found for found in words.values())
     assert [n for n, found in words.items() if "allgather_partitions" in found] == ["engine.py"]
+
+
+def test_what_megalr_turns_off_or_replaces_in_the_engine_is_still_what_it_calls() -> None:
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    assert "self.clip_fp32_gradients()" in inspect.getsource(DeepSpeedEngine._take_model_step)
+    assert "self.enable_backward_allreduce" in inspect.getsource(DeepSpeedEngine)
+    reduce = inspect.signature(DeepSpeedEngine.buffered_allreduce_fallback)
+    assert reduce.parameters["elements_per_buffer"].default == ALLREDUCE_ELEMENTS
+
+
+def test_pure_bf16_with_offload_needs_deepspeeds_own_adam() -> None:
+    """The reason why paper_bf16 cannot be offloaded."""
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    for wrapper in (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3):
+        source = inspect.getsource(wrapper.__init__)
+        assert "Master weights feature requires" in source and "DeepSpeedCPUAdam" in source
+
+
+def test_bf16_without_zero_asks_the_gradients_for_the_mark_of_cut_parameters() -> None:
+    """The reason for megalr's hook that marks them."""
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+
+    source = inspect.getsource(FP16_UnfusedOptimizer.step)
+    assert "get_weight_norm(grads_for_norm" in source
+
+
+def test_muon_s_update_is_made_where_gradients_are_collected() -> None:
+    """The reason why megalr does not use it: clipping would see the finished update."""
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    assert "muon_update(" in inspect.getsource(DeepSpeedZeroOptimizer.get_flat_partition)
+
+
+def test_what_the_launchers_hand_on_and_which_signals_they_hear() -> None:
+    from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+    from deepspeed.comm import comm
+    from deepspeed.launcher import launch, runner
+
+    handed_on = [*runner.EXPORT_ENVS, *CUDA_Accelerator.export_envs(None)]
+    assert sorted(handed_on) == ["MLFLOW", "MV2", "NCCL", "PYTHON", "UCX"]
+    assert runner.DEEPSPEED_ENVIRONMENT_PATHS[1:] == ["."]
+    command = inspect.getsource(runner.main)  # with a host file only
+    assert "if args.launcher == PDSH_LAUNCHER and multi_node_exec:\n        signal." in command
+    assert command.count("signal.signal(") == 2
+    child = inspect.getsource(launch)
+    assert child.count("signal.signal(") == 2 and "SIGUSR1" not in child
+    assert "timeout=30" in inspect.getsource(launch.terminate_process_tree)
+    assert "hostname -I" in inspect.getsource(comm.mpi_discovery)
+
+
+def test_the_converter_to_universal_checkpoints_knows_adam_s_states_only() -> None:
+    from deepspeed.checkpoint import ds_to_universal
+
+    source = inspect.getsource(ds_to_universal)
+    assert source.count('for state in ("fp32", "exp_avg", "exp_avg_sq")') == 2
