@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from megalr.data.files import sha256_of_file
 from megalr.data.hub import hub_values
@@ -94,31 +94,35 @@ class DocumentReader:
 
     def __iter__(self) -> Iterator[list[str]]:
         if self.part.unit == "hub":
-            yield from self._values(hub_values(self.part, self.options.text_key))
+            yield from self._texts(hub_values(self.part, self.options.text_key), _checked)
             self._check_bad(at_end=True)
             return
         kind = input_kind(self.part.file)
         with damage_reported(self.part.file):
             if kind == "parquet":
-                yield from self._values(self._parquet_values())
+                yield from self._texts(self._parquet_values(), _checked)
             else:
-                yield from self._lines(kind)
+                parse = _parse_json if kind == "json" else _parse_text
+                yield from self._texts(self._line_batches(kind), parse)
         self._check_bad(at_end=True)
 
-    def _lines(self, kind: str) -> Iterator[list[str]]:
-        parse = _parse_json if kind == "json" else _parse_text
+    def _texts(
+        self, batches: Iterable[Sequence[Any]], parse: Callable[[Any, str], str]
+    ) -> Iterator[list[str]]:
+        """Documents among records; bad and empty ones are counted, blank lines are not."""
         number = 0
-        for lines in self._line_batches(kind):
+        for records in batches:
             texts = []
-            for line in lines:
+            for record in records:
                 number += 1
-                if number == 1 and self.part.start == 0:
-                    line = line.removeprefix(BYTE_ORDER_MARK)
-                if not line.strip():
-                    continue
+                if isinstance(record, bytes):
+                    if number == 1 and self.part.start == 0:
+                        record = record.removeprefix(BYTE_ORDER_MARK)
+                    if not record.strip():
+                        continue
                 self.report.records += 1
                 try:
-                    text = parse(line, self.options.text_key)
+                    text = parse(record, self.options.text_key)
                 except _BadRecord as error:
                     self._bad(number, str(error))
                     continue
@@ -163,27 +167,6 @@ class DocumentReader:
                 self.report.input_bytes += sum(map(len, lines))
                 yield lines
         self.report.sha256 = digest.hexdigest()
-
-    def _values(self, batches: Iterable[list[object]]) -> Iterator[list[str]]:
-        """Documents from records that are parsed already."""
-        number = 0
-        for values in batches:
-            texts = []
-            for value in values:
-                number += 1
-                self.report.records += 1
-                try:
-                    text = _checked(value, self.options.text_key)
-                except _BadRecord as error:
-                    self._bad(number, str(error))
-                    continue
-                if text.strip():
-                    texts.append(text)
-                else:
-                    self.report.empty += 1
-            self._check_bad()
-            if texts:
-                yield texts
 
     def _parquet_values(self) -> Iterator[list[object]]:
         import pyarrow
