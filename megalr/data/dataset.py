@@ -190,11 +190,11 @@ class TokenDataset:
 
     def _by_shard(self, samples: Integers) -> Iterator[tuple[_Shard, Integers, Integers]]:
         """(shard, rows of ``samples`` that lie in it, their numbers within the shard)."""
+        rows = np.argsort(samples)
+        samples = samples[rows]
         owner = np.searchsorted(self._firsts, samples, side="right") - 1
-        rows = np.argsort(owner, kind="stable")
-        owner = owner[rows]
         starts = np.flatnonzero(np.diff(owner, prepend=-1)).tolist()
-        local = samples[rows] - self._firsts[owner]
+        local = samples - self._firsts[owner]
         for start, stop in zip(starts, [*starts[1:], len(rows)], strict=True):
             yield self._shards[owner[start]], rows[start:stop], local[start:stop]
 

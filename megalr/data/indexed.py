@@ -21,6 +21,7 @@ Source: ``megatron/core/datasets/indexed_dataset.py`` of Megatron-LM.
 
 from __future__ import annotations
 
+import io
 import mmap
 import os
 import resource
@@ -36,6 +37,7 @@ from megalr.errors import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
+INT32, INT64 = struct.Struct("<i"), struct.Struct("<q")
 DTYPE_CODES: dict[int, type] = {
     1: np.uint8,
     2: np.int8,
@@ -111,8 +113,11 @@ class IndexedShard:
     def __init__(self, prefix: str | Path, check: Literal["quick", "full"] = "full") -> None:
         self.prefix = Path(prefix)
         self.idx, self.bin = idx_path(prefix), bin_path(prefix)
-        self._read_header()
-        self._check_ends()
+        sizes = self._size(self.idx), self._size(self.bin)
+        # Not a map: it would hold a descriptor that packing never needs.
+        with open(self.idx, "rb", buffering=0) as stream:
+            self._read_header(stream, *sizes)
+            self._check_ends(stream)
         if check == "full":
             self._check_arrays()
 
@@ -125,10 +130,8 @@ class IndexedShard:
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; a shard is a .bin and an .idx file") from None
 
-    def _read_header(self) -> None:
-        idx_bytes, bin_bytes = self._size(self.idx), self._size(self.bin)
-        with open(self.idx, "rb") as stream:
-            header = stream.read(HEADER.size)
+    def _read_header(self, stream: io.FileIO, idx_bytes: int, bin_bytes: int) -> None:
+        header = stream.read(HEADER.size)
         if len(header) < HEADER.size:
             raise self._fail(self.idx, f"only {len(header)} bytes, the header alone has 34")
         magic, version, code, self.num_sequences, boundaries = HEADER.unpack(header)
@@ -189,21 +192,16 @@ class IndexedShard:
         """All ids of the shard, (num_tokens,), mapped read-only."""
         return map_file(self.bin, self.dtype, self.num_tokens)
 
-    def _check_ends(self) -> None:
-        with open(
-            self.idx, "rb"
-        ) as stream:  # a map would hold a descriptor that packing never needs
+    def _check_ends(self, stream: io.FileIO) -> None:
+        def at(offset: int, layout: struct.Struct) -> int:
+            return int(layout.unpack(os.pread(stream.fileno(), layout.size, offset))[0])
 
-            def at(offset: int, dtype: str) -> int:
-                stream.seek(offset)
-                return int(np.frombuffer(stream.read(np.dtype(dtype).itemsize), dtype)[0])
-
-            start = HEADER.size + 12 * self.num_sequences
-            first, last = at(start, "<i8"), at(start + 8 * self.num_documents, "<i8")
-            end = 0
-            if self.num_sequences:
-                length = at(HEADER.size + 4 * (self.num_sequences - 1), "<i4")
-                end = at(start - 8, "<i8") + length * self.dtype.itemsize
+        start = HEADER.size + 12 * self.num_sequences
+        first, last = at(start, INT64), at(start + 8 * self.num_documents, INT64)
+        end = 0
+        if self.num_sequences:
+            length = at(HEADER.size + 4 * (self.num_sequences - 1), INT32)
+            end = at(start - 8, INT64) + length * self.dtype.itemsize
         if first != 0 or last != self.num_sequences:
             raise self._fail(
                 self.idx,

@@ -69,15 +69,16 @@ def permute(index: Integers, size: int, seed: int, stream: int = 0, epoch: int =
 
 
 def _feistel(x: NDArray[np.uint64], a: int, b: int, keys: list[int]) -> NDArray[np.uint64]:
-    left, right = np.divmod(x, np.uint64(b))
     size_left, size_right = np.uint64(a), np.uint64(b)
+    left = x // size_right
+    right = x - left * size_right  # numpy divides by one number several times faster than divmod
     shift = np.uint64(32)
     for number in range(0, ROUNDS, 2):
         # (h * a) >> 32 maps a 32-bit hash to 0 .. a - 1 without a division.
         left += (_hash32(right, keys[number]) * size_left) >> shift
-        left -= size_left * (left >= size_left)
+        np.minimum(left, left - size_left, out=left)  # modulo: below 0 wraps to a large number
         right += (_hash32(left, keys[number + 1]) * size_right) >> shift
-        right -= size_right * (right >= size_right)
+        np.minimum(right, right - size_right, out=right)
     return left * size_right + right
 
 
@@ -155,6 +156,8 @@ class SampleOrder:
 
 def _epochs(positions: Integers, size: int, seed: int, stream: int) -> Integers:
     epochs, places = np.divmod(positions, size)
+    if len(epochs) and epochs.min() == epochs.max():  # the usual case
+        return permute(places, size, seed, stream, int(epochs[0]))
     result = np.empty_like(positions)
     for epoch in np.unique(epochs):
         here = epochs == epoch

@@ -66,6 +66,19 @@ def test_unpacked_samples_follow_the_papers_protocol(tmp_path: Path) -> None:
     assert data.count_targets(np.arange(5)).tolist() == [2, 7, 1, 7, 0]
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_samples_in_any_order_equal_one_sample_at_a_time(tmp_path: Path, packing: bool) -> None:
+    shards = [random_documents(9, 0), [], random_documents(7, 1), [], [], random_documents(1, 2)]
+    data = open_training_data(write_dataset(tmp_path, shards), sequence_length=16, packing=packing)
+    samples = np.random.default_rng(0).integers(0, data.num_samples, 200)  # some many times
+    inputs, labels = data.read(samples)
+    targets = data.count_targets(samples)
+    for row, sample in enumerate(samples):
+        one = data.read(np.array([sample]))
+        assert np.array_equal(inputs[row], one[0][0]) and np.array_equal(labels[row], one[1][0])
+        assert targets[row] == (one[1] != -100).sum()
+
+
 def test_without_appended_eos_a_cut_document_gets_none(tmp_path: Path) -> None:
     folder = write_dataset(tmp_path, [[[5, 6, 7, 8, 9]]], append_eos=False)
     data = open_training_data(folder, sequence_length=3, packing=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -15,6 +17,61 @@ from megalr.errors import UserError
 def test_permute_is_a_bijection(size: int) -> None:
     image = permute(np.arange(size), size, seed=3, epoch=1)
     assert np.array_equal(np.sort(image), np.arange(size))
+
+
+def _splitmix(x: int) -> int:
+    x = (x + 0x9E3779B97F4A7C15) % 2**64
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+    return x ^ x >> 31
+
+
+def _slow_permute(x: int, size: int, seed: int, stream: int, epoch: int) -> int:
+    """The image of one element, in Python's integers."""
+    key = _splitmix(_splitmix(_splitmix(seed % 2**64) ^ stream) ^ epoch)
+    b = math.isqrt(size - 1) + 1
+    sizes = (-(-size // b), b)
+    while True:
+        halves = list(divmod(x, b))
+        for number in range(8):
+            side = number % 2
+            mixed = (halves[1 - side] ^ _splitmix(key ^ (number + 1))) * 0xBF58476D1CE4E5B9 % 2**64
+            mixed = (mixed ^ mixed >> 29) * 0x94D049BB133111EB % 2**64
+            halves[side] = (halves[side] + ((mixed >> 32) * sizes[side] >> 32)) % sizes[side]
+        x = halves[0] * b + halves[1]
+        if x < size:
+            return x
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 17, 65_537, 364_868_892, 2**32 + 1, 2**61 + 7, 2**62])
+def test_permute_equals_its_definition_in_plain_integers(size: int) -> None:
+    index = np.random.default_rng(0).integers(0, size, 200)
+    index[:2] = 0, size - 1
+    for seed, stream, epoch in [(0, 0, 0), (-3, 2, 5), (2**63, 1, 1000)]:
+        slow = [_slow_permute(int(x), size, seed, stream, epoch) for x in index]
+        assert permute(index, size, seed, stream, epoch).tolist() == slow
+
+
+def test_the_order_does_not_change_between_versions() -> None:
+    """Checkpoints resume in the middle of an order; these numbers may never change."""
+    image = permute(np.arange(6), 364_868_892, seed=1234)
+    assert image.tolist() == [
+        11_922_721,
+        306_540_043,
+        233_560_126,
+        126_054_540,
+        84_606_296,
+        114_632_392,
+    ]
+
+
+@pytest.mark.parametrize("positions", [range(0), range(55), range(20, 95), [54, 3, 190, 3, 10**12]])
+def test_positions_in_any_order_and_over_epochs_equal_the_slow_reference(
+    positions: Sequence[int],
+) -> None:
+    slow = [_slow_permute(p % 55, 55, 7, 0, p // 55) for p in positions]
+    order = SampleOrder([30, 25])
+    assert order.sample_ids(np.array(positions, np.int64), seed=7).tolist() == slow
 
 
 def test_permute_depends_on_seed_stream_and_epoch_and_on_nothing_else() -> None:
