@@ -1,0 +1,172 @@
+"""README.md and docs/ against the code: links, keys, command lines, recorded numbers."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalr.config import load_run_config
+from megalr.config.problems import known_keys
+from megalr.config.schema import RunConfig
+from megalr.models.config import PRESETS
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "LOG.md"]
+PROGRAMS = {
+    path.relative_to(ROOT).as_posix(): path
+    for folder in ("tools", "launchers", "benchmarks")
+    for path in (ROOT / folder).glob("*.py")
+}
+SCRIPTS = {
+    "launchers/mpi/pretrain.sh": "launchers/pretrain.py",
+    "launchers/slurm/pretrain.sbatch": "launchers/pretrain.py",
+    "launchers/slurm/preprocess.sbatch": "tools/preprocess_c4.py",
+}
+"""Scripts that hand their arguments on to a program."""
+STARTS_RUNS = ("launchers/pretrain.py", "launchers/submit.py", "tools/estimate_memory.py")
+NO_KEYS = {
+    "checkpoint.writer",  # DeepSpeed's
+    "checkpoint.tag_validation",
+    "train.updatess",  # a mistake that is shown
+}
+a_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+
+
+def anchors(page: Path) -> set[str]:
+    """What ``#...`` may name in a page."""
+    heads = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@a_page
+def test_links_and_named_files_are_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", text):
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+    folders = "tests|megalr|benchmarks|recipes|ds_configs|launchers|tools|docs"
+    for name in re.findall(rf"(?<![\w/.-])((?:{folders})/[\w./-]*)", text):
+        assert (ROOT / name.rstrip(".")).exists(), name
+
+
+def test_readme_leads_to_every_page() -> None:
+    text = PAGES[0].read_text(encoding="utf-8")
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f"](docs/{page.name})" in text
+
+
+@a_page
+def test_dotted_words_are_keys_of_a_run(page: Path) -> None:
+    keys = {*known_keys(RunConfig), *NO_KEYS}
+    sections = "|".join(RunConfig.model_fields)
+    text = re.sub(r"^```python\n.*?^```", "", page.read_text("utf-8"), flags=re.M | re.S)
+    found = re.findall(rf"(?<![\w/.\-])(?:{sections})\.[a-z]\w*", text)
+    found = [word for word in found if not word.endswith((".md", ".safetensors"))]
+    assert not set(found) - keys
+
+
+def commands(page: Path) -> Iterator[tuple[str, list[str]]]:
+    """(program, words behind it) of every command line of a page that starts one of ours."""
+    text = re.sub(r"\\\n\s*", " ", page.read_text(encoding="utf-8"))
+    blocks = re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()]
+    lines += re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+    for line in lines:
+        for name in (*SCRIPTS, *PROGRAMS):
+            before, found, behind = line.partition(name)
+            if found and not before.endswith("/"):
+                words = shlex.split(re.sub(r"\s#.*", "", behind))
+                yield SCRIPTS.get(name, name), [word.strip("[]") for word in words]
+                break
+
+
+def test_commands_are_found() -> None:
+    """So that the tests below look at something."""
+    assert len({program for program, _ in commands(PAGES[0])}) >= 8
+    assert sum(len(list(commands(page))) for page in PAGES) >= 60
+
+
+def options(program: str) -> set[str]:
+    """Every ``--option`` that a program's source adds to its parser."""
+    calls = [n for n in ast.walk(ast.parse(PROGRAMS[program].read_text())) if type(n) is ast.Call]
+    first = [call.args[0] for call in calls if call.args]
+    words = {word.value for word in first if isinstance(word, ast.Constant)}
+    return {word for word in words if isinstance(word, str) and word.startswith("--")}
+
+
+@a_page
+def test_command_lines_have_options_that_exist_and_describe_runs_that_load(page: Path) -> None:
+    for program, words in commands(page):
+        given = {word for word in words if word.startswith("--") and len(word) > 2}
+        assert not given - options(program) - {"--no-append_eos"}, (program, words)
+        recipes = [word for word in words if word.startswith("recipes/")]
+        if program in STARTS_RUNS and recipes:
+            changes = [word for word in words if re.match(r"[a-z]+\.\w+=", word)]
+            load_run_config([ROOT / recipe for recipe in recipes], changes, presets=PRESETS)
+
+
+def test_cases_of_benchmarks_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    cases = importlib.import_module("throughput").CASES
+    named = 0
+    for page in PAGES:
+        for _, words in commands(page):
+            behind = words[words.index("--cases") + 1 :] if "--cases" in words else []
+            for word in behind:
+                if word.startswith("--"):
+                    break
+                assert word in cases or word in ("CASE", "..."), (page.name, word)
+                named += word in cases
+    assert named > 10
+
+
+def rows(page: str, heading: str) -> list[list[str]]:
+    """Cells of the table rows below a heading, up to the next of its level, that give a speed."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    level = heading.partition(" ")[0]
+    section = text[text.index(f"\n{heading}\n") + 1 :]
+    section = re.split(rf"\n#{{1,{len(level)}}} ", section)[0]
+    found = [[c.strip() for c in line.split("|")[1:-1]] for line in section.splitlines() if line]
+    return [cells for cells in found if any(re.fullmatch(r"\d[\d,]*,\d{3}", c) for c in cells)]
+
+
+def recorded() -> dict[str, dict[str, Any]]:
+    """Recorded runs of one GPU by their speed as the pages write it."""
+    file = ROOT / "benchmarks" / "results" / "throughput_1gpu.json"
+    return {f"{row['tokens_per_second']:,}": row for row in json.loads(file.read_text())}
+
+
+@pytest.mark.parametrize(
+    "page, heading, speed",
+    [
+        ("README.md", "## What is measured", 1),
+        ("docs/performance.md", "## Measured", 1),
+        ("docs/results.md", "### Every method at 350M", 2),
+    ],
+)
+def test_tables_of_speed_are_those_of_the_recorded_runs(
+    page: str, heading: str, speed: int
+) -> None:
+    runs = recorded()
+    found = rows(page, heading)
+    assert len(found) >= 8
+    for cells in found:
+        assert cells[speed] in runs, cells
+        run = runs[cells[speed]]
+        assert str(run["peak_memory_gib"]) in cells, cells
+        slowest, fastest = run["tokens_per_second_range"]
+        if any(" to " in cell for cell in cells):
+            assert f"{slowest:,} to {fastest:,}" in cells and f"{run['mfu']:.3f}" in cells, cells
+        if speed == 2:
+            assert cells[1] == f"{1e3 * run['update_seconds']:.1f}", cells
+            assert f"{run['startup_seconds']:.1f}" in cells, cells
