@@ -141,9 +141,10 @@ def rows(page: str, heading: str) -> list[list[str]]:
 
 
 def recorded() -> dict[str, dict[str, Any]]:
-    """Recorded runs of one GPU by their speed as the pages write it."""
-    file = ROOT / "benchmarks" / "results" / "throughput_1gpu.json"
-    return {f"{row['tokens_per_second']:,}": row for row in json.loads(file.read_text())}
+    """Recorded runs of benchmarks/throughput.py by their speed as the pages write it."""
+    files = (ROOT / "benchmarks" / "results").glob("*gpu.json")
+    rows = [row for file in files for row in json.loads(file.read_text())]
+    return {f"{row['tokens_per_second']:,}": row for row in rows}
 
 
 @pytest.mark.parametrize(
