@@ -22,7 +22,11 @@ DEFAULT_DEEPSPEED = {"zero_optimization": {"stage": 1}}
 
 def parse_arguments() -> argparse.Namespace:
     """The command line; what is not an option is an override ``section.key=value``."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument(
         "--config", nargs="+", required=True, type=Path, help="one or several YAML files"
     )

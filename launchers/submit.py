@@ -26,7 +26,11 @@ TIME = re.compile(r"\d+|(\d+-)?\d+(:\d+){1,2}|\d+-\d+")
 
 def parse_arguments() -> argparse.Namespace:
     """The command line; what is not an option is an override ``section.key=value``."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("recipe", type=Path, help="YAML file of the run")
     parser.add_argument("--nodes", type=int, required=True, help="number of nodes")
     parser.add_argument("--gpus", type=int, required=True, help="GPUs, and ranks, of each node")

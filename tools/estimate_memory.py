@@ -19,7 +19,11 @@ from megalr.training.pretrained import with_pretrained_sizes
 
 def parse_arguments() -> argparse.Namespace:
     """The command line; what is not an option is an override ``section.key=value``."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     add = parser.add_argument
     add("--config", nargs="+", required=True, type=Path, help="one or several YAML files")
     add("--deepspeed_config", type=Path, help="DeepSpeed JSON (default: ZeRO stage 1)")

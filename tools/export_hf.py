@@ -14,7 +14,11 @@ from megalr.errors import exit_cleanly
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="folder of the run")
     add("--tag", help="checkpoint, for example update_1000 (default: the newest)")

@@ -16,7 +16,11 @@ from megalr.errors import UserError, exit_cleanly
 
 def main() -> None:
     """Parse the command line, gather, say what was found."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder of the shards")
     parser.add_argument(
         "--packages",

@@ -102,7 +102,11 @@ def report_steps(folder: Path, run: Path) -> list[Step]:
 
 def main() -> None:
     """Parse the command line, run the steps, say where everything is."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument(
         "--input", nargs="+", default=[], help="your own text, as for tools/preprocess_c4.py"
     )

@@ -14,7 +14,11 @@ from megalr.training.report import labelled, perplexity_change, read_run, write_
 
 def main() -> None:
     """Parse the command line, read the runs, write the report."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs")
     parser.add_argument(
         "--output", type=Path, required=True, help="NAME.html (everything) or NAME.png (curves)"

@@ -15,7 +15,9 @@ from megalr.errors import exit_cleanly
 
 def main() -> None:
     """Parse, then write."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="folder of the run (runs/NAME)")
     parser.add_argument("--tag", help="the checkpoint, e.g. update_1000 (default: the newest)")
     arguments = parser.parse_args()
