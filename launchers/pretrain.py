@@ -81,6 +81,9 @@ def main() -> int:
             raise
         raise AgreedError(str(error)) from error
     if arguments.print_config:
+        from megalr.training.engine import check_run
+
+        check_run(config)
         print(dump_config(config), end="")
         return 0
     from megalr.training.lost import name_lost_peers

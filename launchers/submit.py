@@ -128,7 +128,10 @@ def _check(arguments: argparse.Namespace) -> None:
             f"parallel.tensor is {ranks_of_a_model} but {arguments.nodes} nodes x {arguments.gpus} "
             f"GPUs are {world} ranks: make it a divisor"
         )
-    resolve_deepspeed_config(config, ds_user, source, world // ranks_of_a_model)
+    resolved = resolve_deepspeed_config(config, ds_user, source, world // ranks_of_a_model)
+    from megalr.training.engine import check_run  # torch takes a second: after what needs none
+
+    check_run(config, resolved["zero_optimization"]["stage"])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""SLTrain: ``W = (alpha/r) B A + S`` with S sparse on a fixed random support (METHODS §7)."""
+"""SLTrain: ``W = (alpha/r) B A + S``, S sparse on a fixed random support (arXiv 2406.02214)."""
 
 from __future__ import annotations
 

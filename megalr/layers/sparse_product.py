@@ -1,4 +1,4 @@
-"""``y = x (scale B A + S)^T`` as an operator that torch.compile does not look into (METHODS §7).
+"""``y = x (scale B A + S)^T`` as an operator that torch.compile does not look into (SLTrain).
 
 Traced through, forward and backward both build W = scale B A + S, the partitioner finds that out
 and keeps W of every layer between them: all the memory that the factors were to save. As operators

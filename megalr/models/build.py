@@ -97,6 +97,24 @@ def build_decoder(
     The weights of all ranks of ``plan`` together do not depend on the plan.
 
     Raises:
+        UserError: as :func:`assemble_decoder`.
+    """
+    decoder = assemble_decoder(config, method, seed, recompute, plan, supports)
+    decoder.reset_parameters(seed)
+    return decoder
+
+
+def assemble_decoder(
+    config: DecoderConfig,
+    method: Any,
+    seed: int,
+    recompute: str = "none",
+    plan: Plan = SINGLE,
+    supports: Supports | None = None,
+) -> Decoder:
+    """The decoder of :func:`build_decoder` with nothing in its weights; also on device meta.
+
+    Raises:
         UserError: rank or targets that do not fit the model, a plan that does not, or
             ``recompute`` mlp or bottleneck where some matrix is not just its factors, or
             elementwise for LoRA.
@@ -110,7 +128,6 @@ def build_decoder(
             f"train.activation_checkpointing elementwise keeps both products of a {method.name} "
             "layer, more than none does: use none or full"
         )
-    decoder.reset_parameters(seed)
     return decoder
 
 

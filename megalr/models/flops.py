@@ -34,6 +34,7 @@ def matrix_parameters(decoder: Decoder) -> int:
 def flops_per_token(decoder: Decoder, sequence_length: int) -> float:
     """FLOPs that training spends on one token: 3 forward passes, each 2 per weight + attention.
 
+    The third, that of the weights' gradients, leaves out LoRA's frozen matrices, which have none.
     Attention counts the positions that causal masking keeps: (S + 1) / 2 on average (fewer with a
     sliding window), each 2 * 2 * h FLOPs for the scores and the weighted sum. Recomputation by
     activation checkpointing does not count: these are model FLOPs, not hardware FLOPs.
@@ -43,7 +44,12 @@ def flops_per_token(decoder: Decoder, sequence_length: int) -> float:
     window = min(config.sliding_window or S, S)
     visible = (window * (window + 1) / 2 + (S - window) * window) / S
     attention = config.num_layers * 4 * config.hidden_size * visible
-    return 3 * (2 * matrix_parameters(decoder) + attention)
+    frozen = sum(
+        linear.shape.in_used * sum(linear.shape.out_used)
+        for linear in decoder.linears()
+        if isinstance(linear, LoRALinear)
+    )
+    return 3 * (2 * matrix_parameters(decoder) + attention) - 2 * frozen
 
 
 def parameter_count(decoder: Decoder, trainable_only: bool = False) -> int:

@@ -23,7 +23,7 @@ from megalr.optim.projection import gaussian_basis, next_seed, project, side_of
 
 
 class Apollo(MatrixOptimizer):
-    """APOLLO (Zhu et al. 2024, arXiv 2412.05270; METHODS §10).
+    """APOLLO (Zhu et al. 2024, arXiv 2412.05270; docs/methods.md).
 
     R = G P or P^T G with a random P (redrawn every ``update_proj_gap`` updates) or, with
     ``proj="svd"``, the leading singular vectors; N from ADAM-H on R;
@@ -137,7 +137,7 @@ class Apollo(MatrixOptimizer):
 
 
 class ApolloMini(Apollo):
-    """APOLLO-Mini: rank 1 and one scale a matrix (METHODS §10); scale 128 as published."""
+    """APOLLO-Mini: rank 1 and one scale a matrix (docs/methods.md); scale 128 as published."""
 
     def __init__(
         self,

@@ -22,7 +22,7 @@ from megalr.optim.projection import back_project, project, side_of
 
 
 class GaLore(MatrixOptimizer):
-    """GaLore (Zhao et al. 2024, arXiv 2403.03507; METHODS §8).
+    """GaLore (Zhao et al. 2024, arXiv 2403.03507; docs/methods.md).
 
     Every ``update_proj_gap`` updates P becomes the leading ``rank`` singular vectors of G. With
     R = G P (or P^T G, or P^T G Q for ``full``) and ADAM-H on R:
@@ -112,7 +112,7 @@ class GaLore(MatrixOptimizer):
 
 
 class Fira(MatrixOptimizer):
-    """Fira (Chen et al. 2024, arXiv 2410.01623; METHODS §9): GaLore plus the scaled residual.
+    """Fira (Chen et al. 2024, arXiv 2410.01623; docs/methods.md): GaLore plus the scaled residual.
 
     With R, N as in GaLore and phi = |N| / (|R| + 1e-8) along the axis of size r (one factor a row
     for right projections, a column for left ones):

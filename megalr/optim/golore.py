@@ -20,7 +20,7 @@ from megalr.optim.projection import (
 
 
 class GoLore(MatrixOptimizer):
-    """GoLore (He et al. 2024, arXiv 2410.11289; METHODS §11), in its optimizer form.
+    """GoLore (He et al. 2024, arXiv 2410.11289; docs/methods.md), in its optimizer form.
 
     Every ``update_proj_gap`` updates a new basis Q is taken: the leading singular vectors of G
     while u / total_updates < ``rand_ratio``, a uniformly random orthonormal basis afterwards. The

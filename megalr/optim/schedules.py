@@ -44,7 +44,7 @@ def make_schedule(settings: Any, total_updates: int) -> Schedule:
 
 
 def cosine_restarts(settings: Any, total_updates: int) -> Schedule:
-    """ReLoRA's jagged cosine (METHODS §6).
+    """ReLoRA's jagged cosine (arXiv 2307.05695).
 
     With C = ``cycle_updates``, w2 = ``restart_warmup_updates``, tau = t + ``adjust_updates``,
     d = tau mod C, n = tau div C and c the cosine from 1 to the floor:

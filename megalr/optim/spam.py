@@ -17,7 +17,7 @@ from megalr.optim.projection import mixed_seed
 
 
 class SPAM(LogicalOptimizer):
-    """SPAM (Huang et al. 2025, arXiv 2501.06842; METHODS §3). Elementwise.
+    """SPAM (Huang et al. 2025, arXiv 2501.06842; docs/methods.md). Elementwise.
 
     At update j (one-based), with j mod ``update_gap`` = i:
 

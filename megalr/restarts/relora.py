@@ -1,9 +1,9 @@
 """ReLoRA: merge the factors into the frozen matrix, start new factors, prune their moments.
 
-METHODS §6. Under ZeRO every rank holds the frozen matrices whole (they have no optimizer state) and
-its fragments of the factors' masters and moments; a merge computes on the weights that the model
-uses, so the network's function is that of before up to the rounding of W0, and writes the new
-factors into the fragments.
+arXiv 2307.05695. Under ZeRO every rank holds the frozen matrices whole (they have no optimizer
+state) and its fragments of the factors' masters and moments; a merge computes on the weights that
+the model uses, so the network's function is that of before up to the rounding of W0, and writes the
+new factors into the fragments.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from megalr.config.deepspeed import is_plain
 from megalr.config.schema import RunConfig
 from megalr.errors import UserError
-from megalr.models.build import Supports, build_decoder
+from megalr.models.build import Supports, assemble_decoder, build_decoder
 from megalr.models.config import DecoderConfig, decoder_config
 from megalr.models.decoder import Decoder
 from megalr.models.plans import make_plan
@@ -76,37 +77,15 @@ def build_engine(config: RunConfig, ds_config: dict[str, Any], decoder: Decoder)
 
     stage = ds_config["zero_optimization"]["stage"]
     mesh = decoder.plan.mesh
-    if stage == 3 and decoder.plan.parallel:
-        raise UserError(
-            f"parallel.tensor {mesh.tensor_size} with ZeRO stage 3: DeepSpeed gathers parameters "
-            "over data-parallel ranks in the middle of layers; use stage 0, 1 or 2, or "
-            "parallel.tensor=1"
-        )
-    if stage == 3 and config.train.activation_checkpointing in SELECTIVE:
-        raise UserError(
-            f"train.activation_checkpointing is {config.train.activation_checkpointing} with ZeRO "
-            "stage 3, which gathers weights for whole layers only; use stage 1 or 2, or full"
-        )
+    _check_stage(config, stage)
     if config.train.kernels == "auto":
         decoder.use_kernels(weights_are_there=stage != 3)
     if config.train.compile:
-        if stage == 3:
-            raise UserError(
-                "train.compile is true with ZeRO stage 3: its hooks inside the blocks break "
-                "compilation; use stage 1 or 2, or train.compile=false"
-            )
         compile_blocks(decoder)
     plain = is_plain(config.train.precision, stage)
     if plain and config.train.precision == "paper_bf16":
         decoder.bfloat16()  # else DeepSpeed does it
-    groups = parameter_groups(decoder, decoder.factor_parameters(), config.optimizer.weight_decay)
-    facts = RunFacts(
-        total_updates=config.train.updates,
-        hidden_size=decoder.config.hidden_size,
-        seed=config.run.seed,
-        bf16_states=config.train.precision == "paper_bf16",
-    )
-    optimizer = build_optimizer(config.optimizer, config.method, groups, facts)
+    optimizer = _optimizer_of(config, decoder)
     if config.train.cuda_graphs:
         _check_graphs(ds_config, decoder)
         # Capture is not possible on the default stream, and what the engine makes must live on
@@ -134,6 +113,66 @@ def build_engine(config: RunConfig, ds_config: dict[str, Any], decoder: Decoder)
         shape = config.train.micro_batch_size, config.data.sequence_length
         decoder.graphed = MicroBatchGraph(decoder, shape, _gradients_are_used_up(engine))
     return engine
+
+
+def _optimizer_of(config: RunConfig, decoder: Decoder) -> torch.optim.Optimizer:
+    groups = parameter_groups(decoder, decoder.factor_parameters(), config.optimizer.weight_decay)
+    facts = RunFacts(
+        total_updates=config.train.updates,
+        hidden_size=decoder.config.hidden_size,
+        seed=config.run.seed,
+        bf16_states=config.train.precision == "paper_bf16",
+    )
+    return build_optimizer(config.optimizer, config.method, groups, facts)
+
+
+def check_run(config: RunConfig, stage: int | None = None) -> None:
+    """Refuse what the model, the optimizer and the engine would refuse, without weights or GPUs.
+
+    For use before a job waits in a queue. A run from a pretrained model is not looked at: its sizes
+    are in a folder that may be elsewhere. ``stage``: of ZeRO, if it is known.
+
+    Raises:
+        UserError: as :func:`build_model` and :func:`build_engine`, but for CUDA graphs.
+    """
+    if config.model.from_pretrained is not None:
+        return
+    sizes = sizes_of(config)
+    mesh = Mesh(tensor_size=config.parallel.tensor)
+    plan = make_plan(sizes, config.method, mesh, config.parallel.layout)
+    with torch.device("meta"):  # one layer: all are alike
+        decoder = assemble_decoder(
+            replace(sizes, num_layers=1),
+            config.method,
+            config.run.seed,
+            config.train.activation_checkpointing,
+            plan,
+        )
+    _optimizer_of(config, decoder)
+    if stage is not None:
+        _check_stage(config, stage)
+
+
+def _check_stage(config: RunConfig, stage: int) -> None:
+    """What does not go together with ZeRO stage 3."""
+    if stage != 3:
+        return
+    if config.parallel.tensor > 1:
+        raise UserError(
+            f"parallel.tensor {config.parallel.tensor} with ZeRO stage 3: DeepSpeed gathers "
+            "parameters over data-parallel ranks in the middle of layers; use stage 0, 1 or 2, or "
+            "parallel.tensor=1"
+        )
+    if config.train.activation_checkpointing in SELECTIVE:
+        raise UserError(
+            f"train.activation_checkpointing is {config.train.activation_checkpointing} with ZeRO "
+            "stage 3, which gathers weights for whole layers only; use stage 1 or 2, or full"
+        )
+    if config.train.compile:
+        raise UserError(
+            "train.compile is true with ZeRO stage 3: its hooks inside the blocks break "
+            "compilation; use stage 1 or 2, or train.compile=false"
+        )
 
 
 def _check_graphs(ds_config: dict[str, Any], decoder: Decoder) -> None:

@@ -21,8 +21,8 @@ class Evaluation:
     Attributes:
         loss: mean negative log likelihood of a target token, over all ranks (nats).
         perplexity: exp(loss).
-        perplexity_published: the figure that the published code of these methods reports (METHODS
-            §18): mean over ranks of (sum of batch means) / (batches + 1), exponentiated. It is too
+        perplexity_published: the figure that the published code of these methods reports:
+            mean over ranks of (sum of batch means) / (batches + 1), exponentiated. It is too
             low by a factor n / (n + 1) in the loss and depends on the micro-batch; it is here only
             to compare with printed numbers.
         tokens: targets evaluated.

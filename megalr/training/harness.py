@@ -45,7 +45,7 @@ def run_tasks(
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise UserError(
-            "--tasks needs lm-eval, which is not installed: pip install 'megalr[lm_eval]'"
+            "--tasks needs lm-eval, which is not installed: pip install -e '.[lm_eval]'"
         ) from error
     manager = TaskManager(include_path=str(include_path) if include_path is not None else None)
     unknown = [task for task in tasks if not manager.match_tasks([task])]

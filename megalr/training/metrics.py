@@ -115,7 +115,7 @@ def _start_wandb(project: str, folder: Path, config: dict[str, Any]) -> Any:
     except ImportError as error:
         raise UserError(
             f"log.wandb_project is {project!r} but wandb is not installed: "
-            "pip install 'megalr[wandb]', or leave the key out"
+            "pip install -e '.[wandb]', or leave the key out"
         ) from error
     return wandb.init(project=project, name=folder.name, dir=str(folder), config=config)
 

@@ -35,7 +35,7 @@ def test_without_lm_eval_the_message_says_how_to_install_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(UserError, match=r"not installed: pip install 'megalr\[lm_eval\]'"):
+    with pytest.raises(UserError, match=r"not installed: pip install -e '.\[lm_eval\]'"):
         run_tasks(tmp_path, ["piqa"], 8)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="runs on one process"):

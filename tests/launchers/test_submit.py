@@ -12,6 +12,9 @@ from launchers.submit import TEMPLATE, main
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = "recipes/llama_60m.yaml"
+FITS = ["train.micro_batch_size=16"]
+LOW_RANK = ["method.name=low_rank", "method.rank=128"]
+ZERO_3 = ["--deepspeed_config", "ds_configs/zero3.json"]
 SIZE = ["--nodes", "4", "--gpus", "8", "--time", "1-12:00:00"]
 
 
@@ -65,6 +68,17 @@ def test_dry_run_prints_a_script_with_this_header_and_run(
         ([*SIZE[:4], "--time", "a day"], "--time is 'a day': give D-HH:MM:SS"),
         ([*SIZE, "--partition", "gpu low"], "--partition is 'gpu low'"),
         ([*SIZE, "parallel.tensor=5"], "parallel.tensor"),
+        ([*SIZE, *FITS, "method.name=low_rank", "method.rank=600"], "method.rank 600 is larger"),
+        ([*SIZE, *FITS, *LOW_RANK, "method.targets=[q,v]"], "targets names q, v but not k"),
+        (
+            [*SIZE, *FITS, *LOW_RANK, "parallel.tensor=4", "model.num_kv_heads=2"],
+            "parallel.tensor 4 does not divide model.num_kv_heads 2",
+        ),
+        ([*SIZE, *FITS, *ZERO_3, "train.compile=true"], "train.compile is true with ZeRO stage 3"),
+        (
+            [*SIZE, *FITS, "method.name=sltrain", "method.rank=8", "optimizer.name=muon"],
+            "Muon needs matrices",
+        ),
         ([*SIZE, "train.micro_batch_size=16"], "sbatch is not on PATH"),
     ],
 )

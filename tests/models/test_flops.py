@@ -24,6 +24,23 @@ def test_matrix_flops_equal_torchs_count_of_the_forward_pass(method: object) -> 
     assert matrices == 2 * matrix_parameters(decoder) * 40
 
 
+@pytest.mark.parametrize(
+    "method",
+    [full_rank(), low_rank(), factorized("cola"), factorized("lora")],
+    ids=lambda m: m.name,
+)
+def test_training_flops_equal_torchs_count_of_both_passes(method: object) -> None:
+    decoder = build_decoder(tiny(num_kv_heads=None, pad_multiple=1), method, seed=0)
+    ids = torch.zeros(1, 40, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        decoder(ids, ids).backward()
+    counted = counter.get_flop_counts()["Global"]
+    names = ("mm", "expand")
+    matrices = sum(v for op, v in counted.items() if any(name in str(op) for name in names))
+    attention = 3 * decoder.config.num_layers * 4 * decoder.config.hidden_size * 41 / 2
+    assert matrices == pytest.approx(40 * (flops_per_token(decoder, 40) - attention))
+
+
 def test_attention_counts_what_causal_masking_and_the_window_keep() -> None:
     S = 12
     for window in (None, 5):

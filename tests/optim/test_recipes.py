@@ -61,7 +61,7 @@ def test_published_settings_are_followed_at_every_size(name):
 
 
 def test_sltrain_recipes_follow_its_scripts():
-    """METHODS §7: rank, alpha, updates and warm-up by size; density 0.03, learning rate 3e-3."""
+    """Rank, alpha, updates and warm-up by size; density 0.03, learning rate 3e-3."""
     published = {
         "60m": (128, 32, 11_000, 1_100),
         "130m": (256, 16, 22_000, 2_200),

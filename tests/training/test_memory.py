@@ -1,4 +1,4 @@
-"""Bytes of weights, gradients and optimizer state on the live engine are METHODS §17's formulas."""
+"""Bytes of weights, gradients and optimizer state on the live engine are the published formulas."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_state_and_masters_are_the_formulas_divided_over_ranks(
         assert max(rank["state"] for rank in ranks) == min(rank["state"] for rank in ranks)
 
 
-PARAMETERS = {  # millions, METHODS §17; the reference's SLTrain keeps its positions in int64
+PARAMETERS = {  # millions, counted by hand; the reference's SLTrain keeps its positions in int64
     "llama_60m": (58.07, 42.77, 43.53, 128),
     "llama_350m": (367.97, 185.22, 194.29, 256),
 }
