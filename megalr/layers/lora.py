@@ -1,4 +1,4 @@
-"""LoRA for pretraining: a frozen dense matrix and trained factors (arXiv 2106.09685, 2307.05695)."""
+"""LoRA for pretraining: a frozen dense matrix, trained factors (arXiv 2106.09685, 2307.05695)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Base of the optimizers that look at whole matrices, whole or cut over ZeRO's slices.
 
 A parameter group with a ``rank`` is projected: each of its logical matrices gets the rule of the
-subclass. A group whose ``rank`` is None gets plain ADAM-H elementwise, at the same learning rate, as
-in the published code.
+subclass. A group whose ``rank`` is None gets plain ADAM-H elementwise, at the same learning rate,
+as in the published code.
 """
 
 from __future__ import annotations
