@@ -182,8 +182,10 @@ def stage_of(case: Case) -> int:
     return 0 if case.precision == PAPER else 1
 
 
-def run_settings(case: Case, folder: Path, data: Path, gpus: int, updates: int) -> dict[str, Any]:
-    """The configuration of a case's run."""
+def run_settings(
+    case: Case, folder: Path, data: Path, gpus: int, updates: int, log_every: int | None = None
+) -> dict[str, Any]:
+    """The configuration of a case's run; without ``log_every`` it logs ten times."""
     return {
         "run": {"dir": str(folder)},
         "model": {"preset": case.preset},
@@ -204,19 +206,19 @@ def run_settings(case: Case, folder: Path, data: Path, gpus: int, updates: int) 
             **case.train,
         },
         "checkpoint": {"every": 0},
-        "log": {"every": max(1, updates // 10), "tensorboard": False},
+        "log": {"every": log_every or max(1, updates // 10), "tensorboard": False},
     }
 
 
-def run_case(
-    name: str, case: Case, data: Path, work: Path, gpus: int, updates: int, zero: dict[str, Any]
-) -> dict:
-    """Run one case; return its numbers. ``zero``: more keys of DeepSpeed's zero_optimization."""
-    folder = work / name
-    config = run_settings(case, folder, data, gpus, updates)
+def run_case(name: str, case: Case, data: Path, work: Path, arguments: argparse.Namespace) -> dict:
+    """Run one case; return its numbers."""
+    folder, gpus, updates = work / name, arguments.gpus, arguments.updates
+    config = run_settings(case, folder, data, gpus, updates, arguments.log_every)
     paths = work / f"{name}.yaml", work / f"{name}.json"
     paths[0].write_text(yaml.safe_dump(config))
-    paths[1].write_text(json.dumps({"zero_optimization": {"stage": stage_of(case), **zero}}))
+    paths[1].write_text(
+        json.dumps({"zero_optimization": {"stage": stage_of(case), **arguments.zero}})
+    )
     command = [sys.executable]
     if gpus > 1:  # one process needs no launcher, which imports DeepSpeed twice more
         command += ["-m", "deepspeed.launcher.runner", "--master_port", free_port()]
@@ -308,6 +310,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--gpus", type=int, default=1, help="data-parallel GPUs")
     parser.add_argument("--updates", type=int, default=100)
+    parser.add_argument("--log_every", type=int, help="updates between two lines of metrics")
     parser.add_argument("--stage", type=int, help="ZeRO stage instead of the case's")
     parser.add_argument("--accumulation", type=int, help="micro-batches instead of the case's")
     parser.add_argument(
@@ -330,15 +333,7 @@ def main() -> None:
             if arguments.accumulation is not None:
                 case = replace(case, accumulation=arguments.accumulation)
             try:
-                result = run_case(
-                    name,
-                    case,
-                    data,
-                    Path(work),
-                    arguments.gpus,
-                    arguments.updates,
-                    arguments.zero,
-                )
+                result = run_case(name, case, data, Path(work), arguments)
             except UserError as error:
                 print(error, flush=True)
                 continue
