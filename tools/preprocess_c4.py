@@ -98,8 +98,8 @@ def make_job(args: argparse.Namespace) -> PreprocessJob:
         raise UserError("--workers and --part_megabytes must be at least 1")
     if args.workers > 1 and launched_ranks() > 1:
         raise UserError("under MPI every rank is one worker: start more ranks, not --workers")
-    if args.max_bad_lines < 0:
-        raise UserError(f"--max_bad_lines is {args.max_bad_lines}, it cannot be negative")
+    if not args.max_bad_lines >= 0:  # nan would let everything pass
+        raise UserError(f"--max_bad_lines is {args.max_bad_lines}, it must be 0 or more")
     if not 0 <= args.validation_fraction < 1:
         raise UserError(f"--validation_fraction is {args.validation_fraction}, allowed is [0, 1)")
     if args.validation_fraction and args.split == "validation":

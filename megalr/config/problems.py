@@ -60,7 +60,7 @@ def describe(root: type[BaseModel], error: ErrorDetails, values: dict[str, Any])
     if kind == "missing":
         return ": required, but not given" + _meaning(root, location)
     if kind == "extra_forbidden":
-        return f" = {_unknown_key(root, location, values)}"
+        return f" = {_unknown_key(root, location, error['input'])}"
     if kind == "union_tag_invalid":
         section = str(location[0])
         return f" = {_not_one_of(values[section]['name'], section_classes(root, section))}"
@@ -100,13 +100,8 @@ def _meaning(root: type[BaseModel], location: tuple[int | str, ...]) -> str:
     return f" ({sentence}{example})"
 
 
-def _unknown_key(
-    root: type[BaseModel], location: tuple[int | str, ...], values: dict[str, Any]
-) -> str:
+def _unknown_key(root: type[BaseModel], location: tuple[int | str, ...], value: Any) -> str:
     parts = [str(part) for part in location]
-    value: Any = values
-    for part in dotted_key(root, location).split("."):
-        value = value[int(part)] if isinstance(value, list) else value.get(part)
     classes = section_classes(root, parts[0]) if len(parts) > 1 else {}
     member = parts[1] if len(classes) > 1 else ""
     if len(parts) == 1:

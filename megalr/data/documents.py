@@ -67,6 +67,8 @@ def _parse_json(line: bytes, text_key: str) -> str:
         raise _BadRecord(f"invalid JSON: {error.msg} (column {error.colno})") from None
     except RecursionError:
         raise _BadRecord("invalid JSON: nested too deeply") from None
+    except ValueError:
+        raise _BadRecord("invalid JSON: a number with thousands of digits") from None
     if not isinstance(record, dict):
         raise _BadRecord(f"a JSON {type(record).__name__} where an object is expected")
     if text_key not in record:

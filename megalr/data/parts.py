@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -67,17 +68,22 @@ def plan_parts(inputs: Sequence[str], part_bytes: int) -> dict[str, Part]:
     else is one part. The result depends on the files and ``part_bytes`` alone.
     """
     parts: list[Part] = []
-    files: set[Path] = set()
+    files: dict[Path, Path] = {}  # by what links lead to, so that no file is read twice
     for pattern in inputs:
         if pattern.startswith(HUB_PREFIX):
             count = hub_shards(pattern)
             parts += [Part(Path(pattern), 0, "hub", number=n, count=count) for n in range(count)]
             continue
-        found = {Path(name).resolve() for name in glob.glob(pattern, recursive=True)}
-        if not found:
+        # A name with brackets may be a file's own name; glob would take them for a pattern.
+        names = [pattern] if os.path.lexists(pattern) else glob.glob(pattern, recursive=True)
+        if not names:
             raise UserError(f"{pattern}: no such input file, and no file matches it as a pattern")
-        files |= found
-    for file in sorted(files):
+        for path in map(Path, names):
+            # A link keeps its own name: what it points to may have none that tells its kind, as in
+            # the cache of the Hugging Face hub.
+            named = path.parent.resolve() / path.name if path.is_symlink() else path.resolve()
+            files[path.resolve()] = min(named, files.get(path.resolve(), named))
+    for file in sorted(files.values()):
         parts += _parts_of_file(file, part_bytes)
     stems = {part.file: _stem(part.file) for part in parts}
     repeated = {stem for stem, count in Counter(stems.values()).items() if count > 1}
@@ -87,7 +93,10 @@ def plan_parts(inputs: Sequence[str], part_bytes: int) -> dict[str, Part]:
 def _parts_of_file(file: Path, part_bytes: int) -> list[Part]:
     if file.is_dir():
         raise UserError(f"{file}: is a folder; give its files, for example '{file}/*.json.gz'")
-    kind, size = input_kind(file), file.stat().st_size
+    kind = input_kind(file)
+    if not file.exists():
+        raise UserError(f"{file}: a link to {file.resolve()}, which does not exist; fetch the file")
+    size = file.stat().st_size
     if size == 0:
         raise UserError(f"{file}: the file is empty; fetch it again or leave it out")
     divisible = kind in ("json", "text") and file.suffix not in COMPRESSIONS

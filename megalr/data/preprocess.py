@@ -69,7 +69,8 @@ class PreprocessJob:
             require_eos(self.tokenizer)
         self.parts: dict[str, Part] = plan_parts(inputs, part_bytes)
         for part in self.parts.values():
-            if part.file.parent == settings.output.resolve():
+            folders = (part.file.parent, part.file.resolve().parent)  # of a link and its target
+            if part.unit != "hub" and settings.output.resolve() in folders:
                 raise UserError(
                     f"{part.file}: lies in the output folder, where it could be overwritten; "
                     f"choose another --output"

@@ -68,6 +68,8 @@ class SentencePieceTokenizer:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
         except (RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"{path}: not a SentencePiece model ({error})") from None
+        if not content:  # sentencepiece takes it, as a model without pieces
+            raise UserError(f"{path}: not a SentencePiece model (the file is empty)")
         self.fingerprint = hashlib.sha256(content).hexdigest()
         self.vocab_size = self._model.get_piece_size()
         self.eos_id = self._model.eos_id() if self._model.eos_id() >= 0 else None

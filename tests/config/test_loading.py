@@ -184,6 +184,8 @@ def test_weights_are_given_to_every_data_set_or_to_none(tmp_path: Path) -> None:
     path = write(tmp_path, MINIMAL)
     config = load_run_config([path], ["data.train=[a, {path: b}]"])
     assert [source.weight for source in config.data.train] == [None, None]
+    message = problems_of([path], ["data.train={path: a, wieght: 2}"])  # one item, no list
+    assert message == "data.train.0.wieght = 2: unknown key"
     message = problems_of([path], ["data.train=[a, {path: b, weight: 2}]"])
     assert message.startswith("command line: data.train = [")
     assert message.endswith("must give a weight to every item or to none")

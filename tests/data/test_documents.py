@@ -85,11 +85,12 @@ def test_bad_records_are_counted_described_and_skipped(tmp_path: Path) -> None:
         b'{"text": "\xff\xfe"}',
         b'{"text": "\\ud800 alone"}',
         b"[" * 100_000,
+        b'{"text": "x", "id": ' + b"9" * 5000 + b"}",
     ]
-    path = write_jsonl(tmp_path / "a.jsonl", prose(8), bad)
-    found, report = _read(path, max_bad_lines=8)
-    assert found == prose(8)
-    assert (report.records, report.bad) == (16, 8)
+    path = write_jsonl(tmp_path / "a.jsonl", prose(9), bad)
+    found, report = _read(path, max_bad_lines=9)
+    assert found == prose(9)
+    assert (report.records, report.bad) == (18, 9)
     assert report.reasons == [
         "line 1: invalid JSON: Invalid control character at (column 15)",
         "line 2: no field 'text'",
@@ -97,8 +98,8 @@ def test_bad_records_are_counted_described_and_skipped(tmp_path: Path) -> None:
         "line 4: 'text' is NoneType, not a string",
         "line 5: a JSON list where an object is expected",
     ]
-    with pytest.raises(UserError, match=r"a\.jsonl: 8 of 16 records are bad, .* allows 7 \(line 1"):
-        _read(path, max_bad_lines=7)
+    with pytest.raises(UserError, match=r"a\.jsonl: 9 of 18 records are bad, .* allows 8 \(line 1"):
+        _read(path, max_bad_lines=8)
     with pytest.raises(UserError, match="allows 0"):
         _read(path, max_bad_lines=0)
 
@@ -178,7 +179,9 @@ def test_a_bad_line_of_a_later_part_says_where_the_part_begins(tmp_path: Path) -
 def test_the_plan_names_missing_empty_and_unknown_inputs(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "a.docx").write_text("x")
+    (tmp_path / "link.jsonl").symlink_to("gone.jsonl")
     for pattern, message in [
+        ("link.jsonl", "a link to .*gone.jsonl, which does not exist"),
         ("none*.jsonl", "no such input file"),
         ("empty.jsonl", "the file is empty"),
         ("a.docx", "unknown kind of input"),
@@ -186,6 +189,21 @@ def test_the_plan_names_missing_empty_and_unknown_inputs(tmp_path: Path) -> None
     ]:
         with pytest.raises(UserError, match=message):
             plan_parts([str(tmp_path / pattern)], 1 << 30)
+
+
+def test_a_link_and_a_name_with_brackets_are_files_by_their_own_name(tmp_path: Path) -> None:
+    """The cache of the Hugging Face hub is links to files whose names say nothing."""
+    blob = write_jsonl(tmp_path / "blobs" / "0a1b.json", prose(2))
+    blob = blob.rename(blob.with_suffix(""))
+    link = tmp_path / "c4.json"
+    link.symlink_to(blob)
+    for inputs in ([str(link)], [str(link), str(tmp_path / "*.json")]):
+        assert [(n, p.file) for n, p in plan_parts(inputs, 1 << 30).items()] == [("c4", link)]
+    other = tmp_path / "again.json"
+    other.symlink_to(link)
+    assert list(plan_parts([str(link), str(other)], 1 << 30)) == ["again"]  # read once
+    brackets = write_jsonl(tmp_path / "a[1].json", prose(2))
+    assert [part.file for part in plan_parts([str(brackets)], 1 << 30).values()] == [brackets]
 
 
 def test_names_are_unique_and_do_not_depend_on_the_order_of_the_arguments(tmp_path: Path) -> None:

@@ -352,6 +352,7 @@ def test_the_command_line_prints_the_summary_and_one_line_for_a_mistake(tmp_path
     for wrong, message in [
         (["--share", "4/4"], "--share is '4/4'"),
         (["--workers", "0"], "--workers and --part_megabytes must be at least 1"),
+        (["--max_bad_lines", "nan"], "--max_bad_lines is nan"),
         (["--validation_fraction", "1"], "--validation_fraction is 1.0"),
         (["--input", "nothing*.gz"], "nothing*.gz: no such input file"),
     ]:

@@ -83,6 +83,11 @@ def test_inputs_in_the_output_folder_are_refused(tmp_path: Path) -> None:
     write_shard(tmp_path, "a", DOCUMENTS, vocab_size=400)
     with pytest.raises(UserError, match="lies in the output folder"):
         preprocess([tmp_path / "a.bin"], tmp_path)
+    link = tmp_path / "elsewhere" / "a.bin"
+    link.parent.mkdir()
+    link.symlink_to(tmp_path / "a.bin")
+    with pytest.raises(UserError, match="lies in the output folder"):
+        preprocess([link], tmp_path)
 
 
 MEGATRON = """

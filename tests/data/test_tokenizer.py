@@ -112,6 +112,9 @@ def test_unusable_tokenizers_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.model").write_bytes(b"garbage")
     with pytest.raises(UserError, match=r"a\.model: not a SentencePiece model"):
         open_tokenizer(tmp_path / "a.model")
+    (tmp_path / "b.model").touch()
+    with pytest.raises(UserError, match=r"b\.model: .* \(the file is empty\)"):
+        open_tokenizer(tmp_path / "b.model")
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(UserError, match=r"a\.txt: a tokenizer is"):
         open_tokenizer(tmp_path / "a.txt")
