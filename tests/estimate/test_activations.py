@@ -44,6 +44,14 @@ METHODS = {
 }
 
 
+def _grouped_heads_are_flash() -> bool:
+    """Whether sdpa on this CPU keeps q, k, v in bf16, as on GPUs; torch 2.6 makes float32 copies of
+    heads in groups."""
+    q, kv = (torch.randn(1, n, 4, 8, dtype=torch.bfloat16, requires_grad=True) for n in (4, 2))
+    y = torch.nn.functional.scaled_dot_product_attention(q, kv, kv, is_causal=True, enable_gqa=True)
+    return "Flash" in y.grad_fn.name()  # type: ignore[union-attr]
+
+
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The operators with kernels are used on the CPU too, attention by its plain twin."""
@@ -105,6 +113,8 @@ def _estimated(method: Any, kernels: bool, compiled: bool, level: str = "none") 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.usefixtures("on_cpu")
 def test_a_block_not_compiled_keeps_what_is_estimated(name: str, kernels: bool) -> None:
+    if not kernels and not _grouped_heads_are_flash():
+        pytest.skip("sdpa on the CPU keeps float32 with this torch")
     found = _kept_numbers(METHODS[name], kernels, compiled=False)
     assert found == _estimated(METHODS[name], kernels, compiled=False)
 
@@ -121,6 +131,8 @@ def test_a_block_not_compiled_keeps_what_is_estimated(name: str, kernels: bool) 
 )
 @pytest.mark.usefixtures("on_cpu")
 def test_a_compiled_block_keeps_what_is_estimated(name: str, kernels: bool, level: str) -> None:
+    if not kernels and not _grouped_heads_are_flash():
+        pytest.skip("sdpa on the CPU keeps float32 with this torch")
     found = _kept_numbers(METHODS[name], kernels, compiled=True, level=level)
     assert found == _estimated(METHODS[name], kernels, compiled=True, level=level)
 
