@@ -69,6 +69,9 @@ class MatrixOptimizer(LogicalOptimizer):
         group: dict[str, Any],
     ) -> None:
         state = self.state[parameter]
+        # Projectors follow a count of their own: a momentum reset may restart Adam's counter. (Where
+        # a checkpoint of an earlier version has none, Adam's is nearest.)
+        state["updates"] = state.get("updates", state.get("step", 0)) + 1
         state["step"] = state.get("step", 0) + 1
         betas, lr = group["betas"], group["lr"]
         size = adam_h.step_size(lr, betas, state["step"])
@@ -90,7 +93,7 @@ class MatrixOptimizer(LogicalOptimizer):
     ) -> list[torch.Tensor]:
         """U of whole matrices, after the projectors that are due were refreshed."""
         state = self.state[parameter]
-        store, done = state.setdefault("matrices", {}), state["step"] - 1
+        store, done = state.setdefault("matrices", {}), state["updates"] - 1
         ready, owns, grads = [], [], []
         for index, (tensor, grad) in enumerate(items):
             own = store.setdefault(tensor.name, {})

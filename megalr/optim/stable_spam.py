@@ -196,7 +196,9 @@ def _statistics(
     # Bias corrections: k as published, or the number of updates the averages have seen.
     seen = state["step"] if group["compat"] == "published" else state["updates"]
     number = {tensor.number: i for i, tensor in enumerate(layout.tensors)}
-    held = torch.tensor([number[t.number] for t, _ in layout.local], device=grad.device)
+    # The dtype of an empty list would be float: a rank may hold nothing but padding.
+    places = [number[t.number] for t, _ in layout.local]
+    held = torch.tensor(places, dtype=torch.int64, device=grad.device)
     pieces = [piece_view(grad, piece) for _, piece in layout.local]
     gamma3 = group["gamma3"]
     largest = _per_tensor(pieces, held, math.inf, maxima)

@@ -25,6 +25,7 @@ from megalr.optim import (
     projection,
 )
 from megalr.optim.exchange import collect
+from megalr.optim.layout import FlatLayout, LogicalTensor, cut_over_slices
 from megalr.optim.zero import attach_layouts
 
 GAP = 7
@@ -195,6 +196,27 @@ def resume(methods, stages):
             out[method, stage] = distance(weights(again), want) == 0.0
             again.destroy()
     return out
+
+
+def stable_spam_on_slices(slice_size, numel):
+    """Distance of this rank's slice of one tensor from a process that holds it alone."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    pieces = cut_over_slices(numel, 0, slice_size, world)
+    padded = torch.zeros(slice_size * world)
+    padded[:numel] = torch.linspace(-1, 1, numel)
+    alone = nn.Parameter(padded[:numel].clone())
+    flat = nn.Parameter(padded.chunk(world)[rank].clone())
+    optimizer, reference = StableSPAM([flat], lr=0.1), StableSPAM([alone], lr=0.1)
+    layout = FlatLayout((LogicalTensor("x", (numel,), pieces),), rank, world, dist.group.WORLD)
+    optimizer.attach_layouts({flat: layout})
+    for update in range(4):
+        gradient = torch.zeros_like(padded)
+        gradient[:numel] = torch.cos(torch.arange(numel) * (update + 1.0)) * 10.0**update
+        alone.grad, flat.grad = gradient[:numel].clone(), gradient.chunk(world)[rank].clone()
+        optimizer.step()
+        reference.step()
+    padded[:numel] = alone.detach()
+    return float((flat.detach() - padded.chunk(world)[rank]).abs().max())
 
 
 class shared_folder:

@@ -311,3 +311,30 @@ def test_options_without_a_meaning_are_refused_with_the_value_seen(make, message
 def test_a_vector_in_a_projected_group_is_refused():
     with pytest.raises(UserError, match="is no matrix"):
         GaLore([torch.nn.Parameter(torch.randn(7))], rank=2)
+
+
+@pytest.mark.parametrize("name", ["galore", "apollo", "golore"])
+@pytest.mark.parametrize("stagger", [False, True])
+def test_projectors_do_not_notice_that_a_reset_restarts_adams_counter(name, stagger):
+    """Resets every 4 updates, refreshes every 6, GoLore random from update 12 of 24 on."""
+    make = {"galore": GaLore, "apollo": Apollo, "golore": GoLore}[name]
+    extra = {"total_updates": 24, "rand_ratio": 0.5} if name == "golore" else {}
+    key = "seed" if name == "apollo" else "projector"
+    found = {}
+    for counter in ("keep", "one", "zero"):
+        tensors = parameters(name) + parameters(name)
+        optimizer = make(tensors, rank=2, update_proj_gap=6, stagger=stagger, **extra)
+        found[counter] = []
+        for t in range(24):
+            train(optimizer, tensors, 1, t)
+            states = [own for p in tensors for _, own in optimizer.tensor_states(p)]
+            found[counter].append([torch.as_tensor(own[key]).clone() for own in states])
+            if (t + 1) % 4 == 0:
+                optimizer.reset_moments(counter=counter)
+    for i in range(4):
+        history = [now[i] for now in found["zero"]]
+        due = [t for t in range(1, 24) if refresh_due(t, 6, i + 1, stagger)]
+        changed = [t for t in range(1, 24) if not torch.equal(history[t], history[t - 1])]
+        assert changed == due
+        for other in ("keep", "one"):
+            assert all(torch.equal(a, b[i]) for a, b in zip(history, found[other], strict=True))

@@ -28,6 +28,11 @@ def test_sharded_trajectories_equal_the_single_process_ones(world, stages):
         assert {case: d for case, d in distances.items() if d > 1e-5} == {}
 
 
+def test_a_rank_that_holds_nothing_but_padding_takes_part():
+    """Slices of 4 elements for a tensor of 7: the third rank has none."""
+    assert max(run_distributed(engines.stable_spam_on_slices, 3, 4, 7)) < 1e-6
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_resume_from_an_engine_checkpoint_is_bitwise(stage):
     methods = ALL if stage == 2 else ("spam", "fira", "loro")
