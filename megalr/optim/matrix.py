@@ -69,8 +69,8 @@ class MatrixOptimizer(LogicalOptimizer):
         group: dict[str, Any],
     ) -> None:
         state = self.state[parameter]
-        # Projectors follow a count of their own: a momentum reset may restart Adam's counter. (Where
-        # a checkpoint of an earlier version has none, Adam's is nearest.)
+        # Projectors follow a count of their own: a momentum reset may restart Adam's counter.
+        # Where a checkpoint of an earlier version has none, Adam's is nearest.
         state["updates"] = state.get("updates", state.get("step", 0)) + 1
         state["step"] = state.get("step", 0) + 1
         betas, lr = group["betas"], group["lr"]
