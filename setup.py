@@ -19,9 +19,9 @@ setup(
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["megalr", "megalr.*"]),
     install_requires=[
-        "deepspeed>=0.19.6",
+        "deepspeed>=0.19.8",
         "torch>=2.6",
-        "transformers>=4.51",
+        "transformers>=5.0",
         "datasets>=3.0",
         "sentencepiece>=0.2.2",
         "mpi4py>=4.0",
