@@ -123,7 +123,7 @@ def test_a_sentencepiece_tokenizer_gives_the_same_ids_from_the_exported_folder(
         assert exported(text)["input_ids"] == ids[start:stop].tolist()
     assert exported.eos_token_id == tokenizer.eos_id
     assert open_tokenizer(tmp_path / "out").fingerprint == tokenizer.fingerprint
-    # AutoTokenizer of transformers 5.23, not of 5.0, would replace this tokenizer in a qwen2 folder.
+    # AutoTokenizer of transformers 5.23, not of 5.0, would replace it in a qwen2 folder.
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.config.model_type in {"qwen2": ("llama", "qwen2")}.get(family, (family,))
     sample = torch.randint(0, VOCAB_SIZE, (2, 20))
