@@ -116,30 +116,48 @@ def run_config(
 
 
 def recorded(folder: Path = RESULTS) -> list[Measured]:
-    """Every recorded run of the compiled decoder in the engine, on any number of GPUs."""
+    """Every recorded run of a kind that is predicted, on any number of GPUs."""
     runs = []
     for path in sorted(folder.glob("throughput_*.json")):
         for row in json.loads(path.read_text()):
-            adamw = row.get("optimizer", {}).get("name", "adamw") == "adamw"
-            if row["precision"] != "bf16" or row["method"]["name"] not in KNOWN or not adamw:
+            if not _is_predicted(row):
                 continue
-            parallel = {**row.get("parallel", {}), **row.get("train", {}).get("parallel", {})}
-            tensor = parallel.get("tensor", 1)
+            tensor, layout = row.get("tensor", 1), row.get("layout", "auto")
             config = run_config(row["preset"], row["method"], 1, 1, 256)
             sizes = PRESETS[row["preset"]]
-            data_size = row["gpus"] // tensor
             job = Job(
                 sizes,
                 config.method,
                 row["micro_batch"],
                 256,
-                plan=plan_of(sizes, config.method, tensor, parallel.get("layout", "auto")),
-                data_size=data_size,
+                accumulation=row.get("accumulation", 1),
+                plan=plan_of(sizes, config.method, tensor, layout),
+                data_size=row["gpus"] // tensor,
                 stage=row["stage"],
+                recompute=_level(row) == "full",
             )
             name = f"{row['case']}, {row['gpus']} GPU" + (f", TP {tensor}" if tensor > 1 else "")
+            name += f", {job.accumulation} micro-batches" if job.accumulation > 1 else ""
             runs.append(Measured(name, job, job.tokens / row["tokens_per_second"]))
     return runs
+
+
+def _level(row: dict[str, Any]) -> str:
+    """Activation checkpointing of a recorded run."""
+    return row.get("train", {}).get("activation_checkpointing", "none")
+
+
+def _is_predicted(row: dict[str, Any]) -> bool:
+    """Whether the model of time knows this kind of run: bf16, compiled, AdamW, nothing special."""
+    return (
+        row["precision"] == "bf16"
+        and row["method"]["name"] in KNOWN
+        and row.get("optimizer", {}).get("name", "adamw") == "adamw"
+        and row.get("train", {}).get("compile", True)
+        and _level(row) in ("none", "full")
+        and not row.get("restarts")
+        and not row.get("zero")
+    )
 
 
 def fit(runs: list[Measured]) -> Gpu:

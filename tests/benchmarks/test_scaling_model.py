@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -43,6 +44,28 @@ def test_every_recorded_run_is_predicted_within_fifteen_percent(model: ModuleTyp
     gpu = model.fit(_single(model))
     for run in runs:
         assert predict(run.job, gpu, model.H200).total == pytest.approx(run.seconds, rel=0.15), run
+
+
+def test_a_recorded_row_becomes_its_job(model: ModuleType, tmp_path: Path) -> None:
+    method = {"name": "low_rank", "rank": 1024, "alpha": 32.0}
+    row = {"case": "a", "preset": "llama_7b", "method": method, "precision": "bf16", "stage": 1}
+    row |= {"micro_batch": 16, "gpus": 4, "tensor": 2, "layout": "bottleneck", "accumulation": 3}
+    row |= {"train": {"activation_checkpointing": "full"}, "tokens_per_second": 1000}
+    others: list[dict[str, Any]] = [
+        {"precision": "paper_bf16"},
+        {"train": {"activation_checkpointing": "mlp"}},
+        {"train": {"compile": False}},
+        {"restarts": {"every": 8}},
+        {"zero": {"overlap_comm": True}},
+        {"optimizer": {"name": "muon"}},
+    ]
+    rows = [row, *({**row, **other} for other in others)]
+    (tmp_path / "throughput_4gpu.json").write_text(json.dumps(rows))
+    (run,) = model.recorded(tmp_path)
+    job = run.job
+    assert (job.plan.mesh.tensor_size, job.plan.layout, job.data_size) == (2, "bottleneck", 2)
+    assert (job.micro_batch, job.accumulation, job.recompute) == (16, 3, True)
+    assert run.seconds == pytest.approx(16 * 256 * 3 * 2 / 1000)
 
 
 def test_the_links_give_the_measured_all_reduces(model: ModuleType) -> None:
