@@ -28,7 +28,7 @@ def parse_arguments() -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--config", nargs="+", required=True, type=Path, help="one or several YAML files"
+        "--config", nargs="+", required=True, metavar="FILE", help="one or several YAML files"
     )
     parser.add_argument(
         "--deepspeed_config",
@@ -48,9 +48,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
-    # Overrides right after --config or --allow are taken for their values, which hold no "=".
-    arguments.overrides += [str(path) for path in arguments.config if "=" in str(path)]
-    arguments.config = [path for path in arguments.config if "=" not in str(path)]
+    # Overrides right after --config or --allow are taken for their values, which hold no "=", but
+    # for a file in a folder such as lr=0.1/.
+    files = [text for text in arguments.config if "=" not in text or Path(text).is_file()]
+    arguments.overrides += [text for text in arguments.config if text not in files]
+    arguments.config = [Path(text) for text in files]
     arguments.overrides += [key for key in arguments.allow if "=" in key]
     arguments.allow = [key for key in arguments.allow if "=" not in key]
     return arguments

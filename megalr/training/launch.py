@@ -90,10 +90,17 @@ def _check_complete(environment: Mapping[str, str]) -> None:
             f"RANK is {environment['RANK']!r} but {', '.join(missing)} {_is_not(missing)} set: "
             "start with deepspeed, torchrun, mpirun or srun, or unset RANK for one process"
         )
-    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
-        _number(environment, name)
     os.environ.setdefault("LOCAL_RANK", "0")
-    _number(environment, "LOCAL_RANK")
+    rank, local_rank, world, port = (
+        _number(environment, name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
+    )
+    if not (0 <= rank < world and local_rank >= 0):
+        raise UserError(
+            f"RANK is {rank}, LOCAL_RANK {local_rank}, WORLD_SIZE {world}: ranks count from 0 and "
+            "are below WORLD_SIZE; let the launcher set them"
+        )
+    if not 0 <= port < 65536:
+        raise UserError(f"MASTER_PORT is {port}: give a port below 65536 that is free")
 
 
 def _check_not_left_out_srun(environment: Mapping[str, str]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -30,7 +32,7 @@ class MetricsWriter:
         config: the resolved configuration, given to Weights & Biases.
 
     Raises:
-        UserError: Weights & Biases is asked for and not installed.
+        UserError: Weights & Biases is asked for and not installed; the files cannot be written.
     """
 
     def __init__(
@@ -43,37 +45,41 @@ class MetricsWriter:
         config: dict[str, Any],
     ) -> None:
         self.active = active
+        self._folder = folder
         self._file: TextIO | None = None
         self._board: Any = None
         self._wandb: Any = None
         self._bar: tqdm | None = None
         if not active:
             return
-        path = folder / "metrics.jsonl"
-        _drop_unfinished_line(path)
-        self._file = path.open("a", encoding="utf-8")
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+        with _one_line(folder):
+            path = folder / "metrics.jsonl"
+            _drop_unfinished_line(path)
+            self._file = path.open("a", encoding="utf-8")
+            if tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"))
+                self._board = SummaryWriter(str(folder / "tensorboard"))
         if wandb_project is not None:
             self._wandb = _start_wandb(wandb_project, folder, config)
         if sys.stderr.isatty():
             self._bar = tqdm(total=total_updates, unit="update", dynamic_ncols=True)
 
     def write(self, event: str, update: int, **numbers: Any) -> None:
-        """Record one event and show it on the console."""
+        """Record one event and show it on the console; UserError when the disk refuses."""
         if self._file is None:
             return
         record = {"event": event, "update": update, "time": round(time.time(), 3), **numbers}
-        self._file.write(json.dumps(record, allow_nan=True) + "\n")
-        self._file.flush()
+        with _one_line(self._folder):
+            self._file.write(json.dumps(record, allow_nan=True) + "\n")
+            self._file.flush()
         self._show(event, update, numbers)
         if event in ("step", "eval", "restart"):
             kinds = {k: v for k, v in numbers.items() if isinstance(v, int | float)}
             if self._board is not None:
-                for key, value in kinds.items():
-                    self._board.add_scalar(f"{event}/{key}", value, update)
+                with _one_line(self._folder):
+                    for key, value in kinds.items():
+                        self._board.add_scalar(f"{event}/{key}", value, update)
             if self._wandb is not None:
                 self._wandb.log({f"{event}/{k}": v for k, v in kinds.items()}, step=update)
 
@@ -92,7 +98,9 @@ class MetricsWriter:
         """Flush and close everything; harmless when called twice."""
         for part in (self._file, self._board, self._bar):
             if part is not None:
-                part.close()
+                # What a full disk keeps from being flushed has been reported by write().
+                with contextlib.suppress(OSError):
+                    part.close()
         if self._wandb is not None:
             self._wandb.finish()
         self._file = self._board = self._bar = self._wandb = None
@@ -107,6 +115,18 @@ class MetricsWriter:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def _one_line(folder: Path) -> Iterator[None]:
+    """The system's words instead of a traceback where metrics cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"metrics in run.dir {folder} could not be written ({error.strerror or error}): free "
+            "space or fix the path and start again; the checkpoints are whole"
+        ) from error
 
 
 def _start_wandb(project: str, folder: Path, config: dict[str, Any]) -> Any:

@@ -129,7 +129,7 @@ def _train(
     data_may_differ = any(key.startswith("data.") for key, _, _ in changed)
     saved, resumed = _resume(config, engine, found, train_data, data_may_differ)
     start = Position() if saved is None else Position.of(saved)
-    metrics = _metrics(config)
+    metrics = agreed(lambda: _metrics(config))
     loader = _loader(config, train_data, mesh, start.next_batch, device.type == "cuda")
     watchdog = Watchdog(config.health.stall_seconds, Path(config.run.dir), dist.get_rank())
     with metrics, loader, watchdog:

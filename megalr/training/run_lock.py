@@ -61,9 +61,14 @@ def _acquire(folder: Path) -> IO[str]:
                 "choose another run.dir"
             )
         time.sleep(_POLL_SECONDS)
-    file.truncate(0)
-    file.write(describe_process())
-    file.flush()
+    try:
+        file.truncate(0)
+        file.write(describe_process())
+        file.flush()
+    except OSError as error:
+        raise UserError(
+            f"run.dir {folder} cannot be written: {error.strerror}; free space or fix the path"
+        ) from error
     return file
 
 

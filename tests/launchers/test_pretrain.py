@@ -96,6 +96,23 @@ def test_print_config_prints_the_resolved_run_and_stops(data: Path, tmp_path: Pa
     assert not (tmp_path / "run").exists()
 
 
+def test_files_and_overrides_after_config_are_told_apart(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "lr=0.1").mkdir()
+    config = _config(tmp_path / "lr=0.1", data)
+    code, output = _start(
+        sys.executable,
+        SCRIPT,
+        "--print_config",
+        "--config",
+        config,
+        "run.dir=./a//b/",
+        "run.seed=7",
+    )
+    assert code == 0, output
+    printed = yaml.safe_load(output)
+    assert printed["run"] | {"dir": "./a//b/", "seed": 7} == printed["run"]
+
+
 @pytest.mark.long
 def test_deepspeed_torchrun_mpirun_and_plain_python_train_the_same_run(
     data: Path, tmp_path: Path

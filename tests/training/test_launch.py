@@ -77,6 +77,25 @@ def test_missing_or_senseless_slurm_variables_are_named() -> None:
         slurm_variables({**SRUN, "SLURM_PROCID": "x"})
 
 
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"RANK": "4"}, "RANK is 4, LOCAL_RANK 0, WORLD_SIZE 4: ranks count from 0"),
+        ({"RANK": "-1"}, "RANK is -1"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE 0"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK -1"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT is 99999: give a port below 65536"),
+    ],
+)
+def test_numbers_that_no_launcher_sets_are_refused(
+    changed: dict[str, str], message: str, environment: pytest.MonkeyPatch
+) -> None:
+    for name, value in zip(LAUNCHERS, ("3", "0", "4", "here", "77"), strict=False):
+        environment.setenv(name, changed.get(name, value))
+    with pytest.raises(UserError, match=message):
+        adopt_launcher()
+
+
 def test_a_launcher_wins_over_slurm_and_an_allocation_is_not_a_launcher(
     environment: pytest.MonkeyPatch,
 ) -> None:

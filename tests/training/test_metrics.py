@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ from unittest.mock import patch
 import pytest
 
 from megalr.data.loader import UpdateBatch, UpdateLoader
+from megalr.errors import UserError
 from megalr.training.metrics import MetricsWriter, Stopwatch
 from tests.distributed import run_distributed
 from tests.training.runs import events, run, settings, zero
@@ -36,6 +38,17 @@ def test_every_line_is_json_and_a_line_cut_by_a_kill_is_dropped(tmp_path: Path) 
     assert [(line["event"], line["update"]) for line in lines] == [("step", 1), ("eval", 2)]
     assert lines[0]["loss"] == 2.5 and lines[0]["mfu"] == "n/a"
     assert abs(lines[0]["time"] - time.time()) < 60
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="No space left on device"), _writer(tmp_path) as writer:
+        assert writer._file is not None
+        os.dup2(os.open("/dev/full", os.O_WRONLY), writer._file.fileno())
+        writer.write("step", 1, loss=2.5)
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"could not be written \(Is a directory\)"):
+        _writer(tmp_path)
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from megalr.errors import AgreedError
 from megalr.training import run_lock
+from megalr.training.run_folder import RUN_LOCK
 from megalr.training.run_lock import run_folder_lock
 
 HOLD = """
@@ -66,3 +67,9 @@ def test_a_folder_in_which_nothing_was_written_disappears(tmp_path: Path) -> Non
     (tmp_path / "file").write_text("")
     with pytest.raises(AgreedError, match="cannot be written: Not a directory"):
         run_folder_lock(tmp_path / "file" / "run").__enter__()
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / RUN_LOCK).symlink_to("/dev/full")
+    with pytest.raises(AgreedError, match=f"run.dir {tmp_path} cannot be written"):
+        run_folder_lock(tmp_path).__enter__()
