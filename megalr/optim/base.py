@@ -182,8 +182,8 @@ class LogicalOptimizer(torch.optim.Optimizer):
 
         ``parameters`` are entries of ``param_groups`` (None: all that have state); ``moments`` a
         choice of ``exp_avg``, ``exp_avg_sq`` and Muon's ``momentum_buffer``; ``counter`` keep,
-        zero or one: what happens to the bias-correction counter. Entries before their first
-        update have nothing to zero.
+        zero or one: what happens to the bias-correction counter; with zero and one the limiter of
+        Fira and APOLLO starts anew too. Entries before their first update have nothing to zero.
         """
         if counter not in ("keep", "zero", "one"):
             raise UserError(f"counter must be keep, zero or one, got {counter!r}")
@@ -201,6 +201,10 @@ class LogicalOptimizer(torch.optim.Optimizer):
                     zeroed += tensor.numel()
             if counter != "keep" and "step" in state:
                 state["step"] = 0 if counter == "zero" else 1
+                # The limiter's norm is one of N without bias correction, and N of a young counter
+                # is several times larger: held to the old norm, updates would be too small.
+                for own in state.get("matrices", {}).values():
+                    own.pop("update_norm", None)
         return zeroed, held
 
 

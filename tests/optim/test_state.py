@@ -338,3 +338,17 @@ def test_projectors_do_not_notice_that_a_reset_restarts_adams_counter(name, stag
         assert changed == due
         for other in ("keep", "one"):
             assert all(torch.equal(a, b[i]) for a, b in zip(history, found[other], strict=True))
+
+
+@pytest.mark.parametrize("make", [GaLore, Fira, Apollo, ApolloMini])
+def test_after_a_reset_of_the_counter_the_rule_is_that_of_a_new_optimizer(make):
+    """The norm that the limiter remembers must not outlive the counter it belongs to."""
+    options = {"rank": 1 if make is ApolloMini else 2, "limiter": True, "update_proj_gap": 100}
+    tensors = parameters(make.__name__)
+    optimizer = make(tensors, **options)
+    train(optimizer, tensors, 30)
+    optimizer.reset_moments(counter="zero")
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in tensors]
+    train(optimizer, tensors, 5)  # the first gradient again, so that singular vectors are the same
+    train(make(copies, **options), copies, 5)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, copies, strict=True))
