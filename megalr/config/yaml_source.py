@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
@@ -50,6 +51,7 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
 
 
 COMMAND_LINE = "command line"
+LARGEST_FLOAT = 3.4e38
 
 
 @dataclass
@@ -71,8 +73,9 @@ def _construct(node: yaml.Node, key: str, label: str, source: Source) -> Any:
     if not isinstance(node, yaml.MappingNode):
         source.places[key] = place
         value = _plain(node)
-        if isinstance(value, float) and not math.isfinite(value):
-            source.problems.append(f"{place}: {key} = {value}: must be a finite number")
+        source.problems += [
+            f"{place}: {key} = {number:.5g}: {allowed}" for number, allowed in _wrong_numbers(value)
+        ]
         return value
     if node.tag != "tag:yaml.org,2002:map":
         raise yaml.constructor.ConstructorError(
@@ -91,6 +94,19 @@ def _construct(node: yaml.Node, key: str, label: str, source: Source) -> Any:
         lines[name] = line
         values[name] = _construct(value_node, dotted, label, source)
     return values
+
+
+def _wrong_numbers(value: Any) -> Iterator[tuple[float, str]]:
+    """Numbers, also inside lists, that no tensor holds, and what is allowed."""
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _wrong_numbers(item)
+    elif isinstance(value, int) and abs(value) >= 2**63:
+        yield math.copysign(math.inf, value) if abs(value) > 1e300 else value, "must be below 2^63"
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield value, "must be a finite number"
+    elif isinstance(value, float) and abs(value) > LARGEST_FLOAT:
+        yield value, f"must be at most {LARGEST_FLOAT:g}, the largest number in float32"
 
 
 def _plain(node: yaml.Node) -> Any:

@@ -162,6 +162,9 @@ def test_a_key_in_two_files_or_twice_in_one_names_both_places(tmp_path: Path) ->
         ("run: !!python/object:os.system {}", "line 1, column 6: unknown tag"),
         ("run: {dir: !!python/name:os.system }", "could not determine a constructor"),
         ("a: {b: .nan}", "a.b = nan: must be a finite number"),
+        ("a: {b: [{c: .inf}, 1]}", "a.b = inf: must be a finite number"),
+        ("a: {b: -1e300}", "a.b = -1e+300: must be at most 3.4e+38, the largest number in float32"),
+        ("a: {b: 10000000000000000000000}", "a.b = 1e+22: must be below 2^63"),
     ],
 )
 def test_unreadable_files_are_one_line(tmp_path: Path, text: str, said: str) -> None:
