@@ -33,13 +33,22 @@ def launched_number(names: tuple[str, ...]) -> int:
     return int(values[0]) if values and values[0].isdigit() else 0
 
 
+def _is_lack_of_memory(error: Exception) -> bool:
+    """Python's, numpy's, or torch's on GPU and CPU; torch is not imported for it."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
+
+
 def exit_cleanly(main: Callable[[], int | None]) -> None:
     """Run a command line's ``main`` and end the process with its exit code.
 
     A :class:`UserError` becomes one line ``error: ...`` on standard error and exit code 2; Ctrl-C
-    becomes exit code 130; a :class:`PeerLost` one line and exit code 1. Every other exception is a
-    defect and keeps its traceback. Of an :class:`AgreedError` only rank 0 speaks;
-    the others give it time to.
+    becomes exit code 130; a :class:`PeerLost` one line and exit code 1; a lack of memory one line
+    and exit code 2. Every other exception is a defect and keeps its traceback. Of an
+    :class:`AgreedError` only rank 0 speaks; the others give it time to.
     """
     try:
         code = main()
@@ -52,6 +61,18 @@ def exit_cleanly(main: Callable[[], int | None]) -> None:
     except PeerLost as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_lack_of_memory(error):
+            raise
+        reason = (str(error).splitlines() or [repr(error)])[0]
+        print(
+            f"error: rank {launched_number(RANK_VARIABLES)}: out of memory ({reason}): lower the "
+            "micro-batch size or the sequence length, or use more GPUs; tools/estimate_memory.py "
+            "says what a run needs",
+            file=sys.stderr,
+            flush=True,
+        )
+        sys.exit(2)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
