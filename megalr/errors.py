@@ -39,6 +39,7 @@ def _is_lack_of_memory(error: Exception) -> bool:
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
         or "can't allocate memory" in str(error)
+        or "Storage size calculation overflowed" in str(error)
     )
 
 

@@ -18,6 +18,7 @@ def _on_the_gpu() -> None:
     [
         (_on_the_gpu, "CUDA out of memory. Tried to allocate 20.00 MiB."),
         (lambda: torch.empty(1 << 50), "you tried to allocate"),
+        (lambda: torch.empty(1 << 62, 4), "Storage size calculation overflowed"),
         (lambda: np.empty(1 << 50), "Unable to allocate 8.00 PiB"),
     ],
 )

@@ -29,7 +29,7 @@ class RunSection(Section):
     resume: Literal["auto", "never", "must"] = Field(default="auto", examples=["must"])
     """auto: continue when the folder holds this run, start when it is empty. never: start, and
     refuse a folder that holds a run. must: continue, and refuse a folder without a checkpoint."""
-    timeout_seconds: float = Field(default=1800.0, gt=0, examples=[1800])
+    timeout_seconds: float = Field(default=1800.0, gt=0, le=1e8, examples=[1800])
     """How long a collective waits for the other ranks before the run ends with an error, and the
     start for the last rank, which is given 600 at most (seconds)."""
 

@@ -80,6 +80,7 @@ def test_all_problems_come_together_with_place_value_and_nearest_key(tmp_path: P
             "lg.every=1",
             "log=3",
             "run.seed=true",
+            "run.timeout_seconds=1e30",
             "model.preset=llama_61m",
         ],
         presets=["llama_9m", "llama_60m"],
@@ -99,6 +100,7 @@ def test_all_problems_come_together_with_place_value_and_nearest_key(tmp_path: P
         ("command line: lg = {'every': 1}: unknown key; did you mean log?"),
         ("command line: log = 3: must be a section with keys of its own"),
         ("command line: run.seed = true: must be a valid integer"),
+        ("command line: run.timeout_seconds = 1e+30: must be less than or equal to 1"),
         ("command line: model.preset = 'llama_61m': must be one of llama_9m, llama_60m; did you"),
         (
             "command line: train.global_batch_size = 500: must be a multiple of micro_batch_size "
