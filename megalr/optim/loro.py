@@ -187,12 +187,19 @@ def exact_step(
     S = [[X Y^T - size Q V, -size K1^T], [-size K2, 0]], where Q1 K1 and Q2 K2 are QR of the parts
     of Q^T and P outside V and U. Returned balanced, in the input's dtype; computed in fp32 or
     fp64. Zero rows of B and columns of A (padding) that have no direction stay exactly zero.
+
+    Where X or Y is singular to rounding (a direction of B or A is zero) P or Q do not exist: such a
+    pair takes the plain step ``b - size d_b``, ``a - size d_a``.
     """
     dtype = torch.float64 if b.dtype == torch.float64 else torch.float32
     b64, a64, db, da = (x.to(dtype) for x in (b, a, d_b, d_a))
     rank = b.shape[1]
     u, x = torch.linalg.qr(b64)
     v, y = torch.linalg.qr(a64.mT)
+    diagonals = torch.stack([x.diagonal(), y.diagonal()]).abs()  # (2, r)
+    least = rank * torch.finfo(dtype).eps * diagonals.amax(dim=1)
+    if bool((diagonals.amin(dim=1) <= least).any()):
+        return b - size * d_b.to(b.dtype), a - size * d_a.to(a.dtype)
     p = torch.linalg.solve_triangular(y, db, upper=True, left=False)
     q = torch.linalg.solve_triangular(x.mT, da, upper=False)
     q_inside = q @ v

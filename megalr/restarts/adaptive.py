@@ -54,10 +54,8 @@ class SpikeDetector:
         self._quiet_until = state["quiet_until"]
 
 
-def largest_of_ranks(
-    value: float, device: torch.device, group: dist.ProcessGroup | None = None
-) -> float:
-    """The largest value over the ranks of the group (None: all), so that they decide alike."""
+def largest_of_ranks(value: float, device: torch.device) -> float:
+    """The largest value over all ranks, so that they decide alike."""
     tensor = torch.tensor(value, dtype=torch.float64, device=device)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return float(tensor)

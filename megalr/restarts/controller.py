@@ -172,7 +172,7 @@ class Restarts:
             return False
         if gradient_norm is None:
             raise ValueError("restarts.gradient_norm_spike needs the gradient norm of every update")
-        norm = largest_of_ranks(float(gradient_norm), self._state.device, self._state.process_group)
+        norm = largest_of_ranks(float(gradient_norm), self._state.device)
         return self._spikes.observe(update, norm) and self.schedule.in_window(update)
 
     def _imbalance_due(self, update: int) -> bool:

@@ -63,7 +63,9 @@ def largest_imbalance(exchange: FactorExchange) -> float:
         for (b, a), (b_cut, a_cut) in zip(matrices, exchange.cuts(index), strict=True):
             grams = gram(b, group if b_cut else None), gram(a.mT, group if a_cut else None)
             worst = torch.maximum(worst, imbalance(*grams))
-    dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=exchange.group)
+    # Tensor-parallel ranks too: factors they all hold need not round equally, and must not decide.
+    for ranks in exchange.state.all_groups():
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=ranks)
     return float(worst)
 
 

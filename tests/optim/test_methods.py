@@ -134,6 +134,14 @@ def test_exact_loro_step_of_length_zero_keeps_the_product():
     assert torch.allclose(new_b @ new_a, b @ a, atol=1e-12)
 
 
+def test_a_pair_with_a_zero_direction_takes_the_plain_loro_step():
+    b, a, d_b, d_a = (torch.randn(shape).double() for shape in ((9, 3), (3, 7), (9, 3), (3, 7)))
+    b[:, 1] = 0.0
+    for pair in ((b, a), (torch.randn(9, 3).double(), torch.where(a == a[2], 0.0, a))):
+        new_b, new_a = exact_step(*pair, d_b, d_a, 0.1)
+        assert torch.equal(new_b, pair[0] - 0.1 * d_b) and torch.equal(new_a, pair[1] - 0.1 * d_a)
+
+
 def test_run_facts_ask_for_bf16_moments_only_when_the_run_does():
     _, groups = decoder_and_groups()
     facts = RunFacts(50, 32, 7, bf16_states=True)
