@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os.path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
 
 
 class Section(BaseModel):
@@ -24,6 +25,9 @@ def _list_as_tuple(value: Any) -> Any:
 
 
 AsTuple = BeforeValidator(_list_as_tuple)
+
+Folder = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path; the shell expands a leading ~ neither in YAML nor behind ``key=``, so it is done here."""
 """Marks a tuple field so that a YAML list is accepted in spite of strict types."""
 
 Betas = Annotated[tuple[float, float], AsTuple]

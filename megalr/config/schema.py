@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticKnownError
 
-from megalr.config.base import AsTuple, Section
+from megalr.config.base import AsTuple, Folder, Section
 from megalr.config.checks import cross_problems
 from megalr.config.health import HealthConfig
 from megalr.config.methods import FullRankMethod, MethodConfig
@@ -22,7 +22,7 @@ from megalr.config.restarts import RestartsConfig
 class RunSection(Section):
     """Where the run lives and what makes it repeatable."""
 
-    dir: str = Field(min_length=1, examples=["runs/llama_60m"])
+    dir: Folder = Field(min_length=1, examples=["runs/llama_60m"])
     """Folder of the run: configuration, metrics, checkpoints."""
     seed: int = Field(default=42, ge=0, examples=[42])
     """Seed of the initial weights and of the data order."""
@@ -37,7 +37,9 @@ class RunSection(Section):
 class ModelConfig(Section):
     """The decoder: a named preset, single values of which can be replaced, or a pretrained one."""
 
-    from_pretrained: str | None = Field(default=None, min_length=1, examples=["models/llama-2-7b"])
+    from_pretrained: Folder | None = Field(
+        default=None, min_length=1, examples=["models/llama-2-7b"]
+    )
     """Folder of a Hugging Face LLaMA, Mistral or Qwen2 that the run starts from, instead of preset
     and random weights. The sizes come from it: leave the keys below out, or give the same."""
     preset: str | None = Field(
@@ -140,7 +142,7 @@ ScheduleConfig = Annotated[
 class DataSource(Section):
     """One preprocessed data set of a mixture."""
 
-    path: str = Field(min_length=1, examples=["data/c4"])
+    path: Folder = Field(min_length=1, examples=["data/c4"])
     """Folder that tools/preprocess_c4.py wrote."""
     weight: float | None = Field(default=None, gt=0, examples=[0.7])
     """Share of the samples that come from here, relative to the other weights; null (then for all
@@ -163,7 +165,7 @@ class DataConfig(Section):
         min_length=1, examples=["data/c4", [{"path": "data/c4", "weight": 0.9}]]
     )
     """Training data: one preprocessed folder, a list of them, or a list of {path, weight}."""
-    validation: Annotated[tuple[str, ...], AsTuple, BeforeValidator(_paths)] | None = Field(
+    validation: Annotated[tuple[Folder, ...], AsTuple, BeforeValidator(_paths)] | None = Field(
         default=None, examples=["data/c4-validation"]
     )
     """Validation data: one preprocessed folder or a list of them; null = the documents that

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from megalr.errors import UserError
+from megalr.training.run_folder import METRICS
 
 
 class MetricsWriter:
@@ -53,7 +54,7 @@ class MetricsWriter:
         if not active:
             return
         with _one_line(folder):
-            path = folder / "metrics.jsonl"
+            path = folder / METRICS
             _drop_unfinished_line(path)
             self._file = path.open("a", encoding="utf-8")
             if tensorboard:

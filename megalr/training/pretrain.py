@@ -49,7 +49,12 @@ from megalr.training.pretrained import (
     with_pretrained_sizes,
     write_supports,
 )
-from megalr.training.run_folder import CHECKPOINTS, check_run_folder, write_run_folder
+from megalr.training.run_folder import (
+    CHECKPOINTS,
+    check_run_folder,
+    has_updates,
+    write_run_folder,
+)
 from megalr.training.run_lock import run_folder_lock
 from megalr.training.signals import STOPPED, StopRequest
 from megalr.training.stopping import StopCheck
@@ -113,6 +118,12 @@ def _train(
     check_ranks_agree(config, ds_config, train_data.fingerprint)
     changed = on_main(lambda: check_run_folder(config, allowed))
     found = find_checkpoint(Path(config.run.dir), config.checkpoint.verify)
+    if found.tag is None and is_main() and has_updates(Path(config.run.dir)):
+        print(
+            f"note: run.dir {config.run.dir} has updates in its metrics.jsonl but no checkpoint to "
+            "go on from: the run begins again",
+            flush=True,
+        )
     if config.model.from_pretrained is not None and found.tag is None:
         on_main(lambda: check_pretrained_tokenizer(config, train_data))
     decoder, imported = initial_model(config, device, mesh, resuming=found.tag is not None)

@@ -23,6 +23,7 @@ from megalr.errors import UserError
 
 CONFIG = "config.yaml"
 DS_CONFIG = "ds_config.json"
+METRICS = "metrics.jsonl"
 RUN_LOCK = ".lock"
 """Kept locked by rank 0 of a running job."""
 LAUNCHER_FILES = (RUN_LOCK, "logs", "stop", ".slurm")
@@ -34,7 +35,8 @@ def check_run_folder(config: RunConfig, allowed: Sequence[str] = ()) -> list[Dif
 
     Called on one rank. ``run.resume`` decides: ``never`` refuses a folder with a run in it,
     ``must`` one without a checkpoint, ``auto`` continues if the configuration is the same but for
-    the keys that are free on resume and those that match ``allowed``.
+    the keys that are free on resume and those that match ``allowed``. A run that ended before its
+    first update (out of memory, say) leaves its folder to any other.
 
     Returns:
         What differs because ``allowed`` lets it.
@@ -55,12 +57,20 @@ def check_run_folder(config: RunConfig, allowed: Sequence[str] = ()) -> list[Dif
             "or run.resume=auto to start"
         )
     if saved.exists():
+        if not has_updates(folder) and not tags(folder / CHECKPOINTS):
+            return []  # it ended before its first update: nobody's
         return _compare(saved, config, allowed)
     if folder.exists() and any(path.name not in LAUNCHER_FILES for path in folder.iterdir()):
         raise UserError(
             f"run.dir {folder} is not empty and holds no {CONFIG}: choose another run.dir"
         )
     return []
+
+
+def has_updates(folder: Path) -> bool:
+    """Whether the metrics in a run's folder tell of an update."""
+    metrics = folder / METRICS
+    return metrics.is_file() and b'"event": "step"' in metrics.read_bytes()
 
 
 def write_run_folder(config: RunConfig, ds_config: dict[str, Any]) -> None:
