@@ -70,8 +70,7 @@ class MatrixOptimizer(LogicalOptimizer):
     ) -> None:
         state = self.state[parameter]
         # Projectors follow a count of their own: a momentum reset may restart Adam's counter.
-        # Where a checkpoint of an earlier version has none, Adam's is nearest.
-        state["updates"] = state.get("updates", state.get("step", 0)) + 1
+        state["updates"] = state.get("updates", 0) + 1
         state["step"] = state.get("step", 0) + 1
         betas, lr = group["betas"], group["lr"]
         size = adam_h.step_size(lr, betas, state["step"])
