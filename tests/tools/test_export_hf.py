@@ -39,6 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home / "run"
 
 
+@pytest.mark.long
 def test_a_run_is_exported_and_the_model_evaluated(folder: Path, tmp_path: Path) -> None:
     done = _start("tools/export_hf.py", folder, "--output", tmp_path / "out")
     assert done.returncode == 0, done.stderr

@@ -43,7 +43,14 @@ METHODS: dict[str, dict[str, dict]] = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+LIKE_OTHERS = ("relora_magnitude", "apollo_mini", "golore", "muon")
+"""Not in make test: each differs little from another of the list; tests/optim has all of them."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.long) if n in LIKE_OTHERS else n for n in METHODS],
+)
 def test_three_ranks_give_the_losses_of_one_and_resume_bitwise(
     name: str, data: Path, tmp_path: Path
 ) -> None:
