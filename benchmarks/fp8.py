@@ -19,20 +19,12 @@ from pathlib import Path
 
 import torch
 from record import provenance, save
+from sltrain import GROUPS, RANK
 from timing import milliseconds
 from torch import Tensor
 
 from megalr.errors import exit_cleanly
 
-GROUPS = {
-    "q,k,v": ((2048, 2048, 2048), 2048),
-    "o": ((2048,), 2048),
-    "gate,up": ((5504, 5504), 2048),
-    "down": ((2048,), 5504),
-}
-"""The m_i and n of the matrices that share an input in a 1B LLaMA layer."""
-
-RANK = 512
 Convert = Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor]]
 
 

@@ -91,28 +91,12 @@ def build_decoder(
     recompute: str = "none",
     plan: Plan = SINGLE,
     supports: Supports | None = None,
+    drawn: bool = True,
 ) -> Decoder:
     """A decoder in float32 on the default device with weights drawn from ``seed``.
 
-    The weights of all ranks of ``plan`` together do not depend on the plan.
-
-    Raises:
-        UserError: as :func:`assemble_decoder`.
-    """
-    decoder = assemble_decoder(config, method, seed, recompute, plan, supports)
-    decoder.reset_parameters(seed)
-    return decoder
-
-
-def assemble_decoder(
-    config: DecoderConfig,
-    method: Any,
-    seed: int,
-    recompute: str = "none",
-    plan: Plan = SINGLE,
-    supports: Supports | None = None,
-) -> Decoder:
-    """The decoder of :func:`build_decoder` with nothing in its weights; also on device meta.
+    The weights of all ranks of ``plan`` together do not depend on the plan. ``drawn`` False leaves
+    them as they were allocated, which device meta asks for.
 
     Raises:
         UserError: rank or targets that do not fit the model, a plan that does not, or
@@ -128,6 +112,8 @@ def assemble_decoder(
             f"train.activation_checkpointing elementwise keeps both products of a {method.name} "
             "layer, more than none does: use none or full"
         )
+    if drawn:
+        decoder.reset_parameters(seed)
     return decoder
 
 

@@ -10,7 +10,7 @@ import torch
 from megalr.config.deepspeed import is_plain
 from megalr.config.schema import RunConfig
 from megalr.errors import UserError
-from megalr.models.build import Supports, assemble_decoder, build_decoder
+from megalr.models.build import Supports, build_decoder
 from megalr.models.config import DecoderConfig, decoder_config
 from megalr.models.decoder import Decoder
 from megalr.models.plans import make_plan
@@ -141,12 +141,13 @@ def check_run(config: RunConfig, stage: int | None = None) -> None:
     mesh = Mesh(tensor_size=config.parallel.tensor)
     plan = make_plan(sizes, config.method, mesh, config.parallel.layout)
     with torch.device("meta"):  # one layer: all are alike
-        decoder = assemble_decoder(
+        decoder = build_decoder(
             replace(sizes, num_layers=1),
             config.method,
             config.run.seed,
             config.train.activation_checkpointing,
             plan,
+            drawn=False,
         )
     _optimizer_of(config, decoder)
     if stage is not None:

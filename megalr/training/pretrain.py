@@ -318,13 +318,15 @@ def _validation(
     """The batches evaluated on the way (False) and after the last update (True)."""
     if data is None:
         return None
-    return {
-        last: EvaluationBatches(
+    limits = {last: config.evaluation.limit(last) for last in (False, True)}
+    batches = {  # one set where both are the same
+        limit: EvaluationBatches(
             data,
             micro_batch_size=config.evaluation.micro_batch_size or config.train.micro_batch_size,
             rank=mesh.data_rank,
             world_size=mesh.data_size,
-            max_targets=config.evaluation.limit(last),
+            max_targets=limit,
         )
-        for last in (False, True)
+        for limit in set(limits.values())
     }
+    return {last: batches[limit] for last, limit in limits.items()}

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from megalr.errors import UserError
+from megalr.training.run_folder import METRICS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,7 +49,7 @@ def read_run(folder: Path) -> Run:
     A last line that was cut off by a crash is left out. Raises UserError when the folder holds no
     run, a line of its metrics is damaged, or nothing was trained yet.
     """
-    path = folder / "metrics.jsonl"
+    path = folder / METRICS
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     except OSError as error:

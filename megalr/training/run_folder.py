@@ -57,7 +57,7 @@ def check_run_folder(config: RunConfig, allowed: Sequence[str] = ()) -> list[Dif
             "or run.resume=auto to start"
         )
     if saved.exists():
-        if not has_updates(folder) and not tags(folder / CHECKPOINTS):
+        if not tags(folder / CHECKPOINTS) and not has_updates(folder):
             return []  # it ended before its first update: nobody's
         return _compare(saved, config, allowed)
     if folder.exists() and any(path.name not in LAUNCHER_FILES for path in folder.iterdir()):
