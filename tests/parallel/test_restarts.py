@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
 
 from megalr.parallel.shards import part_of
 from megalr.restarts.algebra import balance_in_place
+from megalr.restarts.refactorize import largest_imbalance
 from tests.distributed import run_distributed
 from tests.parallel.meshes import mesh
 
@@ -65,3 +68,22 @@ def _balanced_in_parts(kind: str, tensor: int) -> None:
 @pytest.mark.parametrize("kind", ["healthy", "dead", "ill"])
 def test_parts_of_factors_are_balanced_like_the_whole(kind: str, tensor: int) -> None:
     run_distributed(_balanced_in_parts, tensor, kind, tensor)
+
+
+def _imbalance_of_unequal_copies() -> float:
+    """What a rank decides by if a factor that all tensor-parallel ranks hold differs on one."""
+    place = mesh(2)
+    groups = [place.data_group, place.tensor_group]
+    state = SimpleNamespace(
+        device="cpu", tensor_group=place.tensor_group, all_groups=lambda: groups
+    )
+    b, a = torch.eye(4) * (1.0 + place.tensor_rank), torch.eye(4)
+    exchange = SimpleNamespace(
+        state=state, rounds=[[]], gather=lambda _: [(b, a)], cuts=lambda _: [(False, False)]
+    )
+    return largest_imbalance(exchange)  # type: ignore[arg-type]
+
+
+def test_tensor_parallel_ranks_decide_by_the_same_imbalance() -> None:
+    # B'B = 4 I, AA' = I on the second rank: 3 / (4 + 1); the first alone would see 0.
+    assert run_distributed(_imbalance_of_unequal_copies, 2) == [pytest.approx(0.6)] * 2
