@@ -4,8 +4,8 @@
 
 Forward and backward of ``--layers`` blocks of a preset's shape, compiled block by block, bf16,
 r = h/4, without embedding, head and optimizer; all ranks form one tensor-parallel group. Reported:
-the median and the range of tokens/s (also scaled to the preset's number of layers), peak GiB a GPU,
-and the bytes that a rank sends for a micro-batch, by the formula that the tests count
+the median and the range of tokens/s (also scaled to the preset's number of layers), peak GiB a GPU
+(weights, gradients and all), GiB of activations kept from forward to backward, and the bytes that a rank sends for a micro-batch, by the formula that the tests count
 (megalr.estimate.traffic). Without GPUs it runs on the CPU, which only shows that it runs.
 """
 
@@ -67,6 +67,15 @@ def one_pass(decoder: Decoder, x: torch.Tensor, rope: torch.Tensor, gradient: to
     x.grad = None
 
 
+def kept_bytes(decoder: Decoder, x: torch.Tensor, rope: torch.Tensor) -> int:
+    """Bytes of activations that the blocks keep from forward to backward, on this GPU."""
+    before = torch.cuda.memory_allocated()
+    y = x
+    for block in decoder.blocks():
+        y = block(y, rope, None)
+    return torch.cuda.memory_allocated() - before
+
+
 def measure(
     config: DecoderConfig, kind: str, shape: tuple[int, int], repeats: int, device: torch.device
 ) -> dict[str, Any]:
@@ -89,7 +98,9 @@ def measure(
         _wait(device)
         if number >= 3:
             rates.append(tokens / (time.perf_counter() - started))
-    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+    on_gpu = device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu else None
+    kept = kept_bytes(decoder, x, rope) / 2**30 if on_gpu else None
     return {
         "kind": kind,
         "tensor": ranks,
@@ -98,6 +109,7 @@ def measure(
         "tokens_per_second": round(statistics.median(rates)),
         "tokens_per_second_range": [round(min(rates)), round(max(rates))],
         "peak_memory_gib": peak and round(peak, 2),
+        "activations_gib": kept and round(kept, 3),
         "bytes_sent": round(bytes_sent(decoder, kind, tokens)),
     }
 

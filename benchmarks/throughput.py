@@ -2,8 +2,8 @@
 
     python benchmarks/throughput.py --cases 60m_low_rank 350m_low_rank --output benchmarks/results
 
-Each case is one run of ``launchers/pretrain.py`` on random tokens (or ``--data``), under the
-``deepspeed`` launcher if there are several GPUs. Reported: the median and the spread over the
+Each case is one run of ``launchers/pretrain.py`` on random tokens (or ``--data``), under
+``torchrun`` if there are several GPUs. Reported: the median and the spread over the
 logged intervals after warm-up, peak memory, seconds from start to the first update, and of these
 what torch.compile took.
 """
@@ -86,6 +86,17 @@ def level_cases(name: str, case: Case) -> dict[str, Case]:
     }
 
 
+def tensor_cases(preset: str, low_rank: dict[str, Any]) -> dict[str, Case]:
+    """A size under tensor parallelism: dense and both layouts; ``--tensor`` changes the 2."""
+    name = preset.removeprefix("llama_")
+    case = Case(preset, low_rank, 64, accumulation=4, tensor=2)
+    return {
+        f"{name}_low_rank_column_row": replace(case, layout="column_row"),
+        f"{name}_low_rank_cut": replace(case, layout="bottleneck"),
+        f"{name}_full_rank_tensor": replace(case, method=FULL),
+    }
+
+
 def method_cases(preset: str, rank: int) -> dict[str, Case]:
     """Every method at a size, on the micro-batch of the published figures."""
     factors = {"rank": rank, "alpha": 32.0}
@@ -134,9 +145,8 @@ CASES: dict[str, Case] = {
     "60m_restarts": Case("llama_60m", LOW_60, 128, PAPER, accumulation=4, restarts=OFTEN),
     "1b_restarts": Case("llama_1b", LOW_1B, 64, PAPER, accumulation=8, restarts=OFTEN),
     "7b_low_rank": Case("llama_7b", LOW_7B, 32, accumulation=8),
-    "7b_low_rank_column_row": Case("llama_7b", LOW_7B, 16, tensor=2, layout="column_row"),
-    "7b_low_rank_cut": Case("llama_7b", LOW_7B, 16, tensor=2, layout="bottleneck"),
-    "7b_full_rank_tensor": Case("llama_7b", FULL, 16, tensor=2, train=keeping("full")),
+    **tensor_cases("llama_7b", LOW_7B),
+    **tensor_cases("llama_1b", LOW_1B),
     **method_cases("llama_350m", 256),
     **method_cases("llama_1b", 512),
 }
@@ -220,9 +230,9 @@ def run_case(name: str, case: Case, data: Path, work: Path, arguments: argparse.
         json.dumps({"zero_optimization": {"stage": stage_of(case), **arguments.zero}})
     )
     command = [sys.executable]
-    if gpus > 1:  # one process needs no launcher, which imports DeepSpeed twice more
-        command += ["-m", "deepspeed.launcher.runner", "--master_port", free_port()]
-        command += ["--num_gpus", str(gpus)]
+    if gpus > 1:  # torchrun: DeepSpeed's launcher ignores CUDA_VISIBLE_DEVICES when given a number
+        command += ["-m", "torch.distributed.run", "--master_port", free_port()]
+        command += ["--nproc_per_node", str(gpus)]
     command += [str(ROOT / "launchers" / "pretrain.py"), "--config", str(paths[0])]
     command += ["--deepspeed_config", str(paths[1])]
     log = work / f"{name}.log"
@@ -312,6 +322,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=100)
     parser.add_argument("--log_every", type=int, help="updates between two lines of metrics")
     parser.add_argument("--stage", type=int, help="ZeRO stage instead of the case's")
+    parser.add_argument("--tensor", type=int, help="tensor-parallel GPUs instead of the case's")
     parser.add_argument("--accumulation", type=int, help="micro-batches instead of the case's")
     parser.add_argument(
         "--zero", type=json.loads, default={}, help="more keys of zero_optimization, as JSON"
@@ -330,6 +341,8 @@ def main() -> None:
             case = CASES[name]
             if arguments.stage is not None:
                 case = replace(case, stage=arguments.stage)
+            if arguments.tensor is not None:
+                case = replace(case, tensor=arguments.tensor)
             if arguments.accumulation is not None:
                 case = replace(case, accumulation=arguments.accumulation)
             try:
