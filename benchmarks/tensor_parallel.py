@@ -6,7 +6,8 @@ Forward and backward of ``--layers`` blocks of a preset's shape, compiled block 
 r = h/4, without embedding, head and optimizer; all ranks form one tensor-parallel group. Reported:
 the median and the range of tokens/s (also scaled to the preset's number of layers), peak GiB a GPU
 (weights, gradients and all), GiB of activations kept from forward to backward, and the bytes that
-a rank sends for a micro-batch, by the formula that the tests count (megalr.estimate.traffic). Without GPUs it runs on the CPU, which only shows that it runs.
+a rank sends for a micro-batch, by the formula that the tests count (megalr.estimate.traffic).
+Without GPUs it runs on the CPU, which only shows that it runs.
 """
 
 from __future__ import annotations
