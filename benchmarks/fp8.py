@@ -93,6 +93,7 @@ def measure_group(
         row.setdefault("error fp8", error(product_fp8(*pair), left, right))
         if device == "cpu":
             continue
+        torch.compiler.reset()  # every product's conversions are compiled, whatever their number
         works: dict[str, Callable[[], object]] = {
             "bf16": lambda p=left, q=right: p @ q.t(),
             "fp8": lambda pair=pair: product_fp8(*pair),

@@ -2,7 +2,7 @@
 
     python benchmarks/profile_step.py --cases 60m_low_rank_paper 1b_sltrain --output results
 
-A case is one of benchmarks/throughput.py, run in this process on random tokens by the engine, the
+A case is one of benchmarks/cases.py, run in this process on random tokens by the engine, the
 updater and the CUDA graph of a real run; there is no launcher, loader or log. For each case
 ``profile_CASE.txt`` gives the milliseconds of an update, the functions of the host (cProfile) and
 the kernels of the GPU (torch profiler) with the most time of their own.
@@ -23,7 +23,8 @@ from pathlib import Path
 
 import torch
 import yaml
-from throughput import CASES, Case, run_settings, stage_of
+from cases import CASES, Case, stage_of
+from throughput import run_settings
 from torch.profiler import ProfilerActivity, profile
 
 from megalr.config.deepspeed import resolve_deepspeed_config

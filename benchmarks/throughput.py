@@ -2,10 +2,9 @@
 
     python benchmarks/throughput.py --cases 60m_low_rank 350m_low_rank --output benchmarks/results
 
-Each case is one run of ``launchers/pretrain.py`` on random tokens (or ``--data``), under
-``torchrun`` if there are several GPUs. Reported: the median and the spread over the
-logged intervals after warm-up, peak memory, seconds from start to the first update, and of these
-what torch.compile took.
+Each case is one run of ``launchers/pretrain.py`` on random tokens (or ``--data``), a process for
+each GPU. Reported: the median and the spread over the logged intervals after warm-up, peak memory,
+seconds from start to the first update, and of these what torch.compile took.
 """
 
 from __future__ import annotations
@@ -21,135 +20,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import yaml
+from cases import CASES, Case, stage_of
 
 from megalr.data.files import sha256_of_file, write_atomic
 from megalr.data.manifest import Manifest, ShardEntry, SourceInfo, TokenizerInfo
 from megalr.data.writer import ShardWriter
 from megalr.errors import UserError, exit_cleanly
-from megalr.models.recompute import LEVELS
 
 LONGEST_SECONDS = 300
 """After which a case counts as failed."""
 
 ROOT = Path(__file__).resolve().parent.parent
 
-
-@dataclass(frozen=True)
-class Case:
-    """One measured run.
-
-    ``stage`` None: 1, and 0 where DeepSpeed needs no wrapper for the precision (paper_bf16).
-    """
-
-    preset: str
-    method: dict[str, Any]
-    micro_batch: int
-    precision: str = "bf16"
-    stage: int | None = None
-    accumulation: int = 1
-    train: dict[str, Any] = field(default_factory=dict)
-    optimizer: dict[str, Any] = field(default_factory=lambda: {"lr": 1e-3})
-    tensor: int = 1
-    layout: str = "auto"
-    restarts: dict[str, Any] = field(default_factory=dict)
-
-
-LOW_60 = {"name": "low_rank", "rank": 128, "alpha": 32.0}
-LOW_350 = {"name": "low_rank", "rank": 256, "alpha": 32.0}
-LOW_1B = {"name": "low_rank", "rank": 512, "alpha": 32.0}
-LOW_7B = {"name": "low_rank", "rank": 1024, "alpha": 32.0}
-FULL = {"name": "full_rank"}
-SPARSE_350 = {"name": "sltrain", "rank": 256, "alpha": 16.0, "density": 0.03}
-SPARSE_1B = {"name": "sltrain", "rank": 512, "alpha": 8.0, "density": 0.03}
-PAPER = "paper_bf16"
-OFTEN = {"every": 8}
-PLAIN = {"compile": False, "cuda_graphs": False, "kernels": "torch"}
-
-
-def keeping(level: str) -> dict[str, Any]:
-    """Settings of a level of activation checkpointing."""
-    return {"activation_checkpointing": level}
-
-
-def level_cases(name: str, case: Case) -> dict[str, Case]:
-    """The case with every level of activation checkpointing."""
-    return {
-        f"{name}_{level}": replace(case, train=keeping(level))
-        for level in LEVELS
-        if level != "none"
-    }
-
-
-def tensor_cases(preset: str, low_rank: dict[str, Any]) -> dict[str, Case]:
-    """A size under tensor parallelism: dense and both layouts; ``--tensor`` changes the 2."""
-    name = preset.removeprefix("llama_")
-    case = Case(preset, low_rank, 64, accumulation=4, tensor=2)
-    return {
-        f"{name}_low_rank_column_row": replace(case, layout="column_row"),
-        f"{name}_low_rank_cut": replace(case, layout="bottleneck"),
-        f"{name}_full_rank_tensor": replace(case, method=FULL),
-    }
-
-
-def method_cases(preset: str, rank: int) -> dict[str, Case]:
-    """Every method at a size, on the micro-batch of the published figures."""
-    factors = {"rank": rank, "alpha": 32.0}
-    projected = {"rank": rank, "update_proj_gap": 200}
-    methods: dict[str, dict[str, Any]] = {
-        "lora": {"name": "lora", **factors},
-        "relora": {"name": "relora", "merge_every": 50, **factors},
-        "cola": {"name": "cola", "rank": rank},
-        "galore": {"name": "galore", "scale": 0.25, **projected},
-        "fira": {"name": "fira", "scale": 0.25, **projected},
-        "apollo": {"name": "apollo", **projected},
-        "apollo_mini": {"name": "apollo_mini", "update_proj_gap": 200},
-        "golore": {"name": "golore", **projected},
-        "loro": {"name": "loro", "rank": rank},
-    }
-    cases = {name: Case(preset, method, 64) for name, method in methods.items()}
-    for name in ("spam", "stable_spam", "muon"):
-        optimizer = {"name": name, "lr": 1e-3}
-        cases[name] = Case(preset, FULL, 64, optimizer=optimizer)
-    return {f"{preset.removeprefix('llama_')}_{name}": case for name, case in cases.items()}
-
-
-CASES: dict[str, Case] = {
-    "60m_low_rank": Case("llama_60m", LOW_60, 128),
-    "60m_low_rank_paper": Case("llama_60m", LOW_60, 128, PAPER),
-    "60m_low_rank_paper_plain": Case("llama_60m", LOW_60, 128, PAPER, train=PLAIN),
-    "60m_low_rank_plain": Case("llama_60m", LOW_60, 128, train=PLAIN),
-    "60m_full_rank": Case("llama_60m", FULL, 128),
-    "350m_low_rank": Case("llama_350m", LOW_350, 64),
-    "350m_low_rank_paper": Case("llama_350m", LOW_350, 64, PAPER),
-    "350m_full_rank": Case("llama_350m", FULL, 64),
-    "350m_sltrain": Case("llama_350m", SPARSE_350, 64),
-    "1b_low_rank": Case("llama_1b", LOW_1B, 64),
-    "1b_low_rank_paper": Case("llama_1b", LOW_1B, 64, PAPER),
-    **level_cases("1b_low_rank_paper", Case("llama_1b", LOW_1B, 64, PAPER)),
-    "1b_full_rank": Case("llama_1b", FULL, 64),
-    "1b_full_rank_paper": Case("llama_1b", FULL, 64, PAPER),
-    "1b_full_rank_paper_elementwise": Case(
-        "llama_1b", FULL, 64, PAPER, train=keeping("elementwise")
-    ),
-    "1b_sltrain": Case("llama_1b", SPARSE_1B, 64),
-    "1b_sltrain_paper": Case("llama_1b", SPARSE_1B, 64, PAPER),
-    "1b_sltrain_paper_elementwise": Case(
-        "llama_1b", SPARSE_1B, 64, PAPER, train=keeping("elementwise")
-    ),
-    "60m_restarts": Case("llama_60m", LOW_60, 128, PAPER, accumulation=4, restarts=OFTEN),
-    "1b_restarts": Case("llama_1b", LOW_1B, 64, PAPER, accumulation=8, restarts=OFTEN),
-    "7b_low_rank": Case("llama_7b", LOW_7B, 32, accumulation=8),
-    **tensor_cases("llama_7b", LOW_7B),
-    **tensor_cases("llama_1b", LOW_1B),
-    **method_cases("llama_350m", 256),
-    **method_cases("llama_1b", 512),
-}
 
 TARGETS: dict[str, tuple[int, float]] = {
     "60m_low_rank_paper": (1_800_000, 6),
@@ -183,13 +71,6 @@ def random_data(folder: Path, tokens: int = 20_000_000, vocab_size: int = 32000)
     )
     Manifest(tokenizer, True, "uint16", (entry,)).save(folder)
     return folder
-
-
-def stage_of(case: Case) -> int:
-    """ZeRO stage of a case."""
-    if case.stage is not None:
-        return case.stage
-    return 0 if case.precision == PAPER else 1
 
 
 def run_settings(
@@ -229,39 +110,62 @@ def run_case(name: str, case: Case, data: Path, work: Path, arguments: argparse.
     paths[1].write_text(
         json.dumps({"zero_optimization": {"stage": stage_of(case), **arguments.zero}})
     )
-    command = [sys.executable]
-    if gpus > 1:  # torchrun: DeepSpeed's launcher ignores CUDA_VISIBLE_DEVICES when given a number
-        command += ["-m", "torch.distributed.run", "--master_port", free_port()]
-        command += ["--nproc_per_node", str(gpus)]
-    command += [str(ROOT / "launchers" / "pretrain.py"), "--config", str(paths[0])]
+    command = [sys.executable, str(ROOT / "launchers" / "pretrain.py"), "--config", str(paths[0])]
     command += ["--deepspeed_config", str(paths[1])]
     log = work / f"{name}.log"
     launched = time.time()
     with log.open("w") as output:
-        run_until(command, folder / "metrics.jsonl", updates, output)
+        run_until(command, gpus, folder / "metrics.jsonl", updates, output)
     if steps_done(folder / "metrics.jsonl") < updates:
         raise UserError(f"case {name} failed:\n{log.read_text()[-4000:]}")
     return summary(name, case, folder / "metrics.jsonl", gpus, launched)
 
 
-def run_until(command: list[str], metrics: Path, updates: int, output: IO[str]) -> None:
-    """Run the command until its metrics say that the updates are done, then kill it.
+def run_until(command: list[str], gpus: int, metrics: Path, updates: int, output: IO[str]) -> None:
+    """Run the command, a process for each GPU, until its metrics say that the updates are done.
 
-    A run that ended by itself would write a checkpoint first, 50 GB at 7B.
+    Then all are killed: a run that ended by itself would write a checkpoint first, 50 GB at 7B. The
+    processes are started here because those of torchrun outlive a kill of torchrun.
     """
     give_up = time.monotonic() + LONGEST_SECONDS
-    started = subprocess.Popen(
-        command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True
-    )
+    port = free_port()
+    ranks = []
     try:
-        while started.poll() is None and steps_done(metrics) < updates:
+        for rank in range(gpus):
+            environment = {**os.environ, **variables_of(rank, gpus, port)}
+            ranks.append(
+                subprocess.Popen(
+                    command,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    cwd=ROOT,
+                    env=environment,
+                    start_new_session=True,
+                )
+            )
+        while all(r.poll() is None for r in ranks) and steps_done(metrics) < updates:
             if time.monotonic() > give_up:
                 break
             time.sleep(0.3)
     finally:  # also when this program is told to end: the run would go on and disturb the next
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(started.pid, signal.SIGKILL)
-        started.wait()
+        for process in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def variables_of(rank: int, gpus: int, port: str) -> dict[str, str]:
+    """What a launcher tells a rank; nothing to the only one."""
+    if gpus == 1:
+        return {}
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(gpus),
+        "LOCAL_WORLD_SIZE": str(gpus),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
 
 
 def steps_done(metrics: Path) -> int:
@@ -317,8 +221,15 @@ def summary(name: str, case: Case, metrics: Path, gpus: int, launched: float) ->
 def main() -> None:
     """Run the chosen cases and write their numbers."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--gpus", type=int, default=1, help="data-parallel GPUs")
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        choices=CASES,
+        metavar="CASE",
+        default=list(CASES),
+        help="default: all",
+    )
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs of this machine")
     parser.add_argument("--updates", type=int, default=100)
     parser.add_argument("--log_every", type=int, help="updates between two lines of metrics")
     parser.add_argument("--stage", type=int, help="ZeRO stage instead of the case's")

@@ -34,6 +34,22 @@ def milliseconds(work: Callable[[], object]) -> float:
     return statistics.median(times)
 
 
+def milliseconds_eager(work: Callable[[], object]) -> float:
+    """The same, launched by the host: for work that waits for the device, which no graph holds."""
+    for _ in range(3):
+        work()
+    times = []
+    for _ in range(REPLAYS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(WORKS_A_GRAPH):
+            work()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / WORKS_A_GRAPH)
+    return statistics.median(times)
+
+
 def peak_mib(work: Callable[[], object]) -> float:
     """Most memory that a call holds at a time beyond its operands."""
     work()  # cuBLAS's workspace is no part of it
