@@ -238,6 +238,7 @@ def main() -> None:
     parser.add_argument(
         "--zero", type=json.loads, default={}, help="more keys of zero_optimization, as JSON"
     )
+    parser.add_argument("--train", type=json.loads, default={}, help="more keys of train, as JSON")
     parser.add_argument("--data", type=Path, help="preprocessed data set (default: random tokens)")
     parser.add_argument("--commit", default="unknown", help="commit to note in the result")
     parser.add_argument("--name", default="throughput", help="first part of the result's name")
@@ -250,6 +251,7 @@ def main() -> None:
         data = arguments.data or random_data(Path(work) / "data")
         for name in arguments.cases:
             case = CASES[name]
+            case = replace(case, train={**case.train, **arguments.train})
             if arguments.stage is not None:
                 case = replace(case, stage=arguments.stage)
             if arguments.tensor is not None:
