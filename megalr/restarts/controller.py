@@ -83,10 +83,19 @@ class Restarts:
         """Factor of the peak learning rate at update t (zero-based; t updates are done)."""
         return self.schedule.learning_rate_factor(t, self._triggered_reset)
 
+    def due(self, update: int) -> bool:
+        """Whether :meth:`after_update` has something to look at or to do after this update."""
+        return self.config.active and (
+            self._spikes is not None
+            or self.schedule.refactorize_due(update)
+            or self.schedule.reset_due(update)
+            or self._imbalance_due(update)
+        )
+
     def after_update(
         self, update: int, gradient_norm: Tensor | float | None = None
     ) -> RestartReport | None:
-        """Restart if one is due after ``update`` updates; every rank calls it after every update.
+        """Restart if one is due after ``update`` updates; every rank calls it then (:meth:`due`).
 
         ``gradient_norm`` is that of the update just made; needed with gradient_norm_spike only.
         Returns what was done, None if nothing was due. With ``verify`` raises RuntimeError when

@@ -71,11 +71,19 @@ class Relora:
                 f"{type(self.state.base).__name__}"
             )
 
+    def due(self, update: int) -> bool:
+        """Whether something is to be done after ``update`` updates."""
+        return any(self._due(update))
+
+    def _due(self, update: int) -> tuple[bool, bool]:
+        """Whether a merge, and whether a reset."""
+        resetting = self.method.reset != "none" and _first_of_period(update, self.reset_every)
+        return _first_of_period(update, self.method.merge_every), resetting
+
     @torch.no_grad()
     def after_update(self, update: int) -> MergeReport | None:
-        """Merge and reset if due after ``update`` updates; every rank calls it every time."""
-        merging = _first_of_period(update, self.method.merge_every)
-        resetting = self.method.reset != "none" and _first_of_period(update, self.reset_every)
+        """Merge and reset if due after ``update`` updates; every rank calls it then."""
+        merging, resetting = self._due(update)
         if not merging and not resetting:
             return None
         started = time.perf_counter()

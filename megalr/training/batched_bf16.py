@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from megalr.training.skipping import leaves_out, step_unless
+
 _RELIED_ON = (
     "bf16_groups fp32_groups_gradients fp32_groups_gradients_flat fp32_groups_has_gradients "
     "fp32_groups_gradient_flat_partition fp32_groups_flat_partition update_hp_grads clear_hp_grads "
@@ -98,40 +100,52 @@ def _reduce_on_one_rank(optimizer: Any, rounds_to: torch.dtype | None) -> None:
 
 @torch.no_grad()
 def _bf16_step(optimizer: Any, closure: None = None) -> None:
-    """``BF16_Optimizer.step``: norm, clipping, update, new weights; the host waits once.
+    """``BF16_Optimizer.step``: norm, clipping, update, new weights.
 
-    The sums are not cleared here: the engine calls ``zero_grad``, which does so, right afterwards.
+    The host waits for the norm, but not where the optimizer can leave the step out by itself: then
+    ``left_out`` tells on the device, and weights that have not changed are written once more. The
+    sums are not cleared here: the engine calls ``zero_grad``, which does so, right afterwards.
     """
     if closure is not None:
         raise NotImplementedError("BF16_Optimizer does not support a closure")
     norm = _bf16_norm(optimizer)
-    optimizer.overflow = not math.isfinite(norm)
-    if optimizer.overflow:
-        optimizer._global_grad_norm = float("inf")
-        optimizer.clear_hp_grads()
-        optimizer.clear_lp_grads()
-        return
-    optimizer._global_grad_norm = norm
-    own = optimizer.fp32_groups_gradient_flat_partition
-    if optimizer.clip_grad > 0:
-        factor = optimizer.clip_grad / (norm + 1e-6)
-        if factor < 1:
-            torch._foreach_mul_(own, factor.item())  # the rank updates with nothing else
+    bad = (~torch.isfinite(norm)).float()  # the same on all ranks, as the norm is
+    optimizer._global_grad_norm = norm.nan_to_num(
+        nan=math.inf, posinf=math.inf
+    )  # as DeepSpeed tells it
+    optimizer.overflow, optimizer.left_out = False, bad
+    own = optimizer.fp32_groups_gradient_flat_partition  # the rank updates with nothing else
+    base = optimizer.optimizer
+    waits = not leaves_out(base)
+    if waits:
+        norm = norm.cpu()
+        optimizer.overflow = optimizer.left_out = not math.isfinite(norm)
+        if optimizer.overflow:
+            optimizer.clear_hp_grads()
+            optimizer.clear_lp_grads()
+            return
+        if optimizer.clip_grad > 0:
+            factor = optimizer.clip_grad / (norm + 1e-6)
+            if factor < 1:
+                torch._foreach_mul_(own, factor.item())
     for master, gradient in zip(optimizer.fp32_groups_flat_partition, own, strict=True):
         master.grad = gradient
-    optimizer.optimizer.step()
+    if waits:
+        base.step()
+    else:
+        step_unless(base, bad, norm, optimizer.clip_grad, base.step)
     optimizer._lazy_init_hp_params_optimizer_state()
     optimizer.update_lp_params()
 
 
 def _bf16_norm(optimizer: Any) -> Tensor:
-    """Euclidean norm of all gradients, float32 of shape () on the host; the host waits for it.
+    """Euclidean norm of all gradients, float32 of shape () on the device.
 
     Without tensor parallelism that of the flat sums, whose padding and unused parts are zero; with
     it every parameter once, over the ranks of its group.
     """
     if optimizer.mpu is None:
-        return get_total_norm(optimizer.fp32_groups_gradients_flat).cpu()
+        return get_total_norm(optimizer.fp32_groups_gradients_flat)
     square = get_total_norm(optimizer.get_grads_for_norm()[0]).square()
     dist.all_reduce(square, group=optimizer.mpu.get_model_parallel_group())
-    return square.sqrt().cpu()
+    return square.sqrt()

@@ -30,6 +30,12 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     return PEAK_BF16_FLOPS.get(torch.cuda.get_device_name(device))
 
 
+def wait_for(device: torch.device) -> None:
+    """Let the device finish, so that its time is not counted as what comes next."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def compile_seconds() -> float:
     """Seconds that torch.compile has worked in this process, finding results in its cache included.
 

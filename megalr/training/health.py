@@ -113,6 +113,15 @@ class Health:
         """Whether loss and norm of an update are needed before the next one."""
         return bool(self._windows) and self.config.spike_action in ("reset", "rollback")
 
+    @property
+    def may_count_late(self) -> bool:
+        """Whether an update may be counted after the next is launched, to the same decisions.
+
+        Not if one more that is left out may send the run back.
+        """
+        first = self.skipped_in_row == 0 and self.config.max_skipped > 1
+        return first and not self.decides_after_step
+
     def count(self, applied: bool) -> bool:
         """Count an update that was made or skipped; True if too many were skipped in a row."""
         if applied:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ class Made:
         learning_rate: what it was made with.
         loss_sum: this rank's sum over its targets, on the device.
         norm: global norm of the gradient; infinite or not a number where it was not finite.
-        applied: whether weights and moments were changed.
+        left_out: whether nothing was changed; a tensor on the device while the host does not know.
         spike: it was skipped because its loss is a spike.
         loss: mean per target over all ranks; None until :func:`settle`.
     """
@@ -32,9 +33,20 @@ class Made:
     learning_rate: float
     loss_sum: torch.Tensor
     norm: torch.Tensor | float = float("nan")
-    applied: bool = True
+    left_out: torch.Tensor | bool = False
     spike: bool = False
     loss: float | None = None
+
+    @property
+    def known(self) -> bool:
+        """Whether the host knows if the update was left out."""
+        return not isinstance(self.left_out, torch.Tensor)
+
+    @property
+    def applied(self) -> bool:
+        """Whether weights and moments were changed; the host waits for the answer if need be."""
+        self.left_out = bool(self.left_out)
+        return not self.left_out
 
 
 @dataclass
@@ -59,6 +71,18 @@ class Interval:
         applied = [made for made in self.made if made.applied]
         total = sum(made.loss * made.targets for made in applied if made.loss is not None)
         return total / max(1, sum(made.targets for made in applied)) if applied else float("nan")
+
+    def numbers(self, seconds: float) -> dict[str, Any]:
+        """Fields of a ``step`` event about these updates, which took so long. Settled ones."""
+        return {
+            "loss": self.mean_loss(),
+            "gradient_norm": float(self.made[-1].norm),
+            "learning_rate": self.made[-1].learning_rate,
+            "tokens_per_second": self.targets / seconds,
+            "step_seconds": seconds / len(self.made),
+            "data_seconds": self.waited / len(self.made),
+            "samples_by_source": self.samples_by_source(),
+        }
 
     def samples_by_source(self) -> list[int]:
         """Samples of all updates, by source."""

@@ -32,8 +32,9 @@ from megalr.restarts.relora import Relora
 from megalr.restarts.reset import reset_moments
 from megalr.restarts.state import ShardedState
 from megalr.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from megalr.training.due import Due
 from megalr.training.evaluation import evaluate
-from megalr.training.hardware import compile_seconds, peak_flops, peak_memory_gib
+from megalr.training.hardware import compile_seconds, peak_flops, peak_memory_gib, wait_for
 from megalr.training.health import Health
 from megalr.training.interval import Interval, Made, settle
 from megalr.training.metrics import MetricsWriter, Stopwatch
@@ -100,6 +101,7 @@ class Trainer:
         self.train_seconds = 0.0
         self.validation_loss: tuple[int, float | None] = (0, None)
         self._interval = Interval()
+        self._due = Due(config, validation is not None, restarts, relora)
         self._copies = dist.get_world_size() // engine.dp_world_size  # ranks with the same batch
         refuse = self._loss_spikes if self.health.decides_before_step else None
         self._updater = Updater(engine, device, refuse)
@@ -135,11 +137,19 @@ class Trainer:
             if self.finished:
                 self.save()  # again, now with nothing pending
         compiling = self.config.train.compile
+        unknown: Made | None = None  # the update before, if it may have been left out
         while self.update < self.config.train.updates and self.stop.reason is None:
             made = self.train_update(self._next_batch())
             if compiling:  # the first update of this start, or the CUDA graph before, compiled
                 self.metrics.write("compile", made.update, compile_seconds=compile_seconds())
                 compiling = False
+            if unknown is not None:
+                self.check(unknown)
+                unknown = None
+            self.stop.agreed()
+            if self._can_wait(made):
+                unknown = made
+                continue
             trouble = self.check(made)
             if trouble is not None:
                 self.roll_back(trouble)
@@ -174,9 +184,19 @@ class Trainer:
         settle([made], self._copies)
         return self._report_spikes(made, loss=made.loss)
 
+    def _can_wait(self, made: Made) -> bool:
+        """Whether an update may be checked after the next one is launched.
+
+        So the device has work while the host waits to hear whether the update was left out.
+        """
+        something = self.stop.reason is not None or self._due.anything(self.update)
+        return not made.known and not something and self.health.may_count_late
+
     def check(self, made: Made) -> str | None:
         """Count an update, report it if it is bad; the reason if the run must go back for it."""
+        told = made.known  # to the engine as well
         if not made.applied:
+            self.engine.skipped_steps += not told
             self.metrics.write(
                 "skip",
                 made.update,
@@ -284,17 +304,15 @@ class Trainer:
             self.watch.exclude(self.restarts.seconds - before)
 
     def finish_update(self) -> None:
-        """Report, evaluate and save, each if it is due; look whether to stop."""
-        config = self.config
-        last = self.update == config.train.updates
-        self.stop.agreed()
-        if last or self.update % config.log.every == 0:
+        """Report, evaluate and save, each if it is due."""
+        last = self.update == self.config.train.updates
+        if self._due.log(self.update):
             self.log_step()
-        if self.validation is not None and (last or _due(self.update, config.evaluation.every)):
+        if self._due.evaluation(self.update):
             self.evaluation_pending = True
             self.evaluate()
         # Not among skipped updates: the newest checkpoint is where a rollback goes.
-        due = _due(self.update, config.checkpoint.every) and not self.health.skipped_in_row
+        due = self._due.checkpoint(self.update) and not self.health.skipped_in_row
         if last or due or self.stop.reason is not None:
             self.save()
             self.stop.agreed(now=True)
@@ -314,32 +332,27 @@ class Trainer:
         interval, self._interval = self._interval, Interval()
         seconds = self.watch.lap()
         self.train_seconds += seconds
-        rate = interval.targets / seconds
+        numbers = interval.numbers(seconds)
         mfu: float | str = "n/a"
         if self._peak_flops is not None:
-            mfu = rate * self._flops_per_token / (self._peak_flops * dist.get_world_size())
-        step_seconds = seconds / len(interval.made)
+            flops = numbers["tokens_per_second"] * self._flops_per_token
+            mfu = flops / (self._peak_flops * dist.get_world_size())
+        left = self.config.train.updates - self.update
         self.metrics.write(
             "step",
             self.update,
-            loss=interval.mean_loss(),
-            gradient_norm=float(interval.made[-1].norm),
-            learning_rate=interval.made[-1].learning_rate,
+            **numbers,
             tokens=self.tokens,
-            tokens_per_second=rate,
-            step_seconds=step_seconds,
-            data_seconds=interval.waited / len(interval.made),
             mfu=mfu,
             peak_memory_gib=peak_memory_gib(self.device, self.engine.module.graphed is not None),
-            samples_by_source=interval.samples_by_source(),
-            eta_seconds=step_seconds * (self.config.train.updates - self.update),
+            eta_seconds=numbers["step_seconds"] * left,
         )
 
     def evaluate(self) -> None:
         """Evaluate on the validation set and report it, unless the run is to stop."""
         if self.validation is None or self.stop.agreed(now=True):
             return
-        self._wait()
+        wait_for(self.device)
         result = evaluate(
             self.engine.module,
             self._until_stopped(self.validation[self.update >= self.config.train.updates]),
@@ -362,7 +375,7 @@ class Trainer:
 
     def save(self) -> None:
         """Save a checkpoint and report it."""
-        self._wait()
+        wait_for(self.device)
         self._settle()
         state = {
             **self.state,
@@ -381,13 +394,3 @@ class Trainer:
             )
         self.metrics.write("checkpoint", self.update, **asdict(report))
         self.watch.exclude(report.save_seconds)
-
-    def _wait(self) -> None:
-        """Let the device finish, so that its time is not counted as what comes next."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-
-def _due(update: int, every: int) -> bool:
-    """Whether something with this period is due; a period of 0 never is."""
-    return every > 0 and update % every == 0

@@ -16,7 +16,7 @@ from torch import nn
 from megalr.models.decoder import Decoder
 from megalr.parallel.collectives import all_reduce
 from megalr.parallel.shards import shard_of
-from megalr.training.skipping import not_finite_anywhere
+from megalr.training.skipping import leaves_out, not_finite_anywhere, step_unless
 
 
 def as_deepspeed_takes_it(ds_config: dict[str, Any]) -> dict[str, Any]:
@@ -32,28 +32,26 @@ def guard_steps(engine: Any) -> None:
     """Let the optimizer's ``step`` clip, and change nothing where the gradient is not finite.
 
     It leaves the norm before clipping and whether it changed nothing where the engine looks for
-    them in its wrappers (``_global_grad_norm``, ``overflow``). The clipped gradient is
+    them in its wrappers (``_global_grad_norm``, ``overflow``); the latter on the device, in
+    ``left_out``, where the host has not waited for it. The clipped gradient is
     g / max(1, (norm + 1e-6) / c) with c of ``train.gradient_clipping``, as torch's. On one
     data-parallel rank the engine's all-reduce, which copies every gradient twice, is turned off.
     """
     optimizer, decoder, limit = engine.optimizer, engine.module, engine.gradient_clipping()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    fused = isinstance(optimizer, torch.optim.AdamW) and all(
-        group["fused"] for group in optimizer.param_groups
-    )
     make_step = optimizer.step
 
     def step() -> None:
         norm = gradient_norm(decoder)
         bad = not_finite_anywhere(norm)
-        optimizer._global_grad_norm, optimizer.overflow = norm, bad
-        # A step that is left out must not create moments either: the host waits before the first.
-        if not (fused and optimizer.state) and bool(bad):
+        optimizer._global_grad_norm, optimizer.overflow, optimizer.left_out = norm, False, bad
+        if leaves_out(optimizer):
+            step_unless(optimizer, bad, norm, limit, make_step)
             return
-        if fused:
-            optimizer.found_inf = bad
-            optimizer.grad_scale = ((norm + 1e-6) / limit).clamp(min=1.0) if limit else None
-        elif limit:
+        optimizer.overflow = optimizer.left_out = bool(bad)
+        if optimizer.overflow:
+            return
+        if limit:
             nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         make_step()
 

@@ -1,12 +1,15 @@
 """How an update is left out on all ranks: by a gradient that no engine accepts.
 
 Every wrapper that DeepSpeed puts around an optimizer looks for a non-finite gradient, on all ranks
-together, and then makes no update (docs/deepspeed-notes.md); the host waits for that answer in any
-case. Where there is no wrapper :mod:`megalr.training.plain` does the same.
+together, and then makes no update (docs/deepspeed-notes.md); the host waits for that answer. Where
+there is no wrapper :mod:`megalr.training.plain` does the same. torch's fused AdamW leaves a step
+out inside its kernel: there the host need not wait, and a GPU goes on while Python prepares the
+next update.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,6 +35,33 @@ def not_finite_anywhere(value: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(bad, op=dist.ReduceOp.MAX)
     return bad
+
+
+def leaves_out(base: torch.optim.Optimizer) -> bool:
+    """Whether ``step`` of the optimizer can be told on the device to change nothing.
+
+    Not before its first step, which would make moments even so.
+    """
+    fused = isinstance(base, torch.optim.AdamW) and all(g["fused"] for g in base.param_groups)
+    return fused and bool(base.state)
+
+
+def step_unless(
+    base: torch.optim.Optimizer,
+    bad: torch.Tensor,
+    norm: torch.Tensor,
+    limit: float,
+    make_step: Callable[[], Any],
+) -> None:
+    """A step of a fused AdamW that changes nothing where ``bad`` is 1, clipped inside its kernel.
+
+    The gradient is g / max(1, (norm + 1e-6) / limit), and g with a limit of 0. ``bad`` and
+    ``norm`` are numbers on the device, which nobody waits for.
+    """
+    base.found_inf = bad  # type: ignore[attr-defined]
+    scale = ((norm + 1e-6) / limit).clamp(min=1.0) if limit else None
+    base.grad_scale = scale  # type: ignore[attr-defined]
+    make_step()
 
 
 def forget_gradients(optimizer: Any) -> None:

@@ -62,8 +62,10 @@ class Updater:
             # (docs/deepspeed-notes.md).
             engine.backward(guarded(loss), scale_wrt_gas=False)
             engine.step()
-        made.applied = engine.was_step_applied()
-        if not made.applied:
+        if engine.was_step_applied():  # as far as the engine knows
+            made.left_out = getattr(engine.optimizer, "left_out", False)
+        else:
+            made.left_out = True
             forget_gradients(engine.optimizer)
         made.norm = gradient_norm(engine)
         return made

@@ -20,6 +20,7 @@ from tests.training.runs import events, losses, settings, zero
 
 SMALL: dict[str, Any] = {"global_batch_size": 8, "micro_batch_size": 2, "updates": 8}
 OFFLOAD: dict[str, Any] = {"offload_optimizer": {"device": "cpu"}}
+TOLD = ("update", "batch", "skipped", "skipped_in_row", "loss", "to_update")
 SEEN = ("update", "loss", "gradient_norm", "learning_rate", "tokens", "perplexity")
 
 
@@ -75,6 +76,37 @@ def test_what_is_not_finite_on_one_rank_is_skipped_on_all_and_touches_nothing(
     assert steps[8]["tokens"] - steps[7]["tokens"] <= 8 * 24
     assert steps[3]["learning_rate"] == pytest.approx(0.01 * 2 / 3)
     assert events(folder, "end")[0]["skipped"] == 3
+
+
+@pytest.mark.parametrize("stage, precision", [(1, "bf16"), (0, "paper_bf16")])
+def test_an_update_that_is_heard_of_late_is_left_out_all_the_same(
+    stage: int, precision: str, data: Path, tmp_path: Path
+) -> None:
+    """With a line of metrics after every update the host waits for each; with fewer it need not."""
+    bad = {2: "nan_gradient", 5: "nan_loss", 6: "inf_loss"}
+    found = []
+    for every in (1, 5):
+        folder = tmp_path / str(every)
+        values = _values(
+            folder,
+            data,
+            train={"precision": precision, "updates": 11, "gradient_clipping": 0.5},
+            checkpoint={"every": 4},
+            restarts={"every": 4},
+            health={"max_skipped": 2},
+            log={"every": every},
+        )
+        run_distributed(run_with_bad_batches, 2, values, zero(stage), bad)
+        kinds = ("skip", "rollback", "restart", "checkpoint", "eval", "end")
+        found.append(
+            {
+                kind: [{key: e[key] for key in TOLD if key in e} for e in events(folder, kind)]
+                for kind in kinds
+            }
+        )
+    assert found[0] == found[1]
+    assert [e["update"] for e in found[0]["skip"]] == [3, 6, 7]
+    assert [e["update"] for e in found[0]["rollback"]] == [7]
 
 
 def test_deepspeed_keeps_a_bad_gradient_for_ever_when_it_offloads(

@@ -95,7 +95,7 @@ def test_skipping_spikes_is_refused_with_cuda_graphs() -> None:
 
 def test_the_mean_loss_leaves_skipped_updates_out() -> None:
     made = [
-        Made(n, n - 1, targets, (targets,), 0.1, torch.tensor(total), applied=applied)
+        Made(n, n - 1, targets, (targets,), 0.1, torch.tensor(total), left_out=not applied)
         for n, targets, total, applied in [
             (1, 10, 30.0, True),
             (2, 20, 9e9, False),
