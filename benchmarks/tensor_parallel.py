@@ -18,12 +18,14 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch._inductor.config
 import torch.distributed as dist
 
 from megalr.errors import exit_cleanly
@@ -77,8 +79,26 @@ def kept_bytes(decoder: Decoder, x: torch.Tensor, rope: torch.Tensor) -> int:
     return torch.cuda.memory_allocated() - before
 
 
+def captured(work: Callable[[], None]) -> Callable[[], None]:
+    """The work as one CUDA graph, its sums included."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):  # compiles, and fills the libraries' workspaces
+            work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        work()
+    return graph.replay
+
+
 def measure(
-    config: DecoderConfig, kind: str, shape: tuple[int, int], repeats: int, device: torch.device
+    config: DecoderConfig,
+    kind: str,
+    shape: tuple[int, int],
+    repeats: int,
+    device: torch.device,
+    graphed: bool,
 ) -> dict[str, Any]:
     """Numbers of one kind of blocks for micro-batches of ``shape``."""
     decoder = build(config, kind, device, compiled=device.type == "cuda")
@@ -89,18 +109,21 @@ def measure(
     rope = rope_tables(shape[1], config.head_dim, config.rope_theta, device)
     tokens = shape[0] * shape[1]
     rates = []
+    work = lambda: one_pass(decoder, x, rope, gradient)  # noqa: E731
+    if graphed:
+        work = captured(work)
     for number in range(repeats + 3):
         if number == 3 and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         _wait(device)
         dist.barrier()
         started = time.perf_counter()
-        one_pass(decoder, x, rope, gradient)
+        work()
         _wait(device)
         if number >= 3:
             rates.append(tokens / (time.perf_counter() - started))
     on_gpu = device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu else None
+    peak = torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu and not graphed else None
     kept = kept_bytes(decoder, x, rope) / 2**30 if on_gpu else None
     return {
         "kind": kind,
@@ -155,9 +178,15 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--batch", type=int, nargs=2, default=[8, 2048], help="sequences, length")
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--graph", action="store_true", help="as one CUDA graph; no peak is given")
+    parser.add_argument(
+        "--overlap", nargs="+", default=[], help="inductor's passes that move sums beside products"
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder of the result")
     arguments = parser.parse_args()
     device = _start()
+    torch._inductor.config.reorder_for_compute_comm_overlap = bool(arguments.overlap)
+    torch._inductor.config.reorder_for_compute_comm_overlap_passes = arguments.overlap
     ranks, results = dist.get_world_size(), []
     for shape in arguments.shapes:
         preset = PRESETS[SHAPES[shape]]
@@ -166,14 +195,15 @@ def main() -> None:
             if kind == "bottleneck" and ranks == 1:
                 continue  # nothing is cut
             batch = arguments.batch[0], arguments.batch[1]
-            found = measure(config, kind, batch, arguments.repeats, device)
+            found = measure(config, kind, batch, arguments.repeats, device, arguments.graph)
             whole = found["tokens_per_second"] * arguments.layers / preset.num_layers
             found = {"shape": shape, **found, "whole_model_tokens_per_second": round(whole)}
             results.append(found)
             if dist.get_rank() == 0:
                 print(json.dumps(found), flush=True)
     if dist.get_rank() == 0:
-        record(f"tensor_parallel_{ranks}", arguments.output, results)
+        name = f"tensor_parallel_{ranks}" + "_graph" * arguments.graph
+        record("_".join([name, *arguments.overlap]), arguments.output, results)
     dist.destroy_process_group()
 
 

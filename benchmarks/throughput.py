@@ -92,7 +92,7 @@ def run_settings(
             "micro_batch_size": case.micro_batch,
             "precision": case.precision,
             "compile": True,
-            "cuda_graphs": case.tensor == 1,  # not offered under tensor parallelism
+            "cuda_graphs": True,
             "gradient_clipping": 0.0,
             **case.train,
         },

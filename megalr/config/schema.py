@@ -208,8 +208,7 @@ class TrainConfig(Section):
     """Whether the decoder layers are compiled by torch.compile; not with ZeRO stage 3."""
     cuda_graphs: bool = Field(default=False, examples=[True])
     """Whether forward and backward of a micro-batch run as one CUDA graph, which takes launching
-    kernels off the critical path: for small models on a GPU; not with ZeRO stage 3, offload or
-    parallel.tensor above 1."""
+    kernels off the critical path: for small models on a GPU; not with ZeRO stage 3 or offload."""
     activation_checkpointing: Literal["none", "elementwise", "mlp", "bottleneck", "full"] = Field(
         default="none", examples=["elementwise"]
     )

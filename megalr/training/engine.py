@@ -181,8 +181,6 @@ def _check_graphs(ds_config: dict[str, Any], decoder: Decoder) -> None:
     reason = None
     if decoder.embedding.weight.device.type != "cuda":
         reason = "there is no CUDA device"
-    elif decoder.plan.parallel:
-        reason = "parallel.tensor is above 1, which has not been tried with graphs"
     elif zero["stage"] == 3:
         reason = "ZeRO stage 3 gathers weights by hooks, which a graph does not run"
     elif zero.get("offload_optimizer", {}).get("device", "none") != "none":

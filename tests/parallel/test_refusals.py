@@ -80,7 +80,6 @@ def test_ranks_that_do_not_make_a_grid(tensor: int, world: int) -> None:
     [
         (3, {}, "parallel.tensor 2 with ZeRO stage 3"),
         (1, {"parallel": {"tensor": 4}}, "does not divide the 2 ranks"),
-        (1, {"train": {"cuda_graphs": True}}, "train.cuda_graphs"),
         (1, {"method": {"name": "galore", "rank": 8}}, "looks at whole tensors"),
     ],
 )
