@@ -13,6 +13,11 @@ q and k turned, v, output          4 h                    6 h: v is a part of
 the same, attention by our kernel  4 h                    4 h: q, k, v as they
                                                           are in the stack
 bottlenecks                        7 r                    0
+the same in CoLA, whose
+nonlinearity keeps its input       14 r
+read through a norm whose sum of
+squares comes later (layout
+bottleneck), also unscaled         5 r more
 gate, up and their product         3 f                    3 f
 without torch.compile also silu    f                      f
 gate and up alone, SwiGLU inside
@@ -83,10 +88,12 @@ class ActivationBytes:
     Attributes:
         kept: by all blocks for backward.
         work: the larger of what the head and what the backward pass of a block need for a moment.
+        again: what one block computes again in backward, a part of ``work``.
     """
 
     kept: int
     work: int
+    again: int = 0
 
 
 def kernels_of(
@@ -139,7 +146,8 @@ def activation_bytes(
     backward = shape.tokens * (3 * f + 2 * residual) * shape.element + again
     backward += shape.element * _dense_transient(method, groups)
     head = head_bytes(sizes, plan, shape)
-    return ActivationBytes(int(kept * sizes.num_layers), int(max(backward, head)) + LIBRARIES)
+    work = int(max(backward, head)) + LIBRARIES
+    return ActivationBytes(int(kept * sizes.num_layers), work, int(again))
 
 
 def block_elements(
@@ -162,8 +170,17 @@ def block_elements(
     else:
         count += 2 * f
     if method.name != "sltrain":
-        both = method.name == "cola" and not shape.compiled  # before and after the nonlinearity
+        both = method.name == "cola"  # before and after the nonlinearity
         count += _bottleneck_elements(method, groups) * (2 if both else 1)
+    if plan.cut_residual:
+        # Bottlenecks before they are divided by the rms (compiled, CoLA forms the input of its
+        # nonlinearity again from them); not compiled, in float32, and the residual stream in
+        # float32 too, for its squares.
+        unscaled = _bottleneck_elements(method, [groups[0], groups[2]])
+        if not shape.compiled:
+            count += 2 * unscaled + 4 * residual
+        elif method.name != "cola":
+            count += unscaled
     return count
 
 

@@ -50,27 +50,42 @@ class MemoryEstimate:
     def graph(self) -> int:
         """Bytes that a CUDA graph of forward and backward never gives back.
 
-        Gradients take the place of the activations that backward has used up. All are there at the
-        end, with ZeRO 2 as well, and where they add up in ``.grad`` a second time outside of it.
+        Gradients take the place of the activations that backward has used up, but not where blocks
+        are computed again: those ask for as much room before every block, and what the gradients
+        before it have left is in pieces. All gradients are there at the end, with ZeRO 2 as well,
+        and where they add up in ``.grad`` a second time outside of it.
         """
         s, a = self.states, self.activations
         adds_up = self.accumulation > 1 and s.wrapper != "BF16_Optimizer"
-        return max(a.kept, s.weights) + a.work + (s.weights if adds_up else 0)
+        backward = a.kept + s.weights if a.again else max(a.kept, s.weights)
+        return backward + a.work + (s.weights if adds_up else 0)
+
+    @property
+    def reserved_at_start(self) -> int:
+        """Bytes that the allocator holds before the first update if nobody is short of memory.
+
+        The float32 model as it was drawn is free then, but in pieces too small for activations:
+        they stay reserved until the capture of the graph gives them back, as they would be given
+        back wherever the device is full. A run needs :attr:`peak` only.
+        """
+        s = self.states
+        return self.fixed - s.moments + self.graph + s.drawn
 
     @property
     def peak(self) -> int:
         """Bytes that the allocator needs at once in training.
 
         Activations and the copies of the update do not exist together, except under a CUDA graph:
-        there it is what is reserved from the device, ``peak_memory_gib`` of metrics.jsonl.
+        there it is what is reserved from the device, ``peak_memory_gib`` of metrics.jsonl. On many
+        ranks with ZeRO it may be the model as it is drawn, whole and in float32 on every one.
         """
         s = self.states
         if self.graphs:
-            return self.fixed + self.graph + s.update
+            return max(self.fixed + self.graph + s.update, s.drawn)
         # The first micro-batch starts without gradients; later ones find them.
         before = s.step_gradients if self.accumulation > 1 else 0
         growing = max(self.activations.kept, s.step_gradients - before) + self.activations.work
-        return self.fixed + max(before + growing, s.step_gradients + s.update)
+        return max(self.fixed + max(before + growing, s.step_gradients + s.update), s.drawn)
 
     def table(self) -> str:
         """Lines of ``name  GiB``, the total last."""
@@ -85,7 +100,7 @@ class MemoryEstimate:
             ("communication buffers", s.buckets),
             ("activations kept", a.kept),
             ("head, backward of a block", a.work),
-            ("update: copies for reductions", s.update),
+            ("update: copies, directions", s.update),
         ]
         lines = [f"{name:<32}{size / GIB:10.3f}" for name, size in rows if size]
         how = "activations and the update's copies are not there together"

@@ -39,6 +39,7 @@ class StateBytes:
         step_gradients: the ``.grad`` of the parameters, which backward fills; they stay until the
             update where there are further micro-batches.
         update: what exists only while the engine reduces and steps.
+        drawn: the whole model in float32, as it is drawn before the engine makes its own copies.
         on_host: bytes of masters, gradients and moments in host memory (offload); not counted in
             the fields above.
     """
@@ -52,6 +53,7 @@ class StateBytes:
     buckets: int
     step_gradients: int
     update: int
+    drawn: int
     on_host: int = 0
 
 
@@ -146,6 +148,9 @@ def state_bytes(
     gradients, buckets, step, update = _gradient_bytes(wrapper, zero, held, share, flat, numbers)
     if stage == 3:
         buckets += _gathered(tensors, zero, weight)
+    if config.method.name == "loro":
+        moment = 2 if precision == "paper_bf16" else 4
+        update = max(update, math.ceil(moment * _directions(groups) * share / total))
     host = 0
     if offload:
         # Masters, their gradients and moments live in host memory, beside a copy of the weights.
@@ -162,8 +167,19 @@ def state_bytes(
         buckets,
         step,
         update,
+        4 * total + _frozen(tensors, layers, 4, 1),
         host,
     )
+
+
+def _directions(groups: dict[str, int]) -> int:
+    """Elements that LORO's step needs besides its states: directions of all groups stay until its
+    end, and a group's denominators are there beside its own."""
+    most = before = 0
+    for size in groups.values():
+        most = max(most, before + 2 * size)
+        before += size
+    return most
 
 
 def _frozen(tensors: list[Stored], layers: int, weight: int, parts: int) -> int:

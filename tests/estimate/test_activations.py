@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -23,8 +24,10 @@ from megalr.estimate.memory import estimate_memory, sizes_of
 from megalr.estimate.tensors import matrix_groups, plan_of
 from megalr.kernels.attention import plain_attention
 from megalr.models.build import build_decoder
-from megalr.parallel.plan import SINGLE
+from megalr.parallel.plan import SINGLE, Plan
+from tests.distributed import run_distributed
 from tests.models.settings import ALL_TARGETS, factorized, full_rank, low_rank, tiny
+from tests.parallel.meshes import mesh
 from tests.training.runs import zero
 
 BATCH, LENGTH = 3, 16
@@ -68,10 +71,15 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def _kept_numbers(method: Any, kernels: bool, compiled: bool, level: str = "none") -> float:
-    """bf16 numbers a token and block that are saved for backward, weights aside."""
-    sizes = SIZES if compiled else EAGER_SIZES
-    decoder = build_decoder(sizes, method, seed=3, recompute=level).bfloat16()
+def _kept_numbers(
+    method: Any, kernels: bool, compiled: bool, level: str = "none", plan: Plan = SINGLE
+) -> float:
+    """Numbers a token and block that are saved for backward, weights aside; of float32 two each.
+
+    Without a cut residual stream only bf16 is counted: the rest is a number a token and head.
+    """
+    sizes = SIZES if compiled or plan.cut_residual else EAGER_SIZES
+    decoder = build_decoder(sizes, method, seed=3, recompute=level, plan=plan).bfloat16()
     if kernels:
         decoder.use_kernels()
     weights = {p.untyped_storage().data_ptr() for p in decoder.parameters()}
@@ -80,11 +88,14 @@ def _kept_numbers(method: Any, kernels: bool, compiled: bool, level: str = "none
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         of_tokens = tensor.numel() > BATCH * LENGTH and tensor.dtype == torch.bfloat16
+        if plan.cut_residual and tensor.dtype == torch.float32:
+            of_tokens = tensor.shape[:-1] == (BATCH, LENGTH) and tensor.shape[-1] > 1
         if of_tokens and storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    x = torch.randn(BATCH, LENGTH, SIZES.hidden_size, requires_grad=True, dtype=torch.bfloat16)
+    width = SIZES.hidden_size // (plan.mesh.tensor_size if plan.cut_residual else 1)
+    x = torch.randn(BATCH, LENGTH, width, requires_grad=True, dtype=torch.bfloat16)
     rope = torch.ones(2, LENGTH, SIZES.head_dim)
     alive = [x]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -126,6 +137,7 @@ def test_a_block_not_compiled_keeps_what_is_estimated(name: str, kernels: bool) 
         ("full_rank", False, "none"),
         ("full_rank", True, "none"),
         ("sltrain", True, "none"),
+        ("cola", True, "none"),
         ("full_rank", True, "elementwise"),
     ],
 )
@@ -135,6 +147,40 @@ def test_a_compiled_block_keeps_what_is_estimated(name: str, kernels: bool, leve
         pytest.skip("sdpa on the CPU keeps float32 with this torch")
     found = _kept_numbers(METHODS[name], kernels, compiled=True, level=level)
     assert found == _estimated(METHODS[name], kernels, compiled=True, level=level)
+
+
+LAYOUTS = {
+    "dense": (full_rank(), "column_row"),
+    "column_row": (low_rank(), "column_row"),
+    "bottleneck": (low_rank(), "bottleneck"),
+    "cola, bottleneck": (factorized("cola"), "bottleneck"),
+}
+
+
+def _kept_under_tensor_parallelism(cases: list[tuple[str, bool, bool]]) -> list[float]:
+    """What one of two ranks keeps, by (layout, our SwiGLU, compiled)."""
+    found = []
+    for name, swiglu, compiled in cases:
+        method, layout = LAYOUTS[name]
+        torch._dynamo.reset()
+        with mock.patch.object(megalr.models.decoder, "swiglu_applies", lambda _: True):
+            found.append(_kept_numbers(method, swiglu, compiled, plan=Plan(mesh(2), layout)))
+    return found
+
+
+def test_what_a_block_keeps_under_tensor_parallelism() -> None:
+    cases = [(name, swiglu, True) for name in LAYOUTS for swiglu in (False, True)]
+    if _grouped_heads_are_flash():
+        cases += [(name, True, False) for name in LAYOUTS]
+    found = run_distributed(_kept_under_tensor_parallelism, 2, cases)[0]
+    expected = []
+    for name, swiglu, compiled in cases:
+        method, layout = LAYOUTS[name]
+        plan = plan_of(SIZES, method, 2, layout)
+        shape = Shape(BATCH * LENGTH, 2, compiled, "none", Kernels(swiglu=swiglu))
+        groups = matrix_groups(SIZES, method, plan)
+        expected.append(block_elements(SIZES, method, plan, groups, shape))
+    assert dict(zip(cases, found, strict=True)) == dict(zip(cases, expected, strict=True))
 
 
 def _run(method: dict[str, Any], **sections: dict[str, Any]) -> RunConfig:

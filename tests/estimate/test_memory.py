@@ -1,9 +1,7 @@
-"""Estimates are the bytes of live engines, and the recorded peaks of the GPU."""
+"""Estimates are the bytes of live engines."""
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
 import json
 import runpy
 import sys
@@ -18,7 +16,7 @@ from megalr.config.deepspeed import resolve_deepspeed_config
 from megalr.config.loading import load_run_config
 from megalr.config.schema import RunConfig
 from megalr.errors import UserError
-from megalr.estimate.memory import GIB, data_parallel_size, estimate_memory, sizes_of
+from megalr.estimate.memory import data_parallel_size, estimate_memory, sizes_of
 from megalr.estimate.states import state_bytes, wrapper_of
 from megalr.estimate.tensors import stored_tensors
 from tests.distributed import run_distributed
@@ -26,7 +24,6 @@ from tests.training.runs import settings, zero
 from tests.training.test_methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
 BF16 = {"precision": "bf16"}
 OFFLOAD = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
 FULL = {"method": {"name": "full_rank"}}
@@ -225,54 +222,6 @@ def _config(model: str, method: dict, micro: int, batch: int, **train: Any) -> R
     )
 
 
-def _recorded_run(row: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> RunConfig:
-    """The run of a row, as the benchmark builds it."""
-    monkeypatch.syspath_prepend(str(RESULTS.parent))
-    throughput = importlib.import_module("throughput")
-    known = {field.name for field in dataclasses.fields(throughput.Case)}
-    case = throughput.Case(**{key: value for key, value in row.items() if key in known})
-    folder = Path("unused")
-    return RunConfig.model_validate(
-        throughput.run_settings(case, folder, folder, row["gpus"], updates=100)
-    )
-
-
-RESERVED_BY_USED = (0.97, 1.16)
-"""Reserved memory by what is used: the allocator keeps pieces that nothing fits into, and matrix
-optimizers need room for one matrix at a time, which is not counted."""
-
-
-def test_recorded_peaks_are_met(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of rows that list losses: what was reserved where a CUDA graph was used.
-
-    Older rows have the allocator's peak while the graph was captured.
-    """
-    files = sorted(RESULTS.glob("throughput_*gpu.json"))
-    rows = [row for file in files for row in json.loads(file.read_text()) if "losses" in row]
-    assert rows, "no recorded peaks in benchmarks/results"
-    wrong = []
-    for row in rows:
-        config = _recorded_run(row, monkeypatch)
-        estimate = estimate_memory(config, zero(row["stage"]), row["case"], row["gpus"])
-        gib = estimate.peak / GIB
-        least, most = RESERVED_BY_USED
-        if not least < row["peak_memory_gib"] / gib < most:
-            wrong.append(f"{row['case']}: {gib:.2f}, recorded {row['peak_memory_gib']}")
-    assert not wrong, "\n".join(wrong)
-
-
-def test_a_row_of_the_benchmark_becomes_its_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    method = {"name": "low_rank", "rank": 128, "alpha": 32.0}
-    row = {"case": "a case", "preset": "llama_60m", "method": method, "micro_batch": 128}
-    row |= {"precision": "paper_bf16", "stage": 0, "accumulation": 2, "gpus": 1, "mfu": 0.3}
-    row |= {"train": {"activation_checkpointing": "mlp"}, "optimizer": {"lr": 2e-3}}
-    config = _recorded_run({**row, "tensor": 1, "layout": "auto", "losses": []}, monkeypatch)
-    train = config.train
-    assert (config.method.name, config.optimizer.lr) == ("low_rank", 2e-3)
-    assert (train.precision, train.activation_checkpointing) == ("paper_bf16", "mlp")
-    assert (train.micro_batch_size, train.global_batch_size, train.cuda_graphs) == (128, 256, True)
-
-
 LOW_1B = {"name": "low_rank", "rank": 512, "alpha": 32.0}
 
 
@@ -285,6 +234,44 @@ def test_a_cuda_graph_keeps_its_memory_beside_the_update() -> None:
     assert a.kept > s.weights  # so gradients need no memory of their own
     assert plain.peak == plain.fixed + max(a.kept + a.work, s.step_gradients + s.update)
     assert graphed.peak == plain.fixed + a.kept + a.work + s.update
+
+
+def test_a_graph_that_computes_blocks_again_holds_gradients_besides() -> None:
+    train = {"activation_checkpointing": "full", "compile": True, "precision": "paper_bf16"}
+    config = _config("llama_1b", LOW_1B, 64, 64, cuda_graphs=True, **train)
+    found = estimate_memory(config, zero(0), "x", 1)
+    assert found.activations.kept > found.states.weights
+    assert found.graph == found.activations.kept + found.activations.work + found.states.weights
+
+
+def test_the_model_as_it_is_drawn() -> None:
+    """4 bytes a number on every rank, in pieces that stay reserved until the capture."""
+    lora = {"name": "lora", "rank": 8, "alpha": 8.0}
+    alone, one_of_many = (
+        estimate_memory(
+            _config("llama_1b", lora, 1, gpus, compile=True, cuda_graphs=True), zero(2), "x", gpus
+        )
+        for gpus in (1, 64)
+    )
+    s = alone.states
+    assert s.drawn == one_of_many.states.drawn == 2 * (s.weights + s.frozen)
+    assert alone.reserved_at_start == alone.fixed - s.moments + alone.graph + s.drawn
+    assert alone.peak > s.drawn
+    # Float32 weights, even of frozen ones, are more than bf16 weights and a share of the rest.
+    assert one_of_many.peak == s.drawn
+
+
+def test_loro_keeps_directions_during_its_step() -> None:
+    adamw, loro = (
+        estimate_memory(_config("llama_1b", method, 64, 64), zero(1), "x", 1).states
+        for method in (LOW_1B, {"name": "loro", "rank": 512})
+    )
+    assert adamw.update == 0
+    # Of the factors' group twice, which is more than half of all.
+    config = _config("llama_1b", LOW_1B, 64, 64)
+    tensors = stored_tensors(sizes_of(config), config.method)
+    factors = sum(t.numel * (24 if t.block else 1) for t in tensors if t.group == "factors")
+    assert loro.update == pytest.approx(2 * 4 * factors, rel=1e-6)
 
 
 def test_gradients_that_add_up_outside_of_a_graph_are_there_twice() -> None:
