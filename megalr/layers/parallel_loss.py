@@ -44,7 +44,7 @@ class ParallelLoss:
             vocab_size: entries from here on are padding and take no probability.
         """
         used = min(max(vocab_size - self.start, 0), logits.shape[1])
-        largest = all_reduce(self.largest(logits, used), self.group, dist.ReduceOp.MAX)
+        largest = all_reduce(self.largest(logits, used), self.group, "max")
         parts = self.sums(logits, labels - self.start, largest, used)
         sums = all_reduce(parts, self.group)
         return self.finish(logits, labels, labels - self.start, largest, sums, used)

@@ -11,6 +11,10 @@ Each is a pair: what happens to values going forward, and to gradients coming ba
 
 In ``reduce(copy(x))`` order both directions are summed. A group of None is a group of one: the
 functions return their argument. ``group`` is passed in, never looked up.
+
+The collectives are torch's functional ones, which make a new tensor. Those that write into their
+argument must not be used inside compiled blocks: torch 2.11 traces them so that no gradient passes
+(``tests/parallel/test_decoder.py`` compares gradients of compiled blocks).
 """
 
 from __future__ import annotations
@@ -22,6 +26,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 Group = dist.ProcessGroup | None
+
+_ops = torch.ops._c10d_functional
+_done = _ops.wait_tensor
 
 
 def copy(x: Tensor, group: Group) -> Tensor:
@@ -44,30 +51,26 @@ def scatter(x: Tensor, group: Group) -> Tensor:
     return x if group is None else _Scatter.apply(x, group)
 
 
-def all_reduce(x: Tensor, group: Group, op: Any = dist.ReduceOp.SUM) -> Tensor:
-    """``x`` reduced over the group, a new tensor; no gradient."""
-    total = x.contiguous().clone()
-    if group is not None:
-        dist.all_reduce(total, op=op, group=group)
-    return total
+def all_reduce(x: Tensor, group: Group, op: str = "sum") -> Tensor:
+    """``x`` reduced over the group (``sum``, ``max``), a new tensor; no gradient."""
+    if group is None:
+        return x.clone()
+    return _done(_ops.all_reduce(x.contiguous(), op, group.group_name))
 
 
 def _all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """``(..., n/p)`` to ``(..., n)``."""
     size = dist.get_world_size(group)
-    rows = x.shape[0]
-    parts = x.new_empty((size * rows, *x.shape[1:]))  # the ranks' parts below one another
-    dist.all_gather_into_tensor(parts, x.contiguous(), group=group)
-    return torch.cat(parts.split(rows), dim=-1)
+    # The ranks' parts below one another.
+    parts = _done(_ops.all_gather_into_tensor(x.contiguous(), size, group.group_name))
+    return torch.cat(parts.split(x.shape[0]), dim=-1)
 
 
 def _reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """``(..., n)`` to the sum's ``(..., n/p)``."""
     size = dist.get_world_size(group)
     parts = torch.cat(x.chunk(size, dim=-1))  # the ranks' parts below one another
-    mine = parts.new_empty((x.shape[0], *parts.shape[1:]))
-    dist.reduce_scatter_tensor(mine, parts, group=group)
-    return mine
+    return _done(_ops.reduce_scatter_tensor(parts, "sum", size, group.group_name))
 
 
 class _Copy(torch.autograd.Function):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalr.errors import UserError
 from megalr.estimate.besides import (
@@ -44,47 +45,38 @@ CLUSTER = Cluster(
 
 def _sent() -> dict[str, list[tuple[str, int]]]:
     """(collective, bytes of the whole message) of forward and backward, by case."""
-    import torch.distributed as dist
-
     from megalr.models.build import build_decoder
     from megalr.parallel.plan import Plan
     from tests.parallel.meshes import mesh
 
-    calls: list[tuple[str, int]] = []
-    originals = {
-        name: getattr(dist, name)
-        for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor")
-    }
-
-    def all_reduce_(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        calls.append(("all_reduce", x.numel() * x.element_size()))
-        return originals["all_reduce"](x, *args, **kwargs)
-
-    def all_gather(out: torch.Tensor, x: torch.Tensor, **kwargs: Any) -> Any:
-        calls.append(("all_gather", out.numel() * out.element_size()))
-        return originals["all_gather_into_tensor"](out, x, **kwargs)
-
-    def reduce_scatter(out: torch.Tensor, x: torch.Tensor, **kwargs: Any) -> Any:
-        calls.append(("reduce_scatter", x.numel() * x.element_size()))
-        return originals["reduce_scatter_tensor"](out, x, **kwargs)
-
-    found = {}
     decoders = {
         name: build_decoder(cut_sizes(name), method, 0, plan=Plan(mesh(2), layout))
         for name, (method, layout) in CASES.items()
     }
-    dist.all_reduce, dist.all_gather_into_tensor = all_reduce_, all_gather
-    dist.reduce_scatter_tensor = reduce_scatter
-    try:
-        ids = torch.arange(30).reshape(TOKENS)
-        for name, decoder in decoders.items():
-            calls.clear()
+    found = {}
+    ids = torch.arange(30).reshape(TOKENS)
+    for name, decoder in decoders.items():
+        with _Counting() as counting:
             decoder(ids, ids, 1.0).backward()
-            found[name] = list(calls)
-    finally:
-        for name, original in originals.items():
-            setattr(dist, name, original)
+        found[name] = counting.sent
     return found
+
+
+class _Counting(TorchDispatchMode):
+    """Notes the collectives that reach torch's operators, going back as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.name().removeprefix("_c10d_functional::")
+        if name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor"):
+            whole = max(out, args[0], key=torch.Tensor.numel)
+            kind = name.removesuffix("_into_tensor").removesuffix("_tensor")
+            self.sent.append((kind, whole.numel() * whole.element_size()))
+        return out
 
 
 @pytest.fixture(scope="module")

@@ -145,8 +145,14 @@ def test_outputs_and_gradients_equal_those_of_one_rank(name: str, tensor: int) -
     run_distributed(_replicated_are_identical, tensor, name, tensor)
 
 
-def _compiled_blocks_are_whole(name: str, tensor: int) -> None:
-    """The collectives become part of the compiled blocks: no graph break, the same numbers."""
+def _compiled_blocks_are_whole(tensor: int) -> None:
+    """The collectives become part of the compiled blocks: no graph break, the same gradients."""
+    for name in CASES:
+        torch.compiler.reset()
+        _compiled_block_is_whole(name, tensor)
+
+
+def _compiled_block_is_whole(name: str, tensor: int) -> None:
     from torch._dynamo.utils import counters
 
     counters.clear()
@@ -158,11 +164,13 @@ def _compiled_blocks_are_whole(name: str, tensor: int) -> None:
     part.zero_grad()
     for block in part.blocks():
         block.compile(dynamic=False, backend="aot_eager")
+    part.norm.compile(dynamic=False, backend="aot_eager")
     part(ids, ids, 0.1).backward()
-    assert not counters["graph_break"]
-    for key, parameter in part.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[key], rtol=1e-5, atol=1e-6)
+    assert not counters["graph_break"], name
+    found = {key: p.grad for key, p in part.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, msg=lambda m: f"{name}: {m}")
 
 
-def test_blocks_compile_without_breaks() -> None:
-    run_distributed(_compiled_blocks_are_whole, 2, "low_rank_bottleneck", 2)
+def test_compiled_blocks_have_no_breaks_and_the_same_gradients() -> None:
+    """With torch 2.11 collectives in place gave zero gradients here (docs/deepspeed-notes.md)."""
+    run_distributed(_compiled_blocks_are_whole, 2, 2)
