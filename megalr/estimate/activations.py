@@ -15,9 +15,6 @@ the same, attention by our kernel  4 h                    4 h: q, k, v as they
 bottlenecks                        7 r                    0
 the same in CoLA, whose
 nonlinearity keeps its input       14 r
-read through a norm whose sum of
-squares comes later (layout
-bottleneck), also unscaled         5 r more
 gate, up and their product         3 f                    3 f
 without torch.compile also silu    f                      f
 gate and up alone, SwiGLU inside
@@ -173,14 +170,8 @@ def block_elements(
         both = method.name == "cola"  # before and after the nonlinearity
         count += _bottleneck_elements(method, groups) * (2 if both else 1)
     if plan.cut_residual:
-        # Bottlenecks before they are divided by the rms (compiled, CoLA forms the input of its
-        # nonlinearity again from them); not compiled, in float32, and the residual stream in
-        # float32 too, for its squares.
-        unscaled = _bottleneck_elements(method, [groups[0], groups[2]])
-        if not shape.compiled:
-            count += 2 * unscaled + 4 * residual
-        elif method.name != "cola":
-            count += unscaled
+        # Not compiled, the residual stream in float32 as well, for its squares.
+        count += 0 if shape.compiled else 4 * residual
     return count
 
 

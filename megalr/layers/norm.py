@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,29 @@ class Unscaled:
     def scaled(self, h: torch.Tensor, group: Group) -> torch.Tensor:
         """``h / rms(x)`` for ``h = A (x * weight)`` summed over the group; float32 inside."""
         mean = reduce(self.squares, group) / self.width
-        return (h.float() * torch.rsqrt(mean + self.eps)).to(h.dtype)
+        return _TimesFactor.apply(h, torch.rsqrt(mean + self.eps))
+
+
+class _TimesFactor(torch.autograd.Function):
+    """``y = h * factor`` with a float32 number a token, keeping y, which is kept anyway, but not h.
+
+    ``factor (..., 1)`` is above 0, so its gradient, the sum of dy h, is that of dy y over factor.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        y = h.float() * factor
+        if y.dtype != h.dtype:  # compiled by torch 2.11, a conversion to the same loses gradients
+            y = y.to(h.dtype)
+        ctx.save_for_backward(y, factor)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        y, factor = ctx.saved_tensors
+        dy = grads[0].float()
+        dfactor = (dy * y.float()).sum(dim=-1, keepdim=True) / factor
+        return (dy * factor).to(y.dtype), dfactor
 
 
 class CutRMSNorm(nn.Module):

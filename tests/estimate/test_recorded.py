@@ -36,10 +36,6 @@ optimizers need room for one matrix at a time, which is not counted."""
 ALLOCATED_BY_USED = (0.98, 1.03)
 """The allocator's own count, where no CUDA graph was used: no pieces in it."""
 
-LOST_GRADIENTS = "2f1ce48"
-"""Commit of tensor-parallel runs whose compiled blocks lost most of their gradients (torch 2.11):
-they kept less than training needs, and say nothing."""
-
 
 def test_recorded_peaks_are_met(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of rows that list losses: what was reserved where a CUDA graph was used, else allocated.
@@ -51,8 +47,6 @@ def test_recorded_peaks_are_met(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows, "no recorded peaks in benchmarks/results"
     wrong = []
     for row in rows:
-        if row.get("tensor", 1) > 1 and row.get("commit") == LOST_GRADIENTS:
-            continue
         config = _recorded_run(row, monkeypatch)
         estimate = estimate_memory(config, zero(row["stage"]), row["case"], row["gpus"])
         used, (least, most) = estimate.peak / GIB, ALLOCATED_BY_USED
