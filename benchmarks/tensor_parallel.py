@@ -28,7 +28,7 @@ import torch
 import torch._inductor.config
 import torch.distributed as dist
 
-from megalr.errors import exit_cleanly
+from megalr.errors import UserError, exit_cleanly
 from megalr.estimate.traffic import block_messages
 from megalr.models.build import build_decoder
 from megalr.models.config import PRESETS, DecoderConfig
@@ -66,6 +66,21 @@ def one_pass(decoder: Decoder, x: torch.Tensor, rope: torch.Tensor, gradient: to
     for block in decoder.blocks():
         y = block(y, rope, None)
     y.backward(gradient)
+    decoder.zero_grad(set_to_none=True)
+    x.grad = None
+
+
+def check_gradients(
+    decoder: Decoder, x: torch.Tensor, rope: torch.Tensor, gradient: torch.Tensor
+) -> None:
+    """Raise UserError if a weight gets no gradient: torch 2.11 has lost them, at higher speed."""
+    y = x
+    for block in decoder.blocks():
+        y = block(y, rope, None)
+    y.backward(gradient)
+    for name, parameter in decoder.named_parameters():
+        if ".layers." in f".{name}" and (parameter.grad is None or not parameter.grad.any()):
+            raise UserError(f"{name} has no gradient: the compiled blocks are not what they were")
     decoder.zero_grad(set_to_none=True)
     x.grad = None
 
@@ -109,6 +124,7 @@ def measure(
     rope = rope_tables(shape[1], config.head_dim, config.rope_theta, device)
     tokens = shape[0] * shape[1]
     rates = []
+    check_gradients(decoder, x, rope, gradient)
     work = lambda: one_pass(decoder, x, rope, gradient)  # noqa: E731
     if graphed:
         work = captured(work)
