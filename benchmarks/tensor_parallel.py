@@ -57,15 +57,19 @@ def build(config: DecoderConfig, kind: str, device: torch.device, compiled: bool
     return decoder
 
 
+def forward(decoder: Decoder, x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+    """The blocks' output for ``x``."""
+    for block in decoder.blocks():
+        x = block(x, rope, None)
+    return x
+
+
 def one_pass(decoder: Decoder, x: torch.Tensor, rope: torch.Tensor, gradient: torch.Tensor) -> None:
     """Forward and backward of the blocks on ``x (B, S, h)``, or this rank's part of it.
 
     ``gradient`` is random like x: products of equal numbers run faster than real ones.
     """
-    y = x
-    for block in decoder.blocks():
-        y = block(y, rope, None)
-    y.backward(gradient)
+    forward(decoder, x, rope).backward(gradient)
     decoder.zero_grad(set_to_none=True)
     x.grad = None
 
@@ -74,10 +78,7 @@ def check_gradients(
     decoder: Decoder, x: torch.Tensor, rope: torch.Tensor, gradient: torch.Tensor
 ) -> None:
     """Raise UserError if a weight gets no gradient: torch 2.11 has lost them, at higher speed."""
-    y = x
-    for block in decoder.blocks():
-        y = block(y, rope, None)
-    y.backward(gradient)
+    forward(decoder, x, rope).backward(gradient)
     for name, parameter in decoder.named_parameters():
         if ".layers." in f".{name}" and (parameter.grad is None or not parameter.grad.any()):
             raise UserError(f"{name} has no gradient: the compiled blocks are not what they were")
@@ -88,10 +89,10 @@ def check_gradients(
 def kept_bytes(decoder: Decoder, x: torch.Tensor, rope: torch.Tensor) -> int:
     """Bytes of activations that the blocks keep from forward to backward, on this GPU."""
     before = torch.cuda.memory_allocated()
-    y = x
-    for block in decoder.blocks():
-        y = block(y, rope, None)
-    return torch.cuda.memory_allocated() - before
+    kept = forward(decoder, x, rope)  # what it keeps lives as long as it
+    after = torch.cuda.memory_allocated()
+    del kept
+    return after - before
 
 
 def captured(work: Callable[[], None]) -> Callable[[], None]:

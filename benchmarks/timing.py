@@ -23,27 +23,27 @@ def milliseconds(work: Callable[[], object]) -> float:
         for _ in range(WORKS_A_GRAPH):
             work()
     graph.replay()
-    times = []
-    for _ in range(REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / WORKS_A_GRAPH)
-    return statistics.median(times)
+    return _median(graph.replay)
 
 
 def milliseconds_eager(work: Callable[[], object]) -> float:
     """The same, launched by the host: for work that waits for the device, which no graph holds."""
-    for _ in range(3):
-        work()
+
+    def works() -> None:
+        for _ in range(WORKS_A_GRAPH):
+            work()
+
+    works()
+    return _median(works)
+
+
+def _median(works: Callable[[], object]) -> float:
+    """Milliseconds of one of the WORKS_A_GRAPH pieces that a call does."""
     times = []
     for _ in range(REPLAYS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        for _ in range(WORKS_A_GRAPH):
-            work()
+        works()
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / WORKS_A_GRAPH)

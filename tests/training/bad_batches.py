@@ -105,6 +105,28 @@ def run_with_bad_batches(
     return seen
 
 
+def run_and_see_the_engine(
+    values: dict[str, Any], ds: dict[str, Any], bad: dict[int, str]
+) -> tuple[list[int], list[int]]:
+    """A run; updates checked after the next was launched, the engine's skips at checkpoints."""
+    late: list[int] = []
+    skipped: list[int] = []
+    check, save = Trainer.check, Trainer.save
+
+    def checked(self: Trainer, made: Made) -> str | None:
+        if made.update < self.update:
+            late.append(made.update)
+        return check(self, made)
+
+    def saved(self: Trainer) -> None:
+        skipped.append(self.engine.skipped_steps)
+        save(self)
+
+    with patch.multiple(Trainer, check=checked, save=saved), bad_batches(bad):
+        run(values, ds)
+    return late, skipped
+
+
 def _copies(state: ShardedState) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     masters = [state.master(p) for p in state.parameters()]
     moments = [

@@ -12,6 +12,7 @@ import pytest
 from megalr.training import update
 from tests.distributed import RankFailed, run_distributed
 from tests.training.bad_batches import (
+    run_and_see_the_engine,
     run_with_bad_batches,
     run_with_high_losses,
     run_without_batches,
@@ -84,7 +85,7 @@ def test_an_update_that_is_heard_of_late_is_left_out_all_the_same(
 ) -> None:
     """With a line of metrics after every update the host waits for each; with fewer it need not."""
     bad = {2: "nan_gradient", 5: "nan_loss", 6: "inf_loss"}
-    found = []
+    found, late, skipped = [], [], []
     for every in (1, 5):
         folder = tmp_path / str(every)
         values = _values(
@@ -96,7 +97,10 @@ def test_an_update_that_is_heard_of_late_is_left_out_all_the_same(
             health={"max_skipped": 2},
             log={"every": every},
         )
-        run_distributed(run_with_bad_batches, 2, values, zero(stage), bad)
+        seen = run_distributed(run_and_see_the_engine, 2, values, zero(stage), bad)
+        assert seen[0] == seen[1]
+        late.append(seen[0][0])
+        skipped.append(seen[0][1])
         kinds = ("skip", "rollback", "restart", "checkpoint", "eval", "end")
         found.append(
             {
@@ -105,6 +109,9 @@ def test_an_update_that_is_heard_of_late_is_left_out_all_the_same(
             }
         )
     assert found[0] == found[1]
+    # 1 has no moments yet; after 6 is left out nothing waits until the rollback to 4.
+    assert late == [[], [2, 3, 6, 6, 7, 9]]
+    assert skipped[0] == skipped[1] and skipped[0][0] == 1
     assert [e["update"] for e in found[0]["skip"]] == [3, 6, 7]
     assert [e["update"] for e in found[0]["rollback"]] == [7]
 

@@ -172,6 +172,9 @@ def test_a_step_on_a_gradient_that_is_not_finite_changes_nothing(
         before = state()
         optimizer.step()
         after = state()
+        # The fused kernel leaves out by itself once there are moments, and nobody has waited.
+        on_device = kind == "fused" and len(before) > len(list(decoder.parameters()))
+        assert isinstance(optimizer.left_out, torch.Tensor) == on_device
         assert bool(optimizer.left_out) == (bad is not None)
         assert bool(torch.isfinite(optimizer._global_grad_norm)) == (bad is None)
         return len(before) == len(after) and all(map(torch.equal, before, after))
