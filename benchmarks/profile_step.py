@@ -48,8 +48,10 @@ def updater_of(case: Case, folder: Path, device: torch.device) -> Callable[[], N
     ds_config = resolve_deepspeed_config(config, ds_user, "profile", 1)
     engine = build_engine(config, ds_config, build_model(config, device))
     updater = Updater(engine, device, None)
-    ids = torch.randint(3, 32000, (case.micro_batch, 257)).pin_memory()
-    batch = UpdateBatch(0, [(ids[:, :-1], ids[:, 1:])], ids[:, 1:].numel(), (case.micro_batch,))
+    ids = torch.randint(3, 32000, (case.micro_batch, 257))
+    # Contiguous as the loader's: a view would be copied to memory that the host waits for.
+    inputs, labels = ids[:, :-1].contiguous().pin_memory(), ids[:, 1:].contiguous().pin_memory()
+    batch = UpdateBatch(0, [(inputs, labels)], labels.numel(), (case.micro_batch,))
     number = iter(range(1, 1000))
     return lambda: updater.make(batch, next(number), 1e-4) and None
 

@@ -47,6 +47,7 @@ def become_rank(rank: int, world_size: int, port: int) -> None:
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
         DS_ACCELERATOR="cpu",
+        CUDA_VISIBLE_DEVICES="",  # a machine may have fewer devices than a test has ranks
         OMP_NUM_THREADS="1",
     )
 

@@ -41,11 +41,10 @@ class Due:
         """Whether to save."""
         return update == self._last or _reached(update, self._checkpoint)
 
-    def anything(self, update: int) -> bool:
-        """Whether any of these, or a restart or merge, comes before the next update."""
+    def between(self, update: int) -> bool:
+        """Whether anything but a report must come before the next update is launched."""
         return (
-            self.log(update)
-            or self.evaluation(update)
+            self.evaluation(update)
             or self.checkpoint(update)
             or self._restarts.due(update)
             or (self._relora is not None and self._relora.due(update))

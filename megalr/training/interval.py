@@ -1,4 +1,9 @@
-"""What is remembered of the updates since the last report; losses stay on the device."""
+"""What is remembered of the updates since the last report, and how the host hears of it.
+
+Losses and norms stay on the device. What the host wants to know starts on its way when the update
+has been launched, and is read after the next one has: reading it then waits for the one update only
+and the device is never without work.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,27 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+
+class Coming:
+    """Numbers on their way from the device to the host, any shape.
+
+    ``read`` waits for what was launched before they started; ``Tensor.item`` would wait for all
+    that was launched since as well.
+    """
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+        self._values.copy_(values, non_blocking=True)
+        self._event = torch.cuda.Event() if values.is_cuda else None
+        if self._event is not None:
+            self._event.record()
+
+    def read(self) -> torch.Tensor:
+        """The numbers, on the host."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._values
 
 
 @dataclass
@@ -20,10 +46,11 @@ class Made:
         samples: samples of the global batch by source of the data.
         learning_rate: what it was made with.
         loss_sum: this rank's sum over its targets, on the device.
-        norm: global norm of the gradient; infinite or not a number where it was not finite.
-        left_out: whether nothing was changed; a tensor on the device while the host does not know.
+        norm: global norm of the gradient; infinite or not a number where it was not finite. A
+            tensor on the device until the loss is known.
+        left_out: whether nothing was changed; coming while the host does not know.
         spike: it was skipped because its loss is a spike.
-        loss: mean per target over all ranks; None until :func:`settle`.
+        loss: mean per target over all ranks; None until :meth:`Asked.settle`.
     """
 
     update: int
@@ -33,19 +60,20 @@ class Made:
     learning_rate: float
     loss_sum: torch.Tensor
     norm: torch.Tensor | float = float("nan")
-    left_out: torch.Tensor | bool = False
+    left_out: Coming | bool = False
     spike: bool = False
     loss: float | None = None
 
     @property
     def known(self) -> bool:
         """Whether the host knows if the update was left out."""
-        return not isinstance(self.left_out, torch.Tensor)
+        return not isinstance(self.left_out, Coming)
 
     @property
     def applied(self) -> bool:
         """Whether weights and moments were changed; the host waits for the answer if need be."""
-        self.left_out = bool(self.left_out)
+        if isinstance(self.left_out, Coming):
+            self.left_out = bool(self.left_out.read())
         return not self.left_out
 
 
@@ -89,16 +117,57 @@ class Interval:
         return [sum(counts) for counts in zip(*(m.samples for m in self.made), strict=True)]
 
 
-def settle(open_ones: list[Made], copies: int) -> None:
-    """Find the loss of some updates: one sum over all ranks, and the host waits for the device.
+class Asked:
+    """Losses and norms of some updates that the host has asked for: one sum over all ranks.
 
-    Every rank must bring the same updates. ``copies``: ranks that compute the same losses, the
-    size of the tensor-parallel group.
+    Every rank must ask for the same updates.
+
+    Args:
+        made: the updates; those whose loss is known are left alone.
+        copies: ranks that compute the same losses, the size of the tensor-parallel group.
     """
-    if not open_ones:
-        return
-    sums = torch.stack([made.loss_sum for made in open_ones])
-    if dist.is_initialized():
-        dist.all_reduce(sums)
-    for made, total in zip(open_ones, sums.tolist(), strict=True):
-        made.loss = total / copies / max(1, made.targets)
+
+    def __init__(self, made: list[Made], copies: int) -> None:
+        self._open = [one for one in made if one.loss is None]
+        self._copies = copies
+        if not self._open:
+            return
+        sums = torch.stack([one.loss_sum for one in self._open])
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        norms = [_number(one.norm, sums) for one in self._open]
+        self._coming = Coming(torch.stack([sums, torch.stack(norms)]))  # (2, updates) float64
+
+    def settle(self) -> None:
+        """Write down loss and norm of the updates; the host waits until the device has them."""
+        if not self._open:
+            return
+        sums, norms = self._coming.read().tolist()
+        for made, total, norm in zip(self._open, sums, norms, strict=True):
+            made.loss = total / self._copies / max(1, made.targets)
+            made.norm = norm
+        self._open = []
+
+
+def _number(value: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor:
+    """A number as a tensor (), with dtype and device of ``like``; nobody waits."""
+    if isinstance(value, torch.Tensor):
+        return value.to(like).reshape(())
+    return torch.full((), value, dtype=like.dtype, device=like.device)
+
+
+@dataclass(frozen=True)
+class Report:
+    """A report that is due: the updates it is about, and where the run was.
+
+    Attributes:
+        interval: the updates.
+        asked: their losses and norms.
+        update: updates done.
+        tokens: targets done.
+    """
+
+    interval: Interval
+    asked: Asked
+    update: int
+    tokens: int

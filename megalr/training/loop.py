@@ -36,7 +36,7 @@ from megalr.training.due import Due
 from megalr.training.evaluation import evaluate
 from megalr.training.hardware import compile_seconds, peak_flops, peak_memory_gib, wait_for
 from megalr.training.health import Health
-from megalr.training.interval import Interval, Made, settle
+from megalr.training.interval import Asked, Interval, Made, Report
 from megalr.training.metrics import MetricsWriter, Stopwatch
 from megalr.training.position import Position
 from megalr.training.stopping import StopCheck
@@ -137,18 +137,18 @@ class Trainer:
             if self.finished:
                 self.save()  # again, now with nothing pending
         compiling = self.config.train.compile
-        unknown: Made | None = None  # the update before, if it may have been left out
+        late: tuple[Made, Report | None] | None = None  # the update before, not heard of yet
         while self.update < self.config.train.updates and self.stop.reason is None:
             made = self.train_update(self._next_batch())
             if compiling:  # the first update of this start, or the CUDA graph before, compiled
                 self.metrics.write("compile", made.update, compile_seconds=compile_seconds())
                 compiling = False
-            if unknown is not None:
-                self.check(unknown)
-                unknown = None
+            if late is not None:
+                self.hear_of(*late)
+                late = None
             self.stop.agreed()
             if self._can_wait(made):
-                unknown = made
+                late = made, self.begin_report() if self._due.log(self.update) else None
                 continue
             trouble = self.check(made)
             if trouble is not None:
@@ -158,7 +158,7 @@ class Trainer:
             self.finish_update()
         if self.stop.reason is not None:
             if self._interval.made:
-                self.log_step()
+                self.write_report(self.begin_report())
             self.metrics.write("signal", self.update, signal=self.stop.reason)
             self.stop.honoured()
 
@@ -181,16 +181,22 @@ class Trainer:
 
     def _loss_spikes(self, made: Made) -> bool:
         """Whether the loss of an update whose step is still to be made is a spike."""
-        settle([made], self._copies)
+        Asked([made], self._copies).settle()
         return self._report_spikes(made, loss=made.loss)
 
     def _can_wait(self, made: Made) -> bool:
-        """Whether an update may be checked after the next one is launched.
+        """Whether an update may be checked, and reported, after the next one is launched.
 
-        So the device has work while the host waits to hear whether the update was left out.
+        So the device has work while the host waits to hear of the update.
         """
-        something = self.stop.reason is not None or self._due.anything(self.update)
+        something = self.stop.reason is not None or self._due.between(self.update)
         return not made.known and not something and self.health.may_count_late
+
+    def hear_of(self, made: Made, report: Report | None) -> None:
+        """Check an update after the next one has been launched, and write the report due then."""
+        self.check(made)
+        if report is not None:
+            self.write_report(report)
 
     def check(self, made: Made) -> str | None:
         """Count an update, report it if it is bad; the reason if the run must go back for it."""
@@ -209,7 +215,7 @@ class Trainer:
             return f"{self.health.skipped_in_row} updates in a row were skipped"
         if not made.applied or not self.health.decides_after_step:
             return None
-        settle([made], self._copies)
+        Asked([made], self._copies).settle()
         norm = largest_of_ranks(float(made.norm), self.device)
         if not self._report_spikes(made, loss=made.loss, gradient_norm=norm):
             return None
@@ -218,7 +224,7 @@ class Trainer:
         self._reset_moments(made.update)
         return None
 
-    def _report_spikes(self, made: Made, **values: float | None) -> bool:
+    def _report_spikes(self, made: Made, **values: Any) -> bool:
         """Whether the values of an update are spikes; an event for each."""
         found = self.health.spikes(**{k: v for k, v in values.items() if v is not None})
         for spike in found:
@@ -307,7 +313,7 @@ class Trainer:
         """Report, evaluate and save, each if it is due."""
         last = self.update == self.config.train.updates
         if self._due.log(self.update):
-            self.log_step()
+            self.write_report(self.begin_report())
         if self._due.evaluation(self.update):
             self.evaluation_pending = True
             self.evaluate()
@@ -317,33 +323,34 @@ class Trainer:
             self.save()
             self.stop.agreed(now=True)
 
-    def _settle(self) -> None:
-        """Know the losses of all updates since the last report; the host waits for the device."""
-        unknown = [made for made in self._interval.made if made.loss is None]
-        settle(unknown, self._copies)
+    def _settle(self, made: list[Made], asked: Asked) -> None:
+        """Know the losses of the updates; spikes that are only told of are told now."""
+        unknown = [one for one in made if one.loss is None]
+        asked.settle()
         if self.config.health.spike_action == "log":
-            for made in unknown:
-                if made.applied:
-                    self._report_spikes(made, loss=made.loss, gradient_norm=float(made.norm))
+            for one in unknown:
+                if one.applied:
+                    self._report_spikes(one, loss=one.loss, gradient_norm=one.norm)
 
-    def log_step(self) -> None:
-        """Report the updates since the last report."""
-        self._settle()
+    def begin_report(self) -> Report:
+        """A report about the updates since the last one; the host does not wait for them yet."""
         interval, self._interval = self._interval, Interval()
+        return Report(interval, Asked(interval.made, self._copies), self.update, self.tokens)
+
+    def write_report(self, report: Report) -> None:
+        """Wait for the updates of a report and write it down."""
+        self._settle(report.interval.made, report.asked)
         seconds = self.watch.lap()
         self.train_seconds += seconds
-        numbers = interval.numbers(seconds)
-        mfu: float | str = "n/a"
-        if self._peak_flops is not None:
-            flops = numbers["tokens_per_second"] * self._flops_per_token
-            mfu = flops / (self._peak_flops * dist.get_world_size())
-        left = self.config.train.updates - self.update
+        numbers = report.interval.numbers(seconds)
+        flops = numbers["tokens_per_second"] * self._flops_per_token / dist.get_world_size()
+        left = self.config.train.updates - report.update
         self.metrics.write(
             "step",
-            self.update,
+            report.update,
             **numbers,
-            tokens=self.tokens,
-            mfu=mfu,
+            tokens=report.tokens,
+            mfu=flops / self._peak_flops if self._peak_flops else "n/a",
             peak_memory_gib=peak_memory_gib(self.device, self.engine.module.graphed is not None),
             eta_seconds=numbers["step_seconds"] * left,
         )
@@ -376,7 +383,7 @@ class Trainer:
     def save(self) -> None:
         """Save a checkpoint and report it."""
         wait_for(self.device)
-        self._settle()
+        self._settle(self._interval.made, Asked(self._interval.made, self._copies))
         state = {
             **self.state,
             **asdict(self.position),
@@ -384,13 +391,8 @@ class Trainer:
             "health": self.health.state_dict(),
         }
         evaluated, loss = self.validation_loss
+        known = loss if evaluated == self.update else None
         with self.watchdog.transferring(f"saving update {self.update}"):
-            report = save_checkpoint(
-                self.engine,
-                self.config,
-                self.update,
-                state,
-                loss if evaluated == self.update else None,
-            )
+            report = save_checkpoint(self.engine, self.config, self.update, state, known)
         self.metrics.write("checkpoint", self.update, **asdict(report))
         self.watch.exclude(report.save_seconds)

@@ -9,7 +9,7 @@ import torch
 
 from megalr.data.loader import UpdateBatch
 from megalr.training.engine import gradient_norm, set_learning_rate
-from megalr.training.interval import Made
+from megalr.training.interval import Coming, Made
 from megalr.training.skipping import forget_gradients, guarded
 
 
@@ -63,7 +63,8 @@ class Updater:
             engine.backward(guarded(loss), scale_wrt_gas=False)
             engine.step()
         if engine.was_step_applied():  # as far as the engine knows
-            made.left_out = getattr(engine.optimizer, "left_out", False)
+            left_out = getattr(engine.optimizer, "left_out", False)
+            made.left_out = Coming(left_out) if isinstance(left_out, torch.Tensor) else left_out
         else:
             made.left_out = True
             forget_gradients(engine.optimizer)

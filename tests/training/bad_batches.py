@@ -106,12 +106,15 @@ def run_with_bad_batches(
 
 
 def run_and_see_the_engine(
-    values: dict[str, Any], ds: dict[str, Any], bad: dict[int, str]
+    values: dict[str, Any], ds: dict[str, Any], bad: dict[int, str], may_wait: bool
 ) -> tuple[list[int], list[int]]:
-    """A run; updates checked after the next was launched, the engine's skips at checkpoints."""
+    """A run; updates checked after the next was launched, the engine's skips at checkpoints.
+
+    ``may_wait`` False: every update is checked and reported before the next is launched.
+    """
     late: list[int] = []
     skipped: list[int] = []
-    check, save = Trainer.check, Trainer.save
+    check, save, can_wait = Trainer.check, Trainer.save, Trainer._can_wait
 
     def checked(self: Trainer, made: Made) -> str | None:
         if made.update < self.update:
@@ -122,7 +125,11 @@ def run_and_see_the_engine(
         skipped.append(self.engine.skipped_steps)
         save(self)
 
-    with patch.multiple(Trainer, check=checked, save=saved), bad_batches(bad):
+    def waits(self: Trainer, made: Made) -> bool:
+        return may_wait and can_wait(self, made)
+
+    patches = {"check": checked, "save": saved, "_can_wait": waits}
+    with patch.multiple(Trainer, **patches), bad_batches(bad):
         run(values, ds)
     return late, skipped
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -17,7 +18,7 @@ from megalr.config.health import HealthConfig
 from megalr.errors import AgreedError
 from megalr.training import watchdog as watchdog_module
 from megalr.training.health import Health, SpikeWindow
-from megalr.training.interval import Interval, Made, settle
+from megalr.training.interval import Asked, Coming, Interval, Made
 from megalr.training.signals import STOP_SIGNALS, StopRequest
 from megalr.training.skipping import guarded
 from megalr.training.stopping import StopCheck
@@ -102,11 +103,30 @@ def test_the_mean_loss_leaves_skipped_updates_out() -> None:
             (3, 5, 5.0, True),
         ]
     ]
-    settle(made, copies=1)
+    Asked(made, copies=1).settle()
     interval = Interval(made)
     assert interval.mean_loss() == pytest.approx(35.0 / 15)
     assert interval.targets == 35
     assert interval.samples_by_source() == [35]
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+        ),
+    ],
+)
+def test_what_is_coming_is_what_was_there_when_it_started(device: str) -> None:
+    values = torch.tensor([[1.5, math.nan], [-2.0, math.inf]], device=device)
+    coming = Coming(values)
+    values.zero_()
+    torch.testing.assert_close(
+        coming.read(), torch.tensor([[1.5, math.nan], [-2.0, math.inf]]), equal_nan=True
+    )
 
 
 def test_a_guarded_loss_is_itself_or_spoils_the_gradient() -> None:
