@@ -105,7 +105,8 @@ def _check_blocks(gpu: Gpu) -> None:
         for row in json.loads(path.read_text())["results"]:
             (name, layout), preset = kinds[row["kind"]], f"llama_{row['shape']}"
             predicted = blocks_rate(gpu, preset, name, row["tensor"], layout)
-            title = f"megalr's blocks, {row['shape']} {row['kind']}, TP {row['tensor']}"
+            how = path.stem.removeprefix(f"tensor_parallel_{row['tensor']}").replace("_", " ")
+            title = f"megalr's blocks, {row['shape']} {row['kind']}, TP {row['tensor']}{how}"
             _print_rate(title, row["whole_model_tokens_per_second"], predicted)
 
 
