@@ -26,12 +26,14 @@ class RunFacts:
     """What some rules need to know of the run.
 
     ``bf16_states``: moments in bf16 (``train.precision: paper_bf16``) instead of fp32.
+    ``kernels``: whether AdamW may use a kernel of ours (``train.kernels: auto``).
     """
 
     total_updates: int
     hidden_size: int
     seed: int
     bf16_states: bool = False
+    kernels: bool = True
 
     @property
     def state_dtype(self) -> torch.dtype | None:

@@ -1,0 +1,214 @@
+"""Triton kernels of AdamW over many bf16 tensors; launched by kernels.adamw.
+
+Two launches a parameter group: one thread a tensor counts the step and computes the bias
+corrections, then one program a chunk of ``BLOCK`` elements updates them. Programs find their
+tensors in a table of addresses, so the number of tensors costs no launches.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK, WARPS = 2048, 8
+"""Elements of a program, and its warps: 8 elements a thread, one 16-byte load of each of four
+tensors, so 16 KiB of loads under way. Memory of 4.8 TB/s with a latency near 1 us wants 21 KiB of
+loads and 16 KiB of stores under way on each of an H200's 132 multiprocessors. A thread takes 48
+registers: five programs at a time, some of which wait for their row of the table."""
+
+COLUMNS = tl.constexpr(6)
+"""Of the table: addresses of weight, gradient, first and second moment, step; elements."""
+
+TENSORS = 128
+"""Tensors that a program of the first kernel looks at."""
+
+
+@triton.jit
+def _count_step(
+    table, corrections, found_inf, log_beta1, log_beta2, tensors, TENSORS: tl.constexpr
+):
+    """step += 1 - found_inf; 1 - beta1^t and sqrt(1 - beta2^t) at t = step + 1 before that.
+
+    Float64: 1 - 0.999 in float32 would have lost three digits, and there is one of these a tensor.
+    """
+    tensor = tl.program_id(0) * TENSORS + tl.arange(0, TENSORS)
+    inside = tensor < tensors
+    address = tl.load(table + tensor * COLUMNS + 4, mask=inside, other=0)
+    counter = address.to(tl.pointer_type(tl.float32))
+    step = tl.load(counter, mask=inside, other=0.0) + 1.0
+    exact = step.to(tl.float64)
+    correction1 = 1.0 - tl.exp(exact * log_beta1)
+    correction2 = 1.0 - tl.exp(exact * log_beta2)
+    tl.store(corrections + tensor * 2, correction1.to(tl.float32), mask=inside)
+    tl.store(corrections + tensor * 2 + 1, tl.sqrt(correction2).to(tl.float32), mask=inside)
+    if found_inf is not None:
+        step -= tl.load(found_inf)
+    tl.store(counter, step, mask=inside)
+
+
+@triton.jit
+def _load(pointers, inside, WHOLE: tl.constexpr):
+    """Float32 values; WHOLE: no mask, which would hide from the compiler that they lie in line."""
+    if WHOLE:
+        return tl.load(pointers).to(tl.float32)
+    else:
+        return tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(pointers, values, inside, WHOLE: tl.constexpr):
+    if WHOLE:
+        tl.store(pointers, values.to(pointers.dtype.element_ty))
+    else:
+        tl.store(pointers, values.to(pointers.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _update_chunk(
+    weights, gradients, firsts, seconds, inside, step_size, inverse2, inverse_scale,
+    decay, beta1, rest1, beta2, rest2, eps, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """One chunk, in the order of torch's kernel; moments are used before they are rounded.
+
+    The gradient stays as it is, where torch's kernel would store it unscaled.
+    """
+    p = _load(weights, inside, WHOLE)
+    g = _load(gradients, inside, WHOLE)
+    m = _load(firsts, inside, WHOLE)
+    v = _load(seconds, inside, WHOLE)
+    g *= inverse_scale
+    p -= decay * p
+    m = beta1 * m + rest1 * g
+    v = beta2 * v + rest2 * g * g
+    p -= step_size * m / (tl.sqrt(v) * inverse2 + eps)
+    _store(weights, p, inside, WHOLE)
+    _store(firsts, m, inside, WHOLE)
+    _store(seconds, v, inside, WHOLE)
+
+
+@triton.jit
+def _bf16(address):
+    """The pointer of a number; tensors are only taken if they lie on 16 bytes."""
+    return tl.multiple_of(address.to(tl.pointer_type(tl.bfloat16)), 16)
+
+
+@triton.jit
+def _update(
+    table, chunks, corrections, grad_scale, found_inf, lr, decay, beta1, rest1, beta2, rest2, eps,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The chunk of this program; nothing is stored where ``found_inf`` is 1."""
+    tensor = tl.load(chunks + 2 * tl.program_id(0))
+    first = tl.load(chunks + 2 * tl.program_id(0) + 1).to(tl.int64) * BLOCK
+    row = table + tensor * COLUMNS
+    weights = _bf16(tl.load(row)) + first
+    gradients = _bf16(tl.load(row + 1)) + first
+    firsts = _bf16(tl.load(row + 2)) + first
+    seconds = _bf16(tl.load(row + 3)) + first
+    left = tl.load(row + 5) - first
+    if found_inf is not None:
+        left = tl.where(tl.load(found_inf) == 1.0, 0, left)
+    step_size = lr / tl.load(corrections + 2 * tensor)
+    # Reciprocals once a program: divisions by these numbers for every element took registers.
+    inverse2 = 1.0 / tl.load(corrections + 2 * tensor + 1)
+    inverse_scale = 1.0
+    if grad_scale is not None:
+        inverse_scale = 1.0 / tl.load(grad_scale)
+    column = tl.arange(0, BLOCK)
+    if left >= BLOCK:
+        _update_chunk(
+            weights + column, gradients + column, firsts + column, seconds + column, column < left,
+            step_size, inverse2, inverse_scale, decay, beta1, rest1, beta2, rest2, eps, True,
+        )  # fmt: skip
+    elif left > 0:
+        _update_chunk(
+            weights + column, gradients + column, firsts + column, seconds + column, column < left,
+            step_size, inverse2, inverse_scale, decay, beta1, rest1, beta2, rest2, eps, False,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Where the tensors of a group lie, for the kernels.
+
+    addresses: those of ``table``, on the host, to see that a tensor has moved.
+    sizes: elements of the tensors, on the host.
+    table: ``(n, 6)`` int64, see ``COLUMNS``.
+    chunks: ``(programs, 2)`` int32, tensor and number of the chunk within it.
+    corrections: ``(n, 2)`` float32, memory between the kernels.
+    """
+
+    addresses: list[int]
+    sizes: list[int]
+    table: torch.Tensor
+    chunks: torch.Tensor
+    corrections: torch.Tensor
+
+
+def make_tables(
+    addresses: list[int], sizes: list[int], device: torch.device, old: Tables | None
+) -> Tables:
+    """Tables on ``device`` of n tensors; what still holds is taken from ``old``.
+
+    Args:
+        addresses: 5 n numbers, for each tensor those of weight, gradient, moments and step.
+        sizes: n numbers of elements.
+    """
+    where = torch.tensor(addresses, dtype=torch.int64).view(-1, 5)
+    count = torch.tensor(sizes, dtype=torch.int64).view(-1, 1)
+    table = _to(torch.cat((where, count), dim=1), device)
+    if old is not None and old.sizes == sizes and old.table.device == device:
+        return Tables(addresses, sizes, table, old.chunks, old.corrections)
+    corrections = torch.empty(len(sizes), 2, dtype=torch.float32, device=device)
+    return Tables(addresses, sizes, table, _to(_chunks(count.view(-1)), device), corrections)
+
+
+def _to(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy that the host does not wait for; torch keeps pinned memory until it has been read."""
+    if device.type != "cuda":
+        return table
+    return table.pin_memory().to(device, non_blocking=True)
+
+
+def _chunks(sizes: torch.Tensor) -> torch.Tensor:
+    """``(programs, 2)`` int32, tensor and number of the chunk, for tensors of ``sizes (n,)``."""
+    counts = (sizes + BLOCK - 1) // BLOCK
+    tensor = torch.repeat_interleave(counts)
+    first = torch.cumsum(counts, 0) - counts
+    return torch.stack((tensor, torch.arange(len(tensor)) - first[tensor]), dim=1).int()
+
+
+def update_(
+    tables: Tables,
+    group: dict[str, Any],
+    grad_scale: torch.Tensor | None,
+    found_inf: torch.Tensor | None,
+) -> None:
+    """One update of the tensors in ``tables`` with lr, betas, eps and weight_decay of ``group``.
+
+    ``grad_scale``: float32 on the device, the gradients are divided by it. ``found_inf``: likewise;
+    where it is 1 nothing changes.
+    """
+    lr, eps = float(group["lr"]), float(group["eps"])
+    beta1, beta2 = (float(beta) for beta in group["betas"])
+    tensors = len(tables.sizes)
+    with torch.cuda.device_of(tables.table):
+        _count_step[(triton.cdiv(tensors, TENSORS),)](
+            tables.table, tables.corrections, found_inf, _log(beta1), _log(beta2), tensors,
+            TENSORS=TENSORS,
+        )  # fmt: skip
+        if len(tables.chunks):
+            _update[(len(tables.chunks),)](
+                tables.table, tables.chunks, tables.corrections, grad_scale, found_inf,
+                lr, lr * float(group["weight_decay"]), beta1, 1 - beta1, beta2, 1 - beta2, eps,
+                BLOCK=BLOCK, num_warps=WARPS,
+            )  # fmt: skip
+
+
+def _log(beta: float) -> float:
+    return math.log(beta) if beta else -math.inf
