@@ -36,7 +36,7 @@ from megalr.models.decoder import Decoder, rope_tables
 from megalr.parallel.mesh import make_mesh
 from megalr.parallel.plan import Plan
 
-SHAPES = {"tiny": "llama_20m", "1b": "llama_1b", "7b": "llama_7b"}
+SHAPES = {"tiny": "llama_20m", "350m": "llama_350m", "1b": "llama_1b", "7b": "llama_7b"}
 KINDS = {
     "dense": ("full_rank", "column_row"),
     "column_row": ("low_rank", "column_row"),

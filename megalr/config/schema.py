@@ -233,9 +233,8 @@ class ParallelConfig(Section):
         default="auto", examples=["bottleneck"]
     )
     """Which factors are cut. column_row: one factor of each matrix, for every method. bottleneck:
-    both, with the residual stream cut as well; low_rank and cola only. auto: bottleneck from 4
-    tensor-parallel ranks on (2 from a hidden size of 4096 on) where the model allows it, else
-    column_row."""
+    both, with the residual stream cut as well; low_rank and cola only. auto: bottleneck from a
+    hidden size of 2048 on where method and model allow it, else column_row."""
 
 
 class EvaluationConfig(Section):

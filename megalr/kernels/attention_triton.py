@@ -26,12 +26,21 @@ import triton.language as tl
 
 
 @triton.jit
-def _load_rows(pointers, rows, S, EVEN: tl.constexpr):
-    """A tile of whole rows; rows from S on are 0. EVEN: there are none."""
+def _load_rows_as(pointers, rows, S, EVEN: tl.constexpr, CACHE: tl.constexpr):
+    """A tile of whole rows; rows from S on are 0. EVEN: there are none.
+
+    CACHE: evict_first for what is read once, evict_last for what is read again.
+    """
     if EVEN:
-        return tl.load(pointers)
+        return tl.load(pointers, eviction_policy=CACHE)
     else:
-        return tl.load(pointers, mask=(rows < S)[:, None], other=0.0)
+        return tl.load(pointers, mask=(rows < S)[:, None], other=0.0, eviction_policy=CACHE)
+
+
+@triton.jit
+def _load_rows(pointers, rows, S, EVEN: tl.constexpr):
+    """The same without a hint."""
+    return _load_rows_as(pointers, rows, S, EVEN, "")
 
 
 @triton.jit
@@ -83,17 +92,6 @@ def _load_rotated(
         return tl.reshape(both, (rows.shape[0], D)).to(base.dtype.element_ty)
     else:
         return _load_rows(base + rows[:, None] * stride + tl.arange(0, D)[None, :], rows, S, EVEN)
-
-
-@triton.jit
-def _copy_rotated(
-    target, target_stride, base, stride, rows, rope, S, D: tl.constexpr, EVEN: tl.constexpr
-):
-    """Copy rows of q or k, rotated."""
-    first, second = _rotated_halves(base, stride, rows, rope, S, D, EVEN)
-    pointers = target + rows[:, None] * target_stride + tl.arange(0, D // 2)[None, :]
-    _store_rows(pointers, first, rows, S, EVEN)
-    _store_rows(pointers + D // 2, second, rows, S, EVEN)
 
 
 @triton.jit
@@ -199,11 +197,44 @@ def _from_thread_order(tile, D: tl.constexpr, M: tl.constexpr):
 
 
 @triton.jit
-def _store_delta(deltas, do, do_stride, o, o_stride, rows, S, D: tl.constexpr, EVEN: tl.constexpr):
-    """delta = rowsum(do o); rows from S on get 0, so that they add 0 to everything."""
+def _store_rotated(
+    target, stride, first, second, cos, sin, rows, S, D: tl.constexpr, EVEN: tl.constexpr
+):
+    """Store rows of q or k, given as halves, rotated in float32."""
+    first = first.to(tl.float32)
+    second = second.to(tl.float32)
+    pointers = target + rows[:, None] * stride + tl.arange(0, D // 2)[None, :]
+    _store_rows(pointers, first * cos - second * sin, rows, S, EVEN)
+    _store_rows(pointers + D // 2, second * cos + first * sin, rows, S, EVEN)
+
+
+@triton.jit
+def _prepare(
+    dq, dq_stride, q, q_stride, dk, dk_stride, k, k_stride, deltas, do, do_stride, o, rope, rows, S,
+    D: tl.constexpr, ROPE: tl.constexpr, KEYS: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Put rows of q, and of k if KEYS, rotated where dq and dk will be; delta = rowsum(do o).
+
+    All loads come before the first store, which the compiler would not move them across: memory is
+    waited for once. Rows from S on get delta 0, so that they add 0 to everything.
+    """
     wide = tl.arange(0, D)[None, :]
+    half = tl.arange(0, D // 2)[None, :]
+    if ROPE:
+        pointers = q + rows[:, None] * q_stride + half
+        q_first = _load_rows_as(pointers, rows, S, EVEN, "evict_first")
+        q_second = _load_rows_as(pointers + D // 2, rows, S, EVEN, "evict_first")
+        if KEYS:
+            pointers = k + rows[:, None] * k_stride + half
+            k_first = _load_rows_as(pointers, rows, S, EVEN, "evict_first")
+            k_second = _load_rows_as(pointers + D // 2, rows, S, EVEN, "evict_first")
     d_out = _load_rows(do + rows[:, None] * do_stride + wide, rows, S, EVEN)
-    out = _load_rows(o + rows[:, None] * o_stride + wide, rows, S, EVEN)
+    out = _load_rows_as(o + rows[:, None] * dq_stride + wide, rows, S, EVEN, "evict_first")
+    if ROPE:
+        cos, sin = _angles(rope, rows, S, D, EVEN)
+        _store_rotated(dq, dq_stride, q_first, q_second, cos, sin, rows, S, D, EVEN)
+        if KEYS:
+            _store_rotated(dk, dk_stride, k_first, k_second, cos, sin, rows, S, D, EVEN)
     tl.store(deltas + rows, tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1))
 
 
@@ -220,8 +251,10 @@ def _backward_step(
     """
     rows = first + tl.arange(0, M)
     wide = tl.arange(0, D)[None, :]
-    query = _load_rows(q + rows[:, None] * q_stride + wide, rows, S, EVEN)  # (M, D)
-    d_out = _load_rows(do + rows[:, None] * do_stride + wide, rows, S, EVEN)
+    query = _load_rows_as(
+        q + rows[:, None] * q_stride + wide, rows, S, EVEN, "evict_last"
+    )  # (M, D)
+    d_out = _load_rows_as(do + rows[:, None] * do_stride + wide, rows, S, EVEN, "evict_last")
     delta = tl.load(deltas + rows)  # (M)
     level = _load_vector(lse, rows, S, EVEN)  # (M)
     kept = sums + first * D + tl.arange(0, M // 8)[:, None] * (8 * D) + tl.arange(0, 8 * D)[None, :]
@@ -230,7 +263,7 @@ def _backward_step(
     if DIAGONAL:
         p = tl.where(columns[:, None] <= rows[None, :], p, 0.0)
     dv = tl.dot(p.to(d_out.dtype), d_out, dv)
-    d_query = tl.load(kept, mask=earlier, other=0.0)
+    d_query = tl.load(kept, mask=earlier, other=0.0, eviction_policy="evict_last")
     ds = p * (tl.dot(value, tl.trans(d_out)) - delta[None, :])  # (N, M)
     ds = ds.to(query.dtype)
     dk = tl.dot(ds, query, dk)
@@ -241,7 +274,7 @@ def _backward_step(
         d_query = tl.trans(d_query) * scale
         _store_rotated_back(dq, dq_stride, d_query, rows, rope, S, D, ROPE, EVEN)
     else:
-        tl.store(kept, _thread_order(d_query, D, M))
+        tl.store(kept, _thread_order(d_query, D, M), eviction_policy="evict_last")
     return dk, dv
 
 
@@ -280,17 +313,12 @@ def backward_kernel(
         tl.debug_barrier()
         for start in range(0, padded, M):
             rows = start + tl.arange(0, M)
-            if ROPE:
-                _copy_rotated(dk + shared, K * D, k_head, k_stride, rows, rope, S, D, EVEN)
-            for member in range(GROUP):
-                if ROPE:
-                    _copy_rotated(
-                        dq + out + member * D, H * D, q_head + member * D, q_stride, rows, rope,
-                        S, D, EVEN,
-                    )  # fmt: skip
-                _store_delta(
-                    deltas + member * padded, do_head + member * D, do_stride,
-                    o + out + member * D, H * D, rows, S, D, EVEN,
+            for member in tl.static_range(GROUP):
+                _prepare(
+                    dq + out + member * D, H * D, q_head + member * D, q_stride,
+                    dk + shared, K * D, k_head, k_stride, deltas + member * padded,
+                    do_head + member * D, do_stride, o + out + member * D, rope, rows, S,
+                    D, ROPE, member == 0, EVEN,
                 )  # fmt: skip
         tl.debug_barrier()
         for start in range(0, S, N):
@@ -301,7 +329,8 @@ def backward_kernel(
             else:
                 key_rows = k_head + columns[:, None] * k_stride
             key = _load_rows(key_rows + wide, columns, S, EVEN)  # (N, D)
-            value = _load_rows(v_head + columns[:, None] * v_stride + wide, columns, S, EVEN)
+            value_rows = v_head + columns[:, None] * v_stride
+            value = _load_rows_as(value_rows + wide, columns, S, EVEN, "evict_first")
             d_key = tl.zeros((N, D), tl.float32)
             d_value = tl.zeros((N, D), tl.float32)
             for member in range(GROUP):

@@ -12,10 +12,9 @@ from megalr.parallel.plan import Plan
 BOTTLENECK_METHODS = ("low_rank", "cola")
 """Methods whose matrices are products of factors and nothing else."""
 
-FEWEST_FOR_BOTTLENECK = 4
-WIDE, FEWEST_FOR_WIDE = 4096, 2
-"""Ranks from which ``auto`` takes the bottleneck layout, and from which for hidden sizes of WIDE or
-more (docs/parallelism.md)."""
+WIDE = 2048
+"""Hidden size from which ``auto`` takes the bottleneck layout, the faster one there on 2 and on 4
+ranks; column_row is for 1024 and less (docs/parallelism.md)."""
 
 _TARGETS = {"q", "k", "v", "o", "gate", "up", "down"}
 
@@ -27,8 +26,7 @@ def make_plan(config: DecoderConfig, method: Any, mesh: Mesh, layout: str) -> Pl
         UserError: as :func:`check_plan`.
     """
     if layout == "auto":
-        fewest = FEWEST_FOR_WIDE if config.hidden_size >= WIDE else FEWEST_FOR_BOTTLENECK
-        fits = mesh.tensor_size >= fewest
+        fits = mesh.tensor_size > 1 and config.hidden_size >= WIDE
         fits = fits and _why_not_bottleneck(config, method, mesh.tensor_size) is None
         layout = "bottleneck" if fits else "column_row"
     plan = Plan(mesh, layout)

@@ -122,6 +122,7 @@ def _optimizer_of(config: RunConfig, decoder: Decoder) -> torch.optim.Optimizer:
         hidden_size=decoder.config.hidden_size,
         seed=config.run.seed,
         bf16_states=config.train.precision == "paper_bf16",
+        kernels=config.train.kernels == "auto",
     )
     return build_optimizer(config.optimizer, config.method, groups, facts)
 

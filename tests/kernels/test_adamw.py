@@ -47,7 +47,8 @@ def _parameters(
 def _new_gradients(parameters: Parameters, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for p in parameters:
-        p.grad = torch.randn(p.shape, generator=generator).to(p)
+        p.grad = torch.empty_like(p)  # torch wants the strides of p
+        p.grad.copy_(torch.randn(p.shape, generator=generator))
 
 
 def _stepped(options: dict[str, Any] | None = None) -> tuple[AdamW, Parameters]:

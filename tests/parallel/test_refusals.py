@@ -56,11 +56,12 @@ def test_plans_that_do_not_fit(
 
 def test_auto_takes_the_layout_that_the_model_has() -> None:
     config = decoder_config("llama_60m", {})
-    assert _plan(config, low_rank(), 2, "auto") == "column_row"
-    assert _plan(config, low_rank(), 4, "auto") == "bottleneck"
-    wide = replace(config, hidden_size=4096, num_heads=32, num_kv_heads=None)
-    assert _plan(wide, low_rank(), 2, "auto") == "bottleneck"
-    assert _plan(config, full_rank(), 4, "auto") == "column_row"
+    wide = replace(config, hidden_size=2048, num_heads=32, num_kv_heads=None)
+    for size in (2, 4):
+        assert _plan(config, low_rank(), size, "auto") == "column_row"
+        assert _plan(wide, low_rank(), size, "auto") == "bottleneck"
+        assert _plan(wide, full_rank(), size, "auto") == "column_row"
+    assert _plan(wide, low_rank(), 1, "auto") == "column_row"  # nothing is cut
     assert _plan(config, low_rank(), 2, "bottleneck") == "bottleneck"
 
 
