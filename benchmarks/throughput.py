@@ -203,6 +203,7 @@ def summary(name: str, case: Case, metrics: Path, gpus: int, launched: float) ->
         "peak_memory_gib": round(max(step["peak_memory_gib"] for step in steps), 2),
         "startup_seconds": start["startup_seconds"],
         "compile_seconds": round(compiled["compile_seconds"], 2) if compiled else 0.0,
+        "kernel_seconds": compiled and compiled["kernel_seconds"],
         "launch_to_first_update_seconds": (  # imports, compilation and all
             round(compiled["time"] - launched, 2) if compiled else None
         ),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import resource
+from typing import Any
 
 import torch
+
+from megalr.kernels import HAS_TRITON
 
 PEAK_BF16_FLOPS = {
     "NVIDIA B200": 2250e12,
@@ -36,14 +39,37 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def compile_seconds() -> float:
-    """Seconds that torch.compile has worked in this process, finding results in its cache included.
+class CompileClock:
+    """Seconds of compilation in this process, apart for torch.compile and for our own kernels.
 
-    Of wall clock, forward and backward graphs of all blocks; 0 if nothing was compiled.
+    Triton tells a listener, which the clock becomes, from version 3.4 on; before, and where there
+    is no Triton, ``kernel_seconds`` stays None. What is found in a cache takes next to nothing.
     """
-    from torch._dynamo.utils import calculate_time_spent
 
-    return float(calculate_time_spent()["total_wall_time"])
+    def __init__(self) -> None:
+        self.kernel_seconds: float | None = None
+        if not HAS_TRITON:
+            return
+        import triton
+
+        if hasattr(triton, "knobs"):
+            self.kernel_seconds = 0.0
+            self._before = triton.knobs.compilation.listener
+            triton.knobs.compilation.listener = self._listen
+
+    def _listen(self, **facts: Any) -> None:
+        if self._before is not None:
+            self._before(**facts)
+        function = getattr(facts["src"], "fn", None)
+        if getattr(function, "__module__", "").startswith("megalr."):  # else torch.compile's
+            self.kernel_seconds += facts["times"].total / 1e6
+
+    def metrics(self) -> dict[str, float | None]:
+        """``compile_seconds`` of torch.compile, wall clock, all blocks; and ``kernel_seconds``."""
+        from torch._dynamo.utils import calculate_time_spent
+
+        seconds = float(calculate_time_spent()["total_wall_time"])
+        return {"compile_seconds": seconds, "kernel_seconds": self.kernel_seconds}
 
 
 def peak_memory_gib(device: torch.device, graphed: bool = False) -> float:

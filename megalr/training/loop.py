@@ -34,7 +34,7 @@ from megalr.restarts.state import ShardedState
 from megalr.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from megalr.training.due import Due
 from megalr.training.evaluation import evaluate
-from megalr.training.hardware import compile_seconds, peak_flops, peak_memory_gib, wait_for
+from megalr.training.hardware import CompileClock, peak_flops, peak_memory_gib, wait_for
 from megalr.training.health import Health
 from megalr.training.interval import Asked, Interval, Made, Report
 from megalr.training.metrics import MetricsWriter, Stopwatch
@@ -59,8 +59,9 @@ class Trainer:
         metrics: where events go.
         stop: the ranks' decision to stop.
         watchdog: told of all progress.
+        clock: asked for the time of compilation.
         state: further plain values to save in every checkpoint.
-        saved: what the checkpoint says that the engine has loaded; None to start from nothing.
+        saved: what the checkpoint says that the engine has loaded; None without one.
 
     Attributes:
         update: updates done.
@@ -81,6 +82,7 @@ class Trainer:
         metrics: MetricsWriter,
         stop: StopCheck,
         watchdog: Watchdog,
+        clock: CompileClock,
         state: dict[str, Any],
         saved: dict[str, Any] | None,
     ) -> None:
@@ -94,6 +96,7 @@ class Trainer:
         self.metrics = metrics
         self.stop = stop
         self.watchdog = watchdog
+        self.clock = clock
         self.state = state
         self.health = Health(config.health)
         self.folder = Path(config.run.dir)
@@ -141,7 +144,7 @@ class Trainer:
         while self.update < self.config.train.updates and self.stop.reason is None:
             made = self.train_update(self._next_batch())
             if compiling:  # the first update of this start, or the CUDA graph before, compiled
-                self.metrics.write("compile", made.update, compile_seconds=compile_seconds())
+                self.metrics.write("compile", made.update, **self.clock.metrics())
                 compiling = False
             if late is not None:
                 self.hear_of(*late)
@@ -344,7 +347,6 @@ class Trainer:
         self.train_seconds += seconds
         numbers = report.interval.numbers(seconds)
         flops = numbers["tokens_per_second"] * self._flops_per_token / dist.get_world_size()
-        left = self.config.train.updates - report.update
         self.metrics.write(
             "step",
             report.update,
@@ -352,7 +354,7 @@ class Trainer:
             tokens=report.tokens,
             mfu=flops / self._peak_flops if self._peak_flops else "n/a",
             peak_memory_gib=peak_memory_gib(self.device, self.engine.module.graphed is not None),
-            eta_seconds=numbers["step_seconds"] * left,
+            eta_seconds=numbers["step_seconds"] * (self.config.train.updates - report.update),
         )
 
     def evaluate(self) -> None:

@@ -40,6 +40,7 @@ from megalr.training.distributed import (
 )
 from megalr.training.engine import build_engine, sizes_of
 from megalr.training.environment import check_ranks_agree, report, versions
+from megalr.training.hardware import CompileClock
 from megalr.training.loop import Trainer
 from megalr.training.metrics import MetricsWriter
 from megalr.training.position import Position
@@ -106,6 +107,7 @@ def _train(
     allowed: Sequence[str],
 ) -> int:
     """The run, once its folder is this job's; the exit code."""
+    clock = CompileClock()
     config = with_pretrained_sizes(config)
     mesh = make_mesh(config.parallel.tensor, device.type)
     ds_config = resolve_deepspeed_config(config, ds_user, ds_source, mesh.data_size)
@@ -162,6 +164,7 @@ def _train(
             metrics,
             stop,
             watchdog,
+            clock,
             {"data_fingerprint": train_data.fingerprint},
             saved,
         )
