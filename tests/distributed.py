@@ -16,12 +16,17 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
+from unittest.mock import patch
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "deepspeed", "megalr.training.pretrain"])
 _POOLS: dict[int, _Pool] = {}
+ON_THE_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+"""Workers use no GPU: there may be fewer than ranks, and what they compare is meant for a CPU."""
+
 PEER_SECONDS = 10.0
 """How long the other ranks have to answer once one has failed."""
 
@@ -37,6 +42,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def start_server() -> None:
+    """Start the server that workers are forked from; DeepSpeed looks for a GPU as it is imported."""
+    with patch.dict(os.environ, ON_THE_CPU):
+        forkserver.ensure_running()
+
+
 def become_rank(rank: int, world_size: int, port: int) -> None:
     """Set the variables that a launcher on one machine gives to a rank, on the CPU."""
     os.environ.update(
@@ -46,9 +57,8 @@ def become_rank(rank: int, world_size: int, port: int) -> None:
         LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
-        DS_ACCELERATOR="cpu",
-        CUDA_VISIBLE_DEVICES="",  # a machine may have fewer devices than a test has ranks
         OMP_NUM_THREADS="1",
+        **ON_THE_CPU,
     )
 
 
@@ -82,6 +92,7 @@ def _worker(rank: int, world_size: int, port: int, pipe: Connection) -> None:
 
 class _Pool:
     def __init__(self, world_size: int) -> None:
+        start_server()
         port = free_port()
         self.stuck = False
         self.pipes: list[Connection] = []

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from tests.distributed import CONTEXT, become_rank, free_port
+from tests.distributed import CONTEXT, become_rank, free_port, start_server
 
 ROOT = Path(__file__).resolve().parents[1]
 PRETRAIN = ROOT / "launchers" / "pretrain.py"
@@ -68,6 +68,7 @@ def start_ranks(
     ``hook(rank)`` (a function of a module) is called in each process before the script runs.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    start_server()
     port = free_port()
     outputs = [folder / f"rank-{rank}.out" for rank in range(world_size)]
     processes: list[BaseProcess] = []
