@@ -43,7 +43,7 @@ def free_port() -> int:
 
 
 def start_server() -> None:
-    """Start the server that workers are forked from; DeepSpeed looks for a GPU as it is imported."""
+    """Start the server of the workers; DeepSpeed looks for a GPU when it is imported there."""
     with patch.dict(os.environ, ON_THE_CPU):
         forkserver.ensure_running()
 
