@@ -146,24 +146,33 @@ def applies(q: torch.Tensor, mask: torch.Tensor | None, head_dim: int) -> bool:
 
 
 def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    rope: torch.Tensor | None,
-    head_dim: int,
+    projections: Sequence[torch.Tensor], rope: torch.Tensor | None, head_dim: int
 ) -> torch.Tensor:
     """Causal attention by the kernels: what :func:`plain_attention` computes without a mask.
 
     Rotation in float32, rounded to the dtype of q; scores and softmax in float32; probabilities
     rounded for the product with v. The gradients' sums are float32 too, rounded once, after the
     rotation back (plain autograd rounds before as well). Sums are never atomic: a repetition gives
-    the same bits. Shapes as in plain_attention; q, k, v may be views with any stride of B and S.
-    ``rope`` must hold the same angles in both halves of D, as decoder.rope_tables does.
+    the same bits. ``rope`` must hold the same angles in both halves of D, as decoder.rope_tables
+    does.
+
+    Args:
+        projections: q, k, v with shapes as in plain_attention, any stride of B and S; or one tensor
+            of them, ``(3, B, S, H * D)``, whose gradient is then one tensor too.
+        rope, head_dim: as in plain_attention.
 
     Raises:
         UserError: shapes, dtypes or tables do not fit each other.
     """
-    return torch.ops.megalr.causal_attention(q, k, v, rope, head_dim)[0]
+    return torch.ops.megalr.causal_attention(list(projections), rope, head_dim)[0]
+
+
+def _three(
+    projections: Sequence[torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k, v."""
+    q, k, v = projections[0] if len(projections) == 1 else projections
+    return q, k, v
 
 
 def _check(
@@ -228,10 +237,11 @@ def launch_backward(
     lse: torch.Tensor,
     head_dim: int,
     choice: Backward | None = None,
+    into: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv of q, k, v, contiguous, from do ``(B, S, H * D)`` and launch_forward's results.
 
-    ``choice`` replaces the configuration of the table above.
+    ``choice`` replaces the configuration of the table above; ``into``: memory for the results.
     """
     from megalr.kernels.attention_triton import backward_kernel
 
@@ -239,7 +249,7 @@ def launch_backward(
     group, K = width // k.shape[2], k.shape[2] // D
     choice = choice or backward_choice(D, S)
     q, k, v, do = _rows(q), _rows(k), _rows(v), _rows(do)
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    dq, dk, dv = into or (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
     processors = 1
     if q.is_cuda:
         processors = torch.cuda.get_device_properties(q.device).multi_processor_count
@@ -264,62 +274,78 @@ def launch_backward(
 
 
 # Schemas are spelt out because torch 2.6 does not read annotations that are strings.
-_forward = torch.library.custom_op(
+@torch.library.custom_op(
     "megalr::causal_attention",
-    launch_forward,
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor? rope, int head_dim) -> (Tensor, Tensor)",
+    schema="(Tensor[] projections, Tensor? rope, int head_dim) -> (Tensor, Tensor)",
 )
-_backward = torch.library.custom_op(
+def _forward(
+    projections: Sequence[torch.Tensor], rope: torch.Tensor | None, head_dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return launch_forward(*_three(projections), rope, head_dim)
+
+
+@torch.library.custom_op(
     "megalr::causal_attention_backward",
-    launch_backward,
     mutates_args=(),
-    schema="(Tensor do, Tensor q, Tensor k, Tensor v, Tensor? rope, Tensor o, Tensor lse,"
-    " int head_dim) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor do, Tensor[] projections, Tensor? rope, Tensor o, Tensor lse, int head_dim)"
+    " -> Tensor[]",
 )
+def _backward(
+    do: torch.Tensor,
+    projections: Sequence[torch.Tensor],
+    rope: torch.Tensor | None,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    head_dim: int,
+) -> list[torch.Tensor]:
+    """Gradients in the form that the projections came in."""
+    grads = [x.new_empty(x.shape) for x in projections]
+    launch_backward(do, *_three(projections), rope, o, lse, head_dim, into=_three(grads))
+    return grads
 
 
 @_forward.register_fake
-def _(q: Any, k: Any, v: Any, rope: Any, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    B, S, width = q.shape
-    lse = q.new_empty((B, width // head_dim, S), dtype=torch.float32)
-    return q.new_empty((B, S, width)), lse
+def _(projections: Any, rope: Any, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    B, S, width = projections[0].shape[-3:]
+    lse = projections[0].new_empty((B, width // head_dim, S), dtype=torch.float32)
+    return projections[0].new_empty((B, S, width)), lse
 
 
 @_backward.register_fake
-def _(
-    do: Any, q: Any, k: Any, v: Any, rope: Any, o: Any, lse: Any, head_dim: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _(do: Any, projections: Any, rope: Any, o: Any, lse: Any, head_dim: int) -> list[torch.Tensor]:
+    return [x.new_empty(x.shape) for x in projections]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    q, k, v, rope, ctx.head_dim = inputs
-    ctx.save_for_backward(q, k, v, rope, *output)
+    projections, rope, ctx.head_dim = inputs
+    ctx.save_for_backward(rope, *output, *projections)
     ctx.set_materialize_grads(False)  # no zeros for lse, which nobody differentiates
 
 
-def _gradients(ctx: Any, do: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
+def _gradients(
+    ctx: Any, do: torch.Tensor | None, _: None
+) -> tuple[list[torch.Tensor | None] | None, None, None]:
+    rope, o, lse, *projections = ctx.saved_tensors
     if do is None:
-        return None, None, None, None, None
-    q, k, v, rope, o, lse = ctx.saved_tensors
-    dq, dk, dv = torch.ops.megalr.causal_attention_backward(do, q, k, v, rope, o, lse, ctx.head_dim)
-    return dq, dk, dv, None, None
+        return [None] * len(projections), None, None
+    grads = torch.ops.megalr.causal_attention_backward(do, projections, rope, o, lse, ctx.head_dim)
+    return grads, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_keep)
 
 
-def _product_flops(q: Sequence[int]) -> int:
-    """FLOPs of one product of S by S scores; q is the shape ``(B, S, H * D)``."""
-    return 2 * q[0] * q[1] * q[1] * q[2]
+def _product_flops(o: Sequence[int]) -> int:
+    """FLOPs of one product of S by S scores; o is the shape ``(B, S, H * D)``."""
+    return 2 * o[0] * o[1] * o[1] * o[2]
 
 
 # torch.utils.flop_counter cannot see inside an operator; it is told what happens there, with the
 # masked scores counted as torch does for scaled_dot_product_attention.
 @register_flop_formula(torch.ops.megalr.causal_attention)
-def _forward_flops(q: Sequence[int], *_: Any, **__: Any) -> int:
-    return 2 * _product_flops(q)
+def _forward_flops(projections: Sequence[Sequence[int]], *_: Any, **__: Any) -> int:
+    return 2 * _product_flops(projections[0][-3:])
 
 
 @register_flop_formula(torch.ops.megalr.causal_attention_backward)

@@ -8,6 +8,7 @@ numbers a token. W is the matrix ``down`` or, of a factorized one, its factor A.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,26 +33,26 @@ def swiglu_product(projections: Sequence[Tensor], w: Tensor) -> Tensor:
     """``(silu(gate) up) W^T``.
 
     Args:
-        projections: gate and up, ``(..., f)`` each, or one tensor ``(..., 2 f)`` of both side by
-            side, as one GEMM leaves them.
+        projections: gate and up, ``(..., f)`` each, or one tensor of both, as one GEMM leaves them:
+            ``(..., 2 f)`` side by side or ``(2, ..., f)``.
         w: ``(m, f)``.
 
     Returns:
         ``(..., m)``. The elementwise part is computed in float32 and rounded once.
     """
-    gate, up = _rows(projections)  # (N, f)
+    gate, up = _rows(projections, w)  # (N, f)
     if swiglu_applies(gate):
         from megalr.kernels.swiglu_triton import forward
 
         hidden = forward(gate, up)
     else:
         hidden = (F.silu(_wide(gate)) * _wide(up)).to(gate.dtype)
-    return (hidden @ w.t()).view(*projections[0].shape[:-1], w.shape[0])
+    return (hidden @ w.t()).view(*_leading(projections, w), w.shape[0])
 
 
 @swiglu_product.register_fake
 def _(projections: Sequence[Tensor], w: Tensor) -> Tensor:
-    return w.new_empty(*projections[0].shape[:-1], w.shape[0])
+    return w.new_empty(*_leading(projections, w), w.shape[0])
 
 
 @torch.library.custom_op("megalr::swiglu_product_backward", mutates_args=(), schema=_BACKWARD)
@@ -60,7 +61,7 @@ def swiglu_product_backward(
 ) -> tuple[list[Tensor], Tensor]:
     """Gradients of the projections, in the form they came in, and of W."""
     grads = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in projections]
-    (gate, up), (dgate, dup) = _rows(projections), _rows(grads)
+    (gate, up), (dgate, dup) = _rows(projections, w), _rows(grads, w)
     flat = dy.reshape(-1, w.shape[0])  # (N, m)
     hidden = flat @ w  # (N, f), the gradient of the product until the kernel has run
     if swiglu_applies(gate):
@@ -92,8 +93,21 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _rows(projections: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _leads(projections: Sequence[Tensor], w: Tensor) -> bool:
+    """Whether the projections are one tensor ``(2, ..., f)``."""
+    return len(projections) == 1 and projections[0].shape[-1] == w.shape[1]
+
+
+def _leading(projections: Sequence[Tensor], w: Tensor) -> tuple[int, ...]:
+    """The dimensions before f."""
+    return projections[0].shape[1:-1] if _leads(projections, w) else projections[0].shape[:-1]
+
+
+def _rows(projections: Sequence[Tensor], w: Tensor) -> tuple[Tensor, Tensor]:
     """Gate and up as ``(N, f)`` each, views where possible."""
+    if _leads(projections, w):
+        gate, up = projections[0].reshape(2, -1, w.shape[1])
+        return gate, up
     flat = [p.reshape(-1, p.shape[-1]) for p in projections]
     gate, up = flat if len(flat) == 2 else flat[0].chunk(2, dim=-1)
     return gate, up
@@ -114,10 +128,8 @@ swiglu_product.register_autograd(_backward, setup_context=_keep)
 
 @register_flop_formula(torch.ops.megalr.swiglu_product)
 def _flops(projections: Any, w: Any, *_: Any, **__: Any) -> int:
-    tokens = 1
-    for size in projections[0][:-1]:
-        tokens *= size
-    return 2 * tokens * w[0] * w[1]
+    numbers = sum(math.prod(size) for size in projections)  # 2 f a token
+    return numbers * w[0]
 
 
 @register_flop_formula(torch.ops.megalr.swiglu_product_backward)

@@ -20,9 +20,9 @@ class CoLALinear(BottleneckLinear):
     def __init__(self, shape: LinearShape, rank: int, bias: bool = False) -> None:
         super().__init__(shape, rank, float(rank), bias)  # scale 1
 
-    def outputs_of(self, h: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def outputs_of(self, h: torch.Tensor, together: bool = False) -> tuple[torch.Tensor, ...]:
         """``silu(h_i) B_i^T (+ bias_i)`` of bottlenecks ``h (..., G r)``, ``(..., m_i)`` each."""
-        return super().outputs_of(F.silu(h))
+        return super().outputs_of(F.silu(h), together)
 
     @torch.no_grad()
     def reset_parameters(self, seed: int, std: float) -> None:

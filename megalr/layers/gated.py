@@ -15,7 +15,7 @@ class Gated:
     """``silu(gate) up``, not formed yet: a layer that reads it multiplies in the same operator.
 
     Attributes:
-        projections: gate and up, or one tensor of both side by side (kernels.swiglu).
+        projections: gate and up, or one tensor of both (kernels.swiglu).
     """
 
     projections: tuple[torch.Tensor, ...]

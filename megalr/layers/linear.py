@@ -53,6 +53,14 @@ class GroupedLinear(nn.Module, ABC):
     def load_dense(self, index: int, weight: torch.Tensor) -> None:
         """Set W_index to the whole ``weight (m, n)``, or as near as the layer can come."""
 
+    def together(self, x: torch.Tensor | Unscaled) -> tuple[torch.Tensor, ...]:
+        """The outputs in one tensor if the layer has them so, for operators that take both forms.
+
+        That is ``(..., sum m_i)`` side by side or ``(G, ..., m)``; else the G outputs.
+        """
+        outputs: tuple[torch.Tensor, ...] = self(x)
+        return outputs
+
     def used_rows(self, index: int) -> slice:
         """Rows of matrix ``index`` in the stack held here, without padding."""
         start, _ = self.shape.row_ranges()[index]
@@ -114,11 +122,13 @@ class FullRankLinear(GroupedLinear):
         set_shard(self.weight, shape.shard())
 
     def forward(self, x: torch.Tensor | Gated) -> tuple[torch.Tensor, ...]:
-        return self.stacked(x).split(self.sizes, dim=-1)
+        return self.dense_output(x, self.weight).split(self.sizes, dim=-1)
 
-    def stacked(self, x: torch.Tensor | Gated) -> torch.Tensor:
+    def together(self, x: torch.Tensor | Unscaled) -> tuple[torch.Tensor, ...]:
         """The outputs side by side, ``(..., sum m_i)``, as the GEMM leaves them."""
-        return self.dense_output(x, self.weight)
+        if isinstance(x, Unscaled):  # only matrices behind a bottleneck read it
+            return super().together(x)
+        return (self.dense_output(x, self.weight),)
 
     @torch.no_grad()
     def reset_parameters(self, seed: int, std: float) -> None:
@@ -179,11 +189,15 @@ class FactorizedLinear(GroupedLinear):
     def low_rank_outputs(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """``scale (x A_i^T) B_i^T`` for every matrix, ``(..., m_i)`` each; no bias."""
         h = copy(self.bottleneck(x), self.output_group)
-        return tuple(expand(h, self.b, self.sizes, self.scale))
+        return tuple(expand(h, self.b, self.sizes, self.scale, False))
 
-    def outputs_of(self, h: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """``scale h_i B_i^T (+ bias_i)`` of bottlenecks ``h (..., G r)``, ``(..., m_i)`` each."""
-        outputs = expand(copy(h, self.output_group), self.b, self.sizes, self.scale)
+    def outputs_of(self, h: torch.Tensor, together: bool = False) -> tuple[torch.Tensor, ...]:
+        """``scale h_i B_i^T (+ bias_i)`` of bottlenecks ``h (..., G r)``, ``(..., m_i)`` each.
+
+        ``together``: one tensor ``(G, ..., m)``; of matrices of one size, without biases.
+        """
+        h = copy(h, self.output_group)
+        outputs = expand(h, self.b, self.sizes, self.scale, together)
         if self.bias is None:
             return tuple(outputs)
         biases = self.bias.split(self.sizes)
@@ -237,6 +251,12 @@ class BottleneckLinear(FactorizedLinear):
 
     def forward(self, x: torch.Tensor | Unscaled | Gated) -> tuple[torch.Tensor, ...]:
         return self.outputs_of(self.bottleneck(x))
+
+    def together(self, x: torch.Tensor | Unscaled) -> tuple[torch.Tensor, ...]:
+        """``(G, ..., m)`` where the matrices have one size and no biases."""
+        if self.bias is not None or len(set(self.sizes)) > 1:
+            return super().together(x)
+        return self.outputs_of(self.bottleneck(x), together=True)
 
 
 class LowRankLinear(BottleneckLinear):

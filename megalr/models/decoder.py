@@ -63,6 +63,11 @@ def rope_tables(length: int, head_dim: int, theta: float, device: torch.device) 
     return torch.stack((angles.cos(), angles.sin()))
 
 
+def _values(x: torch.Tensor | Unscaled) -> torch.Tensor:
+    """A tensor with device, dtype and shape of what a layer reads."""
+    return x if isinstance(x, torch.Tensor) else x.values
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention.
 
@@ -91,19 +96,22 @@ class Attention(nn.Module):
     def forward(
         self, x: torch.Tensor | Unscaled, rope: torch.Tensor | None, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        (y,) = self.o(self.mix(self.qkv(x), rope, mask))
+        (y,) = self.o(self.mix(x, rope, mask))
         return y
 
     def mix(
-        self,
-        projections: tuple[torch.Tensor, ...],
-        rope: torch.Tensor | None,
-        mask: torch.Tensor | None,
+        self, x: torch.Tensor | Unscaled, rope: torch.Tensor | None, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """``softmax(q k^T) v`` of the outputs of ``qkv``, heads side by side: what ``o`` reads."""
-        q, k, v = projections  # under tensor parallelism this rank's heads
-        if self.fused and applies(q, mask, self.config.head_dim):
-            return attention(q, k, v, rope, self.config.head_dim)
+        """``softmax(q k^T) v``, heads side by side: what ``o`` reads.
+
+        Under tensor parallelism q, k, v are those of this rank's heads.
+        """
+        if self.fused and applies(_values(x), mask, self.config.head_dim):
+            # One tensor side by side, of a dense layer, is not what the operator takes.
+            together = isinstance(self.qkv, BottleneckLinear)
+            projections = self.qkv.together(x) if together else self.qkv(x)
+            return attention(projections, rope, self.config.head_dim)
+        q, k, v = self.qkv(x)
         return plain_attention(q, k, v, rope, mask, self.config.head_dim)
 
 
@@ -133,12 +141,10 @@ class MLP(nn.Module):
         self.fused = False  # whether down may form its input itself
 
     def forward(self, x: torch.Tensor | Unscaled) -> torch.Tensor:
-        if self.fused and isinstance(self.into, FullRankLinear) and isinstance(x, torch.Tensor):
-            projections: tuple[torch.Tensor, ...] = (self.into.stacked(x),)
+        if self.fused and swiglu_applies(_values(x)):
+            (y,) = self.down(Gated(self.into.together(x)))
         else:
-            projections = self.into(x)
-        fused = self.fused and swiglu_applies(projections[0])
-        (y,) = self.down(Gated(projections) if fused else self.mix(projections))
+            (y,) = self.down(self.mix(self.into(x)))
         return y
 
     def fuse(self) -> None:
@@ -148,8 +154,6 @@ class MLP(nn.Module):
 
     def mix(self, projections: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """``act(gate) * up``, or ``act(up)``: what ``down`` reads, ``(B, S, padded width)``."""
-        if len(projections) == 1 and self.gated:
-            projections = projections[0].chunk(2, dim=-1)
         hidden = self.activation(projections[0])
         return hidden * projections[1] if self.gated else hidden
 

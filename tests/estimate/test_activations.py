@@ -61,7 +61,8 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(megalr.models.decoder, "applies", lambda *_: True)
     monkeypatch.setattr(megalr.models.decoder, "swiglu_applies", lambda _: True)
 
-    def attention(q: Any, k: Any, v: Any, rope: Any, head_dim: int) -> Any:
+    def attention(projections: Any, rope: Any, head_dim: int) -> Any:
+        q, k, v = projections[0] if len(projections) == 1 else projections
         y = plain_attention(q, k, v, rope, None, head_dim)
         return y, y.new_empty(BATCH, y.shape[-1] // head_dim, LENGTH, dtype=torch.float32)
 

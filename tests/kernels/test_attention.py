@@ -105,23 +105,28 @@ def test_kernels_equal_float64(case: str, dtype: torch.dtype) -> None:
 
 
 @needs_triton
+@pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_operator_is_differentiable_and_compiles(compiled: bool) -> None:
+def test_operator_is_differentiable_and_compiles(compiled: bool, together: bool) -> None:
     """Autograd of the operator, eager and in one graph; do of a broadcast, of stride 0."""
-    B, S, H, _, D = shape = (1, 17, 2, 1, 32)
-    q, k, v = (x.requires_grad_() for x in _inputs(shape, HALF)[:3])
+    B, S, H, _, D = shape = (1, 17, 2, 2 if together else 1, 32)
+    q, k, v = _inputs(shape, HALF)[:3]
+    projections = [torch.stack((q, k, v))] if together else [q, k, v]
+    projections = [x.requires_grad_() for x in projections]
     rope = _rope(S, D)
 
-    def work(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return attention(q, k, v, rope, D)
+    def work(*projections: torch.Tensor) -> torch.Tensor:
+        return attention(projections, rope, D)
 
     if compiled:
         work = torch.compile(work, fullgraph=True, backend="aot_eager")
-    o = work(q, k, v)
+    o = work(*projections)
     o.sum().backward()
     ones = torch.ones(B, S, H * D, device=DEVICE)
     expected = _reference([q, k, v, ones], rope, D)
-    for result, value in zip((o, q.grad, k.grad, v.grad), expected, strict=True):
+    grads = [x.grad for x in projections]
+    parts = grads[0].unbind() if together and grads[0] is not None else grads
+    for result, value in zip((o, *parts), expected, strict=True):
         assert result is not None
         assert (result.double() - value).norm() / value.norm() < 1e-2
 
@@ -133,7 +138,7 @@ def test_operator_passes_the_checks_of_torch() -> None:
     for x in (q, k, v):
         x.requires_grad_()
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    arguments = (q, k, v, _rope(5, 32), 32)
+    arguments = ([q, k, v], _rope(5, 32), 32)
     torch.library.opcheck(torch.ops.megalr.causal_attention.default, arguments, test_utils=checks)
 
 
@@ -141,22 +146,27 @@ def test_fake_operator_gives_shapes_without_triton() -> None:
     """What torch.compile traces: shapes and dtypes of all results, here on meta tensors."""
     q = torch.empty(2, 7, 4 * 64, dtype=torch.bfloat16, device="meta")
     k = torch.empty(2, 7, 2 * 64, dtype=torch.bfloat16, device="meta")
-    o, lse = torch.ops.megalr.causal_attention(q, k, k, None, 64)
+    o, lse = torch.ops.megalr.causal_attention([q, k, k], None, 64)
     assert o.shape == q.shape and o.dtype == q.dtype
     assert lse.shape == (2, 4, 7) and lse.dtype == torch.float32
-    grads = torch.ops.megalr.causal_attention_backward(o, q, k, k, None, o, lse, 64)
+    grads = torch.ops.megalr.causal_attention_backward(o, [q, k, k], None, o, lse, 64)
     assert [x.shape for x in grads] == [q.shape, k.shape, k.shape]
+    qkv = torch.empty(3, *q.shape, dtype=q.dtype, device="meta")
+    o, lse = torch.ops.megalr.causal_attention([qkv], None, 64)
+    assert o.shape == q.shape and lse.shape == (2, 4, 7)
+    (grad,) = torch.ops.megalr.causal_attention_backward(o, [qkv], None, o, lse, 64)
+    assert grad.shape == qkv.shape
 
 
 def test_refuses_what_does_not_fit() -> None:
     """Before anything is launched."""
     q, k, v, _ = _inputs((1, 4, 2, 2, 32), torch.bfloat16)
     with pytest.raises(UserError, match="head width 16"):
-        attention(q, k, v, None, 16)
+        attention((q, k, v), None, 16)
     with pytest.raises(UserError, match="do not fit"):
-        attention(q, k, v.float(), None, 32)
+        attention((q, k, v.float()), None, 32)
     with pytest.raises(UserError, match="tables"):
-        attention(q, k, v, _rope(5, 32), 32)
+        attention((q, k, v), _rope(5, 32), 32)
 
 
 @pytest.mark.parametrize("level", ["forward", "backward"])
@@ -166,7 +176,7 @@ def test_counts_the_work_of_sdpa(level: str) -> None:
     counts = []
     for function in (
         lambda: plain_attention(q, k, v, None, None, 32),
-        lambda: attention(q, k, v, None, 32),
+        lambda: attention((q, k, v), None, 32),
     ):
         with FlopCounterMode(display=False) as counter:
             o = function()

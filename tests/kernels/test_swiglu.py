@@ -19,17 +19,25 @@ needs_triton = pytest.mark.skipif(
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _inputs(together: bool, dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.Tensor]:
+SHAPES = {
+    "apart": [(2, 7, 10), (2, 7, 10)],
+    "side by side": [(2, 7, 20)],
+    "one behind the other": [(2, 2, 7, 10)],
+}
+
+
+def _inputs(form: str, dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.Tensor]:
     torch.manual_seed(0)
-    widths = [20] if together else [10, 10]
-    projections = [torch.randn(2, 7, n, dtype=dtype, requires_grad=True) for n in widths]
+    projections = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in SHAPES[form]]
     return projections, torch.randn(6, 10, dtype=dtype, requires_grad=True)
 
 
-@pytest.mark.parametrize("together", [False, True])
-def test_values_and_gradients_in_float64(together: bool) -> None:
-    projections, w = _inputs(together, torch.float64)
-    gate, up = projections[0].chunk(2, dim=-1) if together else projections
+@pytest.mark.parametrize("form", SHAPES)
+def test_values_and_gradients_in_float64(form: str) -> None:
+    projections, w = _inputs(form, torch.float64)
+    gate, up = projections if form == "apart" else projections[0].chunk(2, dim=-1)
+    if form == "one behind the other":
+        gate, up = projections[0]
     weights = torch.randn(2, 7, 6, dtype=torch.float64)
     results = []
     for y in (swiglu_product(projections, w), F.linear(F.silu(gate) * up, w)):
@@ -37,8 +45,9 @@ def test_values_and_gradients_in_float64(together: bool) -> None:
     torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-12)
 
 
-def test_operator_is_registered_as_compilation_needs_it() -> None:
-    torch.library.opcheck(swiglu_product, _inputs(False, torch.float32))
+@pytest.mark.parametrize("form", SHAPES)
+def test_operator_is_registered_as_compilation_needs_it(form: str) -> None:
+    torch.library.opcheck(swiglu_product, _inputs(form, torch.float32))
 
 
 @needs_triton

@@ -29,7 +29,7 @@ def test_values_and_gradients_in_float64(scale: float) -> None:
     h, b = _inputs(torch.float64)
     weights = [torch.randn(2, 5, size, dtype=torch.float64) for size in SIZES]
     results = []
-    for outputs in (expand(h, b, SIZES, scale), _plain(h, b, scale)):
+    for outputs in (expand(h, b, SIZES, scale, False), _plain(h, b, scale)):
         loss = (outputs[0] * weights[0]).sum() + (outputs[2] * weights[2]).sum()
         results.append((list(outputs), torch.autograd.grad(loss, (h, b))))
     torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-12)
@@ -41,18 +41,45 @@ def test_scale_is_applied_before_rounding() -> None:
     h, b = _inputs(torch.bfloat16)
     scale = 1 / 3
     exact = _plain(h.detach().double(), b.detach().double(), scale)
-    for y, expected in zip(expand(h, b, SIZES, scale), exact, strict=True):
+    for y, expected in zip(expand(h, b, SIZES, scale, False), exact, strict=True):
         torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=2**-10)
 
 
 def test_operator_is_registered_as_compilation_needs_it() -> None:
     """Shapes without data, no aliases, gradients under AOT autograd."""
     h, b = _inputs(torch.float32)
-    torch.library.opcheck(expand, (h, b, SIZES, 0.5))
+    torch.library.opcheck(expand, (h, b, SIZES, 0.5, False))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 0.37])
+def test_together_in_float64(scale: float, compiled: bool) -> None:
+    """One tensor of all outputs, whose gradient is one tensor too."""
+    torch.manual_seed(0)
+    sizes = [6, 6, 6]
+    h = torch.randn(2, 5, 3 * RANK, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(18, RANK, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(3, 2, 5, 6, dtype=torch.float64)
+    work = torch.compile(expand, backend="aot_eager", fullgraph=True) if compiled else expand
+    (y,) = work(h, b, sizes, scale, True)
+    parts = zip(h.split(RANK, dim=-1), b.split(sizes), strict=True)
+    expected = torch.stack([scale * F.linear(h_i, b_i) for h_i, b_i in parts])
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    found = torch.autograd.grad((y * weights).sum(), (h, b))
+    wanted = torch.autograd.grad((expected * weights).sum(), (h, b))
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_together_is_registered_as_compilation_needs_it() -> None:
+    h = torch.randn(2, 5, 3 * RANK, requires_grad=True)
+    b = torch.randn(18, RANK, requires_grad=True)
+    torch.library.opcheck(expand, (h, b, [6, 6, 6], 0.5, True))
 
 
 def test_compiles_into_one_graph() -> None:
     h, b = _inputs(torch.float32)
     compiled = torch.compile(expand, backend="aot_eager", fullgraph=True)
-    for y, expected in zip(compiled(h, b, SIZES, 0.5), expand(h, b, SIZES, 0.5), strict=True):
+    for y, expected in zip(
+        compiled(h, b, SIZES, 0.5, False), expand(h, b, SIZES, 0.5, False), strict=True
+    ):
         torch.testing.assert_close(y, expected, rtol=0, atol=0)
