@@ -59,9 +59,10 @@ def build(config: DecoderConfig, kind: str, device: torch.device, compiled: bool
 
 def forward(decoder: Decoder, x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
     """The blocks' output for ``x``."""
+    added = torch.zeros_like(x)
     for block in decoder.blocks():
-        x = block(x, rope, None)
-    return x
+        x, added = block(x, rope, None, added)
+    return x + added
 
 
 def one_pass(decoder: Decoder, x: torch.Tensor, rope: torch.Tensor, gradient: torch.Tensor) -> None:

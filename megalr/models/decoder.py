@@ -159,7 +159,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """``x + attention(norm x)``, then ``x + mlp(norm x)``.
+    """``x + attention(norm x)``, then ``x + mlp(norm x)``, the last sum left to who comes next.
+
+    A compiled block cannot put its last sum into the kernel of a norm that is in another block; the
+    next block, which is given both terms, can.
 
     ``recompute``: what the backward pass computes again (models.recompute).
     """
@@ -180,18 +183,28 @@ class Block(nn.Module):
         self.mlp = MLP(config, f"layers.{index}.mlp", make_linear, plan)
 
     def forward(
-        self, x: torch.Tensor, rope: torch.Tensor | None, mask: torch.Tensor | None
-    ) -> torch.Tensor:
+        self,
+        x: torch.Tensor,
+        rope: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        added: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two terms whose sum is the output, for the input ``x + added (B, S, h)``."""
+        if added is not None:
+            x = x + added
         if self.recompute == "none" or not torch.is_grad_enabled():
             return self._whole(x, rope, mask)
         sizes = self.attention.qkv.sizes
-        return recomputed(self._whole, x, rope, mask, level=self.recompute, read_by_attention=sizes)
+        terms: tuple[torch.Tensor, torch.Tensor] = recomputed(
+            self._whole, x, rope, mask, level=self.recompute, read_by_attention=sizes
+        )
+        return terms
 
     def _whole(
         self, x: torch.Tensor, rope: torch.Tensor | None, mask: torch.Tensor | None
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         x = x + self.attention(self.attention_norm(x), rope, mask)
-        return x + self.mlp(self.mlp_norm(x))
+        return x, self.mlp(self.mlp_norm(x))
 
 
 class Decoder(nn.Module):
@@ -273,9 +286,10 @@ class Decoder(nn.Module):
         else:
             rope = rope_tables(S, self.config.head_dim, self.config.rope_theta, x.device)
         mask = self._window_mask(S, x.device)
-        for layer in self.blocks():
-            x = layer(x, rope, mask)
-        return self.norm(self.plan.end_residual(x))
+        added = torch.zeros_like(x)  # None would be a second kind of block to compile
+        for block in self.blocks():
+            x, added = block(x, rope, mask, added)
+        return self.norm(self.plan.end_residual(x + added))
 
     def _window_mask(self, S: int, device: torch.device) -> torch.Tensor | None:
         """``(S, S)`` True where a position may look; None if plain causal attention does it."""

@@ -21,7 +21,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -38,11 +37,11 @@ PRODUCTS = ("aten::mm", "aten::addmm", "megalr::sparse_low_rank", "megalr::swigl
 
 
 def recomputed(
-    function: Callable[..., torch.Tensor],
+    function: Callable[..., Any],
     *inputs: Any,
     level: str,
     read_by_attention: tuple[int, ...],
-) -> torch.Tensor:
+) -> Any:
     """``function(*inputs)``, of which the backward pass keeps what ``level`` says.
 
     Args:

@@ -98,12 +98,13 @@ def _kept_numbers(
     width = SIZES.hidden_size // (plan.mesh.tensor_size if plan.cut_residual else 1)
     x = torch.randn(BATCH, LENGTH, width, requires_grad=True, dtype=torch.bfloat16)
     rope = torch.ones(2, LENGTH, SIZES.head_dim)
-    alive = [x]
+    alive = [(x, torch.zeros_like(x))]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         for block in decoder.blocks():
             if compiled:
                 block.compile(dynamic=False, backend="aot_eager_decomp_partition")
-            alive.append(block(alive[-1], rope, None))
+            x, added = alive[-1]
+            alive.append(block(x, rope, None, added))
     return sum(kept.values()) / (2 * BATCH * LENGTH * SIZES.num_layers)
 
 
