@@ -130,7 +130,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor, Tensor, None, None, None]:
     h, b = ctx.saved_tensors
-    if None in grads:
+    if any(grad is None for grad in grads):
         zeros = [torch.zeros_like(y) for y in _empty_outputs(h, ctx.sizes, ctx.together)]
         grads = [zero if grad is None else grad for grad, zero in zip(grads, zeros, strict=True)]
     dh, db = expand_backward(grads, h, b, ctx.sizes, ctx.scale, ctx.together)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,10 +54,11 @@ class GroupedLinear(nn.Module, ABC):
     def load_dense(self, index: int, weight: torch.Tensor) -> None:
         """Set W_index to the whole ``weight (m, n)``, or as near as the layer can come."""
 
-    def together(self, x: torch.Tensor | Unscaled) -> tuple[torch.Tensor, ...]:
+    def together(self, x: Any) -> tuple[torch.Tensor, ...]:
         """The outputs in one tensor if the layer has them so, for operators that take both forms.
 
-        That is ``(..., sum m_i)`` side by side or ``(G, ..., m)``; else the G outputs.
+        That is ``(..., sum m_i)`` side by side or ``(G, ..., m)``; else the G outputs. ``x`` is
+        what forward takes.
         """
         outputs: tuple[torch.Tensor, ...] = self(x)
         return outputs
@@ -124,10 +126,8 @@ class FullRankLinear(GroupedLinear):
     def forward(self, x: torch.Tensor | Gated) -> tuple[torch.Tensor, ...]:
         return self.dense_output(x, self.weight).split(self.sizes, dim=-1)
 
-    def together(self, x: torch.Tensor | Unscaled) -> tuple[torch.Tensor, ...]:
+    def together(self, x: Any) -> tuple[torch.Tensor, ...]:
         """The outputs side by side, ``(..., sum m_i)``, as the GEMM leaves them."""
-        if isinstance(x, Unscaled):  # only matrices behind a bottleneck read it
-            return super().together(x)
         return (self.dense_output(x, self.weight),)
 
     @torch.no_grad()
@@ -252,7 +252,7 @@ class BottleneckLinear(FactorizedLinear):
     def forward(self, x: torch.Tensor | Unscaled | Gated) -> tuple[torch.Tensor, ...]:
         return self.outputs_of(self.bottleneck(x))
 
-    def together(self, x: torch.Tensor | Unscaled) -> tuple[torch.Tensor, ...]:
+    def together(self, x: Any) -> tuple[torch.Tensor, ...]:
         """``(G, ..., m)`` where the matrices have one size and no biases."""
         if self.bias is not None or len(set(self.sizes)) > 1:
             return super().together(x)
