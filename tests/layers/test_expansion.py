@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megalr.layers.expansion import expand
+from megalr.layers.expansion import MANY_ROWS, expand
 
 SIZES = [6, 10, 6]
 RANK = 4
@@ -53,13 +53,14 @@ def test_operator_is_registered_as_compilation_needs_it() -> None:
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 0.37])
-def test_together_in_float64(scale: float, compiled: bool) -> None:
+@pytest.mark.parametrize("rows", [6, MANY_ROWS])
+def test_together_in_float64(rows: int, scale: float, compiled: bool) -> None:
     """One tensor of all outputs, whose gradient is one tensor too."""
     torch.manual_seed(0)
-    sizes = [6, 6, 6]
+    sizes = [rows, rows, rows]
     h = torch.randn(2, 5, 3 * RANK, dtype=torch.float64, requires_grad=True)
-    b = torch.randn(18, RANK, dtype=torch.float64, requires_grad=True)
-    weights = torch.randn(3, 2, 5, 6, dtype=torch.float64)
+    b = torch.randn(3 * rows, RANK, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(3, 2, 5, rows, dtype=torch.float64)
     work = torch.compile(expand, backend="aot_eager", fullgraph=True) if compiled else expand
     (y,) = work(h, b, sizes, scale, True)
     parts = zip(h.split(RANK, dim=-1), b.split(sizes), strict=True)
