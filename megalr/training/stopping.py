@@ -32,10 +32,10 @@ _STOP_FILE_SEEN = 1  # beside the numbers of signals, none of the stop signals h
 class StopCheck:
     """Asks all ranks, about once a second, whether any of them was asked to stop.
 
-    A question is one all-reduce of two numbers that the host waits for. How many calls lie between
-    two questions follows from the slowest rank's time, which travels with the question, so every
-    rank asks at the same calls. It starts at 1, at most doubles, and is 1 again after
-    ``agreed(now=True)``.
+    A question is one all-reduce of two numbers that the host waits for; one rank asks nobody. How
+    many calls lie between two questions follows from the slowest rank's time, which travels with
+    the question, so every rank asks at the same calls. It starts at 1, at most doubles, and is 1
+    again after ``agreed(now=True)``.
 
     Args:
         request: what this process was asked by signals.
@@ -100,8 +100,9 @@ class StopCheck:
         # os.path: it takes any trouble of the file system for a file that is not there.
         if not code and self.folder_is_ours and is_main() and os.path.exists(self.file):
             code = _STOP_FILE_SEEN
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return code, seconds  # the device would be waited for
         told = torch.tensor([float(code), seconds], dtype=torch.float64, device=self.device)
-        if dist.is_initialized():
-            dist.all_reduce(told, op=dist.ReduceOp.MAX)
+        dist.all_reduce(told, op=dist.ReduceOp.MAX)
         largest, longest = told.tolist()
         return int(largest), longest
