@@ -71,12 +71,10 @@ def _load_vector(base, rows, S, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _rotated_halves(base, stride, rows, rope, S, D: tl.constexpr, EVEN: tl.constexpr):
+def _rotated(first, second, cos, sin):
     """Both halves (rows, D/2) of rows of q or k, rotated in float32."""
-    pointers = base + rows[:, None] * stride + tl.arange(0, D // 2)[None, :]
-    first = _load_rows(pointers, rows, S, EVEN).to(tl.float32)
-    second = _load_rows(pointers + D // 2, rows, S, EVEN).to(tl.float32)
-    cos, sin = _angles(rope, rows, S, D, EVEN)
+    first = first.to(tl.float32)
+    second = second.to(tl.float32)
     return first * cos - second * sin, second * cos + first * sin
 
 
@@ -86,7 +84,11 @@ def _load_rotated(
 ):
     """Rows (rows, D) of q or k, rotated in float32 and rounded to their dtype again."""
     if ROPE:
-        first, second = _rotated_halves(base, stride, rows, rope, S, D, EVEN)
+        pointers = base + rows[:, None] * stride + tl.arange(0, D // 2)[None, :]
+        first = _load_rows(pointers, rows, S, EVEN)
+        second = _load_rows(pointers + D // 2, rows, S, EVEN)
+        cos, sin = _angles(rope, rows, S, D, EVEN)
+        first, second = _rotated(first, second, cos, sin)
         # (rows, D/2, 2) -> (rows, 2, D/2) -> (rows, D): names registers anew, moves nothing
         both = tl.permute(tl.join(first, second), (0, 2, 1))
         return tl.reshape(both, (rows.shape[0], D)).to(base.dtype.element_ty)
@@ -200,12 +202,11 @@ def _from_thread_order(tile, D: tl.constexpr, M: tl.constexpr):
 def _store_rotated(
     target, stride, first, second, cos, sin, rows, S, D: tl.constexpr, EVEN: tl.constexpr
 ):
-    """Store rows of q or k, given as halves, rotated in float32."""
-    first = first.to(tl.float32)
-    second = second.to(tl.float32)
+    """Store rows of q or k, given as halves, rotated."""
+    first, second = _rotated(first, second, cos, sin)
     pointers = target + rows[:, None] * stride + tl.arange(0, D // 2)[None, :]
-    _store_rows(pointers, first * cos - second * sin, rows, S, EVEN)
-    _store_rows(pointers + D // 2, second * cos + first * sin, rows, S, EVEN)
+    _store_rows(pointers, first, rows, S, EVEN)
+    _store_rows(pointers + D // 2, second, rows, S, EVEN)
 
 
 @triton.jit

@@ -49,7 +49,7 @@ def expand(
     outputs = _empty_outputs(h, sizes, together)
     if together:
         y = outputs[0].view(groups, -1, sizes[0])
-        _products(_by_matrix(h, groups, rank), b.view(groups, -1, rank).mT, scale, y)
+        _product(_by_matrix(h, groups, rank), b.view(groups, -1, rank).mT, scale, y)
         return outputs
     flat = h.reshape(-1, groups * rank)  # (N, G r)
     for y, h_i, b_i in zip(outputs, flat.split(rank, dim=1), b.split(sizes), strict=True):
@@ -69,7 +69,7 @@ def _by_matrix(h: Tensor, groups: int, rank: int) -> Tensor:
 
 
 @expand.register_fake
-def _(h: Tensor, b: Tensor, sizes: Sequence[int], scale: float, together: bool) -> list[Tensor]:
+def _(h: Tensor, b: Any, sizes: Sequence[int], scale: Any, together: bool) -> list[Tensor]:
     return _empty_outputs(h, sizes, together)
 
 
@@ -88,9 +88,9 @@ def expand_backward(
     dh, db = torch.empty_like(flat), torch.empty_like(b)
     if together:
         dy = grads[0].reshape(groups, -1, sizes[0])  # (G, N, m)
-        _products(dy, b.view(groups, -1, rank), scale, _by_matrix(dh, groups, rank))
+        _product(dy, b.view(groups, -1, rank), scale, _by_matrix(dh, groups, rank))
         if sizes[0] >= MANY_ROWS:
-            _products(dy.mT, _by_matrix(flat, groups, rank), scale, db.view(groups, -1, rank))
+            _product(dy.mT, _by_matrix(flat, groups, rank), scale, db.view(groups, -1, rank))
             return dh.view(h.shape), db
         dys = list(dy.unbind())
     else:
@@ -103,31 +103,18 @@ def expand_backward(
 
 
 @expand_backward.register_fake
-def _(
-    grads: Sequence[Tensor],
-    h: Tensor,
-    b: Tensor,
-    sizes: Sequence[int],
-    scale: float,
-    together: bool,
-) -> tuple[Tensor, Tensor]:
+def _(grads: Any, h: Tensor, b: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(h), torch.empty_like(b)
 
 
 def _product(x: Tensor, y: Tensor, scale: float, out: Tensor) -> None:
-    """``out = scale x y``; what is in ``out`` before does not matter."""
+    """``out = scale x y`` of matrices or batches; what is in ``out`` before does not matter."""
+    batch = x.dim() == 3
     if scale == 1.0:
-        torch.mm(x, y, out=out)
+        (torch.bmm if batch else torch.mm)(x, y, out=out)
     else:
-        torch.addmm(out, x, y, beta=0, alpha=scale, out=out)
-
-
-def _products(x: Tensor, y: Tensor, scale: float, out: Tensor) -> None:
-    """The same for batches ``(G, ., .)``."""
-    if scale == 1.0:
-        torch.bmm(x, y, out=out)
-    else:
-        torch.baddbmm(out, x, y, beta=0, alpha=scale, out=out)
+        add = torch.baddbmm if batch else torch.addmm
+        add(out, x, y, beta=0, alpha=scale, out=out)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

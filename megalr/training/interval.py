@@ -138,15 +138,19 @@ class Asked:
         norms = [_number(one.norm, sums) for one in self._open]
         self._coming = Coming(torch.stack([sums, torch.stack(norms)]))  # (2, updates) float64
 
-    def settle(self) -> None:
-        """Write down loss and norm of the updates; the host waits until the device has them."""
+    def settle(self) -> list[Made]:
+        """Write down loss and norm of the updates; the host waits until the device has them.
+
+        Returns:
+            The updates whose loss was not known before.
+        """
         if not self._open:
-            return
+            return []
         sums, norms = self._coming.read().tolist()
         for made, total, norm in zip(self._open, sums, norms, strict=True):
             made.loss = total / self._copies / max(1, made.targets)
             made.norm = norm
-        self._open = []
+        return self._open
 
 
 def _number(value: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor:

@@ -326,14 +326,11 @@ class Trainer:
             self.save()
             self.stop.agreed(now=True)
 
-    def _settle(self, made: list[Made], asked: Asked) -> None:
+    def _settle(self, asked: Asked) -> None:
         """Know the losses of the updates; spikes that are only told of are told now."""
-        unknown = [one for one in made if one.loss is None]
-        asked.settle()
-        if self.config.health.spike_action == "log":
-            for one in unknown:
-                if one.applied:
-                    self._report_spikes(one, loss=one.loss, gradient_norm=one.norm)
+        for made in asked.settle():
+            if made.applied and self.config.health.spike_action == "log":
+                self._report_spikes(made, loss=made.loss, gradient_norm=made.norm)
 
     def begin_report(self) -> Report:
         """A report about the updates since the last one; the host does not wait for them yet."""
@@ -342,7 +339,7 @@ class Trainer:
 
     def write_report(self, report: Report) -> None:
         """Wait for the updates of a report and write it down."""
-        self._settle(report.interval.made, report.asked)
+        self._settle(report.asked)
         seconds = self.watch.lap()
         self.train_seconds += seconds
         numbers = report.interval.numbers(seconds)
@@ -385,7 +382,7 @@ class Trainer:
     def save(self) -> None:
         """Save a checkpoint and report it."""
         wait_for(self.device)
-        self._settle(self._interval.made, Asked(self._interval.made, self._copies))
+        self._settle(Asked(self._interval.made, self._copies))
         state = {
             **self.state,
             **asdict(self.position),

@@ -12,13 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-import megalr.models.decoder
-from megalr.kernels.attention import apply_rope, plain_attention
 from megalr.models.build import build_decoder
 from megalr.models.decoder import Decoder
 from tests.models.settings import factorized, full_rank, low_rank, tiny
+from tests.models.stand_ins import kernels_on_the_cpu
 
-HEAD_DIM = tiny(num_heads=4).head_dim
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "low_rank": (low_rank(), {"num_heads": 4, "num_kv_heads": 4}),
     "low_rank, grouped heads": (low_rank(), {"num_heads": 4, "num_kv_heads": 2}),
@@ -36,52 +34,10 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def _three(projections: Any) -> Any:
-    return projections[0].unbind() if len(projections) == 1 else projections
-
-
-def _forward(projections: Any, rope: Any, head_dim: int) -> Any:
-    y = plain_attention(*_three(projections), rope, None, head_dim)
-    return y, y.new_empty(y.shape[0], y.shape[2] // head_dim, y.shape[1], dtype=torch.float32)
-
-
-def _backward(do: Any, projections: Any, rope: Any, o: Any, lse: Any, head_dim: int) -> Any:
-    """By hand: inside an operator autograd records nothing."""
-
-    def heads(x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)  # (B, H|K, S, D)
-
-    q, k, v = map(heads, _three(projections))
-    group, scale = q.shape[1] // k.shape[1], head_dim**-0.5
-    q = apply_rope(q, rope)
-    k, v = (x.repeat_interleave(group, 1) for x in (apply_rope(k, rope), v))
-    later = torch.ones(q.shape[2], q.shape[2]).triu(1).bool()
-    p = (q @ k.mT * scale).masked_fill(later, -torch.inf).softmax(-1)
-    dp = heads(do) @ v.mT
-    ds = p * (dp - (dp * p).sum(-1, keepdim=True)) * scale
-    back = torch.stack((rope[0], -rope[1]))
-    dk, dv = (x.unflatten(1, (-1, group)).sum(2) for x in (ds.mT @ q, p.mT @ heads(do)))
-    grads = [apply_rope(ds @ k, back), apply_rope(dk, back), dv]
-    grads = [x.transpose(1, 2).flatten(2) for x in grads]
-    return [torch.stack(grads)] if len(projections) == 1 else grads
-
-
 @pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """The operators are used on the CPU; the number of tensors that attention is given."""
-    found: list[int] = []
-    monkeypatch.setattr(megalr.models.decoder, "applies", lambda *_: True)
-    monkeypatch.setattr(megalr.models.decoder, "swiglu_applies", lambda _: True)
-
-    def forward(projections: Any, rope: Any, head_dim: int) -> Any:
-        found.append(len(projections))
-        return _forward(projections, rope, head_dim)
-
-    with torch.library._scoped_library("megalr", "IMPL") as library:
-        library.impl("causal_attention", forward, "CPU")
-        library.impl("causal_attention_backward", _backward, "CPU")
+def seen() -> Iterator[list[int]]:
+    with kernels_on_the_cpu() as found:
         yield found
-    torch._dynamo.reset()
 
 
 def _results(decoder: Decoder) -> dict[str, torch.Tensor]:
