@@ -214,10 +214,15 @@ def head_bytes(sizes: DecoderConfig, plan: Plan, shape: Shape) -> float:
     """Bytes while the head works: a chunk of logits, its loss, gradients of input and weight."""
     rows, h = sizes.padded_vocab_size // plan.mesh.tensor_size, sizes.hidden_size
     largest = max(1, CHUNK_BYTES // (rows * shape.element))
-    chunk = -(-shape.tokens // -(-shape.tokens // largest))
-    logits = chunk * rows
-    weight = rows * h * (4 + shape.element)  # the float32 sum and the chunk's own product
+    chunks = -(-shape.tokens // largest)
+    logits = -(-shape.tokens // chunks) * rows
+    # The weight's gradient: the chunk's own product and the sum of those before, which is float32
+    # from the second on.
+    before = (0, shape.element)[chunks - 1] if chunks < 3 else 4
+    weight = rows * h * (before + shape.element)
     # In plain PyTorch the loss keeps four float32 arrays of the chunk's size at a time.
     one_array = shape.compiled or shape.kernels.loss
     arrays = logits * (shape.element if one_array else shape.element + 16)
-    return arrays + weight + 3 * shape.tokens * h * shape.element
+    # With two chunks their sum is formed when the logits are gone.
+    adding = rows * h * (4 + 2 * shape.element) if chunks > 1 else 0
+    return max(arrays + weight, adding) + 3 * shape.tokens * h * shape.element

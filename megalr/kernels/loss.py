@@ -36,3 +36,23 @@ def fused_loss_and_gradient_(
     from megalr.kernels.loss_triton import rows_
 
     return rows_(logits, labels, vocab_size, IGNORE).sum()
+
+
+def added(total: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """``total + part`` in float32, in total's memory if that is float32; both contiguous."""
+    from megalr.kernels.loss_triton import add
+
+    return add(total, part)
+
+
+def scaled(x: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``factor x``, computed in float32 and rounded once to ``dtype``; x is contiguous.
+
+    Args:
+        x: any shape.
+        factor: a number, as a tensor.
+        dtype: of the result.
+    """
+    from megalr.kernels.loss_triton import times
+
+    return times(x, factor, dtype)

@@ -9,6 +9,9 @@ import triton.language as tl
 BLOCK, WARPS = 16384, 16
 """Columns that a program looks at together, and its warps."""
 
+FLAT_BLOCK, FLAT_WARPS = 2048, 4
+"""Numbers that a program of the elementwise kernels looks at, and its warps."""
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -62,3 +65,37 @@ def rows_(
         logits, labels, nll, logits.shape[1], vocab_size, ignore, BLOCK=block, num_warps=warps
     )
     return nll
+
+
+@triton.jit
+def _add(total, part, result, count, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < count
+    value = tl.load(total + place, mask=inside).to(tl.float32)
+    value += tl.load(part + place, mask=inside).to(tl.float32)
+    tl.store(result + place, value, mask=inside)
+
+
+@triton.jit
+def _times(x, factor, result, count, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < count
+    value = tl.load(x + place, mask=inside).to(tl.float32) * tl.load(factor).to(tl.float32)
+    tl.store(result + place, value.to(result.dtype.element_ty), mask=inside)
+
+
+def add(total: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """``total + part``, float32, in total's memory if that is float32; both contiguous."""
+    wide = total.dtype == torch.float32
+    result = total if wide else torch.empty_like(total, dtype=torch.float32)
+    grid = (triton.cdiv(total.numel(), FLAT_BLOCK),)
+    _add[grid](total, part, result, total.numel(), BLOCK=FLAT_BLOCK, num_warps=FLAT_WARPS)
+    return result
+
+
+def times(x: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``factor x`` as ``dtype``; x is contiguous."""
+    result = torch.empty_like(x, dtype=dtype)
+    grid = (triton.cdiv(x.numel(), FLAT_BLOCK),)
+    _times[grid](x, factor, result, x.numel(), BLOCK=FLAT_BLOCK, num_warps=FLAT_WARPS)
+    return result

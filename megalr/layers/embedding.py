@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from megalr.kernels.embedding import has_row_sums, lookup
 from megalr.layers.factors import named_generator
 from megalr.parallel.mesh import Mesh
 from megalr.parallel.shards import Shard, part_of, set_shard
@@ -16,6 +17,9 @@ class Embedding(nn.Module):
 
     Under tensor parallelism each rank holds the rows of V/p entries and gives zeros for the others:
     the output is then a partial sum over the ranks, of which one has a term that is not zero.
+
+    ``fused`` may be set: form the gradient by the kernel of kernels.embedding where it applies, not
+    by torch's. Not under tensor parallelism, where ids of other ranks all stand for one row.
 
     Args:
         vocab_size: entries of the model's vocabulary.
@@ -30,6 +34,7 @@ class Embedding(nn.Module):
         super().__init__()
         self.vocab_size = vocab_size
         self.parallel = mesh.tensor_size > 1
+        self.fused = False
         self.start, self.stop = part_of(padded_vocab_size, mesh.tensor_rank, mesh.tensor_size)
         self.weight = nn.Parameter(torch.empty(self.stop - self.start, hidden_size))
         set_shard(self.weight, vocabulary_shard(padded_vocab_size, hidden_size, mesh))
@@ -37,7 +42,8 @@ class Embedding(nn.Module):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """``(...,)`` int64 to ``(..., h)``: the embedding, or this rank's term of it."""
         if not self.parallel:
-            return F.embedding(ids, self.weight)
+            fused = self.fused and has_row_sums(self.weight)
+            return lookup(ids, self.weight) if fused else F.embedding(ids, self.weight)
         elsewhere = (ids < self.start) | (ids >= self.stop)
         x = F.embedding((ids - self.start).masked_fill(elsewhere, 0), self.weight)
         return x.masked_fill(elsewhere.unsqueeze(-1), 0.0)

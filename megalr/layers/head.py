@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megalr.kernels.loss import IGNORE, fused_loss_and_gradient_, has_fused_loss
+from megalr.kernels.loss import (
+    IGNORE,
+    added,
+    fused_loss_and_gradient_,
+    has_fused_loss,
+    scaled,
+)
 from megalr.layers.embedding import init_rows, vocabulary_shard
 from megalr.layers.parallel_loss import ParallelLoss
 from megalr.parallel.collectives import gather
@@ -43,6 +50,27 @@ def loss_and_gradient_(logits: torch.Tensor, labels: torch.Tensor, vocab_size: i
     return torch.where(kept, nll, 0.0).sum()
 
 
+def _times(x: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What kernels.loss.scaled does, in plain PyTorch."""
+    return (x.float() * factor).to(dtype)
+
+
+def _plus(total: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """What kernels.loss.added does, in plain PyTorch."""
+    return total.float().add_(part)
+
+
+class Arithmetic(NamedTuple):
+    """Elementwise work on gradients around the chunks, by torch or by kernels of our own."""
+
+    plus: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    times: Callable[[torch.Tensor, torch.Tensor, torch.dtype], torch.Tensor]
+
+
+PLAIN = Arithmetic(_plus, _times)
+FUSED = Arithmetic(added, scaled)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Loss of ``x W^T`` in chunks of tokens; gradients are formed in the forward pass.
 
@@ -51,30 +79,34 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, labels, vocab_size, chunk, kernel, need_gradient):
+    def forward(ctx, x, weight, labels, vocab_size, chunk, kernel, arithmetic, need_gradient):
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         grad_x = torch.empty_like(x) if need_gradient else None
-        # Chunks are added in float32: their number must not cost precision.
-        grad_w = torch.zeros_like(weight, dtype=torch.float32) if need_gradient else None
+        grad_w = None
         for start in range(0, x.shape[0], chunk):
             rows = slice(start, start + chunk)
             gradient = F.linear(x[rows], weight)  # (chunk, V): logits until the kernel has run
             total += kernel(gradient, labels[rows], vocab_size)
-            if grad_x is not None and grad_w is not None:
+            if grad_x is not None:
                 torch.mm(gradient, weight, out=grad_x[rows])
-                grad_w += gradient.t() @ x[rows]
-            del gradient  # before the next chunk is made
-        if grad_x is not None and grad_w is not None:
+                part = gradient.t() @ x[rows]  # (V, h)
+            del gradient  # before the sum and the next chunk are made
+            if grad_x is not None:
+                # Chunks are added in float32: their number must not cost precision.
+                grad_w = part if grad_w is None else arithmetic.plus(grad_w, part)
+                del part
+        if grad_w is not None:
             ctx.save_for_backward(grad_x, grad_w)
+            ctx.times = arithmetic.times
         return total
 
     @staticmethod
     def backward(ctx, grad_output):
-        grad_x, grad_w = ctx.saved_tensors
         # In float32: a factor rounded to bf16 would be wrong by up to 0.4 % in every gradient.
-        grad_w = grad_w.mul_(grad_output).to(grad_x.dtype)
-        grad_x = (grad_x.float() * grad_output).to(grad_x.dtype)
-        return grad_x, grad_w, None, None, None, None, None
+        grad_x, grad_w = ctx.saved_tensors
+        grad_w = ctx.times(grad_w, grad_output, grad_x.dtype)
+        grad_x = ctx.times(grad_x, grad_output, grad_x.dtype)
+        return grad_x, grad_w, None, None, None, None, None, None
 
 
 class Head(nn.Module):
@@ -106,6 +138,7 @@ class Head(nn.Module):
         self.weight = weight if weight is not None else nn.Parameter(torch.empty(rows, hidden_size))
         set_shard(self.weight, vocabulary_shard(padded_vocab_size, hidden_size, mesh))
         self.kernel: Callable[..., torch.Tensor] = loss_and_gradient_
+        self.arithmetic = PLAIN
         if self.group is not None:
             self.kernel = ParallelLoss(self.group, self.start)
 
@@ -117,9 +150,11 @@ class Head(nn.Module):
             self.kernel = torch.compile(loss_and_gradient_, dynamic=False)
 
     def fuse_loss(self) -> None:
-        """Use the kernel of our own for the loss where there is one and the logits are whole."""
-        if self.group is None and has_fused_loss(self.weight.device):
-            self.kernel = fused_loss_and_gradient_
+        """Use kernels of our own where there are some; for the loss, if the logits are whole."""
+        if has_fused_loss(self.weight.device):
+            self.arithmetic = FUSED
+            if self.group is None:
+                self.kernel = fused_loss_and_gradient_
 
     @torch.no_grad()
     def reset_parameters(self, seed: int, std: float) -> None:
@@ -141,5 +176,6 @@ class Head(nn.Module):
             self.vocab_size,
             chunk,
             self.kernel,
+            self.arithmetic,
             torch.is_grad_enabled(),
         )

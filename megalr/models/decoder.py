@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from megalr.kernels.attention import applies, attention, plain_attention
+from megalr.kernels.norm import add_norm, add_norm_applies
 from megalr.kernels.swiglu import swiglu_applies
 from megalr.layers.embedding import Embedding, init_rows
 from megalr.layers.factors import FactorPair, LinearShape
@@ -164,7 +165,8 @@ class Block(nn.Module):
     A compiled block cannot put its last sum into the kernel of a norm that is in another block; the
     next block, which is given both terms, can.
 
-    ``recompute``: what the backward pass computes again (models.recompute).
+    ``recompute``: what the backward pass computes again (models.recompute). ``fused`` may be set:
+    sums and their norms by the kernels of kernels.norm where they apply.
     """
 
     def __init__(
@@ -177,6 +179,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.recompute = recompute
+        self.fused = False
         self.attention_norm = make_norm(config, plan)
         self.attention = Attention(config, f"layers.{index}.attention", make_linear, plan)
         self.mlp_norm = make_norm(config, plan)
@@ -190,21 +193,37 @@ class Block(nn.Module):
         added: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Two terms whose sum is the output, for the input ``x + added (B, S, h)``."""
-        if added is not None:
-            x = x + added
         if self.recompute == "none" or not torch.is_grad_enabled():
-            return self._whole(x, rope, mask)
+            return self._whole(x, added, rope, mask)
+        if added is not None:
+            x = x + added  # what is kept is one tensor
         sizes = self.attention.qkv.sizes
         terms: tuple[torch.Tensor, torch.Tensor] = recomputed(
-            self._whole, x, rope, mask, level=self.recompute, read_by_attention=sizes
+            self._whole, x, None, rope, mask, level=self.recompute, read_by_attention=sizes
         )
         return terms
 
     def _whole(
-        self, x: torch.Tensor, rope: torch.Tensor | None, mask: torch.Tensor | None
+        self,
+        x: torch.Tensor,
+        added: torch.Tensor | None,
+        rope: torch.Tensor | None,
+        mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        x = x + self.attention(self.attention_norm(x), rope, mask)
-        return x, self.mlp(self.mlp_norm(x))
+        x, normed = self._normed(self.attention_norm, x, added)
+        x, normed = self._normed(self.mlp_norm, x, self.attention(normed, rope, mask))
+        return x, self.mlp(normed)
+
+    def _normed(
+        self, norm: nn.Module, x: torch.Tensor, added: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | Unscaled]:
+        """``x + added`` and its norm."""
+        if added is None:
+            return x, norm(x)
+        if self.fused and isinstance(norm, nn.RMSNorm) and norm.eps and add_norm_applies(x):
+            return add_norm(x, added, norm.weight, norm.eps)
+        x = x + added
+        return x, norm(x)
 
 
 class Decoder(nn.Module):
@@ -306,9 +325,11 @@ class Decoder(nn.Module):
         ``weights_are_there``: also outside the forward pass of their layer (not with ZeRO 3).
         """
         self.head.fuse_loss()
+        self.embedding.fused = True
         for block in self.blocks():
             block.attention.fused = True
             if weights_are_there:
+                block.fused = True
                 block.mlp.fuse()
 
     def blocks(self) -> list[Block]:

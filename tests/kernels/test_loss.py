@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megalr.kernels.loss import IGNORE
+from megalr.kernels.loss import IGNORE, added, scaled
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(
@@ -54,3 +54,22 @@ def test_not_finite_logits_give_a_loss_that_is_not_finite() -> None:
         logits[1, 5] = bad
         nll = _rows(logits, torch.tensor([3, 4], device=DEVICE), 64)
         assert math.isfinite(nll[0]) and not math.isfinite(nll[1])
+
+
+def test_elementwise_kernels_equal_torch() -> None:
+    """One rounding each; a size that is no multiple of a block."""
+    torch.manual_seed(0)
+    total, part = torch.randn(3, 999, device=DEVICE), torch.randn(3, 999, device=DEVICE).bfloat16()
+    assert torch.equal(added(part, part), 2 * part.float())
+    expected = total + part
+    assert torch.equal(added(total, part), expected)
+    assert torch.equal(total, expected)  # in place
+    factor = torch.tensor(1 / 3, device=DEVICE)
+    for x in (total, part):
+        exact = x.double() * factor.double()
+        assert scaled(x, factor, torch.bfloat16).dtype == torch.bfloat16
+        # the interpreter truncates where a GPU rounds to nearest
+        found = scaled(x, factor, torch.bfloat16).double()
+        torch.testing.assert_close(found, exact, rtol=2**-7, atol=0)
+        found = scaled(x, factor, torch.float32).double()
+        torch.testing.assert_close(found, exact, rtol=1e-6, atol=0)

@@ -9,6 +9,7 @@ from unittest import mock
 
 import torch
 
+import megalr.layers.embedding
 import megalr.models.decoder
 from megalr.kernels.attention import apply_rope, plain_attention
 
@@ -25,6 +26,8 @@ def kernels_on_the_cpu() -> Iterator[list[int]]:
     with (
         mock.patch.object(megalr.models.decoder, "applies", lambda *_: True),
         mock.patch.object(megalr.models.decoder, "swiglu_applies", lambda _: True),
+        mock.patch.object(megalr.models.decoder, "add_norm_applies", lambda _: True),
+        mock.patch.object(megalr.layers.embedding, "has_row_sums", lambda _: True),
         torch.library._scoped_library("megalr", "IMPL") as library,
     ):
         library.impl("causal_attention", forward, "CPU")

@@ -1,0 +1,116 @@
+"""The sum of two terms of the residual stream and its RMSNorm, as one operator.
+
+``total = x + added``, ``y = weight total / sqrt(mean total^2 + eps)``. Compiled by torch, the
+gradient of the weight takes three kernels after the one that forms the gradient of the input: zeros
+for a counter, a sum over 1024 partial sums, a conversion. Here it takes one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalr.kernels import HAS_TRITON
+
+WIDEST = 8192
+"""Widest vector that a program of the kernels holds in its registers."""
+
+
+def add_norm_applies(x: Tensor) -> bool:
+    """Whether the operator runs by its kernels on x: half precision on a CUDA device, Triton."""
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    return HAS_TRITON and x.is_cuda and half and x.shape[-1] <= WIDEST
+
+
+def add_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``x + added`` and its RMSNorm.
+
+    Args:
+        x: ``(..., h)``.
+        added: as x.
+        weight: ``(h,)``.
+        eps: added to the mean square.
+
+    Returns:
+        ``total`` and ``y (..., h)``. The norm is that of the rounded sum; it is computed in float32
+        (float64 inputs: float64) and rounded once.
+    """
+    total, y, _ = torch.ops.megalr.add_norm(x, added, weight, eps)
+    return total, y
+
+
+@torch.library.custom_op("megalr::add_norm", mutates_args=())
+def _add_norm(
+    x: Tensor, added: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Also the factor ``1 / sqrt(mean total^2 + eps)`` of each vector, ``(...,)``."""
+    if x.is_cuda and HAS_TRITON:
+        from megalr.kernels.norm_triton import forward
+
+        total, y, factor = forward(_rows(x), _rows(added), weight, eps)
+        return total.view(x.shape), y.view(x.shape), factor.view(x.shape[:-1])
+    total = x + added
+    wide = _wide(total)
+    factor = torch.rsqrt(wide.square().mean(dim=-1) + eps)
+    y = (wide * factor.unsqueeze(-1) * _wide(weight)).to(x.dtype)
+    return total, y, factor
+
+
+@_add_norm.register_fake
+def _(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    factor = x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
+    return x.new_empty(x.shape), x.new_empty(x.shape), factor
+
+
+@torch.library.custom_op("megalr::add_norm_backward", mutates_args=())
+def _add_norm_backward(
+    dtotal: Tensor, dy: Tensor, total: Tensor, weight: Tensor, factor: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x, which is that of added too, and of weight, the latter summed in float32.
+
+    With ``n = factor total`` and ``g = weight dy``: ``dx = dtotal + factor (g - n mean(g n))`` and
+    ``dweight = sum over vectors of dy n``.
+    """
+    if total.is_cuda and HAS_TRITON:
+        from megalr.kernels.norm_triton import backward
+
+        dx, dweight = backward(_rows(dtotal), _rows(dy), _rows(total), weight, factor.reshape(-1))
+        return dx.view(total.shape), dweight
+    scale = factor.unsqueeze(-1)
+    n, d = _wide(total) * scale, _wide(dy)
+    g = d * _wide(weight)
+    dx = _wide(dtotal) + scale * (g - n * (g * n).mean(dim=-1, keepdim=True))
+    dweight = (d * n).flatten(0, -2).sum(dim=0)
+    return dx.to(total.dtype), dweight.to(weight.dtype)
+
+
+@_add_norm_backward.register_fake
+def _(
+    dtotal: Tensor, dy: Tensor, total: Tensor, weight: Tensor, factor: Tensor
+) -> tuple[Tensor, Tensor]:
+    return total.new_empty(total.shape), torch.empty_like(weight)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``(N, h)``, contiguous."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    total, _, factor = output
+    ctx.save_for_backward(total, inputs[2], factor)
+
+
+def _backward(ctx: Any, dtotal: Tensor, dy: Tensor, _: Any) -> tuple[Any, ...]:
+    total, weight, factor = ctx.saved_tensors
+    dx, dweight = torch.ops.megalr.add_norm_backward(dtotal, dy, total, weight, factor)
+    return dx, dx, dweight, None
+
+
+_add_norm.register_autograd(_backward, setup_context=_keep)
