@@ -46,7 +46,7 @@ def _add_norm(
     x: Tensor, added: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Also the factor ``1 / sqrt(mean total^2 + eps)`` of each vector, ``(...,)``."""
-    if x.is_cuda and HAS_TRITON:
+    if add_norm_applies(x):
         from megalr.kernels.norm_triton import forward
 
         total, y, factor = forward(_rows(x), _rows(added), weight, eps)
@@ -73,7 +73,7 @@ def _add_norm_backward(
     With ``n = factor total`` and ``g = weight dy``: ``dx = dtotal + factor (g - n mean(g n))`` and
     ``dweight = sum over vectors of dy n``.
     """
-    if total.is_cuda and HAS_TRITON:
+    if add_norm_applies(total):
         from megalr.kernels.norm_triton import backward
 
         dx, dweight = backward(_rows(dtotal), _rows(dy), _rows(total), weight, factor.reshape(-1))
