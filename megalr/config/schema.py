@@ -219,8 +219,9 @@ class TrainConfig(Section):
     ZeRO stage 3: none or full."""
     kernels: Literal["auto", "torch"] = Field(default="auto", examples=["torch"])
     """auto: kernels of our own where there is one for the device, dtype and shape (loss, causal
-    attention of short sequences, SwiGLU with the product that follows, AdamW of bf16 states).
-    torch: their plain PyTorch twins only."""
+    attention of short sequences, residual sums with RMSNorm, SwiGLU with the product that follows,
+    gradients of embedding and head, AdamW of bf16 states). torch: their plain PyTorch twins
+    only."""
 
 
 class ParallelConfig(Section):
