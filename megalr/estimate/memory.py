@@ -11,7 +11,7 @@ from megalr.config.schema import RunConfig
 from megalr.errors import UserError
 from megalr.estimate.activations import ActivationBytes, Shape, activation_bytes, kernels_of
 from megalr.estimate.states import StateBytes, state_bytes
-from megalr.estimate.tensors import plan_of, stored_tensors
+from megalr.estimate.tensors import Stored, plan_of, stored_tensors
 from megalr.export.families import pretrained_sizes
 from megalr.models.config import DecoderConfig, decoder_config
 
@@ -28,12 +28,14 @@ class MemoryEstimate:
         accumulation: micro-batches of an update.
         graphs: whether forward and backward run as a CUDA graph, which never gives back what they
             needed.
+        embedding: gradients of the tables of embeddings, which are made when all blocks are done.
     """
 
     states: StateBytes
     activations: ActivationBytes
     accumulation: int
     graphs: bool
+    embedding: int
 
     @property
     def fixed(self) -> int:
@@ -52,12 +54,14 @@ class MemoryEstimate:
 
         Gradients take the place of the activations that backward has used up, but not where blocks
         are computed again: those ask for as much room before every block, and what the gradients
-        before it have left is in pieces. All gradients are there at the end, with ZeRO 2 as well,
-        and where they add up in ``.grad`` a second time outside of it.
+        before it have left is in pieces. The embedding's gradient comes after all of them. All
+        gradients are there at the end, with ZeRO 2 as well, and where they add up in ``.grad`` a
+        second time outside of it.
         """
         s, a = self.states, self.activations
         adds_up = self.accumulation > 1 and s.wrapper != "BF16_Optimizer"
-        backward = a.kept + s.weights if a.again else max(a.kept, s.weights)
+        beside = s.weights - self.embedding if a.again else 0
+        backward = max(a.kept + beside, s.weights)
         return backward + a.work + (s.weights if adds_up else 0)
 
     @property
@@ -172,4 +176,11 @@ def estimate_memory(
         activation_bytes(sizes, config.method, plan, shape),
         ds_config["gradient_accumulation_steps"],
         config.train.cuda_graphs,
+        shape.element * _table_numbers(sizes, tensors),
     )
+
+
+def _table_numbers(sizes: DecoderConfig, tensors: list[Stored]) -> int:
+    """Numbers of the tables whose gradients are made last: not of one that is the head as well."""
+    tables = ("positions",) if sizes.tie_embeddings else ("positions", "embedding")
+    return sum(tensor.numel for tensor in tensors if tensor.name in tables)

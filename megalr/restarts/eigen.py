@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
         values, vectors = torch.linalg.eigh(matrices)
         return values, vectors
     current = torch.cuda.current_stream(matrices.device)
-    streams = [torch.cuda.Stream(matrices.device) for _ in range(count)]
+    streams = _streams(matrices.device)[:count]
 
     def solve(part: Tensor, stream: torch.cuda.Stream) -> tuple[Tensor, Tensor]:
         with torch.cuda.device(matrices.device), torch.cuda.stream(stream), torch.no_grad():
@@ -39,3 +40,10 @@ def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
     for stream in streams:
         current.wait_stream(stream)
     return torch.cat([values for values, _ in solved]), torch.cat([v for _, v in solved])
+
+
+@cache
+def _streams(device: torch.device) -> tuple[torch.cuda.Stream, ...]:
+    """The same ones in every call: the allocator gives nothing of one stream's memory to another,
+    so with new streams every restart would reserve memory of its own."""
+    return tuple(torch.cuda.Stream(device) for _ in range(STREAMS))

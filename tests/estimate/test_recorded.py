@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,8 @@ def test_recorded_peaks_are_met(monkeypatch: pytest.MonkeyPatch) -> None:
         if config.train.cuda_graphs:
             least, most = RESERVED_BY_USED
             used = max(used, estimate.reserved_at_start / GIB)
+            if row["restarts"]:
+                most = math.inf  # their work space is not counted (docs/memory.md)
         if not least < row["peak_memory_gib"] / used < most:
             wrong.append(f"{row['case']}: {used:.2f}, recorded {row['peak_memory_gib']}")
     assert not wrong, "\n".join(wrong)

@@ -14,6 +14,7 @@ from megalr.restarts.algebra import (
     balanced_factors_by_qr,
     imbalance,
 )
+from megalr.restarts.eigen import eigh
 from tests.distributed import run_distributed
 
 
@@ -260,3 +261,16 @@ def test_cut_factors_give_what_whole_factors_give(world_size: int) -> None:
             scale = float(whole.b.abs().max())
             torch.testing.assert_close(new_b[:, live], whole.b[:, live], rtol=0, atol=1e-6 * scale)
             torch.testing.assert_close(new_a[live], whole.a[live], rtol=0, atol=1e-6 * scale)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_restarts_reserve_no_more_memory_than_the_first_ones() -> None:
+    """The allocator gives nothing of one stream's memory to another."""
+    matrices = torch.randn(8, 64, 64, device="cuda", dtype=torch.float64)
+    matrices = matrices + matrices.mT
+    reserved = []
+    for _ in range(4):
+        eigh(matrices)
+        torch.cuda.synchronize()
+        reserved.append(torch.cuda.memory_reserved())
+    assert reserved[3] == reserved[1]
