@@ -199,7 +199,7 @@ def summary(name: str, case: Case, metrics: Path, gpus: int, launched: float) ->
         "tokens_per_second": round(statistics.median(rates)),
         "tokens_per_second_range": [round(min(rates)), round(max(rates))],
         "update_seconds": round(statistics.median(step["step_seconds"] for step in steps[3:]), 5),
-        "mfu": steps[-1]["mfu"],
+        "mfu": _median([step["mfu"] for step in steps[3:]]),
         "peak_memory_gib": round(max(step["peak_memory_gib"] for step in steps), 2),
         "startup_seconds": start["startup_seconds"],
         "compile_seconds": round(compiled["compile_seconds"], 2) if compiled else 0.0,
@@ -217,6 +217,12 @@ def summary(name: str, case: Case, metrics: Path, gpus: int, launched: float) ->
         "losses": [round(step["loss"], 5) for step in steps],
         "versions": start["versions"],
     }
+
+
+def _median(values: list[float | str]) -> float | str:
+    """Of numbers; the metrics say ``n/a`` where the device's peak is not known."""
+    numbers = [value for value in values if not isinstance(value, str)]
+    return statistics.median(numbers) if numbers else "n/a"
 
 
 def main() -> None:
