@@ -55,7 +55,8 @@ def summed_rows(ids: Tensor, dy: Tensor, rows: int) -> Tensor:
         dy: ``(N, h)``.
         rows: V.
 
-    Sums are float32 and rounded once, in the order of the tokens: the same bits every time.
+    Sums are float32 and rounded once, in a fixed order: the same bits every time. A number that is
+    not finite may reach rows besides its own, since the kernels multiply by zero.
     """
     if has_row_sums(dy):
         from megalr.kernels.embedding_triton import sums
