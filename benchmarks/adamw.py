@@ -19,11 +19,11 @@ from types import SimpleNamespace
 
 import torch
 from optimizers import RANKS
-from record import provenance, save
-from timing import attempt, milliseconds, milliseconds_eager
+from record import save_measured
+from timing import attempt, cuda_device, milliseconds, milliseconds_eager
 from torch import Tensor
 
-from megalr.errors import UserError, exit_cleanly
+from megalr.errors import exit_cleanly
 from megalr.kernels.adamw import AdamW
 from megalr.models.build import build_decoder
 from megalr.models.config import decoder_config
@@ -98,8 +98,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=RANKS, default=MODELS)
     parser.add_argument("--output", type=Path, help="folder of adamw.json; none is written else")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise UserError("benchmarks/adamw.py measures CUDA devices, and there is none here")
+    device = cuda_device()
     results: dict[str, dict] = {}
     for model in arguments.models:
         sizes = shapes(model)
@@ -110,9 +109,7 @@ def main() -> None:
         result = {"parameters": parameters, "tensors": len(sizes)}
         results[model] = result | dict(zip(WAYS, (theirs, ours), strict=True))
         print(model, results[model], flush=True)
-    if arguments.output is not None:
-        record = {"device": torch.cuda.get_device_name(), **provenance(("torch",))}
-        save("adamw", record | {"results": results}, arguments.output)
+    save_measured("adamw", device, {"results": results}, arguments.output)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from record import provenance, save
+from record import save_measured
 from sltrain import GROUPS, RANK
 from timing import milliseconds
 from torch import Tensor
@@ -133,9 +133,7 @@ def main() -> None:
     print(
         f"{name}, torch {torch.__version__}, ms and relative errors\n{table(results)}", flush=True
     )
-    if arguments.output is not None:
-        record = {"device": name, **provenance(("torch",)), "results": results}
-        save("fp8", record, arguments.output)
+    save_measured("fp8", name, {"results": results}, arguments.output)
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from record import provenance, save
-from timing import attempt, milliseconds_eager, peak_mib
+from record import save_measured
+from timing import attempt, cuda_device, milliseconds_eager, peak_mib
 from torch import Tensor
 
-from megalr.errors import UserError, exit_cleanly
+from megalr.errors import exit_cleanly
 from megalr.layers.head import Head
 
 SHAPES = {"60m": (32768, 512), "350m": (16384, 1024), "1b": (16384, 2048)}
@@ -118,10 +118,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="folder of head.json; none is written else")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise UserError("benchmarks/head.py measures CUDA devices, and there is none here")
+    device = cuda_device()
     results = {name: measure(*shape, "cuda") for name, shape in SHAPES.items()}
-    device = torch.cuda.get_device_name()
     print(f"{device}, torch {torch.__version__}")
     for shape, rows in results.items():
         for way, row in rows.items():
@@ -129,9 +127,7 @@ def main() -> None:
                 f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()
             )
             print(f"{shape:6} {way:24} {cells}", flush=True)
-    if arguments.output is not None:
-        record = {"device": device, **provenance(("torch",)), "results": results}
-        save("head", record, arguments.output)
+    save_measured("head", device, {"results": results}, arguments.output)
 
 
 if __name__ == "__main__":

@@ -17,19 +17,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from record import provenance, save
-from timing import attempt, milliseconds
+from head import SHAPES, VOCABULARY
+from record import save_measured
+from timing import attempt, cuda_device, milliseconds
 from torch import Tensor
 
-from megalr.errors import UserError, exit_cleanly
+from megalr.errors import exit_cleanly
 from megalr.kernels.embedding import summed_rows
 from megalr.kernels.norm import add_norm
 from megalr.layers.head import FUSED, PLAIN, Arithmetic
 
-SHAPES = {"60m": (32768, 512), "350m": (16384, 1024), "1b": (16384, 2048)}
-"""Tokens and hidden size."""
-
-VOCABULARY, EPS = 32000, 1e-6
+EPS = 1e-6
 Work = Callable[[], tuple[Tensor, ...]]
 
 
@@ -111,16 +109,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="folder of memory_bound.json; none else")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise UserError("benchmarks/memory_bound.py measures CUDA devices, and there is none here")
+    device = cuda_device()
     results = {}
     for shape, sizes in SHAPES.items():
         results[shape] = measure(*sizes)
         for name, row in results[shape].items():
             print(f"{shape:5} {name:22} {row}", flush=True)
-    if arguments.output is not None:
-        record = {"device": torch.cuda.get_device_name(), **provenance(("torch",))}
-        save("memory_bound", record | {"results": results}, arguments.output)
+    save_measured("memory_bound", device, {"results": results}, arguments.output)
 
 
 if __name__ == "__main__":

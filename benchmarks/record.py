@@ -51,3 +51,9 @@ def save(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:
     write_atomic(folder / f"{name}.json", f"{text}\n".encode())
     print(text)
     return folder / f"{name}.json"
+
+
+def save_measured(name: str, device: str, measured: dict[str, Any], folder: Path | None) -> None:
+    """Numbers of a device with their provenance, as ``NAME.json``; nothing without a folder."""
+    if folder is not None:
+        save(name, {"device": device, **provenance(("torch",)), **measured}, folder)

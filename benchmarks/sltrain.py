@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from record import provenance, save
-from timing import attempt, milliseconds, peak_mib
+from record import save_measured
+from timing import attempt, cuda_device, milliseconds, peak_mib
 from torch import Tensor
 
-from megalr.errors import UserError, exit_cleanly
+from megalr.errors import exit_cleanly
 from megalr.layers.sparse_product import dense_stack, factor_gradients, sparse_low_rank
 
 GROUPS = {
@@ -152,16 +152,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="folder of sltrain.json; none is written else")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise UserError("benchmarks/sltrain.py measures CUDA devices, and there is none here")
+    device = cuda_device()
     results = {}
     for group, (sizes, columns) in GROUPS.items():
         results[group] = measure_group(operands(sizes, columns, "cuda"))
-    device = torch.cuda.get_device_name()
     print(f"{device}, torch {torch.__version__}\n{table(results)}", flush=True)
-    if arguments.output is not None:
-        record = {"device": device, **provenance(("torch",)), "milliseconds": results}
-        save("sltrain", record, arguments.output)
+    save_measured("sltrain", device, {"milliseconds": results}, arguments.output)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
+from megalr.errors import UserError
+
 WORKS_A_GRAPH, REPLAYS = 4, 15
+
+
+def cuda_device() -> str:
+    """Name of the GPU that is measured.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not torch.cuda.is_available():
+        program = Path(sys.argv[0]).name
+        raise UserError(f"benchmarks/{program} measures CUDA devices, and there is none here")
+    return torch.cuda.get_device_name()
 
 
 def milliseconds(work: Callable[[], object]) -> float:

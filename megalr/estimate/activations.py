@@ -33,7 +33,7 @@ from typing import Any
 from megalr.config.schema import RunConfig
 from megalr.estimate.tensors import DENSE_INSIDE, MatrixGroup, matrix_groups
 from megalr.kernels.attention import HEAD_WIDTHS, MAX_LENGTH
-from megalr.layers.head import CHUNK_BYTES
+from megalr.layers.head import chunk_length
 from megalr.models.config import DecoderConfig
 from megalr.parallel.plan import Plan
 
@@ -213,12 +213,11 @@ def _dense_transient(method: Any, groups: list[MatrixGroup]) -> int:
 def head_bytes(sizes: DecoderConfig, plan: Plan, shape: Shape) -> float:
     """Bytes while the head works: a chunk of logits, its loss, gradients of input and weight."""
     rows, h = sizes.padded_vocab_size // plan.mesh.tensor_size, sizes.hidden_size
-    largest = max(1, CHUNK_BYTES // (rows * shape.element))
-    chunks = -(-shape.tokens // largest)
-    logits = -(-shape.tokens // chunks) * rows
+    chunk = chunk_length(shape.tokens, rows, shape.element)
+    chunks, logits = -(-shape.tokens // chunk), chunk * rows
     # The weight's gradient: the chunk's own product and the sum of those before, which is float32
     # from the second on.
-    before = (0, shape.element)[chunks - 1] if chunks < 3 else 4
+    before = {1: 0, 2: shape.element}.get(chunks, 4)
     weight = rows * h * (before + shape.element)
     # In plain PyTorch the loss keeps four float32 arrays of the chunk's size at a time.
     one_array = shape.compiled or shape.kernels.loss

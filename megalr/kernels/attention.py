@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from megalr.errors import UserError
-from megalr.kernels import HAS_TRITON
+from megalr.kernels import half_on_gpu, multiprocessors
 
 MAX_LENGTH = 512
 """Longer sequences go to scaled_dot_product_attention, whose kernels are made for them."""
@@ -134,10 +134,8 @@ def applies(q: torch.Tensor, mask: torch.Tensor | None, head_dim: int) -> bool:
     mask but the causal one.
     """
     return (
-        HAS_TRITON
-        and mask is None
-        and q.is_cuda
-        and q.dtype in (torch.bfloat16, torch.float16)
+        mask is None
+        and half_on_gpu(q)
         and head_dim in HEAD_WIDTHS
         and 0 < q.shape[1] <= MAX_LENGTH
         and q.shape[0] > 0
@@ -250,10 +248,7 @@ def launch_backward(
     choice = choice or backward_choice(D, S)
     q, k, v, do = _rows(q), _rows(k), _rows(v), _rows(do)
     dq, dk, dv = into or (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
-    processors = 1
-    if q.is_cuda:
-        processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    programs = min(B * K, processors * choice.programs)
+    programs = min(B * K, multiprocessors(q.device) * choice.programs)
     blocks = -(-S // choice.keys)
     padded = blocks * choice.keys
     deltas = q.new_empty(programs, group, padded, dtype=torch.float32)

@@ -12,12 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megalr.kernels import HAS_TRITON
-
-
-def has_row_sums(table: Tensor) -> bool:
-    """Whether the kernels run for it: half precision on a CUDA device, Triton."""
-    return HAS_TRITON and table.is_cuda and table.dtype in (torch.bfloat16, torch.float16)
+from megalr.kernels import half_on_gpu, wide
 
 
 def lookup(ids: Tensor, weight: Tensor) -> Tensor:
@@ -58,12 +53,11 @@ def summed_rows(ids: Tensor, dy: Tensor, rows: int) -> Tensor:
     Sums are float32 and rounded once, in a fixed order: the same bits every time. A number that is
     not finite may reach rows besides its own, since the kernels multiply by zero.
     """
-    if has_row_sums(dy):
+    if half_on_gpu(dy):
         from megalr.kernels.embedding_triton import sums
 
         small = torch.int16 if rows <= torch.iinfo(torch.int16).max else torch.int32
         keys, order = torch.sort(ids.to(small), stable=True)
         return sums(keys, order, dy.contiguous(), rows)
-    wide = torch.promote_types(dy.dtype, torch.float32)
-    total = torch.zeros(rows, dy.shape[1], dtype=wide, device=dy.device)
-    return total.index_add_(0, ids, dy.to(wide)).to(dy.dtype)
+    terms = wide(dy)
+    return terms.new_zeros(rows, dy.shape[1]).index_add_(0, ids, terms).to(dy.dtype)

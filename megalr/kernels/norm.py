@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalr.kernels import HAS_TRITON
+from megalr.kernels import half_on_gpu, wide
 
 WIDEST = 8192
 """Widest vector that a program of the kernels holds in its registers."""
@@ -20,8 +20,7 @@ WIDEST = 8192
 
 def add_norm_applies(x: Tensor) -> bool:
     """Whether the operator runs by its kernels on x: half precision on a CUDA device, Triton."""
-    half = x.dtype in (torch.bfloat16, torch.float16)
-    return HAS_TRITON and x.is_cuda and half and x.shape[-1] <= WIDEST
+    return half_on_gpu(x) and x.shape[-1] <= WIDEST
 
 
 def add_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -52,9 +51,9 @@ def _add_norm(
         total, y, factor = forward(_rows(x), _rows(added), weight, eps)
         return total.view(x.shape), y.view(x.shape), factor.view(x.shape[:-1])
     total = x + added
-    wide = _wide(total)
-    factor = torch.rsqrt(wide.square().mean(dim=-1) + eps)
-    y = (wide * factor.unsqueeze(-1) * _wide(weight)).to(x.dtype)
+    exact = wide(total)
+    factor = torch.rsqrt(exact.square().mean(dim=-1) + eps)
+    y = (exact * factor.unsqueeze(-1) * wide(weight)).to(x.dtype)
     return total, y, factor
 
 
@@ -79,9 +78,9 @@ def _add_norm_backward(
         dx, dweight = backward(_rows(dtotal), _rows(dy), _rows(total), weight, factor.reshape(-1))
         return dx.view(total.shape), dweight
     scale = factor.unsqueeze(-1)
-    n, d = _wide(total) * scale, _wide(dy)
-    g = d * _wide(weight)
-    dx = _wide(dtotal) + scale * (g - n * (g * n).mean(dim=-1, keepdim=True))
+    n, d = wide(total) * scale, wide(dy)
+    g = d * wide(weight)
+    dx = wide(dtotal) + scale * (g - n * (g * n).mean(dim=-1, keepdim=True))
     dweight = (d * n).flatten(0, -2).sum(dim=0)
     return dx.to(total.dtype), dweight.to(weight.dtype)
 
@@ -91,10 +90,6 @@ def _(
     dtotal: Tensor, dy: Tensor, total: Tensor, weight: Tensor, factor: Tensor
 ) -> tuple[Tensor, Tensor]:
     return total.new_empty(total.shape), torch.empty_like(weight)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _rows(x: Tensor) -> Tensor:

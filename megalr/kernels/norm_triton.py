@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from megalr.kernels import multiprocessors
 
 NUMBERS_A_THREAD = 8
 """Of a vector, in a thread's registers: one load of 16 bytes in half precision."""
@@ -94,7 +94,7 @@ def backward(
     rows, width = total.shape
     dx, dweight = torch.empty_like(total), torch.empty_like(weight)
     block, warps = _cut(width)
-    count = min(rows, WARPS_AT_WORK // warps * _multiprocessors(total.device))
+    count = min(rows, WARPS_AT_WORK // warps * multiprocessors(total.device))
     partial = torch.empty(count, width, dtype=torch.float32, device=total.device)
     _backward[(count,)](
         dtotal, dy, total, weight, factor, dx, partial, rows, width, BLOCK=block, num_warps=warps
@@ -109,10 +109,3 @@ def _cut(width: int) -> tuple[int, int]:
     """Columns of a program, a power of two that holds a vector, and its warps."""
     block = triton.next_power_of_2(width)
     return block, min(16, max(1, block // (32 * NUMBERS_A_THREAD)))
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1  # Triton's interpreter
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -17,15 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from megalr.kernels import HAS_TRITON
+from megalr.kernels import half_on_gpu, wide
 
 # Written out because torch 2.6 infers no schema from lists of tensors as what is returned.
 _BACKWARD = "(Tensor dy, Tensor[] projections, Tensor w) -> (Tensor[], Tensor)"
-
-
-def swiglu_applies(x: Tensor) -> bool:
-    """Whether the operator runs by its kernels on x: half precision on a CUDA device, Triton."""
-    return HAS_TRITON and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
 
 
 @torch.library.custom_op("megalr::swiglu_product", mutates_args=())
@@ -41,12 +36,12 @@ def swiglu_product(projections: Sequence[Tensor], w: Tensor) -> Tensor:
         ``(..., m)``. The elementwise part is computed in float32 and rounded once.
     """
     gate, up = _rows(projections, w)  # (N, f)
-    if swiglu_applies(gate):
+    if half_on_gpu(gate):
         from megalr.kernels.swiglu_triton import forward
 
         hidden = forward(gate, up)
     else:
-        hidden = (F.silu(_wide(gate)) * _wide(up)).to(gate.dtype)
+        hidden = (F.silu(wide(gate)) * wide(up)).to(gate.dtype)
     return (hidden @ w.t()).view(*_leading(projections, w), w.shape[0])
 
 
@@ -64,7 +59,7 @@ def swiglu_product_backward(
     (gate, up), (dgate, dup) = _rows(projections, w), _rows(grads, w)
     flat = dy.reshape(-1, w.shape[0])  # (N, m)
     hidden = flat @ w  # (N, f), the gradient of the product until the kernel has run
-    if swiglu_applies(gate):
+    if half_on_gpu(gate):
         from megalr.kernels.swiglu_triton import backward_
 
         backward_(gate, up, hidden, dgate, dup)
@@ -82,15 +77,11 @@ def _(dy: Tensor, projections: Sequence[Tensor], w: Tensor) -> tuple[list[Tensor
 
 def _plain_backward_(gate: Tensor, up: Tensor, hidden: Tensor, dgate: Tensor, dup: Tensor) -> None:
     """What the kernel does, in plain PyTorch."""
-    g, u, d = _wide(gate), _wide(up), _wide(hidden)
+    g, u, d = wide(gate), wide(up), wide(hidden)
     s = torch.sigmoid(g)
     dup.copy_(d * g * s)
     dgate.copy_(d * u * (s + g * s * (1 - s)))
     hidden.copy_(g * s * u)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _leads(projections: Sequence[Tensor], w: Tensor) -> bool:

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megalr.kernels.embedding import has_row_sums, lookup
+from megalr.kernels import half_on_gpu
+from megalr.kernels.embedding import lookup
 from megalr.layers.factors import named_generator
 from megalr.parallel.mesh import Mesh
 from megalr.parallel.shards import Shard, part_of, set_shard
@@ -42,7 +43,7 @@ class Embedding(nn.Module):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """``(...,)`` int64 to ``(..., h)``: the embedding, or this rank's term of it."""
         if not self.parallel:
-            fused = self.fused and has_row_sums(self.weight)
+            fused = self.fused and half_on_gpu(self.weight)
             return lookup(ids, self.weight) if fused else F.embedding(ids, self.weight)
         elsewhere = (ids < self.start) | (ids >= self.stop)
         x = F.embedding((ids - self.start).masked_fill(elsewhere, 0), self.weight)

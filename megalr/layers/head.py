@@ -26,6 +26,15 @@ CHUNK_BYTES = 512 * 2**20
 """Size that one chunk of logits may have in the model's dtype."""
 
 
+def chunk_length(tokens: int, rows: int, element: int) -> int:
+    """Tokens of a chunk of logits of ``rows`` columns, ``element`` bytes a number.
+
+    Chunks are equal, so that there is one shape to compile.
+    """
+    largest = max(1, CHUNK_BYTES // (rows * element))
+    return -(-tokens // -(-tokens // largest))
+
+
 def loss_and_gradient_(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """Summed negative log likelihood of a chunk; ``logits`` are replaced by its gradient.
 
@@ -167,8 +176,7 @@ class Head(nn.Module):
         if labels is None:
             return gather(F.linear(x, self.weight), self.group)[..., : self.vocab_size]
         tokens = labels.numel()
-        largest = max(1, CHUNK_BYTES // (self.weight.shape[0] * x.element_size()))
-        chunk = -(-tokens // -(-tokens // largest))  # equal chunks: one shape to compile
+        chunk = chunk_length(tokens, self.weight.shape[0], x.element_size())
         return _LinearCrossEntropy.apply(
             x.reshape(tokens, x.shape[-1]),  # (B S, h)
             self.weight,

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from megalr.kernels import half_on_gpu
 from megalr.kernels.attention import applies, attention, plain_attention
 from megalr.kernels.norm import add_norm, add_norm_applies
-from megalr.kernels.swiglu import swiglu_applies
 from megalr.layers.embedding import Embedding, init_rows
 from megalr.layers.factors import FactorPair, LinearShape
 from megalr.layers.gated import Gated
@@ -142,7 +142,7 @@ class MLP(nn.Module):
         self.fused = False  # whether down may form its input itself
 
     def forward(self, x: torch.Tensor | Unscaled) -> torch.Tensor:
-        if self.fused and swiglu_applies(_values(x)):
+        if self.fused and half_on_gpu(_values(x)):
             (y,) = self.down(Gated(self.into.together(x)))
         else:
             (y,) = self.down(self.mix(self.into(x)))

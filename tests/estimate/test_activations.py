@@ -154,7 +154,7 @@ def _kept_under_tensor_parallelism(cases: list[tuple[str, bool, bool]]) -> list[
     for name, swiglu, compiled in cases:
         method, layout = LAYOUTS[name]
         torch._dynamo.reset()
-        with mock.patch.object(megalr.models.decoder, "swiglu_applies", lambda _: True):
+        with mock.patch.object(megalr.models.decoder, "half_on_gpu", lambda _: True):
             found.append(_kept_numbers(method, swiglu, compiled, plan=Plan(mesh(2), layout)))
     return found
 

@@ -8,8 +8,6 @@ bf16 numbers, and what it stores may be one such distance away; on a GPU half of
 from __future__ import annotations
 
 import copy
-import importlib.util
-import os
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -21,13 +19,8 @@ from megalr.kernels.adamw import AdamW
 from megalr.optim.build import build_optimizer
 from megalr.optim.methods import RunFacts
 from megalr.training.skipping import leaves_out, step_unless
+from tests.kernels.where import DEVICE, needs_triton
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None or not (torch.cuda.is_available() or INTERPRETED),
-    reason="needs Triton and a GPU, or TRITON_INTERPRET=1",
-)
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 ONE_APART = 2.0**-7
 ROUNDING = 2.0**-8 if DEVICE == "cuda" else ONE_APART
 SHAPES = [(1,), (7,), (4096 + 3,), (64, 96), (5, 4096), (3, 5, 7)]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,14 +17,7 @@ from megalr.kernels.attention import (
     plain_attention,
 )
 from megalr.models.decoder import rope_tables
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-HALF = torch.float16 if INTERPRETED else torch.bfloat16  # the interpreter's bfloat16 is wrong
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None or not (torch.cuda.is_available() or INTERPRETED),
-    reason="needs Triton and a GPU, or TRITON_INTERPRET=1",
-)
+from tests.kernels.where import DEVICE, HALF, INTERPRETED, needs_triton
 
 
 def _inputs(

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 from megalr.kernels.embedding import lookup, summed_rows
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None or not (torch.cuda.is_available() or INTERPRETED),
-    reason="needs Triton and a GPU, or TRITON_INTERPRET=1",
-)
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-HALF = torch.float16 if INTERPRETED else torch.bfloat16  # the interpreter's bfloat16 is wrong
+from tests.kernels.where import DEVICE, HALF, needs_triton
 
 
 def test_lookup_is_torch_s() -> None:

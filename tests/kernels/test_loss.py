@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from megalr.kernels.loss import IGNORE, added, scaled
+from tests.kernels.where import DEVICE, needs_triton
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None or not (torch.cuda.is_available() or INTERPRETED),
-    reason="needs Triton and a GPU, or TRITON_INTERPRET=1",
-)
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = needs_triton
 
 
 def _rows(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int) -> torch.Tensor:

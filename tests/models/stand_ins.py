@@ -25,9 +25,9 @@ def kernels_on_the_cpu() -> Iterator[list[int]]:
 
     with (
         mock.patch.object(megalr.models.decoder, "applies", lambda *_: True),
-        mock.patch.object(megalr.models.decoder, "swiglu_applies", lambda _: True),
+        mock.patch.object(megalr.models.decoder, "half_on_gpu", lambda _: True),
         mock.patch.object(megalr.models.decoder, "add_norm_applies", lambda _: True),
-        mock.patch.object(megalr.layers.embedding, "has_row_sums", lambda _: True),
+        mock.patch.object(megalr.layers.embedding, "half_on_gpu", lambda _: True),
         torch.library._scoped_library("megalr", "IMPL") as library,
     ):
         library.impl("causal_attention", forward, "CPU")
