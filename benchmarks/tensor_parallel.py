@@ -6,7 +6,7 @@ Forward and backward of ``--layers`` blocks of a preset's shape, compiled block 
 r = h/4, without embedding, head and optimizer; all ranks form one tensor-parallel group. Reported:
 the median and the range of tokens/s (also scaled to the preset's number of layers), peak GiB a GPU
 (weights, gradients and all), GiB of activations kept from forward to backward, and the bytes that
-a rank sends for a micro-batch, by the formula that the tests count (megalr.estimate.traffic).
+a rank sends for a micro-batch, by the formula that the tests count (benchmarks.scaling.traffic).
 Without GPUs it runs on the CPU, which only shows that it runs.
 """
 
@@ -27,9 +27,9 @@ from typing import Any
 import torch
 import torch._inductor.config
 import torch.distributed as dist
+from scaling.traffic import block_messages
 
 from megalr.errors import UserError, exit_cleanly
-from megalr.estimate.traffic import block_messages
 from megalr.models.build import build_decoder
 from megalr.models.config import PRESETS, DecoderConfig
 from megalr.models.decoder import Decoder, rope_tables

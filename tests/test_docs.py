@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import json
 import re
 import shlex
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import throughput
 
 from megalr.config import load_run_config
 from megalr.config.problems import known_keys
@@ -115,9 +115,8 @@ def test_command_lines_have_options_that_exist_and_describe_runs_that_load(page:
             load_run_config([ROOT / recipe for recipe in recipes], changes, presets=PRESETS)
 
 
-def test_cases_of_benchmarks_exist(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    cases = importlib.import_module("throughput").CASES
+def test_cases_of_benchmarks_exist() -> None:
+    cases = throughput.CASES
     named = 0
     for page in PAGES:
         for _, words in commands(page):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import math
 from pathlib import Path
 from typing import Any
 
-import pytest
+import throughput
 
 from megalr.config.schema import RunConfig
 from megalr.estimate.memory import GIB, estimate_memory
@@ -18,10 +17,8 @@ from tests.training.runs import zero
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
 
-def _recorded_run(row: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+def _recorded_run(row: dict[str, Any]) -> RunConfig:
     """The run of a row, as the benchmark builds it."""
-    monkeypatch.syspath_prepend(str(RESULTS.parent))
-    throughput = importlib.import_module("throughput")
     known = {field.name for field in dataclasses.fields(throughput.Case)}
     case = throughput.Case(**{key: value for key, value in row.items() if key in known})
     folder = Path("unused")
@@ -38,7 +35,7 @@ ALLOCATED_BY_USED = (0.98, 1.03)
 """The allocator's own count, where no CUDA graph was used: no pieces in it."""
 
 
-def test_recorded_peaks_are_met(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recorded_peaks_are_met() -> None:
     """Of rows that list losses: what was reserved where a CUDA graph was used, else allocated.
 
     Older rows have the allocator's peak while the graph was captured.
@@ -48,7 +45,7 @@ def test_recorded_peaks_are_met(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows, "no recorded peaks in benchmarks/results"
     wrong = []
     for row in rows:
-        config = _recorded_run(row, monkeypatch)
+        config = _recorded_run(row)
         estimate = estimate_memory(config, zero(row["stage"]), row["case"], row["gpus"])
         used, (least, most) = estimate.peak / GIB, ALLOCATED_BY_USED
         if config.train.cuda_graphs:
@@ -61,12 +58,12 @@ def test_recorded_peaks_are_met(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_a_row_of_the_benchmark_becomes_its_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_of_the_benchmark_becomes_its_run() -> None:
     method = {"name": "low_rank", "rank": 128, "alpha": 32.0}
     row = {"case": "a case", "preset": "llama_60m", "method": method, "micro_batch": 128}
     row |= {"precision": "paper_bf16", "stage": 0, "accumulation": 2, "gpus": 1, "mfu": 0.3}
     row |= {"train": {"activation_checkpointing": "mlp"}, "optimizer": {"lr": 2e-3}}
-    config = _recorded_run({**row, "tensor": 1, "layout": "auto", "losses": []}, monkeypatch)
+    config = _recorded_run({**row, "tensor": 1, "layout": "auto", "losses": []})
     train = config.train
     assert (config.method.name, config.optimizer.lr) == ("low_rank", 2e-3)
     assert (train.precision, train.activation_checkpointing) == ("paper_bf16", "mlp")

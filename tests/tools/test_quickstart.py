@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from quickstart import Step, run_steps
 
 from megalr.errors import UserError
-from megalr.steps import Step, run_steps
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,17 +14,10 @@ import numpy as np
 import pytest
 import yaml
 from matplotlib.lines import Line2D
+from report import config_differences, curves, summary, write_html, write_png
 
 from megalr.errors import UserError
-from megalr.training.report import (
-    config_differences,
-    curves,
-    perplexity_change,
-    read_run,
-    summary,
-    write_html,
-    write_png,
-)
+from megalr.training.report import perplexity_change, read_run
 
 ROOT = Path(__file__).parents[2]
 PNG = b"\x89PNG\r\n\x1a\n"

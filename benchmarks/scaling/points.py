@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 
 from megalr.config.schema import RunConfig
-from megalr.estimate.besides import Balancing, Loader
-from megalr.estimate.cluster import Cluster
 from megalr.estimate.memory import GIB
-from megalr.estimate.steps import Gpu, Job, update_work
 from megalr.estimate.tensors import plan_of
-from megalr.estimate.work import micro_batch_work
 from megalr.models.config import PRESETS
 from megalr.parallel.plan import SINGLE
+from scaling.besides import Balancing, Loader
+from scaling.cluster import Cluster
+from scaling.steps import Gpu, Job, update_work
+from scaling.work import micro_batch_work
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 METHODS = ("low_rank", "full_rank", "sltrain")
 """Methods that are predicted."""
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megalr.config.document import key_tables, renewed
+from config_tables import key_tables, renewed
+
 from megalr.config.problems import known_keys
 from megalr.config.schema import RunConfig
 
@@ -13,7 +14,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "config.md"
 
 def test_page_is_up_to_date() -> None:
     page = PAGE.read_text(encoding="utf-8")
-    assert renewed(page) == page, "run: python -m megalr.config.document docs/config.md"
+    assert renewed(page) == page, "run: python tools/config_tables.py docs/config.md"
 
 
 def test_every_key_has_a_row_with_a_meaning() -> None:

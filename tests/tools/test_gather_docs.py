@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gather_docs import gather, is_prose, passages_of
 
-from megalr.data.docstrings import gather, is_prose, passages_of
 from megalr.errors import UserError
 
 SENTENCE = "This function explains what happens to the {} when another {} arrives in the meantime, "

@@ -11,13 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megalr.estimate.cluster import Cluster, Members, all_reduce, gather, members
 from megalr.estimate.states import group_sizes, wrapper_of
 from megalr.estimate.tensors import count, stored_tensors
-from megalr.estimate.traffic import Message, block_messages, data_traffic, end_messages
-from megalr.estimate.work import Work, micro_batch_work
 from megalr.models.config import DecoderConfig
 from megalr.parallel.plan import SINGLE, Plan
+from scaling.cluster import Cluster, Members, all_reduce, gather, members
+from scaling.traffic import Message, block_messages, data_traffic, end_messages
+from scaling.work import Work, micro_batch_work
 
 HIDDEN_SHARE = 0.8
 """Share of the backward pass behind which ZeRO 2 and 3 can hide communication."""

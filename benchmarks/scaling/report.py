@@ -11,7 +11,7 @@ from megalr.errors import UserError
 from megalr.estimate.memory import GIB
 
 if TYPE_CHECKING:
-    from scaling_model import Choice
+    from scaling.choices import Choice
 
 BEGIN, END = "<!-- predictions: begin -->", "<!-- predictions: end -->"
 RESTART_EVERY, SAVE_EVERY = 200, 1000

@@ -8,10 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from megalr.errors import UserError
-from megalr.estimate.besides import (
+from scaling.besides import (
     Balancing,
     Loader,
     balancing_at,
@@ -19,11 +16,14 @@ from megalr.estimate.besides import (
     loading_seconds,
     refactorize_seconds,
 )
-from megalr.estimate.cluster import Cluster, Members, all_reduce, gather, members
-from megalr.estimate.steps import Gpu, Job, predict, update_work
+from scaling.cluster import Cluster, Members, all_reduce, gather, members
+from scaling.steps import Gpu, Job, predict, update_work
+from scaling.traffic import block_messages, data_traffic, end_messages
+from scaling.work import block_work, micro_batch_work, product
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megalr.errors import UserError
 from megalr.estimate.tensors import plan_of
-from megalr.estimate.traffic import block_messages, data_traffic, end_messages
-from megalr.estimate.work import block_work, micro_batch_work, product
 from megalr.models.flops import flops_per_token
 from tests.distributed import run_distributed
 from tests.models.settings import factorized, full_rank, low_rank, tiny
