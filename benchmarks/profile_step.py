@@ -30,8 +30,8 @@ from torch.profiler import ProfilerActivity, profile
 from megalr.config.deepspeed import resolve_deepspeed_config
 from megalr.config.loading import load_run_config
 from megalr.data.loader import UpdateBatch
+from megalr.distributed.process_group import start_distributed
 from megalr.errors import exit_cleanly
-from megalr.training.distributed import start_distributed
 from megalr.training.engine import build_engine, build_model
 from megalr.training.update import Updater
 

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from megalr.config.deepspeed import resolve_deepspeed_config
 from megalr.config.schema import RunConfig
+from megalr.distributed.process_group import start_distributed
 from megalr.errors import exit_cleanly
 from megalr.layers.factors import FactorPair
 from megalr.models.config import decoder_config
@@ -41,7 +42,6 @@ from megalr.restarts.exchange import workspace_of
 from megalr.restarts.refactorize import factor_parameters
 from megalr.restarts.report import RestartReport
 from megalr.restarts.state import ShardedState
-from megalr.training.distributed import start_distributed
 from megalr.training.engine import build_engine, build_model, set_learning_rate
 
 RANKS = {"llama_9m": 32, "llama_60m": 128, "llama_350m": 256, "llama_1b": 512, "llama_7b": 1024}

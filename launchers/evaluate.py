@@ -80,7 +80,7 @@ def evaluate_tasks(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def evaluate_perplexity(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Perplexity, loss and what they were measured on, and a line for people."""
-    from megalr.training.distributed import start_distributed
+    from megalr.distributed.process_group import start_distributed
     from megalr.training.standalone import Request, evaluate_model, evaluate_run
 
     request = Request(
@@ -114,9 +114,9 @@ def main() -> None:
     evaluated = evaluate_tasks if arguments.tasks is not None else evaluate_perplexity
     with contextlib.redirect_stdout(sys.stderr):  # libraries print there; JSON has it for itself
         found, line = evaluated(arguments)
-    from megalr.training.distributed import is_main
+    from megalr.distributed.agreement import is_rank0
 
-    if is_main():
+    if is_rank0():
         print(line, file=sys.stderr, flush=True)
         print(json.dumps(found), flush=True)
 

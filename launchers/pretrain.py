@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megalr.distributed.signals import StopRequest
 from megalr.errors import (
     LOCAL_RANK_VARIABLES,
     AgreedError,
@@ -15,7 +16,6 @@ from megalr.errors import (
     exit_cleanly,
     launched_number,
 )
-from megalr.training.signals import StopRequest
 
 DEFAULT_DEEPSPEED = {"zero_optimization": {"stage": 1}}
 
@@ -88,7 +88,7 @@ def main() -> int:
         check_run(config)
         print(dump_config(config), end="")
         return 0
-    from megalr.training.lost import name_lost_peers
+    from megalr.distributed.peer_errors import name_lost_peers
     from megalr.training.pretrain import pretrain
 
     source = str(arguments.deepspeed_config or "default DeepSpeed config")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from tests.distributed import CONTEXT, become_rank, free_port, start_server
+from tests.ranks import CONTEXT, become_rank, free_port, start_server
 
 ROOT = Path(__file__).resolve().parents[1]
 PRETRAIN = ROOT / "launchers" / "pretrain.py"

@@ -11,9 +11,6 @@ import statistics
 from collections import deque
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 
 class SpikeDetector:
     """Tells when the gradient norm is more than ``ratio`` times its recent median.
@@ -52,10 +49,3 @@ class SpikeDetector:
         """Continue from :meth:`state_dict`; a shorter window keeps the newest norms."""
         self._norms = deque(state["norms"], maxlen=self.window)
         self._quiet_until = state["quiet_until"]
-
-
-def largest_of_ranks(value: float, device: torch.device) -> float:
-    """The largest value over all ranks, so that they decide alike."""
-    tensor = torch.tensor(value, dtype=torch.float64, device=device)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return float(tensor)

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from megalr.config.restarts import RestartsConfig
+from megalr.distributed.agreement import all_reduce_max
 from megalr.errors import UserError
 from megalr.layers.factors import FactorPair
-from megalr.restarts.adaptive import SpikeDetector, largest_of_ranks
+from megalr.restarts.adaptive import SpikeDetector
 from megalr.restarts.exchange import FactorExchange
 from megalr.restarts.refactorize import (
     factor_parameters,
@@ -181,7 +182,7 @@ class Restarts:
             return False
         if gradient_norm is None:
             raise ValueError("restarts.gradient_norm_spike needs the gradient norm of every update")
-        norm = largest_of_ranks(float(gradient_norm), self._state.device)
+        norm = all_reduce_max(float(gradient_norm), self._state.device)
         return self._spikes.observe(update, norm) and self.schedule.in_window(update)
 
     def _imbalance_due(self, update: int) -> bool:

@@ -35,10 +35,10 @@ from megalr.checkpoints.manifest import (
 from megalr.checkpoints.reader import open_source
 from megalr.checkpoints.source import STATE, SavedState
 from megalr.config.schema import RunConfig
+from megalr.distributed.agreement import is_rank0, run_on_all, run_on_rank0
 from megalr.errors import AgreedError, UserError
 from megalr.restarts.state import ShardedState
 from megalr.training.checkpoint_files import as_user_error, reason_of, write_files
-from megalr.training.distributed import agreed, is_main, on_main
 
 
 @dataclass(frozen=True)
@@ -120,14 +120,14 @@ def save_checkpoint(
     tag = names.tag_of(update)
     saving = names.saving_path(root, tag)
     with _one_line(root / tag):
-        on_main(lambda: _prepare(saving))
+        run_on_rank0(lambda: _prepare(saving))
         records, hashing = write_files(engine, root, saving)
         loss = None if validation_loss is None or math.isnan(validation_loss) else validation_loss
         saved = SavedState(update, config.model_dump(mode="json"), _counters(engine), state)
         text = saved.text()  # on every rank: a value that JSON cannot hold must stop all of them
         manifest = Manifest(update, layout_of(engine), loss, records)
-        size = on_main(lambda: _finish(root, tag, text, manifest))
-    deleted, error = on_main(lambda: delete_superseded(root, config, update))
+        size = run_on_rank0(lambda: _finish(root, tag, text, manifest))
+    deleted, error = run_on_rank0(lambda: delete_superseded(root, config, update))
     seconds = time.perf_counter() - started
     path = f"{names.CHECKPOINTS}/{tag}"
     return SaveReport(path, seconds, hashing, size, deleted, error)
@@ -139,7 +139,7 @@ def _one_line(path: Path) -> Iterator[None]:
     try:
         yield
     except AgreedError as error:
-        if is_main():  # what cannot be removed now is removed at the next start
+        if is_rank0():  # what cannot be removed now is removed at the next start
             shutil.rmtree(names.saving_path(path.parent, path.name), ignore_errors=True)
         raise AgreedError(
             f"checkpoint {path} could not be written ({error}): free space or fix the path and "
@@ -210,7 +210,7 @@ def find_checkpoint(folder: Path, verify: bool) -> Found:
     """
     started = time.perf_counter()
     root = folder / names.CHECKPOINTS
-    known, unfinished = on_main(lambda: _list(root))
+    known, unfinished = run_on_rank0(lambda: _list(root))
     damaged: list[str] = []
     for tag in reversed(known):
         problem = _problem(root / tag, verify)
@@ -233,11 +233,11 @@ def _list(root: Path) -> tuple[list[str], list[str]]:
 
 def _problem(folder: Path, verify: bool) -> str | None:
     """What is wrong with a checkpoint; None if it is good. The same on all ranks."""
-    manifest, problem = on_main(lambda: _read_manifest(folder))
+    manifest, problem = run_on_rank0(lambda: _read_manifest(folder))
     if manifest is None or problem is not None:
         return problem
     if not verify:
-        return on_main(lambda: check_files(folder, manifest.files, manifest.files, False))
+        return run_on_rank0(lambda: check_files(folder, manifest.files, manifest.files, False))
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     largest_first = sorted(manifest.files, key=lambda name: -manifest.files[name].size)
     found: list[Any] = [check_files(folder, manifest.files, largest_first[rank::world], True)]
@@ -274,7 +274,7 @@ def tidy(folder: Path, found: Found) -> None:
         except OSError as error:
             raise UserError(f"{root} cannot be written: {reason_of(error)}") from error
 
-    on_main(work)
+    run_on_rank0(work)
 
 
 def load_checkpoint(engine: Any, folder: Path, tag: str) -> Loaded:
@@ -289,17 +289,17 @@ def load_checkpoint(engine: Any, folder: Path, tag: str) -> Loaded:
     """
     started = time.perf_counter()
     root = folder / names.CHECKPOINTS
-    manifest, problem = on_main(lambda: _read_manifest(root / tag))
+    manifest, problem = run_on_rank0(lambda: _read_manifest(root / tag))
     if manifest is None:
         raise AgreedError(f"checkpoint {root / tag} is damaged ({problem}): choose another one")
     now = json.loads(json.dumps(layout_of(engine)))
     different = {
         k: [manifest.layout.get(k), v] for k, v in now.items() if manifest.layout.get(k) != v
     }
-    saved = agreed(lambda: SavedState.read(root / tag), Damaged)
+    saved = run_on_all(lambda: SavedState.read(root / tag), Damaged)
     options = [dict(group) for group in ShardedState(engine).base.param_groups]
     if different:
-        agreed(lambda: load_source(engine, open_source(root / tag)), Damaged)
+        run_on_all(lambda: load_source(engine, open_source(root / tag)), Damaged)
         ShardedState(engine).refresh_weights()
     else:
         path, _ = engine.load_checkpoint(str(root), tag=tag)

@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from megalr.checkpoints.layout import describe, fragments_file
 from megalr.checkpoints.manifest import FileRecord, record_of
+from megalr.distributed.agreement import raise_on_any_rank
 from megalr.errors import UserError
-from megalr.training.distributed import agree
 
 
 @contextlib.contextmanager
@@ -49,7 +49,7 @@ def write_files(engine: Any, root: Path, saving: Path) -> tuple[dict[str, FileRe
             seconds = time.perf_counter() - started
         except (OSError, RuntimeError) as caught:
             error = caught
-    agree(None if error is None else UserError(reason_of(error)))
+    raise_on_any_rank(None if error is None else UserError(reason_of(error)))
     gathered: list[Any] = [(records, seconds)]
     if dist.is_initialized():
         gathered = [None] * dist.get_world_size()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -67,14 +69,31 @@ def compile_blocks(decoder: Decoder) -> None:
     decoder.head.compile_loss()
 
 
+def import_deepspeed() -> Any:
+    """The module ``deepspeed``, with what it would only disturb a run with turned off.
+
+    Imported here because it takes seconds and ``--help`` should not. Its CPU shared-memory
+    all-reduce is used for inference only; compiling it takes a minute at the first start of a
+    machine, and a process killed meanwhile leaves a lock that every later start waits for
+    (docs/deepspeed-notes.md).
+    """
+    import deepspeed
+    from deepspeed import ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed 0.19 calls collectives that torch 2.13 has renamed: nothing a user can fix.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed")
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
 def build_engine(config: RunConfig, ds_config: dict[str, Any], decoder: Decoder) -> Any:
     """DeepSpeed's engine with the run's optimizer.
 
     Raises:
         UserError: a combination that cannot work (compilation or CUDA graphs with ZeRO-3, ...).
     """
-    import deepspeed
-
+    deepspeed = import_deepspeed()
     stage = ds_config["zero_optimization"]["stage"]
     mesh = decoder.plan.mesh
     _check_stage(config, stage)

@@ -16,9 +16,9 @@ import torch.distributed as dist
 
 import megalr
 from megalr.config.schema import RunConfig
+from megalr.distributed.agreement import raise_on_any_rank
+from megalr.distributed.launcher_env import host_name
 from megalr.errors import UserError
-from megalr.training.distributed import agree
-from megalr.training.launch import host_name
 
 _SHOWN_PREFIXES = ("NCCL_", "TORCH_NCCL_", "GLOO_", "FI_", "UCX_", "DS_ACCELERATOR", "OMP_NUM")
 _INFINIBAND = Path("/sys/class/infiniband")
@@ -140,7 +140,7 @@ def check_ranks_agree(config: RunConfig, ds_config: dict[str, Any], fingerprint:
     main = [own]
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(main, src=0)
-    agree(_difference(main[0], own))
+    raise_on_any_rank(_difference(main[0], own))
 
 
 def _difference(main: dict[str, Any], own: dict[str, Any]) -> UserError | None:

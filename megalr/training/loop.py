@@ -24,9 +24,11 @@ import torch.distributed as dist
 from megalr.checkpoints.folder import CHECKPOINTS
 from megalr.config.schema import RunConfig
 from megalr.data.loader import MicroBatch, UpdateBatch, UpdateLoader
+from megalr.distributed.agreement import all_reduce_max
+from megalr.distributed.stop_vote import StopVote
+from megalr.distributed.watchdog import Watchdog
 from megalr.errors import AgreedError
 from megalr.models.flops import flops_per_token
-from megalr.restarts.adaptive import largest_of_ranks
 from megalr.restarts.controller import Restarts
 from megalr.restarts.relora import Relora
 from megalr.restarts.reset import reset_moments
@@ -39,9 +41,7 @@ from megalr.training.health import Health
 from megalr.training.interval import Asked, Interval, Made, Report
 from megalr.training.metrics import MetricsWriter, Stopwatch
 from megalr.training.position import Position
-from megalr.training.stopping import StopCheck
 from megalr.training.update import Updater
-from megalr.training.watchdog import Watchdog
 
 
 class Trainer:
@@ -80,7 +80,7 @@ class Trainer:
         restarts: Restarts,
         relora: Relora | None,
         metrics: MetricsWriter,
-        stop: StopCheck,
+        stop: StopVote,
         watchdog: Watchdog,
         clock: CompileClock,
         state: dict[str, Any],
@@ -135,7 +135,7 @@ class Trainer:
             AgreedError: bad updates that rolling back does not get past.
         """
         self.watch.lap()
-        if not self.stop.agreed(now=True) and self.evaluation_pending:
+        if not self.stop.requested(now=True) and self.evaluation_pending:
             self.evaluate()
             if self.finished:
                 self.save()  # again, now with nothing pending
@@ -149,7 +149,7 @@ class Trainer:
             if late is not None:
                 self.hear_of(*late)
                 late = None
-            self.stop.agreed()
+            self.stop.requested()
             if self._can_wait(made):
                 late = made, self.begin_report() if self._due.log(self.update) else None
                 continue
@@ -163,7 +163,7 @@ class Trainer:
             if self._interval.made:
                 self.write_report(self.begin_report())
             self.metrics.write("signal", self.update, signal=self.stop.reason)
-            self.stop.honoured()
+            self.stop.acknowledge()
 
     def _next_batch(self) -> UpdateBatch:
         started = time.perf_counter()
@@ -219,7 +219,7 @@ class Trainer:
         if not made.applied or not self.health.decides_after_step:
             return None
         Asked([made], self._copies).settle()
-        norm = largest_of_ranks(float(made.norm), self.device)
+        norm = all_reduce_max(float(made.norm), self.device)
         if not self._report_spikes(made, loss=made.loss, gradient_norm=norm):
             return None
         if self.config.health.spike_action == "rollback":
@@ -324,7 +324,7 @@ class Trainer:
         due = self._due.checkpoint(self.update) and not self.health.skipped_in_row
         if last or due or self.stop.reason is not None:
             self.save()
-            self.stop.agreed(now=True)
+            self.stop.requested(now=True)
 
     def _settle(self, asked: Asked) -> None:
         """Know the losses of the updates; spikes that are only told of are told now."""
@@ -356,7 +356,7 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Evaluate on the validation set and report it, unless the run is to stop."""
-        if self.validation is None or self.stop.agreed(now=True):
+        if self.validation is None or self.stop.requested(now=True):
             return
         wait_for(self.device)
         result = evaluate(
@@ -366,7 +366,7 @@ class Trainer:
             self.engine.seq_data_parallel_group,
         )
         self.watch.exclude(result.eval_seconds)
-        if not self.stop.agreed(now=True):
+        if not self.stop.requested(now=True):
             self.metrics.write("eval", self.update, **asdict(result))
             self.validation_loss = (self.update, result.loss)
             self.evaluation_pending = False
@@ -376,7 +376,7 @@ class Trainer:
         for batch in batches:
             yield batch
             self.watchdog.progress(f"evaluating after update {self.update}")
-            if self.stop.agreed():
+            if self.stop.requested():
                 return
 
     def save(self) -> None:

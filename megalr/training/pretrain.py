@@ -22,6 +22,11 @@ from megalr.data import (
     open_training_data,
     open_validation_data,
 )
+from megalr.distributed.agreement import is_rank0, run_on_all, run_on_rank0
+from megalr.distributed.process_group import limit_collectives, start_distributed
+from megalr.distributed.signals import STOPPED, StopRequest
+from megalr.distributed.stop_vote import StopVote
+from megalr.distributed.watchdog import Watchdog
 from megalr.errors import AgreedError, UserError
 from megalr.layers.lora import LoRALinear
 from megalr.models.decoder import Decoder
@@ -31,13 +36,6 @@ from megalr.parallel.mesh import Mesh, make_mesh
 from megalr.restarts.controller import Restarts
 from megalr.restarts.relora import Relora
 from megalr.training.checkpoint import Found, find_checkpoint, load_checkpoint, tidy
-from megalr.training.distributed import (
-    agreed,
-    is_main,
-    limit_collectives,
-    on_main,
-    start_distributed,
-)
 from megalr.training.engine import build_engine, sizes_of
 from megalr.training.environment import check_ranks_agree, report, versions
 from megalr.training.hardware import CompileClock
@@ -57,9 +55,6 @@ from megalr.training.run_folder import (
     write_run_folder,
 )
 from megalr.training.run_lock import run_folder_lock
-from megalr.training.signals import STOPPED, StopRequest
-from megalr.training.stopping import StopCheck
-from megalr.training.watchdog import Watchdog
 
 
 def pretrain(
@@ -87,10 +82,10 @@ def pretrain(
     started = time.perf_counter()
     device = start_distributed(config.run.timeout_seconds)
     lines = report(device)
-    if is_main():
+    if is_rank0():
         print(lines, flush=True)
-    stop = StopCheck(request or StopRequest(), Path(config.run.dir), device)
-    if stop.agreed(now=True):
+    stop = StopVote(request or StopRequest(), Path(config.run.dir), device)
+    if stop.requested(now=True):
         return _stopped_at_start(stop)
     with run_folder_lock(Path(config.run.dir)):
         stop.folder_is_ours = True
@@ -102,7 +97,7 @@ def _train(
     ds_user: dict[str, Any],
     ds_source: str,
     device: torch.device,
-    stop: StopCheck,
+    stop: StopVote,
     started: float,
     allowed: Sequence[str],
 ) -> int:
@@ -111,38 +106,38 @@ def _train(
     config = with_pretrained_sizes(config)
     mesh = make_mesh(config.parallel.tensor, device.type)
     ds_config = resolve_deepspeed_config(config, ds_user, ds_source, mesh.data_size)
-    train_data, validation_data = agreed(lambda: _open_data(config))
+    train_data, validation_data = run_on_all(lambda: _open_data(config))
     if config.checkpoint.keep_best and validation_data is None:
         raise AgreedError(
             f"checkpoint.keep_best is {config.checkpoint.keep_best} and there is no validation "
             "data to tell the best by: give data.validation, or set it to 0"
         )
     check_ranks_agree(config, ds_config, train_data.fingerprint)
-    changed = on_main(lambda: check_run_folder(config, allowed))
+    changed = run_on_rank0(lambda: check_run_folder(config, allowed))
     found = find_checkpoint(Path(config.run.dir), config.checkpoint.verify)
-    if found.tag is None and is_main() and has_updates(Path(config.run.dir)):
+    if found.tag is None and is_rank0() and has_updates(Path(config.run.dir)):
         print(
             f"note: run.dir {config.run.dir} has updates in its metrics.jsonl but no checkpoint to "
             "go on from: the run begins again",
             flush=True,
         )
     if config.model.from_pretrained is not None and found.tag is None:
-        on_main(lambda: check_pretrained_tokenizer(config, train_data))
+        run_on_rank0(lambda: check_pretrained_tokenizer(config, train_data))
     decoder, imported = initial_model(config, device, mesh, resuming=found.tag is not None)
     facts = _facts(config, ds_config, decoder, train_data)
     engine = build_engine(config, ds_config, decoder)
     limit_collectives(config.run.timeout_seconds)
-    if stop.agreed(now=True):
+    if stop.requested(now=True):
         return _stopped_at_start(stop)
     restarts, relora = _make_restarts(config, engine, decoder)
-    on_main(lambda: write_run_folder(config, ds_config))
+    run_on_rank0(lambda: write_run_folder(config, ds_config))
     if imported is not None:
-        on_main(lambda: write_supports(Path(config.run.dir), imported.supports))
+        run_on_rank0(lambda: write_supports(Path(config.run.dir), imported.supports))
     tidy(Path(config.run.dir), found)
     data_may_differ = any(key.startswith("data.") for key, _, _ in changed)
     saved, resumed = _resume(config, engine, found, train_data, data_may_differ)
     start = Position() if saved is None else Position.of(saved)
-    metrics = agreed(lambda: _metrics(config))
+    metrics = run_on_all(lambda: _metrics(config))
     loader = _loader(config, train_data, mesh, start.next_batch, device.type == "cuda")
     watchdog = Watchdog(config.health.stall_seconds, Path(config.run.dir), dist.get_rank())
     with metrics, loader, watchdog:
@@ -173,10 +168,10 @@ def _train(
     return 0 if trainer.finished else STOPPED
 
 
-def _stopped_at_start(stop: StopCheck) -> int:
+def _stopped_at_start(stop: StopVote) -> int:
     """End a run that was asked to stop before anything of it was there to save."""
-    stop.honoured()
-    if is_main():
+    stop.acknowledge()
+    if is_rank0():
         print(f"stopped during start-up ({stop.reason})", flush=True)
     return STOPPED
 
@@ -290,7 +285,7 @@ def _loader(
 def _metrics(config: RunConfig) -> MetricsWriter:
     return MetricsWriter(
         Path(config.run.dir),
-        is_main(),
+        is_rank0(),
         config.train.updates,
         config.log.tensorboard,
         config.log.wandb_project,

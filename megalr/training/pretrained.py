@@ -24,6 +24,7 @@ from megalr.config.methods import LowRankMethod, SLTrainMethod
 from megalr.config.schema import RunConfig
 from megalr.data import TokenDataset
 from megalr.data.tokenizer import open_tokenizer
+from megalr.distributed.agreement import raise_on_any_rank, run_on_all, run_on_rank0
 from megalr.errors import UserError
 from megalr.export.families import pretrained_sizes
 from megalr.export.read import Weights, check_weights, load_linear, load_plain, named_linears
@@ -35,7 +36,6 @@ from megalr.models.config import decoder_config
 from megalr.models.decoder import Decoder
 from megalr.parallel.mesh import Mesh
 from megalr.parallel.shards import shard_of
-from megalr.training.distributed import agree, agreed, on_main
 from megalr.training.engine import build_model
 from megalr.training.run_folder import CONFIG
 
@@ -94,7 +94,7 @@ def initial_model(
     if config.model.from_pretrained is None:
         return build_model(config, device, mesh), None
     if resuming:
-        supports = agreed(lambda: read_supports(config, Path(config.run.dir)))
+        supports = run_on_all(lambda: read_supports(config, Path(config.run.dir)))
         return build_model(config, device, mesh, supports), None
     folder = Path(config.model.from_pretrained)
     if mesh.tensor_size == 1:
@@ -119,7 +119,7 @@ def with_pretrained_sizes(config: RunConfig) -> RunConfig:
     """
     if config.model.from_pretrained is None:
         return config
-    sizes = on_main(lambda: _sizes(config))
+    sizes = run_on_rank0(lambda: _sizes(config))
     return config.model_copy(update={"model": config.model.model_copy(update=sizes)})
 
 
@@ -197,7 +197,7 @@ def import_weights(folder: Path, decoder: Decoder, device: torch.device) -> Impo
         UserError: files that are damaged or do not fit the configuration.
     """
     started = time.perf_counter()
-    weights = agreed(lambda: _checked_weights(decoder, folder))
+    weights = run_on_all(lambda: _checked_weights(decoder, folder))
     world = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if dist.is_initialized() else 0
     errors: dict[str, float] = {}
@@ -216,7 +216,7 @@ def import_weights(folder: Path, decoder: Decoder, device: torch.device) -> Impo
                 trouble = error
         if shared and world > 1:
             _broadcast(layer, owner, device)
-    agree(trouble)
+    raise_on_any_rank(trouble)
     if world > 1:
         found: list[dict[str, float]] = [{}] * world
         dist.all_gather_object(found, errors)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import IO
 
 from megalr.data.lock import describe_process, lock_file
+from megalr.distributed.agreement import run_on_rank0
 from megalr.errors import UserError
-from megalr.training.distributed import on_main
 from megalr.training.run_folder import RUN_LOCK
 
 OWN_JOB_SECONDS = 180.0
@@ -33,7 +33,7 @@ def run_folder_lock(folder: Path) -> Iterator[None]:
             folder cannot be written, or its file system cannot lock files.
     """
     held: list[IO[str]] = []
-    on_main(lambda: held.append(_acquire(folder)))
+    run_on_rank0(lambda: held.append(_acquire(folder)))
     try:
         yield
     finally:

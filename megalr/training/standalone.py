@@ -22,10 +22,10 @@ from megalr.data import (
     open_validation_data,
 )
 from megalr.data.manifest import load_manifest
+from megalr.distributed.agreement import run_on_all, run_on_rank0
 from megalr.errors import UserError
 from megalr.export.write import DTYPES
 from megalr.layers.head import IGNORE
-from megalr.training.distributed import agreed, on_main
 from megalr.training.evaluation import evaluate
 from megalr.training.pretrained import check_same_pieces
 from megalr.training.trained import load_decoder, open_verified, run_config
@@ -73,13 +73,13 @@ def evaluate_run(
     Raises:
         UserError: a checkpoint or data that cannot be read, or that do not belong together.
     """
-    tag = on_main(lambda: open_verified(run, tag).folder.name)
-    checkpoint = agreed(lambda: open_checkpoint(run, tag))
-    config = agreed(lambda: run_config(checkpoint))
-    data = agreed(lambda: _data_of_run(config, request))
-    notes = agreed(lambda: _check_tokenizer_of_run(config, data))
+    tag = run_on_rank0(lambda: open_verified(run, tag).folder.name)
+    checkpoint = run_on_all(lambda: open_checkpoint(run, tag))
+    config = run_on_all(lambda: run_config(checkpoint))
+    data = run_on_all(lambda: _data_of_run(config, request))
+    notes = run_on_all(lambda: _check_tokenizer_of_run(config, data))
     dtype = request.dtype or ("float32" if config.train.precision == "fp32" else "bfloat16")
-    decoder = agreed(lambda: load_decoder(run, checkpoint)).to(device, DTYPES[dtype])
+    decoder = run_on_all(lambda: load_decoder(run, checkpoint)).to(device, DTYPES[dtype])
     limit = config.evaluation.limit(last=checkpoint.update >= config.train.updates)
     if request.tokens is not None:
         limit = request.tokens or None
@@ -112,7 +112,7 @@ def evaluate_model(folder: Path, request: Request, device: torch.device) -> dict
     """
     if not request.data:
         raise UserError("--model needs --data FOLDER: a model does not know its validation data")
-    model = agreed(lambda: _transformers_model(folder))
+    model = run_on_all(lambda: _transformers_model(folder))
     if request.dtype is not None:
         model = model.to(DTYPES[request.dtype])
     meant = getattr(model.config, "max_position_embeddings", None) or LONGEST
@@ -120,9 +120,9 @@ def evaluate_model(folder: Path, request: Request, device: torch.device) -> dict
     if length > meant:
         raise UserError(f"--sequence_length {length}: the model in {folder} is meant for {meant}")
     packing = True if request.packing is None else request.packing
-    data = agreed(lambda: _open(request.data, request.split, length, packing))
-    agreed(lambda: check_vocabulary(data, model.config.vocab_size))
-    notes = agreed(lambda: _check_tokenizer_of_model(folder, data))
+    data = run_on_all(lambda: _open(request.data, request.split, length, packing))
+    run_on_all(lambda: check_vocabulary(data, model.config.vocab_size))
+    notes = run_on_all(lambda: _check_tokenizer_of_model(folder, data))
     dtype = str(model.dtype).removeprefix("torch.")
     wrapped = SummedLoss(model).to(device)
     what = {"model": str(folder), "architecture": type(model).__name__}

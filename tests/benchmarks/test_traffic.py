@@ -25,10 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megalr.errors import UserError
 from megalr.estimate.tensors import plan_of
 from megalr.models.flops import flops_per_token
-from tests.distributed import run_distributed
 from tests.models.settings import factorized, full_rank, low_rank, tiny
 from tests.parallel.meshes import CASES
 from tests.parallel.meshes import sizes as cut_sizes
+from tests.ranks import run_distributed
 
 TOKENS = (3, 10)
 CLUSTER = Cluster(

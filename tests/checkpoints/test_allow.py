@@ -12,7 +12,7 @@ from megalr.config.resuming import check_allowed
 from megalr.config.schema import RunConfig
 from megalr.errors import UserError
 from tests.checkpoints.test_shapes import continued
-from tests.distributed import RankFailed, run_distributed
+from tests.ranks import RankFailed, run_distributed
 from tests.training.runs import events, losses, run, settings, zero
 
 

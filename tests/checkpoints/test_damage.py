@@ -14,7 +14,7 @@ import pytest
 from megalr.config.schema import RunConfig
 from megalr.errors import UserError
 from megalr.training.checkpoint import delete_superseded, find_checkpoint
-from tests.distributed import RankFailed, run_distributed
+from tests.ranks import RankFailed, run_distributed
 from tests.training.runs import events, losses, run, settings, zero
 
 SECTIONS = {

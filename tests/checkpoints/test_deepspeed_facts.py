@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed import run_distributed
+from tests.ranks import run_distributed
 from tests.restarts.engines import engine_of, message_of, train
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from megalr.checkpoints.manifest import check_files, read_manifest
-from tests.distributed import CONTEXT, become_rank, free_port, run_distributed
+from tests.ranks import CONTEXT, become_rank, free_port, run_distributed
 from tests.training.runs import events, run, settings, zero
 
 pytestmark = pytest.mark.long

@@ -14,7 +14,7 @@ import torch
 from megalr.checkpoints import open_checkpoint, read_universal
 from megalr.checkpoints.reshape import write_universal
 from megalr.errors import UserError
-from tests.distributed import run_distributed
+from tests.ranks import run_distributed
 from tests.training.runs import losses, run, settings, zero
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed import run_distributed
+from tests.ranks import run_distributed
 from tests.training.runs import events, losses, run, settings, zero
 from tests.training.test_methods import METHODS
 from tests.training.test_resume import _cut_back

@@ -19,7 +19,7 @@ from megalr.errors import UserError
 from megalr.estimate.memory import data_parallel_size, estimate_memory, sizes_of
 from megalr.estimate.states import state_bytes, wrapper_of
 from megalr.estimate.tensors import stored_tensors
-from tests.distributed import run_distributed
+from tests.ranks import run_distributed
 from tests.training.runs import settings, zero
 from tests.training.test_methods import METHODS
 

@@ -26,10 +26,10 @@ from megalr.models.decoder import Decoder
 from megalr.training.export_run import export_run
 from megalr.training.pretrained import Imported, import_weights, trial_import
 from megalr.training.standalone import Request, evaluate_model, evaluate_run
-from tests.distributed import RankFailed, run_distributed
 from tests.export.data import write_data, write_tokenizer
 from tests.export.models import FAMILIES, lively
 from tests.models.settings import factorized, full_rank, low_rank
+from tests.ranks import RankFailed, run_distributed
 from tests.training.runs import events, losses, run, settings, zero
 from tests.training.test_methods import METHODS
 

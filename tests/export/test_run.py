@@ -18,8 +18,8 @@ from megalr.errors import UserError
 from megalr.training.export_run import export_run
 from megalr.training.standalone import Request, evaluate_model, evaluate_run
 from megalr.training.trained import load_decoder, open_verified
-from tests.distributed import run_distributed
 from tests.export.data import write_data, write_tokenizer
+from tests.ranks import run_distributed
 from tests.training.runs import events, run, settings, zero
 from tests.training.test_methods import METHODS
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.distributed import free_port
+from tests.ranks import free_port
 from tests.synthetic import write_dataset
 from tests.training.runs import events, settings
 

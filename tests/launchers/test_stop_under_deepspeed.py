@@ -13,7 +13,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.distributed import free_port
+from tests.ranks import free_port
 from tests.synthetic import write_dataset
 from tests.training.runs import events, settings
 

@@ -125,13 +125,13 @@ def test_ranks_meet_over_the_network_and_a_cut_link_ends_them_in_time(
 MEET = """
 import sys
 from megalr.errors import UserError, exit_cleanly
-from megalr.training.rendezvous import meet
+from megalr.distributed.rendezvous import meet
 error = UserError(sys.argv[2]) if len(sys.argv) > 2 else None
 exit_cleanly(lambda: print("met", meet(error, float(sys.argv[1])) is not None))
 """
 
 
-def meet(
+def rendezvous(
     hosts: Hosts, rank: int, seconds: float, *trouble: str, **variables: str
 ) -> subprocess.Popen[str]:
     """A rank that only meets the others."""
@@ -164,7 +164,7 @@ def test_deepspeed_starts_the_ranks_of_a_hostfile_through_pdsh_and_ssh(
 
 
 def test_a_rank_in_trouble_is_named_on_all_hosts(hosts: Hosts) -> None:
-    ranks = [meet(hosts, 0, 60), meet(hosts, 1, 60, "no GPU left")]
+    ranks = [rendezvous(hosts, 0, 60), rendezvous(hosts, 1, 60, "no GPU left")]
     outputs = finish(ranks, 120)
     assert [rank.returncode for rank in ranks] == [2, 2]
     assert error_of(outputs[0]) == "error: rank 1 on node1: no GPU left"
@@ -177,10 +177,10 @@ def test_what_keeps_ranks_apart_is_named_in_time(hosts: Hosts) -> None:
     hosts.cut()
     try:
         ranks = [
-            meet(hosts, 0, 4),
-            meet(hosts, 1, 4),
-            meet(hosts, 0, 4, MASTER_PORT=str(PORT + 1)),
-            meet(hosts, 1, 4, MASTER_ADDR="nowhere"),
+            rendezvous(hosts, 0, 4),
+            rendezvous(hosts, 1, 4),
+            rendezvous(hosts, 0, 4, MASTER_PORT=str(PORT + 1)),
+            rendezvous(hosts, 1, 4, MASTER_ADDR="nowhere"),
         ]
         waiting, unreachable, occupied, unknown = finish(ranks, 120)
     finally:

@@ -11,8 +11,8 @@ from megalr.errors import UserError
 from megalr.optim import SPAM, GaLore, StableSPAM
 from megalr.optim.layout import LogicalTensor, assign_owners, cut_each, cut_over_slices
 from megalr.optim.zero import attach_layouts
-from tests.distributed import run_distributed
 from tests.optim import engines
+from tests.ranks import run_distributed
 
 ALL = tuple(engines.METHODS)
 

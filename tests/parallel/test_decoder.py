@@ -11,9 +11,9 @@ from megalr.models.build import build_decoder
 from megalr.models.decoder import Decoder
 from megalr.parallel.plan import Plan
 from megalr.parallel.shards import shard_of
-from tests.distributed import run_distributed
 from tests.models.stand_ins import kernels_on_the_cpu
 from tests.parallel.meshes import CASES, mesh, sizes
+from tests.ranks import run_distributed
 
 TOKENS = (3, 10)
 

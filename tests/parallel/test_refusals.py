@@ -13,8 +13,8 @@ from megalr.errors import UserError
 from megalr.models.config import DecoderConfig, decoder_config
 from megalr.models.plans import make_plan
 from megalr.parallel.mesh import Mesh, check_tensor_size
-from tests.distributed import RankFailed, run_distributed
 from tests.models.settings import factorized, full_rank, low_rank, tiny
+from tests.ranks import RankFailed, run_distributed
 from tests.training.runs import run, settings, zero
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from megalr.parallel.shards import part_of
 from megalr.restarts.algebra import balance_in_place
 from megalr.restarts.refactorize import largest_imbalance
-from tests.distributed import run_distributed
 from tests.parallel.meshes import mesh
+from tests.ranks import run_distributed
 
 M, N, RANK = 24, 32, 6
 CUTS = [(True, False), (False, True), (True, True)]  # column_row (two kinds), bottleneck

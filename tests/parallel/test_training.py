@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed import run_distributed
+from tests.ranks import run_distributed
 from tests.training.runs import events, run, settings, zero
 
 GRIDS = {"2x1": (2, 1), "1x2": (1, 2), "2x2": (2, 2), "4x1": (4, 1)}  # tensor x data

@@ -15,7 +15,7 @@ from megalr.restarts.algebra import (
     imbalance,
 )
 from megalr.restarts.eigen import eigh
-from tests.distributed import run_distributed
+from tests.ranks import run_distributed
 
 
 def _randn(*shape: int, seed: int) -> Tensor:

@@ -13,7 +13,7 @@ from megalr.config.restarts import RestartsConfig
 from megalr.restarts.adaptive import SpikeDetector
 from megalr.restarts.controller import Restarts
 from megalr.restarts.report import by_pattern
-from tests.distributed import run_distributed
+from tests.ranks import run_distributed
 from tests.restarts.engines import engine_of, message_of, train
 
 

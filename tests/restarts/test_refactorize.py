@@ -17,7 +17,7 @@ from megalr.restarts.refactorize import (
 )
 from megalr.restarts.state import ShardedState
 from megalr.restarts.verify import check_weights, checksum
-from tests.distributed import run_distributed
+from tests.ranks import run_distributed
 from tests.restarts.engines import KINDS, engine_of, logits, message_of, on_ranks, train
 
 

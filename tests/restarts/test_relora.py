@@ -14,7 +14,7 @@ from megalr.config.schema import RunConfig
 from megalr.layers.lora import LoRALinear
 from megalr.restarts.relora import Relora
 from megalr.training.engine import build_engine, build_model, set_learning_rate
-from tests.distributed import run_distributed
+from tests.ranks import run_distributed
 from tests.training.runs import settings, zero
 
 

@@ -15,7 +15,7 @@ from megalr.optim.zero import attach_layouts
 from megalr.restarts.refactorize import factor_parameters
 from megalr.restarts.reset import check_groups, reset_moments
 from megalr.restarts.state import ShardedState
-from tests.distributed import run_distributed
+from tests.ranks import run_distributed
 from tests.restarts.engines import engine_of, message_of, train
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

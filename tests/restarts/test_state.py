@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from megalr.restarts.state import ShardedState
-from tests.distributed import run_distributed
+from tests.ranks import run_distributed
 from tests.restarts.engines import KINDS, engine_of, logits, message_of, on_ranks, train
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed import run_distributed
+from tests.ranks import run_distributed
 from tests.restarts.engines import message_of
 from tests.synthetic import write_dataset
 from tests.training.runs import events, run, settings, zero

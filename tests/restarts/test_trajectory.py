@@ -7,7 +7,7 @@ import torch
 
 from megalr.config.restarts import RestartsConfig
 from megalr.restarts.controller import Restarts
-from tests.distributed import run_distributed
+from tests.ranks import run_distributed
 from tests.restarts.engines import (
     KINDS,
     batch,

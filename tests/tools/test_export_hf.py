@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed import run_distributed
 from tests.export.data import write_data
+from tests.ranks import run_distributed
 from tests.training.runs import events, run, settings, zero
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,10 +17,10 @@ import torch.distributed as dist
 from megalr.config import loading
 from megalr.config.schema import RunConfig
 from megalr.data.loader import MicroBatch, UpdateBatch
+from megalr.distributed.signals import STOP_SIGNALS, StopRequest
 from megalr.training import loop, pretrain, watchdog
 from megalr.training.interval import Made
 from megalr.training.loop import Trainer
-from megalr.training.signals import STOP_SIGNALS, StopRequest
 from megalr.training.update import Updater
 
 

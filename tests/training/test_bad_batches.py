@@ -10,7 +10,7 @@ from unittest.mock import patch
 import pytest
 
 from megalr.training import update
-from tests.distributed import RankFailed, run_distributed
+from tests.ranks import RankFailed, run_distributed
 from tests.training.bad_batches import (
     run_and_see_the_engine,
     run_with_bad_batches,

@@ -18,7 +18,7 @@ from megalr.restarts.state import ShardedState
 from megalr.training import engine as engines
 from megalr.training.batched import batch_parameters
 from megalr.training.update import Updater
-from tests.distributed import run_distributed
+from tests.ranks import run_distributed
 from tests.training.runs import settings, zero
 
 SIZES = {"hidden_size": 16, "intermediate_size": 27, "num_layers": 2, "vocab_size": 60}

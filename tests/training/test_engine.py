@@ -11,7 +11,7 @@ from megalr.config.deepspeed import resolve_deepspeed_config
 from megalr.config.schema import RunConfig
 from megalr.errors import UserError
 from megalr.training.engine import build_engine, build_model, set_learning_rate
-from tests.distributed import run_distributed
+from tests.ranks import run_distributed
 from tests.training.runs import settings, zero
 
 

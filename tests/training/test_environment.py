@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from megalr.config.schema import RunConfig
+from megalr.distributed.peer_errors import name_lost_peers
 from megalr.errors import AgreedError, PeerLost
 from megalr.training import environment
 from megalr.training.environment import check_ranks_agree, commit, report, source_hash
-from megalr.training.lost import name_lost_peers
-from tests.distributed import RankFailed, run_distributed
+from tests.ranks import RankFailed, run_distributed
 from tests.training.runs import settings
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from megalr.training.evaluation import evaluate, safe_exp
-from tests.distributed import run_distributed
+from tests.ranks import run_distributed
 
 
 class _KnownLoss(nn.Module):

@@ -15,14 +15,14 @@ import torch
 
 from megalr.config.checks import cross_problems
 from megalr.config.health import HealthConfig
+from megalr.distributed.signals import STOP_SIGNALS, StopRequest
+from megalr.distributed.stop_vote import StopVote
+from megalr.distributed.watchdog import Watchdog
 from megalr.errors import AgreedError
-from megalr.training import watchdog as watchdog_module
+from megalr.distributed import watchdog as watchdog_module
 from megalr.training.health import Health, SpikeWindow
 from megalr.training.interval import Asked, Coming, Interval, Made
-from megalr.training.signals import STOP_SIGNALS, StopRequest
 from megalr.training.skipping import guarded
-from megalr.training.stopping import StopCheck
-from megalr.training.watchdog import Watchdog
 
 
 def _spikes_by_numpy(values: np.ndarray, window: int, threshold: float) -> list[int]:
@@ -158,30 +158,30 @@ def test_signals_are_only_remembered_and_the_first_one_counts() -> None:
 def test_ranks_ask_about_once_a_second_and_sooner_when_told_to(tmp_path: Path) -> None:
     now = [0.0]
     request = StopRequest()
-    stop = StopCheck(request, tmp_path, torch.device("cpu"), clock=lambda: now[0])
+    stop = StopVote(request, tmp_path, torch.device("cpu"), clock=lambda: now[0])
     asked = []
     for call in range(200):
         now[0] += 0.09  # seconds an update
         before = stop._asked
-        assert not stop.agreed()
+        assert not stop.requested()
         if stop._asked != before:
             asked.append(call)
     gaps = np.diff(asked)
     assert list(gaps[:4]) == [2, 4, 8, 11] and set(gaps[4:]) == {11}
-    assert not stop.agreed(now=True)
+    assert not stop.requested(now=True)
     request.signal = int(signal.SIGTERM)
-    assert stop.agreed() and stop.reason == "SIGTERM"  # the next call asks
+    assert stop.requested() and stop.reason == "SIGTERM"  # the next call asks
 
 
 def test_a_stop_file_is_seen_and_removed(tmp_path: Path) -> None:
-    stop = StopCheck(StopRequest(), tmp_path, torch.device("cpu"))
+    stop = StopVote(StopRequest(), tmp_path, torch.device("cpu"))
     (tmp_path / "stop").touch()
-    assert not stop.agreed(now=True)  # it may be meant for the job that has the folder
+    assert not stop.requested(now=True)  # it may be meant for the job that has the folder
     stop.folder_is_ours = True
-    assert stop.agreed(now=True) and stop.reason == "stop_file"
-    stop.honoured()
+    assert stop.requested(now=True) and stop.reason == "stop_file"
+    stop.acknowledge()
     assert not (tmp_path / "stop").exists()
-    stop.honoured()  # harmless
+    stop.acknowledge()  # harmless
 
 
 def test_bytes_written_by_a_long_save_are_progress(

@@ -16,8 +16,8 @@ from megalr.models.build import make_linear_of
 from megalr.models.config import PRESETS
 from megalr.models.decoder import Decoder
 from megalr.training.engine import build_engine, build_model, set_learning_rate
-from tests.distributed import run_distributed
 from tests.models.settings import factorized, full_rank, low_rank
+from tests.ranks import run_distributed
 from tests.training.runs import settings, zero
 from tests.training.test_methods import METHODS
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed import RankFailed, run_distributed
+from tests.ranks import RankFailed, run_distributed
 from tests.training.runs import events, losses, run, settings, zero
 from tests.training.test_resume import _cut_back
 

@@ -15,7 +15,7 @@ import pytest
 from megalr.data.loader import UpdateBatch, UpdateLoader
 from megalr.errors import UserError
 from megalr.training.metrics import MetricsWriter, Stopwatch
-from tests.distributed import run_distributed
+from tests.ranks import run_distributed
 from tests.training.runs import events, run, settings, zero
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "metrics.md"

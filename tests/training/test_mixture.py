@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.distributed import run_distributed
+from tests.ranks import run_distributed
 from tests.synthetic import write_dataset
 from tests.training.runs import events, run, settings, zero
 

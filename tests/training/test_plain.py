@@ -18,7 +18,7 @@ from megalr.training.engine import build_engine, build_model
 from megalr.training.plain import guard_steps
 from megalr.training.skipping import guarded
 from megalr.training.update import Updater
-from tests.distributed import run_distributed
+from tests.ranks import run_distributed
 from tests.training.runs import events, losses, run, settings, zero
 
 UPDATES, MICRO_BATCHES = 4, 2

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed import RankFailed, run_distributed
+from tests.ranks import RankFailed, run_distributed
 from tests.synthetic import write_dataset
 from tests.training.runs import events, losses, run, settings, zero
 

@@ -15,7 +15,7 @@ from megalr.config.schema import RunConfig
 from megalr.data import open_training_data, open_validation_data
 from megalr.export.names import dense_state_dict
 from megalr.training.engine import build_model
-from tests.distributed import run_distributed
+from tests.ranks import run_distributed
 from tests.training.runs import events, losses, run, settings, zero
 
 FULL = {"method": {"name": "full_rank"}}

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from megalr.training.signals import STOPPED
-from megalr.training.watchdog import STALLED
-from tests.distributed import run_distributed
+from megalr.distributed.signals import STOPPED
+from megalr.distributed.watchdog import STALLED
+from tests.ranks import run_distributed
 from tests.training.runs import events, settings, zero
 from tests.training.stops import hang_in_update_3, run_until_signal, signal_at_first_sight
 from tests.warm import start_ranks

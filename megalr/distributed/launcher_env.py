@@ -7,6 +7,8 @@ import re
 import socket
 from collections.abc import Mapping
 
+import psutil
+
 from megalr.errors import UserError
 
 WORLD_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -113,14 +115,31 @@ def _check_not_left_out_srun(environment: Mapping[str, str]) -> None:
 
 
 def _discover_by_mpi() -> None:
-    """Rank and size from MPI; MASTER_ADDR if it is given, else rank 0's first address."""
-    from deepspeed.comm.comm import mpi_discovery
+    """RANK and so on from MPI; MASTER_ADDR and MASTER_PORT are kept where they are given."""
+    from mpi4py import MPI
 
-    given = os.environ.get("MASTER_ADDR")
-    port = os.environ.get("MASTER_PORT", str(DEFAULT_PORT))
-    mpi_discovery(distributed_port=port, verbose=False)
-    if given:
-        os.environ["MASTER_ADDR"] = given
+    world = MPI.COMM_WORLD
+    rank = world.Get_rank()
+    hosts = world.allgather(MPI.Get_processor_name())
+    address = world.bcast(_first_address() if rank == 0 else None, root=0)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(hosts[:rank].count(hosts[rank])),
+        WORLD_SIZE=str(world.Get_size()),
+        MASTER_ADDR=os.environ.get("MASTER_ADDR") or address,
+        MASTER_PORT=os.environ.get("MASTER_PORT") or str(DEFAULT_PORT),
+    )
+
+
+def _first_address() -> str:
+    """This machine's first IPv4 address that is not the loopback's; the loopback's without any."""
+    addresses = [
+        entry.address
+        for entries in psutil.net_if_addrs().values()
+        for entry in entries
+        if entry.family == socket.AF_INET and not entry.address.startswith("127.")
+    ]
+    return addresses[0] if addresses else "127.0.0.1"
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distributed import RankFailed, run_distributed
+from tests.ranks import RankFailed, run_distributed
 
 
 def _sum_of_ranks(offset: int) -> int:

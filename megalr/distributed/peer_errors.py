@@ -10,8 +10,8 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
+from megalr.distributed.launcher_env import host_name
 from megalr.errors import PeerLost
-from megalr.training.launch import host_name
 
 _SIGNS = re.compile(
     r"Timed out waiting|Connection closed by peer|Connection reset by peer|Broken pipe|"

@@ -11,21 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from megalr.distributed.agreement import raise_on_any_rank, run_on_rank0
+from megalr.distributed.process_group import limit_collectives, own_device, start_distributed
 from megalr.errors import AgreedError, UserError
-from megalr.training.distributed import (
-    agree,
-    limit_collectives,
-    on_main,
-    own_device,
-    start_distributed,
-)
-from tests.distributed import run_distributed
+from tests.ranks import run_distributed
 
 
 def test_one_process_starts_without_a_launcher_and_compiles_nothing(tmp_path: Path) -> None:
     code = (
         "import torch.distributed as dist\n"
-        "from megalr.training.distributed import start_distributed\n"
+        "from megalr.distributed.process_group import start_distributed\n"
         "print(start_distributed(), dist.get_world_size(), dist.get_backend())\n"
     )
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
@@ -79,9 +74,9 @@ def _trouble_on(rank_in_trouble: int) -> str:
 
     error = UserError("no data here") if dist.get_rank() == rank_in_trouble else None
     try:
-        agree(error)
-    except AgreedError as agreed:
-        return str(agreed)
+        raise_on_any_rank(error)
+    except AgreedError as run_on_all:
+        return str(run_on_all)
     return "fine"
 
 
@@ -95,9 +90,9 @@ def _ask_main(fails: bool) -> object:
         return 17
 
     try:
-        return on_main(look)
-    except AgreedError as agreed:
-        return str(agreed)
+        return run_on_rank0(look)
+    except AgreedError as run_on_all:
+        return str(run_on_all)
 
 
 def test_all_ranks_stop_with_the_words_of_the_one_in_trouble() -> None:

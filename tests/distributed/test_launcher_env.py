@@ -6,8 +6,8 @@ import os
 
 import pytest
 
+from megalr.distributed.launcher_env import adopt_launcher, first_host, slurm_variables
 from megalr.errors import UserError
-from megalr.training.launch import adopt_launcher, first_host, slurm_variables
 
 SRUN = {
     "SLURM_JOB_ID": "1234567",

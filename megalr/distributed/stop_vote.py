@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megalr.training.distributed import is_main
-from megalr.training.signals import StopRequest
+from megalr.distributed.agreement import is_rank0
+from megalr.distributed.signals import StopRequest
 
 STOP_FILE = "stop"
 """Name of the file in the run's folder that asks it to stop."""
@@ -29,13 +29,13 @@ CHECK_SECONDS = 1.0
 _STOP_FILE_SEEN = 1  # beside the numbers of signals, none of the stop signals has this one
 
 
-class StopCheck:
+class StopVote:
     """Asks all ranks, about once a second, whether any of them was asked to stop.
 
     A question is one all-reduce of two numbers that the host waits for; one rank asks nobody. How
     many calls lie between two questions follows from the slowest rank's time, which travels with
     the question, so every rank asks at the same calls. It starts at 1, at most doubles, and is 1
-    again after ``agreed(now=True)``.
+    again after ``raise_on_any_rankd(now=True)``.
 
     Args:
         request: what this process was asked by signals.
@@ -65,7 +65,7 @@ class StopCheck:
         self._calls = 0
         self._asked = clock()
 
-    def agreed(self, now: bool = False) -> bool:
+    def requested(self, now: bool = False) -> bool:
         """Whether the run is to stop; the same answer on every rank.
 
         Every rank must make the same calls. Without ``now`` most of them only count.
@@ -85,9 +85,9 @@ class StopCheck:
             self.reason = signal.Signals(code).name
         return self.reason is not None
 
-    def honoured(self) -> None:
+    def acknowledge(self) -> None:
         """Remove the stop file, so that the run can be started again."""
-        if not is_main() or not self.folder_is_ours:
+        if not is_rank0() or not self.folder_is_ours:
             return
         try:
             self.file.unlink(missing_ok=True)
@@ -98,7 +98,7 @@ class StopCheck:
         """Largest request and longest time over the ranks."""
         code = self.request.signal
         # os.path: it takes any trouble of the file system for a file that is not there.
-        if not code and self.folder_is_ours and is_main() and os.path.exists(self.file):
+        if not code and self.folder_is_ours and is_rank0() and os.path.exists(self.file):
             code = _STOP_FILE_SEEN
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return code, seconds  # the device would be waited for

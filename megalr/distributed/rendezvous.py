@@ -18,8 +18,8 @@ from datetime import timedelta
 import psutil
 import torch.distributed as dist
 
+from megalr.distributed.launcher_env import host_name
 from megalr.errors import AgreedError, UserError
-from megalr.training.launch import host_name
 
 MEETING_SECONDS = 600.0
 """How long ranks wait for each other at the start at most: the first start on a cluster reads
@@ -32,7 +32,7 @@ _GRACE_SECONDS = 10.0  # how much longer the others wait for rank 0's word than 
 
 
 @dataclass(frozen=True)
-class Attendance:
+class RankInfo:
     """What a rank says of itself when it arrives.
 
     Attributes:
@@ -46,7 +46,7 @@ class Attendance:
     error: str | None
 
 
-def meet(error: UserError | None, timeout_seconds: float) -> dist.Store:
+def rendezvous(error: UserError | None, timeout_seconds: float) -> dist.Store:
     """Wait until every rank of the world has arrived; every rank must call it.
 
     Where the ranks have several addresses, gloo is told the network interface that leads to
@@ -69,7 +69,7 @@ def meet(error: UserError | None, timeout_seconds: float) -> dist.Store:
     server = _open_store(rank, world_size, seconds)
     # A torchrun that starts its processes again has them meet at the same store.
     store = dist.PrefixStore(f"megalr/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", server)
-    here = Attendance(host_name(), _address_towards(os.environ["MASTER_ADDR"]), _text(error))
+    here = RankInfo(host_name(), _address_towards(os.environ["MASTER_ADDR"]), _text(error))
     store.set(str(rank), json.dumps(asdict(here)))
     everyone = _collect(store, world_size, seconds) if rank == 0 else _hear(store, seconds)
     for number, other in enumerate(everyone):
@@ -108,7 +108,7 @@ def _open_store(rank: int, world_size: int, seconds: float) -> dist.Store:
         ) from error
 
 
-def _collect(store: dist.Store, world_size: int, seconds: float) -> list[Attendance]:
+def _collect(store: dist.Store, world_size: int, seconds: float) -> list[RankInfo]:
     """Rank 0: everyone's words, passed on to all; or the error that somebody is missing."""
     deadline = time.monotonic() + seconds
     missing = list(range(world_size))
@@ -128,10 +128,10 @@ def _collect(store: dist.Store, world_size: int, seconds: float) -> list[Attenda
         raise AgreedError(text)
     said = [json.loads(store.get(str(rank))) for rank in range(world_size)]
     store.set(_EVERYONE, json.dumps({"ranks": said}))
-    return [Attendance(**words) for words in said]
+    return [RankInfo(**words) for words in said]
 
 
-def _hear(store: dist.Store, seconds: float) -> list[Attendance]:
+def _hear(store: dist.Store, seconds: float) -> list[RankInfo]:
     """Other ranks: what rank 0 passed on."""
     try:
         store.wait([_EVERYONE], timedelta(seconds=seconds + _GRACE_SECONDS))
@@ -145,7 +145,7 @@ def _hear(store: dist.Store, seconds: float) -> list[Attendance]:
         ) from error
     if "missing" in told:
         raise AgreedError(told["missing"])
-    return [Attendance(**words) for words in told["ranks"]]
+    return [RankInfo(**words) for words in told["ranks"]]
 
 
 def _wait_for_readers(store: dist.Store, count: int) -> None:

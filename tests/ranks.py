@@ -70,9 +70,9 @@ def _worker(rank: int, world_size: int, port: int, pipe: Connection) -> None:
     import deepspeed
     import torch
 
-    from megalr.training.distributed import skip_shared_memory_op
+    from megalr.training.engine import import_deepspeed
 
-    skip_shared_memory_op()
+    import_deepspeed()
     warnings.simplefilter("ignore")  # DeepSpeed calls what torch has renamed since
     torch.set_num_threads(1)
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)

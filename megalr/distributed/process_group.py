@@ -1,0 +1,94 @@
+"""Start of a process: world, device, agreement between ranks."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megalr.distributed.launcher_env import adopt_launcher
+from megalr.distributed.rendezvous import rendezvous
+from megalr.errors import UserError
+
+DEFAULT_TIMEOUT_SECONDS = 1800.0
+"""Limit of a collective where no run configures one."""
+
+
+def start_distributed(timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> torch.device:
+    """Join the world that the launcher made, or be a world of one; return this rank's device.
+
+    What counts as a launcher: :func:`megalr.distributed.launcher_env.adopt_launcher`.
+
+    Args:
+        timeout_seconds: how long a collective may take before it counts as lost.
+
+    Raises:
+        UserError: the ranks cannot meet, or one of them has no GPU left to work on.
+    """
+    adopt_launcher()
+    error, device = None, torch.device("cpu")
+    try:
+        device = own_device(int(os.environ["LOCAL_RANK"]))
+    except UserError as caught:
+        error = caught
+    if dist.is_initialized():
+        if error is not None:
+            raise error
+        return device
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if os.environ["WORLD_SIZE"] == "1":
+        if error is not None:
+            raise error
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return device
+    store = rendezvous(error, timeout_seconds)
+    # Binding the device hangs in torch before 2.7.1 (pytorch issue 153960).
+    bind = device.type == "cuda" and torch.__version__ >= "2.7.1"
+    dist.init_process_group(
+        backend,
+        timeout=timedelta(seconds=timeout_seconds),
+        device_id=device if bind else None,
+    )
+    del store  # rank 0 of torch's world serves it from now on
+    return device
+
+
+def limit_collectives(timeout_seconds: float) -> None:
+    """Give every group made so far this limit; DeepSpeed makes its groups with torch's own.
+
+    gloo raises an error in the call, which :mod:`megalr.distributed.peer_errors` turns into one
+    line; NCCL's watchdog ends the process and names rank and collective in its log.
+    """
+    timeout = timedelta(seconds=timeout_seconds)
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def own_device(local_rank: int) -> torch.device:
+    """The GPU of the process with this number on its machine; the CPU where there is no GPU."""
+    if not torch.cuda.is_available():
+        if os.environ.get("SLURM_GPUS_ON_NODE", "0") != "0" and not _cpu_is_meant():
+            raise UserError(
+                f"SLURM gave this job {os.environ['SLURM_GPUS_ON_NODE']} GPUs on this node but "
+                "torch sees none: check the driver and torch's CUDA build (nvidia-smi, "
+                "torch.version.cuda), or set DS_ACCELERATOR=cpu to train on the CPU"
+            )
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if count == 1 and os.environ.get("SLURM_GPUS_PER_TASK") == "1":
+        # SLURM shows every task its own GPU only, as number 0; DeepSpeed reads LOCAL_RANK.
+        os.environ["LOCAL_RANK"] = "0"
+        local_rank = 0
+    if local_rank >= count:
+        raise UserError(
+            f"process {local_rank + 1} of this machine has no GPU: {count} visible; start at "
+            f"most {count} processes on it"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _cpu_is_meant() -> bool:
+    return os.environ.get("DS_ACCELERATOR") == "cpu"
