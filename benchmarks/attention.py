@@ -26,7 +26,7 @@ import torch
 from record import provenance
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megalr.data.files import write_atomic
+from megalr.files import write_atomic
 from megalr.kernels.attention import (
     Backward,
     Forward,

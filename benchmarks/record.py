@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megalr.data.files import write_atomic
+from megalr.files import write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

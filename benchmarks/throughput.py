@@ -28,10 +28,10 @@ import numpy as np
 import yaml
 from cases import CASES, Case, stage_of
 
-from megalr.data.files import sha256_of_file, write_atomic
 from megalr.data.manifest import Manifest, ShardEntry, SourceInfo, TokenizerInfo
 from megalr.data.writer import ShardWriter
 from megalr.errors import UserError, exit_cleanly
+from megalr.files import sha256_of_file, write_atomic
 
 LONGEST_SECONDS = 300
 """After which a case counts as failed."""

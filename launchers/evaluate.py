@@ -65,7 +65,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def evaluate_tasks(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Results of lm-eval and a line for people."""
-    from megalr.training.harness import run_tasks
+    from megalr.evaluation.lm_eval import run_tasks
 
     results = run_tasks(
         arguments.model,
@@ -81,7 +81,7 @@ def evaluate_tasks(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def evaluate_perplexity(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Perplexity, loss and what they were measured on, and a line for people."""
     from megalr.distributed.process_group import start_distributed
-    from megalr.training.standalone import Request, evaluate_model, evaluate_run
+    from megalr.evaluation.offline import Request, evaluate_model, evaluate_run
 
     request = Request(
         data=tuple(arguments.data),

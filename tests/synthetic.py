@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megalr.data.files import sha256_of_file, write_atomic
 from megalr.data.manifest import Manifest, ShardEntry, SourceInfo, TokenizerInfo
 from megalr.data.writer import ShardWriter
+from megalr.files import sha256_of_file, write_atomic
 
 VOCAB_SIZE = 120
 EOS = 1

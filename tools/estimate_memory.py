@@ -13,8 +13,8 @@ from megalr.config.deepspeed import read_deepspeed_json
 from megalr.config.loading import load_run_config
 from megalr.errors import exit_cleanly
 from megalr.estimate.memory import estimate_memory
+from megalr.hf.init_from_pretrained import with_pretrained_sizes
 from megalr.models.config import PRESETS
-from megalr.training.pretrained import with_pretrained_sizes
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -38,7 +38,7 @@ def main() -> None:
     """Parse the command line, export, say what was written."""
     arguments = parse_arguments()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for a GPU, and warn
-    from megalr.training.export_run import export_run
+    from megalr.hf.export_run import export_run
 
     checkpoint = export_run(
         arguments.run,

@@ -32,7 +32,7 @@ def main() -> None:
     """Parse the command line, import into nothing, print a table."""
     arguments = parse_arguments()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for a GPU, and warn
-    from megalr.training.pretrained import trial_import
+    from megalr.hf.init_from_pretrained import trial_import
 
     print("|W - W_model| / |W|, mean over the layers (largest)")
     for rank in arguments.rank:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from megalr.errors import UserError, exit_cleanly
-from megalr.training.report import perplexity_change, read_run
+from megalr.run.metrics_reader import perplexity_change, read_run
 
 
 @dataclass(frozen=True)

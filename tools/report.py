@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megalr.errors import UserError, exit_cleanly
-from megalr.training.report import Run, perplexity_change, read_run
+from megalr.run.metrics_reader import Run, perplexity_change, read_run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

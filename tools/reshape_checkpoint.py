@@ -23,8 +23,8 @@ def main() -> None:
     arguments = parser.parse_args()
     from tqdm import tqdm
 
-    from megalr.checkpoints import open_checkpoint
-    from megalr.checkpoints.reshape import write_universal
+    from megalr.checkpoint import open_checkpoint
+    from megalr.checkpoint.reshape import write_universal
 
     checkpoint = open_checkpoint(arguments.run, arguments.tag)
     with tqdm(unit="parameter", disable=not sys.stderr.isatty()) as bar:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megalr.data.files import write_atomic
 from megalr.errors import UserError
 from megalr.estimate.memory import GIB
+from megalr.files import write_atomic
 
 if TYPE_CHECKING:
     from scaling.choices import Choice

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-from megalr.data.files import sha256_of_file
 from megalr.data.hub import hub_values
 from megalr.data.parts import Part, input_kind
 from megalr.data.streams import HashingReader, damage_reported, decompressed
 from megalr.errors import UserError
+from megalr.files import sha256_of_file
 
 BATCH_BYTES = 1 << 20  # text of a batch, but for a single longer document
 REASONS_KEPT = 5  # bad records described in full per file

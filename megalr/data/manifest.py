@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megalr.data.files import write_atomic
 from megalr.errors import UserError
+from megalr.files import write_atomic
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "megalr-data"

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from megalr.data.files import DiskFull
 from megalr.data.parts import Part
 from megalr.data.work import PartResult, PartWorker, Progress, WorkSettings
 from megalr.errors import UserError
+from megalr.files import DiskFull
 
 REPORT_SECONDS = 0.3  # between two progress messages of a worker
 

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megalr.data.files import disk_errors, temporary_name, write_atomic
 from megalr.data.indexed import token_dtype
-from megalr.data.lock import JobLock
 from megalr.data.manifest import MANIFEST_NAME, Manifest, read_json
 from megalr.data.parts import Part, plan_parts
 from megalr.data.pool import Failure, Outcome, Task, run_serial, run_workers
@@ -21,6 +19,8 @@ from megalr.data.progress import ProgressLine
 from megalr.data.tokenizer import Tokenizer, describe, open_tokenizer, require_eos
 from megalr.data.work import FINISHED_FOLDER, PartResult, Progress, WorkSettings, load_finished
 from megalr.errors import UserError
+from megalr.file_lock import JobLock
+from megalr.files import disk_errors, temporary_name, write_atomic
 from megalr.version import __version__
 
 JOB_NAME = "job.json"

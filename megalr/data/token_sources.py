@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megalr.data.documents import ReadReport
-from megalr.data.files import sha256_of_file
 from megalr.data.indexed import IndexedShard, map_file
 from megalr.data.parts import Part, input_kind
 from megalr.errors import UserError
+from megalr.files import sha256_of_file
 
 TOKENS_AT_ONCE = 1 << 20
 Documents = tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]  # tokens, starts, lengths

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megalr.data.documents import DocumentReader, ReadOptions
-from megalr.data.files import disk_errors
 from megalr.data.parts import Part, holds_tokens, plan_parts
 from megalr.data.tokenizer import SENTENCEPIECE_NAME, SentencePieceTokenizer, open_tokenizer
 from megalr.errors import UserError
+from megalr.files import disk_errors
 
 LONGEST_SENTENCE = 4096  # bytes; SentencePiece leaves out longer ones, so they are cut
 SMALLEST_VOCABULARY = 3 + 256  # pad, eos, unk and the bytes

@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megalr.data.documents import DocumentReader, ReadOptions, ReadReport
-from megalr.data.files import sha256_of_file, write_atomic
 from megalr.data.manifest import ShardEntry, SourceInfo, entry_from_json, read_json
 from megalr.data.parts import Part, holds_tokens
 from megalr.data.token_sources import TokenReader
 from megalr.data.tokenizer import Tokenizer, open_tokenizer
 from megalr.data.writer import ShardWriter
 from megalr.errors import UserError
+from megalr.files import sha256_of_file, write_atomic
 
 FINISHED_FOLDER = "finished"
 # Documents, bytes of text, tokens and bytes of input files since the last call.

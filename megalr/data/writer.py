@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megalr.data.files import HashingWriter, disk_errors, publish, temporary_name
 from megalr.data.indexed import HEADER, MAGIC, bin_path, dtype_code, idx_path, token_dtype
 from megalr.errors import UserError
+from megalr.files import HashingWriter, disk_errors, publish, temporary_name
 
 BLOCK = 1 << 18  # sequences of the index handled at a time
 

@@ -12,7 +12,7 @@ from megalr.errors import UserError
 from megalr.estimate.activations import ActivationBytes, Shape, activation_bytes, kernels_of
 from megalr.estimate.states import StateBytes, state_bytes
 from megalr.estimate.tensors import Stored, plan_of, stored_tensors
-from megalr.export.families import pretrained_sizes
+from megalr.hf.families import pretrained_sizes
 from megalr.models.config import DecoderConfig, decoder_config
 
 GIB = 2**30

@@ -21,25 +21,27 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megalr.checkpoints.folder import CHECKPOINTS
+from megalr.checkpoint.find import find_checkpoint
+from megalr.checkpoint.load import load_checkpoint
+from megalr.checkpoint.retain import CHECKPOINTS
+from megalr.checkpoint.save import save_checkpoint
 from megalr.config.schema import RunConfig
 from megalr.data.loader import MicroBatch, UpdateBatch, UpdateLoader
 from megalr.distributed.agreement import all_reduce_max
 from megalr.distributed.stop_vote import StopVote
 from megalr.distributed.watchdog import Watchdog
 from megalr.errors import AgreedError
+from megalr.evaluation.perplexity import evaluate
 from megalr.models.flops import flops_per_token
 from megalr.restarts.controller import Restarts
 from megalr.restarts.relora import Relora
 from megalr.restarts.reset import reset_moments
 from megalr.restarts.state import ShardedState
-from megalr.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from megalr.run.metrics_writer import MetricsWriter, Stopwatch
 from megalr.training.due import Due
-from megalr.training.evaluation import evaluate
 from megalr.training.hardware import CompileClock, peak_flops, peak_memory_gib, wait_for
 from megalr.training.health import Health
 from megalr.training.interval import Asked, Interval, Made, Report
-from megalr.training.metrics import MetricsWriter, Stopwatch
 from megalr.training.position import Position
 from megalr.training.update import Updater
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megalr.checkpoint.find import Found, find_checkpoint, tidy
+from megalr.checkpoint.load import load_checkpoint
 from megalr.config.deepspeed import resolve_deepspeed_config
 from megalr.config.schema import RunConfig
 from megalr.data import (
@@ -28,6 +30,12 @@ from megalr.distributed.signals import STOPPED, StopRequest
 from megalr.distributed.stop_vote import StopVote
 from megalr.distributed.watchdog import Watchdog
 from megalr.errors import AgreedError, UserError
+from megalr.hf.init_from_pretrained import (
+    check_pretrained_tokenizer,
+    initial_model,
+    with_pretrained_sizes,
+    write_supports,
+)
 from megalr.layers.lora import LoRALinear
 from megalr.models.decoder import Decoder
 from megalr.models.flops import parameter_count
@@ -35,26 +43,19 @@ from megalr.optim.schedules import make_schedule
 from megalr.parallel.mesh import Mesh, make_mesh
 from megalr.restarts.controller import Restarts
 from megalr.restarts.relora import Relora
-from megalr.training.checkpoint import Found, find_checkpoint, load_checkpoint, tidy
-from megalr.training.engine import build_engine, sizes_of
-from megalr.training.environment import check_ranks_agree, report, versions
-from megalr.training.hardware import CompileClock
-from megalr.training.loop import Trainer
-from megalr.training.metrics import MetricsWriter
-from megalr.training.position import Position
-from megalr.training.pretrained import (
-    check_pretrained_tokenizer,
-    initial_model,
-    with_pretrained_sizes,
-    write_supports,
-)
-from megalr.training.run_folder import (
+from megalr.run.environment import check_ranks_agree, report, versions
+from megalr.run.folder import (
     CHECKPOINTS,
     check_run_folder,
     has_updates,
     write_run_folder,
 )
-from megalr.training.run_lock import run_folder_lock
+from megalr.run.lock import run_folder_lock
+from megalr.run.metrics_writer import MetricsWriter
+from megalr.training.engine import build_engine, sizes_of
+from megalr.training.hardware import CompileClock
+from megalr.training.loop import Trainer
+from megalr.training.position import Position
 
 
 def pretrain(

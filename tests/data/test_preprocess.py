@@ -17,14 +17,14 @@ import pytest
 
 from megalr.data import open_training_data, open_validation_data
 from megalr.data.documents import ReadOptions
-from megalr.data.files import HashingWriter
 from megalr.data.indexed import IndexedShard
-from megalr.data.lock import JobLock
 from megalr.data.manifest import load_manifest
 from megalr.data.preprocess import PreprocessJob, Summary, run_local
 from megalr.data.tokenizer import open_tokenizer
 from megalr.data.work import WorkSettings
 from megalr.errors import UserError
+from megalr.file_lock import JobLock
+from megalr.files import HashingWriter
 from tests.data.corpus import TOOLS, prose, run_tool, tiny_tokenizer, tool_environment, write_jsonl
 
 
@@ -224,7 +224,7 @@ def test_a_full_disk_stops_the_job_and_nothing_unfinished_counts(
     def write(self: HashingWriter, data: bytes) -> None:
         left[0] -= len(data)
         if left[0] < 0:
-            from megalr.data.files import disk_errors
+            from megalr.files import disk_errors
 
             with disk_errors(self.path):
                 raise OSError(errno.ENOSPC, "No space left on device")
@@ -247,7 +247,7 @@ def test_a_second_job_on_the_same_folder_stops_with_the_name_of_the_first(
     output = tmp_path / "data"
     shutil.copytree(finished, output)
     code = (
-        "import sys, time, pathlib; from megalr.data.lock import JobLock\n"
+        "import sys, time, pathlib; from megalr.file_lock import JobLock\n"
         "lock = JobLock(pathlib.Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen(

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from megalr.export.names import dense_state_dict, load_dense_state_dict
+from megalr.hf.names import dense_state_dict, load_dense_state_dict
 from megalr.models.build import build_decoder
 from megalr.models.config import DecoderConfig
 from tests.models.settings import full_rank, low_rank, tiny

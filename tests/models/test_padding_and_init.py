@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megalr.errors import UserError
-from megalr.export.names import dense_state_dict
+from megalr.hf.names import dense_state_dict
 from megalr.layers.factors import LinearShape
 from megalr.layers.linear import FactorizedLinear, FullRankLinear, LowRankLinear
 from megalr.models.build import build_decoder

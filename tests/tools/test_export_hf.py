@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.export.data import write_data
+from tests.hf.data import write_data
 from tests.ranks import run_distributed
 from tests.training.runs import events, run, settings, zero
 

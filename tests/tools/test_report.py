@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from report import config_differences, curves, summary, write_html, write_png
 
 from megalr.errors import UserError
-from megalr.training.report import perplexity_change, read_run
+from megalr.run.metrics_reader import perplexity_change, read_run
 
 ROOT = Path(__file__).parents[2]
 PNG = b"\x89PNG\r\n\x1a\n"

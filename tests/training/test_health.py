@@ -15,11 +15,11 @@ import torch
 
 from megalr.config.checks import cross_problems
 from megalr.config.health import HealthConfig
+from megalr.distributed import watchdog as watchdog_module
 from megalr.distributed.signals import STOP_SIGNALS, StopRequest
 from megalr.distributed.stop_vote import StopVote
 from megalr.distributed.watchdog import Watchdog
 from megalr.errors import AgreedError
-from megalr.distributed import watchdog as watchdog_module
 from megalr.training.health import Health, SpikeWindow
 from megalr.training.interval import Asked, Coming, Interval, Made
 from megalr.training.skipping import guarded

@@ -1,0 +1,113 @@
+"""Finding the checkpoint to continue from; every function is called by all ranks together."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megalr.checkpoint import retain as names
+from megalr.checkpoint.manifest import Damaged, Manifest, check_files, read_manifest
+from megalr.distributed.agreement import run_on_rank0
+from megalr.errors import AgreedError, UserError
+from megalr.files import as_user_error, reason_of
+
+
+@dataclass(frozen=True)
+class Found:
+    """The checkpoint to continue from.
+
+    Attributes:
+        tag: its name; None: there is none, the run begins.
+        damaged: newer ones that cannot be used, each with what is wrong.
+        unfinished: names of those whose writing was cut short; they never counted.
+        seconds: the time that looking took.
+    """
+
+    tag: str | None
+    damaged: list[str]
+    unfinished: list[str]
+    seconds: float
+
+
+def find_checkpoint(folder: Path, verify: bool) -> Found:
+    """The newest checkpoint of a run that is as it was written; the ranks share the reading.
+
+    Args:
+        folder: the run's folder.
+        verify: compare checksums as well, not only sizes.
+
+    Raises:
+        UserError: there are checkpoints, and none of them is good.
+    """
+    started = time.perf_counter()
+    root = folder / names.CHECKPOINTS
+    known, unfinished = run_on_rank0(lambda: _list(root))
+    damaged: list[str] = []
+    for tag in reversed(known):
+        problem = _problem(root / tag, verify)
+        if problem is None:
+            return Found(tag, damaged, unfinished, time.perf_counter() - started)
+        damaged.append(f"{tag}: {problem}")
+    if damaged:
+        raise AgreedError(
+            f"run.dir {folder} has no good checkpoint ({'; '.join(damaged)}): restore one from a "
+            "copy, or choose another run.dir to start from the beginning"
+        )
+    return Found(None, damaged, unfinished, time.perf_counter() - started)
+
+
+def _list(root: Path) -> tuple[list[str], list[str]]:
+    with as_user_error():
+        names.recover(root)
+        return names.tags(root), names.unfinished(root)
+
+
+def _problem(folder: Path, verify: bool) -> str | None:
+    """What is wrong with a checkpoint; None if it is good. The same on all ranks."""
+    manifest, problem = run_on_rank0(lambda: try_manifest(folder))
+    if manifest is None or problem is not None:
+        return problem
+    if not verify:
+        return run_on_rank0(lambda: check_files(folder, manifest.files, manifest.files, False))
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    largest_first = sorted(manifest.files, key=lambda name: -manifest.files[name].size)
+    found: list[Any] = [check_files(folder, manifest.files, largest_first[rank::world], True)]
+    if world > 1:
+        mine, found = found[0], [None] * world
+        dist.all_gather_object(found, mine)
+    return next((problem for problem in found if problem is not None), None)
+
+
+def try_manifest(folder: Path) -> tuple[Manifest | None, str | None]:
+    try:
+        return read_manifest(folder), None
+    except Damaged as error:
+        return None, str(error)
+
+
+def tidy(folder: Path, found: Found) -> None:
+    """Before a run goes on: say what was passed over, remove leftovers, set ``latest``.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+
+    def work() -> None:
+        root = folder / names.CHECKPOINTS
+        for text in found.damaged:
+            print(f"warning: passed over a damaged checkpoint, {text}", file=sys.stderr, flush=True)
+        for tag in found.unfinished:
+            print(f"warning: {tag} was never finished; removed", file=sys.stderr, flush=True)
+        try:
+            names.clean(root)
+            if found.tag is not None:
+                names.point_latest(root, found.tag)
+        except OSError as error:
+            raise UserError(f"{root} cannot be written: {reason_of(error)}") from error
+
+    run_on_rank0(work)

@@ -1,0 +1,266 @@
+"""Read a finished checkpoint of any ZeRO stage and tensor-parallel size in one process.
+
+``open_checkpoint("runs/NAME")`` gives an object with the run's configuration, the counters, and
+every parameter whole, in float32, read from the files when it is asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalr.checkpoint.manifest import Damaged, Manifest, check_files, read_manifest
+from megalr.checkpoint.retain import CHECKPOINTS, tags
+from megalr.checkpoint.source import MASTER, SavedState, Source, TensorState, whole
+from megalr.checkpoint.torch_files import follow, load_mapped
+from megalr.checkpoint.universal import UniversalFolder, is_universal
+from megalr.config.schema import RunConfig
+from megalr.errors import UserError
+from megalr.parallel.shards import Shard
+
+
+class Checkpoint:
+    """A finished checkpoint, opened; made by :func:`open_checkpoint`.
+
+    Attributes:
+        folder: its folder.
+        manifest: what was written.
+        source: masters and optimizer states by parameter.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, source: Source) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.source = source
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """The run's configuration when it was saved."""
+        return self.source.saved.run_config()
+
+    @property
+    def update(self) -> int:
+        """Updates done."""
+        return self.source.saved.update
+
+    @property
+    def tokens(self) -> int:
+        """Targets consumed."""
+        return self.source.saved.tokens
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What the training loop had to remember; plain values."""
+        return self.source.saved.state
+
+    @property
+    def validation_loss(self) -> float | None:
+        """Validation loss at that update; None if it was not evaluated then."""
+        return self.manifest.validation_loss
+
+    def names(self) -> list[str]:
+        """Names of all parameters of the decoder, in its order."""
+        return self.source.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a parameter, padding included, tensor parallelism undone."""
+        return self.source.shape(name)
+
+    def parameter(self, name: str) -> Tensor:
+        """A parameter whole, float32, on the CPU: the master if it is trained, else the weight.
+
+        Raises:
+            KeyError: there is no parameter of that name.
+            Damaged: a file cannot be read.
+        """
+        return whole(self.source, name).float()
+
+
+def open_checkpoint(run_dir: Path | str, tag: str | None = None) -> Checkpoint:
+    """Open a finished checkpoint of a run; no torch.distributed, no engine, files read on demand.
+
+    Args:
+        run_dir: the run's folder (``runs/NAME``).
+        tag: name of the checkpoint (``update_1000`` or ``update_1000_universal``); None: the
+            newest finished one.
+
+    Raises:
+        UserError: there is no such run or checkpoint, it is unfinished, or a file has not the size
+            that the manifest says (checksums are not computed here).
+    """
+    root = Path(run_dir) / CHECKPOINTS
+    known = tags(root)
+    if not known:
+        raise UserError(f"{run_dir} holds no checkpoint: give the folder of a run (runs/NAME)")
+    chosen = known[-1] if tag is None else tag
+    if chosen not in known:
+        raise UserError(f"{run_dir} has no checkpoint {tag}: it has {', '.join(known)}")
+    folder = root / chosen
+    try:
+        manifest = read_manifest(folder)
+        problem = check_files(folder, manifest.files, manifest.files, checksums=False)
+        if problem is not None:
+            raise Damaged(problem)
+        return Checkpoint(folder, manifest, open_source(folder))
+    except Damaged as error:
+        others = [name for name in known if name != chosen]
+        remedy = f"choose another one ({', '.join(others)})" if others else "there is no other"
+        raise UserError(f"checkpoint {folder} is damaged ({error}): {remedy}") from error
+
+
+def open_source(folder: Path) -> Source:
+    """The saved state in a checkpoint's folder, plain or universal; raises Damaged."""
+    return UniversalFolder(folder) if is_universal(folder) else ShardedFiles(folder)
+
+
+class ShardedFiles:
+    """The files that the ranks of a run wrote, put together by their descriptions."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.saved = SavedState.read(folder)
+        paths = sorted(folder.glob("fragments_*.pt"))
+        if not paths:
+            raise Damaged("it has no fragments_*.pt: it was written by something else")
+        self._ranks: dict[int, list[dict[str, Any]]] = {}  # by tensor-parallel rank
+        for path in paths:
+            tensor_rank = int(path.stem.rsplit("_", 1)[1])
+            self._ranks.setdefault(tensor_rank, []).append(load_mapped(path))
+        self._first = self._ranks[min(self._ranks)][0]
+        self._open = lru_cache(maxsize=None)(lambda name: load_mapped(folder / name))
+        self._spread: tuple[int, dict[str, Tensor]] = (0, {})  # of the flat tensor read last
+        self._logical: dict[str, list[tuple[dict[str, Any], int]]] = {}
+        for description in self._ranks[min(self._ranks)]:
+            for flat in description["flats"]:
+                for index, name in enumerate(flat["tensors"]):
+                    self._logical.setdefault(name, []).append((flat, index))
+
+    def names(self) -> list[str]:
+        return list(self._first["parameters"])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        record = self._first["parameters"][name]
+        shard = record["shard"]
+        return tuple(record["shape"] if shard is None else shard["full_shape"])
+
+    def trained(self, name: str) -> bool:
+        return bool(self._first["parameters"][name]["trained"])
+
+    def element_states(self, name: str) -> list[str]:
+        keys: list[str] = []
+        for flat, _ in self._pieces(min(self._ranks), name):
+            keys += [key for key in self._elementwise(flat) if key not in keys]
+        return keys
+
+    def scalars(self, name: str) -> dict[str, Any]:
+        for flat, _ in self._pieces(min(self._ranks), name):
+            state = self._state(flat)
+            if state:
+                return {
+                    key: value
+                    for key, value in state.items()
+                    if not isinstance(value, dict)
+                    and (not isinstance(value, Tensor) or value.dim() == 0)
+                }
+        return {}
+
+    def elements(self, name: str, key: str, start: int, stop: int) -> Tensor:
+        if self._first["parameters"][name]["shard"] is None:
+            return self._local(min(self._ranks), name, key, start, stop)
+        full: Tensor | None = None
+        for rank, descriptions in self._ranks.items():
+            record = descriptions[0]["parameters"][name]
+            shard = Shard.from_dict(record["shard"])
+            local = self._local(rank, name, key, 0, math.prod(record["shape"]))
+            if full is None:
+                full = torch.zeros(shard.full_shape, dtype=local.dtype)
+            shard.put(full, local.view(shard.local_shape))
+        if full is None:
+            raise Damaged(f"no rank holds {name}")
+        return full.view(-1)[start:stop]
+
+    def logical_tensors(self) -> list[str]:
+        return [name for name in self._logical if self._holders(name)]
+
+    def tensor_state(self, logical: str) -> TensorState:
+        found = TensorState()
+        names = self._first["per_tensor_states"]
+        for flat, index in self._logical[logical]:
+            state = self._state(flat)
+            found.averages |= {key: state[key][index] for key in names if key in state}
+            found.matrix |= state.get("matrices", {}).get(logical, {})
+        return found
+
+    def _holders(self, logical: str) -> bool:
+        state = self.tensor_state(logical)
+        return bool(state.averages or state.matrix)
+
+    def _pieces(self, tensor_rank: int, name: str) -> Iterator[tuple[dict[str, Any], list[int]]]:
+        """(flat, piece) of a parameter's part on every data-parallel rank that holds some."""
+        for description in self._ranks[tensor_rank]:
+            piece = description["parameters"][name]["piece"]
+            if piece is not None:
+                yield description["flats"][piece[0]], piece
+
+    def _local(self, tensor_rank: int, name: str, key: str, start: int, stop: int) -> Tensor:
+        """Elements of the part that one tensor-parallel rank holds of a parameter."""
+        result: Tensor | None = None
+        done = start
+        for flat, (_, offset, first, numel) in self._pieces(tensor_rank, name):
+            low, high = max(done, first), min(stop, first + numel)
+            if low >= high:
+                continue
+            part = self._tensor(flat, key).view(-1)[offset + low - first : offset + high - first]
+            if low == start and high == stop:
+                return part
+            if low != done:
+                break
+            if result is None:
+                result = torch.empty(stop - start, dtype=part.dtype)
+            result[low - start : high - start] = part
+            done = high
+        if done != stop or result is None:
+            raise Damaged(f"the files lack elements {done} to {stop} of {name} ({key})")
+        return result
+
+    def _tensor(self, flat: dict[str, Any], key: str) -> Tensor:
+        if key == MASTER:
+            file, keys = flat["master"]
+            tensor = follow(self._open(file), keys)
+        else:
+            tensor = self._elementwise(flat).get(key)
+        if not isinstance(tensor, Tensor):
+            raise Damaged(f"{flat['master'][0]} holds no {key} where its description says")
+        return tensor
+
+    def _state(self, flat: dict[str, Any]) -> dict[Any, Any]:
+        """The optimizer's state of a flat tensor; empty before the first update."""
+        if flat["state"] is None:
+            return {}
+        file, keys = flat["state"]
+        return follow(self._open(file), keys) or {}
+
+    def _elementwise(self, flat: dict[str, Any]) -> dict[str, Tensor]:
+        """States with a value for every element of a flat tensor; those of a mask spread out."""
+        if self._spread[0] == id(flat):
+            return self._spread[1]
+        state = self._state(flat)
+        mask = state.get("mask")
+        found: dict[str, Tensor] = {}
+        for key, value in state.items():
+            if not isinstance(value, Tensor) or value.dim() == 0:
+                continue
+            if key in self._first["per_tensor_states"]:
+                continue
+            if value.numel() == flat["numel"]:
+                found[key] = value
+            elif mask is not None:
+                found[key] = value.new_zeros(flat["numel"]).masked_scatter_(mask.view(-1), value)
+        self._spread = (id(flat), found)
+        return found

@@ -1,0 +1,95 @@
+"""Write a checkpoint once more in DeepSpeed's universal layout, without an engine."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from megalr.checkpoint.manifest import (
+    MANIFEST,
+    Damaged,
+    FileRecord,
+    Manifest,
+    check_files,
+    manifest_text,
+    record_of,
+)
+from megalr.checkpoint.reader import Checkpoint
+from megalr.checkpoint.retain import (
+    publish,
+    saving_path,
+    universal_tag,
+    write_atomically,
+)
+from megalr.checkpoint.source import STATE
+from megalr.checkpoint.universal import (
+    is_universal,
+    write_index,
+    write_parameter,
+    write_tensor_state,
+)
+from megalr.errors import UserError
+
+UNIVERSAL_LAYOUT = {"universal": True}
+"""Stands in the manifest of a universal folder for the layout: no engine's own files fit."""
+
+
+def write_universal(
+    checkpoint: Checkpoint, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Path:
+    """Write ``<tag>_universal`` beside a checkpoint; one parameter is in memory at a time.
+
+    ``progress`` is told (parameters done, parameters) after each. The folder gets its name when
+    everything is in it, its manifest written last.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: the checkpoint is universal already or damaged, or the disk is full; nothing
+            unfinished is left.
+    """
+    folder, source = checkpoint.folder, checkpoint.source
+    if is_universal(folder):
+        raise UserError(f"{folder} is in the universal layout already: there is nothing to do")
+    root, tag = folder.parent, universal_tag(folder.name)
+    saving = saving_path(root, tag)
+    try:
+        _check(checkpoint)
+        shutil.rmtree(saving, ignore_errors=True)
+        saving.mkdir()
+        written: list[str] = []
+        for done, name in enumerate(source.names()):
+            written += write_parameter(source, name, saving)
+            progress(done + 1, len(source.names()))
+        for logical in source.logical_tensors():
+            written += write_tensor_state(source, logical, saving)
+        written += write_index(source, saving)
+        write_atomically(saving / STATE, source.saved.text())
+        files: dict[str, FileRecord] = {
+            name: record_of(saving / name, durable=True) for name in [*written, STATE]
+        }
+        manifest = Manifest(checkpoint.update, UNIVERSAL_LAYOUT, checkpoint.validation_loss, files)
+        write_atomically(saving / MANIFEST, manifest_text(manifest))
+        publish(root, tag)
+    except Damaged as error:
+        raise UserError(f"checkpoint {folder} is damaged ({error}): choose another one") from error
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(saving)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(
+            f"{root / tag} could not be written ({reason}): free space or fix the path and start "
+            "again; the checkpoint itself is as it was"
+        ) from error
+    return root / tag
+
+
+def _check(checkpoint: Checkpoint) -> None:
+    """Compare the checksums of the files that are about to be read."""
+    files = checkpoint.manifest.files
+    problem = check_files(checkpoint.folder, files, files, checksums=True)
+    if problem is not None:
+        raise Damaged(problem)

@@ -1,0 +1,112 @@
+"""What can be asked of a saved state, whatever the shape it was saved in."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from megalr.checkpoint.manifest import Damaged
+from megalr.config.schema import RunConfig
+
+STATE = "state.json"
+MASTER = "fp32"
+"""Key of the master weights among the per-element tensors of a parameter, as DeepSpeed names it."""
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """The file ``state.json`` of a checkpoint.
+
+    Attributes:
+        update: updates done.
+        config: the resolved configuration of the run when it was saved.
+        engine: the engine's own counters.
+        state: what the training loop has to remember; plain values.
+    """
+
+    update: int
+    config: dict[str, Any]
+    engine: dict[str, int]
+    state: dict[str, Any]
+
+    @property
+    def tokens(self) -> int:
+        """Targets consumed so far."""
+        return int(self.state["tokens"])
+
+    def text(self) -> str:
+        """The file's content."""
+        return json.dumps(self.__dict__, indent=1) + "\n"
+
+    @classmethod
+    def read(cls, folder: Path) -> SavedState:
+        """Read it from a checkpoint's folder; raises Damaged."""
+        try:
+            values = json.loads((folder / STATE).read_text(encoding="utf-8"))
+            return cls(**values)
+        except (OSError, ValueError, TypeError) as error:
+            raise Damaged(f"{folder / STATE} cannot be read: {error}") from error
+
+    def run_config(self) -> RunConfig:
+        """The configuration as an object; raises Damaged if this version does not accept it."""
+        try:
+            return RunConfig.model_validate(self.config)
+        except ValidationError as error:
+            raise Damaged(
+                f"the configuration in {STATE} is not one of this version: {error}"
+            ) from error
+
+
+@dataclass
+class TensorState:
+    """What an optimizer keeps for one logical tensor as a whole.
+
+    Attributes:
+        averages: one number each (Stable-SPAM), 0-dim tensors by name.
+        matrix: states of a whole matrix (projector, moments in its space, ...), by name.
+    """
+
+    averages: dict[str, Tensor] = field(default_factory=dict)
+    matrix: dict[str, Any] = field(default_factory=dict)
+
+
+class Source(Protocol):
+    """Masters and optimizer states by parameter, in the shapes of one unsharded model."""
+
+    saved: SavedState
+
+    def names(self) -> list[str]:
+        """Names of all parameters."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a parameter, padding included."""
+
+    def trained(self, name: str) -> bool:
+        """Whether the optimizer updates it."""
+
+    def element_states(self, name: str) -> list[str]:
+        """Names of the optimizer's per-element states of a parameter; empty before update 1."""
+
+    def scalars(self, name: str) -> dict[str, Any]:
+        """The optimizer's counters for it (``step``, ...): numbers or 0-dim tensors."""
+
+    def elements(self, name: str, key: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the flattened master (``fp32``) or of a per-element state."""
+
+    def logical_tensors(self) -> list[str]:
+        """Names of the logical tensors for which the optimizer keeps something as a whole."""
+
+    def tensor_state(self, logical: str) -> TensorState:
+        """What the optimizer keeps for a logical tensor as a whole."""
+
+
+def whole(source: Source, name: str, key: str = MASTER) -> Tensor:
+    """The whole tensor of a parameter, in the shape of the parameter."""
+    shape = source.shape(name)
+    return source.elements(name, key, 0, torch.Size(shape).numel()).view(shape)

@@ -1,0 +1,56 @@
+"""The engine's own files of a checkpoint, written so that no rank fails alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megalr.engine.checkpoint_layout import describe, fragments_file
+
+
+def write_engine_files(
+    engine: Any, root: Path, saving: Path
+) -> tuple[Exception | None, list[Path]]:
+    """Have the engine write its files; the first error here and the files of this rank.
+
+    Inside ``save_checkpoint`` ranks wait for each other, so none may leave it by an exception:
+    errors of writing are kept until all ranks are out.
+    """
+    errors: list[Exception] = []
+    written: list[Path] = []
+    plain, copy_scripts = engine.checkpoint_engine.save, engine._copy_recovery_script
+
+    def save(state_dict: Any, path: str) -> None:
+        try:
+            if not errors:
+                plain(state_dict, path)
+                written.append(Path(path))
+        except (OSError, RuntimeError) as error:
+            errors.append(error)
+
+    def copy(folder: str) -> None:
+        try:
+            copy_scripts(folder)
+        except OSError as error:
+            errors.append(error)
+
+    engine.checkpoint_engine.save, engine._copy_recovery_script = save, copy
+    try:
+        engine.save_checkpoint(str(root), tag=saving.name, save_latest=False)
+    finally:
+        del engine.checkpoint_engine.save, engine._copy_recovery_script
+    return (errors[0] if errors else None), written
+
+
+def write_fragments(engine: Any, saving: Path) -> list[Path]:
+    """Write the description of this rank's files, unless another rank's files hold the same."""
+    data_rank = dist.get_rank(engine.seq_data_parallel_group) if dist.is_initialized() else 0
+    if engine.zero_optimization_stage() == 0 and data_rank > 0:
+        return []
+    tensor_rank = engine.mpu.get_model_parallel_rank() if engine.mpu is not None else 0
+    path = saving / fragments_file(data_rank, tensor_rank)
+    torch.save(describe(engine), path)
+    return [path]

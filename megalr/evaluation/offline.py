@@ -1,0 +1,234 @@
+"""Evaluation outside a run: of a checkpoint, or of a model of transformers, on any data set."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from megalr.checkpoint import open_checkpoint
+from megalr.config.schema import RunConfig
+from megalr.data import (
+    EvaluationBatches,
+    TokenDataset,
+    check_vocabulary,
+    has_validation_split,
+    open_training_data,
+    open_validation_data,
+)
+from megalr.data.manifest import load_manifest
+from megalr.distributed.agreement import run_on_all, run_on_rank0
+from megalr.errors import UserError
+from megalr.evaluation.perplexity import evaluate
+from megalr.hf.init_from_pretrained import check_same_pieces
+from megalr.hf.trained_run import load_decoder, open_verified, run_config
+from megalr.hf.write import DTYPES
+from megalr.layers.head import IGNORE
+
+LONGEST = 2048
+"""Sequence length for a model that does not say that it is meant for shorter ones (tokens)."""
+LOGITS_AT_ONCE = 2**26
+"""Logits that are converted to float32 at a time."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be evaluated on what; None takes what the run or the model says.
+
+    Attributes:
+        data: preprocessed folders; empty: the validation data of the run.
+        split: ``validation`` (all shards of a folder without that split) or ``train``.
+        sequence_length: positions of a sample (tokens).
+        packing: samples are windows of the token stream, or documents.
+        tokens: evaluate on at most so many targets; 0: on all.
+        micro_batch_size: sequences that a rank evaluates at a time.
+        dtype: key of ``megalr.hf.write.DTYPES`` to compute in.
+    """
+
+    data: tuple[str, ...] = ()
+    split: str = "validation"
+    sequence_length: int | None = None
+    packing: bool | None = None
+    tokens: int | None = None
+    micro_batch_size: int | None = None
+    dtype: str | None = None
+
+
+def evaluate_run(
+    run: Path, tag: str | None, request: Request, device: torch.device
+) -> dict[str, Any]:
+    """Perplexity of a checkpoint; every rank must call it.
+
+    With an empty request it is what the run itself reported after that update: same data, same
+    batches, same precision.
+
+    Returns:
+        Plain values: the numbers of an Evaluation, and what was evaluated how.
+
+    Raises:
+        UserError: a checkpoint or data that cannot be read, or that do not belong together.
+    """
+    tag = run_on_rank0(lambda: open_verified(run, tag).folder.name)
+    checkpoint = run_on_all(lambda: open_checkpoint(run, tag))
+    config = run_on_all(lambda: run_config(checkpoint))
+    data = run_on_all(lambda: _data_of_run(config, request))
+    notes = run_on_all(lambda: _check_tokenizer_of_run(config, data))
+    dtype = request.dtype or ("float32" if config.train.precision == "fp32" else "bfloat16")
+    decoder = run_on_all(lambda: load_decoder(run, checkpoint)).to(device, DTYPES[dtype])
+    limit = config.evaluation.limit(last=checkpoint.update >= config.train.updates)
+    if request.tokens is not None:
+        limit = request.tokens or None
+    micro = (
+        request.micro_batch_size
+        or config.evaluation.micro_batch_size
+        or config.train.micro_batch_size
+    )
+    what = {
+        "model": str(run),
+        "checkpoint": checkpoint.folder.name,
+        "update": checkpoint.update,
+        "training_tokens": checkpoint.tokens,
+        "method": config.method.name,
+    }
+    return what | _measure(decoder, data, micro, limit, dtype, notes, device)
+
+
+def evaluate_model(folder: Path, request: Request, device: torch.device) -> dict[str, Any]:
+    """Perplexity of a model in a folder of transformers, computed by transformers.
+
+    Every rank must call it. ``sequence_length`` is by default what the model is meant for, at most
+    LONGEST; samples are packed, all targets are evaluated.
+
+    Returns:
+        Plain values, as :func:`evaluate_run`.
+
+    Raises:
+        UserError: a model or data that cannot be read, or that do not belong together.
+    """
+    if not request.data:
+        raise UserError("--model needs --data FOLDER: a model does not know its validation data")
+    model = run_on_all(lambda: _transformers_model(folder))
+    if request.dtype is not None:
+        model = model.to(DTYPES[request.dtype])
+    meant = getattr(model.config, "max_position_embeddings", None) or LONGEST
+    length = request.sequence_length or min(meant, LONGEST)
+    if length > meant:
+        raise UserError(f"--sequence_length {length}: the model in {folder} is meant for {meant}")
+    packing = True if request.packing is None else request.packing
+    data = run_on_all(lambda: _open(request.data, request.split, length, packing))
+    run_on_all(lambda: check_vocabulary(data, model.config.vocab_size))
+    notes = run_on_all(lambda: _check_tokenizer_of_model(folder, data))
+    dtype = str(model.dtype).removeprefix("torch.")
+    wrapped = SummedLoss(model).to(device)
+    what = {"model": str(folder), "architecture": type(model).__name__}
+    micro = request.micro_batch_size or 8
+    return what | _measure(wrapped, data, micro, request.tokens or None, dtype, notes, device)
+
+
+class SummedLoss(nn.Module):
+    """A causal language model of transformers with the interface of the Decoder's loss."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Sum of -log p(label) over all targets, float32; labels as the Decoder takes them."""
+        logits = self.model(input_ids=input_ids, use_cache=False).logits.flatten(0, 1)  # (B S, V)
+        total = torch.zeros((), dtype=torch.float32, device=logits.device)
+        rows = max(1, LOGITS_AT_ONCE // logits.shape[1])
+        for part, targets in zip(logits.split(rows), labels.flatten().split(rows), strict=True):
+            total += F.cross_entropy(part.float(), targets, ignore_index=IGNORE, reduction="sum")
+        return total
+
+
+def _measure(
+    model: nn.Module,
+    data: TokenDataset,
+    micro_batch_size: int,
+    limit: int | None,
+    dtype: str,
+    notes: list[str],
+    device: torch.device,
+) -> dict[str, Any]:
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    batches = EvaluationBatches(
+        data,
+        micro_batch_size=micro_batch_size,
+        rank=dist.get_rank() if dist.is_initialized() else 0,
+        world_size=world,
+        max_targets=limit,
+    )
+    result = asdict(evaluate(model, batches, device))
+    return result | {
+        "data": [str(source.path) for source in data.sources],
+        "samples": batches.num_samples,
+        "sequence_length": data.sequence_length,
+        "packing": data.packing,
+        "micro_batch_size": micro_batch_size,
+        "dtype": dtype,
+        "ranks": world,
+        "device": device.type,
+        "notes": notes,
+    }
+
+
+def _data_of_run(config: RunConfig, request: Request) -> TokenDataset:
+    length = request.sequence_length or config.data.sequence_length
+    packing = config.data.packing if request.packing is None else request.packing
+    if request.data:
+        return _open(request.data, request.split, length, packing)
+    if request.split == "train":
+        return _open([source.path for source in config.data.train], "train", length, packing)
+    paths = list(config.data.validation or ())
+    if not paths and all(has_validation_split(source.path) for source in config.data.train):
+        paths = [source.path for source in config.data.train]
+    if not paths:
+        raise UserError("the run had no validation data: name some with --data FOLDER")
+    return _open(paths, "validation", length, packing)
+
+
+def _open(paths: Any, split: str, length: int, packing: bool) -> TokenDataset:
+    opener = open_training_data if split == "train" else open_validation_data
+    return opener(list(paths), sequence_length=length, packing=packing)
+
+
+def _check_tokenizer_of_run(config: RunConfig, data: TokenDataset) -> list[str]:
+    """UserError if the data cannot belong to the run's model; what could not be checked."""
+    if config.model.vocab_size is not None:
+        check_vocabulary(data, config.model.vocab_size)
+    folder = Path(config.data.train[0].path)
+    if not folder.exists():
+        return [f"{folder}, the training data, is gone: tokenizers were not compared"]
+    trained = load_manifest(folder).tokenizer
+    if trained.fingerprint != data.tokenizer.fingerprint:
+        raise UserError(
+            f"{data.sources[0].path} was made with another tokenizer than the run's {folder} "
+            f"({data.tokenizer.fingerprint[:12]}, {trained.fingerprint[:12]}): preprocess both "
+            "with one"
+        )
+    return []
+
+
+def _check_tokenizer_of_model(folder: Path, data: TokenDataset) -> list[str]:
+    if not (folder / "tokenizer_config.json").is_file():
+        return [f"{folder} holds no tokenizer: tokenizers were not compared"]
+    check_same_pieces(data, folder)
+    return []
+
+
+def _transformers_model(folder: Path) -> Any:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no config.json: give a folder with a model")
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # transformers raises nearly anything for a bad folder
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise UserError(f"{folder}: transformers cannot load a model ({reason})") from error

@@ -1,0 +1,133 @@
+"""Files that are either complete or absent, and checksums of files."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from megalr.errors import UserError
+
+CHUNK = 1 << 20  # bytes read at a time when a file is hashed
+
+
+def temporary_name(path: Path, job: str) -> Path:
+    """Name under which job ``job`` writes ``path``: same folder, so that a rename is atomic."""
+    return path.with_name(f".{path.name}.{job}.partial")
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn the system's write errors (disk full, quota, read-only, no permission) into one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(
+                f"{path}: no space left on the disk while writing; nothing unfinished counts as "
+                f"finished: free some space and start the same command again"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise UserError(
+                f"{path}: cannot write ({error.strerror}); choose another output folder"
+            ) from error
+        if error.errno in (errno.EEXIST, errno.ENOTDIR):
+            raise UserError(
+                f"{path}: is a file where a folder is needed; choose another"
+            ) from error
+        raise
+
+
+class DiskFull(UserError):
+    """The output disk is full: the whole job stops, not only the file in hand."""
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Give a completely written and synced file its final name, durably."""
+    with disk_errors(path):
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_atomic(path: Path, content: bytes, job: str = "single") -> None:
+    """Write a small file so that readers see the old content or the new, never a part."""
+    temporary = temporary_name(path, job)
+    with disk_errors(path):
+        try:
+            with open(temporary, "wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    publish(temporary, path)
+
+
+def sha256_of_file(path: Path, start: int = 0, stop: int | None = None) -> str:
+    """Hexadecimal SHA-256 of the bytes ``[start, stop)`` of a file, read in constant memory."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        stream.seek(start)
+        left = (os.fstat(stream.fileno()).st_size if stop is None else stop) - start
+        while left > 0 and (block := stream.read(min(CHUNK, left))):
+            digest.update(block)
+            left -= len(block)
+    return digest.hexdigest()
+
+
+class HashingWriter:
+    """A file being written under a temporary name, with the SHA-256 and size of what went in."""
+
+    def __init__(self, path: Path, job: str) -> None:
+        self.path = path
+        self.temporary = temporary_name(path, job)
+        self.size = 0
+        self._digest = hashlib.sha256()
+        with disk_errors(path):
+            self._stream: BinaryIO = open(self.temporary, "wb", buffering=CHUNK)  # noqa: SIM115
+
+    def write(self, data: bytes) -> None:
+        with disk_errors(self.path):
+            self._stream.write(data)
+        self._digest.update(data)
+        self.size += len(data)
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+    def sync(self) -> None:
+        """Flush to the disk and close; the file still has its temporary name."""
+        with disk_errors(self.path):
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+            self._stream.close()
+
+    def discard(self) -> None:
+        """Close and delete what was written."""
+        with contextlib.suppress(OSError):  # closing flushes, which fails again on a full disk
+            self._stream.close()
+        self.temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def as_user_error() -> Iterator[None]:
+    """The system's words instead of a traceback, for code that runs on one rank alone."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(reason_of(error)) from error
+
+
+def reason_of(error: Exception) -> str:
+    """The operating system's words; torch wraps a failed write in a RuntimeError."""
+    return getattr(error, "strerror", None) or str(error).splitlines()[0]

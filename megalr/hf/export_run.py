@@ -1,0 +1,147 @@
+"""A run's checkpoint written as a folder that transformers loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import megalr
+from megalr.checkpoint.reader import Checkpoint
+from megalr.config.restarts import RestartsConfig
+from megalr.config.schema import RunConfig
+from megalr.data.tokenizer import Tokenizer, open_tokenizer
+from megalr.errors import UserError
+from megalr.evaluation.perplexity import safe_exp
+from megalr.hf.card import model_card
+from megalr.hf.families import families_of
+from megalr.hf.trained_run import (
+    load_decoder,
+    open_verified,
+    run_config,
+    tokenizer_of,
+)
+from megalr.hf.write import ExportOptions, check_output, write_model
+from megalr.models.config import DecoderConfig
+from megalr.run.metrics_reader import read_run
+from megalr.training.engine import sizes_of
+
+NO_TOKENIZER = "none"
+"""In place of a tokenizer's path: the folder gets none."""
+
+
+def export_run(
+    run: Path,
+    tag: str | None,
+    output: Path,
+    dtype: str,
+    max_shard_size: str,
+    tokenizer: str | None,
+) -> Checkpoint:
+    """Write the model of a checkpoint to ``output``; all of it or nothing.
+
+    Args:
+        run: the run's folder.
+        tag: name of the checkpoint; None: the newest finished one.
+        output: new or empty folder.
+        dtype: key of ``megalr.hf.write.DTYPES``.
+        max_shard_size: largest weight file ("5GB").
+        tokenizer: path of a tokenizer, ``none``, or None for that of the training data.
+
+    Returns:
+        The checkpoint that was exported.
+
+    Raises:
+        UserError: whatever the user can put right; nothing is left at ``output`` then.
+    """
+    check_output(output)
+    checkpoint = open_verified(run, tag)
+    config = run_config(checkpoint)
+    sizes = sizes_of(config)
+    families_of(sizes)  # before reading gigabytes
+    if config.method.name == "cola":
+        raise UserError(
+            f"{run} was trained with method cola, which has a nonlinearity between its factors: "
+            "there are no dense weights with the same function to export"
+        )
+    chosen = _tokenizer(config, tokenizer)
+    decoder = load_decoder(run, checkpoint)
+    options = ExportOptions(dtype, max_shard_size, config.data.sequence_length)
+    rows = _facts(run, checkpoint, config, sizes, dtype)
+    tags = [config.method.name, config.optimizer.name, families_of(sizes)[0]]
+    write_model(decoder, output, options, chosen, model_card(run.resolve().name, tags, rows))
+    return checkpoint
+
+
+def _tokenizer(config: RunConfig, given: str | None) -> Tokenizer | None:
+    if given == NO_TOKENIZER:
+        return None
+    if given is not None:
+        return open_tokenizer(given)
+    try:
+        return tokenizer_of(config)
+    except UserError as error:
+        raise UserError(
+            f"the tokenizer of the training data cannot be read ({error}); give it with "
+            f"--tokenizer PATH, or --tokenizer {NO_TOKENIZER}"
+        ) from error
+
+
+def _facts(
+    run: Path, checkpoint: Checkpoint, config: RunConfig, sizes: DecoderConfig, dtype: str
+) -> dict[str, Any]:
+    """The rows of the model card."""
+    perplexity, when = _perplexity(run, checkpoint)
+    return {
+        "start": config.model.from_pretrained or f"random weights, {config.model.preset}",
+        "sizes": f"hidden {sizes.hidden_size}, MLP {sizes.intermediate_size}, "
+        f"{sizes.num_layers} layers, {sizes.num_heads} heads, vocabulary {sizes.vocab_size}",
+        "method": _described(config.method.model_dump()),
+        "optimizer": _described(config.optimizer.model_dump()),
+        "restarts": _restarts(config.restarts),
+        "updates": checkpoint.update,
+        "training tokens": checkpoint.tokens,
+        "sequence length": config.data.sequence_length,
+        "global batch (sequences)": config.train.global_batch_size,
+        "training precision": config.train.precision,
+        "validation perplexity": perplexity,
+        "evaluated after (updates)": when,
+        "data": ", ".join(Path(source.path).name for source in config.data.train),
+        "dtype of these weights": dtype,
+        "checkpoint": checkpoint.folder.name,
+        "megalr": megalr.__version__,
+    }
+
+
+def _restarts(restarts: RestartsConfig) -> str:
+    parts = [
+        f"{what} every {period} updates"
+        for what, period in (
+            ("refactorization", restarts.refactorize_period),
+            ("momentum reset", restarts.reset_period),
+        )
+        if period
+    ]
+    return ", ".join(parts) or "none by the clock"
+
+
+def _described(values: dict[str, Any]) -> str:
+    """``low_rank (rank 128, alpha 32.0)``: the name and the values that are set."""
+    rest = {key: value for key, value in values.items() if key != "name" and value is not None}
+    listed = ", ".join(f"{key} {_short(value)}" for key, value in rest.items())
+    return f"{values['name']} ({listed})" if listed else str(values["name"])
+
+
+def _short(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _perplexity(run: Path, checkpoint: Checkpoint) -> tuple[float | None, int | None]:
+    """Validation perplexity and the update it was measured at; the last one not after the save."""
+    if checkpoint.validation_loss is not None:
+        return safe_exp(checkpoint.validation_loss), checkpoint.update
+    try:
+        evaluations = read_run(run).series("eval")
+    except UserError:
+        return None, None  # the card says "not known"
+    before = [event for event in evaluations if event["update"] <= checkpoint.update]
+    return (before[-1]["perplexity"], before[-1]["update"]) if before else (None, None)

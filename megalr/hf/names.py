@@ -1,0 +1,128 @@
+"""Which tensor of a transformers model is which tensor of the decoder.
+
+LLaMA, Mistral and Qwen2 share their names; GPT-2 has its own and stores matrices transposed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from megalr.hf.families import families_of
+from megalr.layers.linear import GroupedLinear
+from megalr.models.decoder import Block, Decoder
+
+Tensors = Iterator[tuple[str, torch.Tensor]]
+ATTENTION = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
+MLP = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+
+
+def block_linears(block: Block, number: int) -> list[tuple[GroupedLinear, list[str]]]:
+    """The groups of matrices of a block, each with its matrices' LLaMA names (no ``.weight``)."""
+    prefix = f"model.layers.{number}"
+    return [
+        (layer, [f"{prefix}.{part}.{names[name.rsplit('.', 1)[1]]}" for name in layer.shape.names])
+        for layer, part, names in (
+            (block.attention.qkv, "self_attn", ATTENTION),
+            (block.attention.o, "self_attn", ATTENTION),
+            (block.mlp.into, "mlp", MLP),
+            (block.mlp.down, "mlp", MLP),
+        )
+    ]
+
+
+def plain_tensors(decoder: Decoder) -> Iterator[tuple[str, torch.Tensor]]:
+    """LLaMA name and tensor of all that is no matrix of a block, without padding, as stored.
+
+    The tensors are views: writing to them sets the decoder's weights.
+    """
+    V = decoder.config.vocab_size
+    yield "model.embed_tokens.weight", decoder.embedding.weight.detach()[:V]
+    yield "model.norm.weight", decoder.norm.weight.detach()
+    if not decoder.config.tie_embeddings:
+        yield "lm_head.weight", decoder.head.weight.detach()[:V]
+    for number, block in enumerate(decoder.blocks()):
+        prefix = f"model.layers.{number}"
+        yield f"{prefix}.input_layernorm.weight", block.attention_norm.weight.detach()
+        yield f"{prefix}.post_attention_layernorm.weight", block.mlp_norm.weight.detach()
+        for layer, names in block_linears(block, number):
+            if layer.bias is not None:
+                for index, name in enumerate(names):
+                    yield f"{name}.bias", layer.bias.detach()[layer.used_rows(index)]
+
+
+def dense_tensors(decoder: Decoder, family: str | None = None) -> Tensors:
+    """Name and tensor of all weights of the transformers model, dense, without padding, float32.
+
+    Factorized matrices are multiplied out in float32, one at a time as the iterator proceeds.
+    ``family``: one of ``families_of(decoder.config)``; None: the first.
+
+    Raises:
+        UserError: no transformers model computes what this decoder computes.
+    """
+    chosen = family or families_of(decoder.config)[0]
+    return _gpt2_tensors(decoder) if chosen == "gpt2" else _llama_tensors(decoder, chosen)
+
+
+def _llama_tensors(decoder: Decoder, family: str) -> Tensors:
+    for name, tensor in plain_tensors(decoder):
+        yield name, tensor.float()
+    if family == "llama" and decoder.config.attention_bias and not decoder.config.output_bias:
+        for number in range(decoder.config.num_layers):
+            zero = torch.zeros(decoder.config.hidden_size)
+            yield f"model.layers.{number}.self_attn.o_proj.bias", zero
+    for number, block in enumerate(decoder.blocks()):
+        for layer, names in block_linears(block, number):
+            for index, name in enumerate(names):
+                yield f"{name}.weight", layer.dense_weight(index)
+
+
+def _gpt2_tensors(decoder: Decoder) -> Tensors:
+    V = decoder.config.vocab_size
+    yield "transformer.wte.weight", decoder.embedding.weight.detach()[:V].float()
+    if decoder.positions is not None:
+        yield "transformer.wpe.weight", decoder.positions.weight.detach().float()
+    yield from _layer_norm("transformer.ln_f", decoder.norm)
+    if not decoder.config.tie_embeddings:
+        yield "lm_head.weight", decoder.head.weight.detach()[:V].float()
+    for number, block in enumerate(decoder.blocks()):
+        prefix = f"transformer.h.{number}"
+        yield from _layer_norm(f"{prefix}.ln_1", block.attention_norm)
+        yield from _layer_norm(f"{prefix}.ln_2", block.mlp_norm)
+        for name, layer in (
+            ("attn.c_attn", block.attention.qkv),
+            ("attn.c_proj", block.attention.o),
+            ("mlp.c_fc", block.mlp.into),
+            ("mlp.c_proj", block.mlp.down),
+        ):
+            count = len(layer.shape.names)
+            stack = torch.cat([layer.dense_weight(index) for index in range(count)])
+            yield f"{prefix}.{name}.weight", stack.t().contiguous()  # Conv1D stores (in, out)
+            if layer.bias is not None:
+                used = [layer.bias.detach()[layer.used_rows(index)] for index in range(count)]
+                yield f"{prefix}.{name}.bias", torch.cat(used).float()
+
+
+def _layer_norm(name: str, norm: torch.nn.Module) -> Tensors:
+    for key, parameter in norm.named_parameters():
+        yield f"{name}.{key}", parameter.detach().float()
+
+
+def dense_state_dict(decoder: Decoder) -> dict[str, torch.Tensor]:
+    """All of :func:`dense_tensors` at once."""
+    return dict(dense_tensors(decoder))
+
+
+@torch.no_grad()
+def load_dense_state_dict(decoder: Decoder, state: Mapping[str, torch.Tensor]) -> None:
+    """Set all weights from a dense state dict under transformers' LLaMA names.
+
+    Dense layers take the matrices as they are, factorized ones their best rank-r approximation.
+    """
+    for name, tensor in plain_tensors(decoder):
+        tensor.copy_(state[name])
+    for number, block in enumerate(decoder.blocks()):
+        for layer, names in block_linears(block, number):
+            for index, name in enumerate(names):
+                layer.load_dense(index, state[f"{name}.weight"])

@@ -1,0 +1,221 @@
+"""A decoder as a folder that ``transformers.AutoModelForCausalLM`` loads."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from megalr.data.tokenizer import Tokenizer
+from megalr.errors import UserError
+from megalr.hf.families import families_of, transformers_config
+from megalr.hf.names import dense_tensors
+from megalr.models.decoder import Decoder
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SIZE = re.compile(r"\d+(\.\d+)?[KMGT]B")
+PROBE = "The Cat's 123 ids, é\u4e2d! w5 w6"
+"""Text that a tokenizer loaded from the folder must cut up as the original does."""
+FOREIGN = ("config.json", "generation_config.json", "*.index.json", "preprocessor_config.json")
+"""What a tokenizer's folder may hold of another model."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How a model is written.
+
+    Attributes:
+        dtype: name in ``DTYPES``; the product of factors is rounded to it once.
+        max_shard_size: largest weight file, a number with a unit ("5GB").
+        max_positions: longest sequence the model is meant for (tokens).
+
+    Raises:
+        UserError: no such size.
+    """
+
+    dtype: str
+    max_shard_size: str
+    max_positions: int
+
+    def __post_init__(self) -> None:
+        if not SIZE.fullmatch(self.max_shard_size):
+            raise UserError(
+                f"--max_shard_size {self.max_shard_size!r}: give a number with KB, MB, GB or TB, "
+                "for example 5GB"
+            )
+
+
+def check_output(output: Path) -> None:
+    """Raise UserError unless ``output`` is new or an empty folder."""
+    if output.is_dir() and not any(output.iterdir()):
+        return
+    if output.exists():
+        raise UserError(f"--output {output} is not an empty folder: choose a new one, or empty it")
+
+
+def write_model(
+    decoder: Decoder,
+    output: Path,
+    options: ExportOptions,
+    tokenizer: Tokenizer | None,
+    card: str,
+) -> None:
+    """Write weights, configurations, tokenizer and ``card`` (README.md); all of it or nothing.
+
+    Everything goes to a temporary folder beside ``output``, which takes its name at the end.
+
+    Args:
+        decoder: whole (not cut by tensor parallelism), on the CPU, weights from the masters.
+        output: new or empty folder.
+        options: see ExportOptions.
+        tokenizer: copied into the folder and named in the configuration; None for none.
+        card: Markdown.
+
+    Raises:
+        UserError: ``output`` holds something, no transformers model computes this decoder, weights
+            that are not finite (in ``options.dtype``), a vocabulary smaller than the tokenizer's,
+            a tokenizer that transformers does not load as it is, a disk that refuses.
+    """
+    check_output(output)
+    if tokenizer is not None and tokenizer.vocab_size > decoder.config.vocab_size:
+        raise UserError(
+            f"{tokenizer.path}: the tokenizer has {tokenizer.vocab_size} ids and the model "
+            f"{decoder.config.vocab_size}: give the tokenizer that the data was made with"
+        )
+    temporary = None
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+        if tokenizer is not None:
+            _copy_tokenizer(tokenizer, temporary)
+        family = _choose_family(decoder, options, tokenizer, temporary)
+        model = transformers_model(decoder, family, options, tokenizer)
+        model.save_pretrained(temporary, max_shard_size=options.max_shard_size)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        _publish(temporary, output)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(
+            f"{output}: cannot be written ({reason}); nothing was left there: free space or "
+            "choose another folder"
+        ) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    tokenizer.copy_to(folder)
+    for pattern in FOREIGN:
+        for file in folder.glob(pattern):
+            file.unlink()
+
+
+def _choose_family(
+    decoder: Decoder, options: ExportOptions, tokenizer: Tokenizer | None, folder: Path
+) -> str:
+    """The first architecture for which transformers takes the tokenizer in ``folder`` as it is.
+
+    For some architectures AutoTokenizer puts its own class in the place of the one that the
+    tokenizer's files name, and the ids are others, without an error.
+    """
+    families = families_of(decoder.config)
+    if tokenizer is None:
+        return families[0]
+    for family in families:
+        _config(decoder, family, options, tokenizer).save_pretrained(folder)
+        difference = _tokenizer_difference(tokenizer, folder)
+        if difference is None:
+            return family
+    raise UserError(
+        f"{tokenizer.path}: transformers would load another tokenizer from a {families[0]} folder "
+        f"({difference}); give the tokenizer's Hugging Face folder with --tokenizer, or "
+        "--tokenizer none"
+    )
+
+
+def _tokenizer_difference(tokenizer: Tokenizer, folder: Path) -> str | None:
+    """How the tokenizer that transformers loads from ``folder`` differs; None if it does not."""
+    from transformers import AutoTokenizer
+
+    try:
+        loaded: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        ids = loaded(PROBE, add_special_tokens=False)["input_ids"]
+    except Exception as error:  # transformers raises nearly anything for what it cannot load
+        return str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    expected = tokenizer.encode([PROBE], append_eos=False)[0].tolist()
+    if ids != expected:
+        return f"{PROBE!r} becomes {ids} instead of {expected}"
+    return None
+
+
+def _config(
+    decoder: Decoder, family: str, options: ExportOptions, tokenizer: Tokenizer | None
+) -> Any:
+    return transformers_config(
+        decoder.config,
+        family,
+        options.max_positions,
+        tokenizer.eos_id if tokenizer is not None else None,
+        tokenizer.pad_id if tokenizer is not None else None,
+    )
+
+
+def transformers_model(
+    decoder: Decoder, family: str, options: ExportOptions, tokenizer: Tokenizer | None
+) -> Any:
+    """The transformers model with the decoder's dense weights in ``options.dtype``.
+
+    Raises:
+        UserError: as in :func:`write_model`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = _config(decoder, family, options, tokenizer)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    dtype = DTYPES[options.dtype]
+    state = {}
+    for name, tensor in dense_tensors(decoder, family):
+        state[name] = tensor.to(dtype, copy=True).contiguous()
+        if not bool(state[name].isfinite().all()):
+            finite = bool(tensor.isfinite().all())
+            reason = f"too large for {options.dtype}" if finite else "not finite: the run diverged"
+            raise UserError(
+                f"{name}: its weights are {reason}; "
+                + ("use --dtype bfloat16" if finite else "export an earlier checkpoint with --tag")
+            )
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    tied = {"lm_head.weight"} if decoder.config.tie_embeddings else set()
+    if set(missing) - tied or unexpected:
+        raise RuntimeError(
+            f"transformers' {config.model_type} has other tensors: missing {missing}, "
+            f"unexpected {unexpected}"
+        )
+    model.tie_weights()
+    return model
+
+
+def _publish(temporary: Path, output: Path) -> None:
+    """Have the system write all files to the disk, then give the folder its name."""
+    os.chmod(temporary, 0o777 & ~_umask())  # mkdtemp makes it private
+    for path in (*temporary.iterdir(), temporary):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    os.replace(temporary, output)  # also over an empty folder
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

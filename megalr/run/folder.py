@@ -1,0 +1,111 @@
+"""The folder of a run: what it holds, whether this run may use it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from megalr.checkpoint.retain import CHECKPOINTS, tags, write_atomically
+from megalr.config.loading import dump_config
+from megalr.config.resuming import (
+    KEYS_FREE_ON_RESUME,
+    Difference,
+    allowed_differences,
+    differences_that_forbid_resume,
+)
+from megalr.config.schema import RunConfig
+from megalr.errors import UserError
+
+CONFIG = "config.yaml"
+DS_CONFIG = "ds_config.json"
+METRICS = "metrics.jsonl"
+RUN_LOCK = ".lock"
+"""Kept locked by rank 0 of a running job."""
+LAUNCHER_FILES = (RUN_LOCK, "logs", "stop", ".slurm")
+"""What a launcher may put into the folder before the run begins."""
+
+
+def check_run_folder(config: RunConfig, allowed: Sequence[str] = ()) -> list[Difference]:
+    """Check the folder against the run, writing nothing.
+
+    Called on one rank. ``run.resume`` decides: ``never`` refuses a folder with a run in it,
+    ``must`` one without a checkpoint, ``auto`` continues if the configuration is the same but for
+    the keys that are free on resume and those that match ``allowed``. A run that ended before its
+    first update (out of memory, say) leaves its folder to any other.
+
+    Returns:
+        What differs because ``allowed`` lets it.
+
+    Raises:
+        UserError: the folder holds something else, or another run (the differing keys are named).
+    """
+    folder = Path(config.run.dir)
+    saved = folder / CONFIG
+    if config.run.resume == "never" and saved.exists():
+        raise UserError(
+            f"run.dir {folder} already holds a run and run.resume is never: choose another "
+            "run.dir, or run.resume=auto to continue it"
+        )
+    if config.run.resume == "must" and not tags(folder / CHECKPOINTS):
+        raise UserError(
+            f"run.dir {folder} has no finished checkpoint and run.resume is must: check the path, "
+            "or run.resume=auto to start"
+        )
+    if saved.exists():
+        if not tags(folder / CHECKPOINTS) and not has_updates(folder):
+            return []  # it ended before its first update: nobody's
+        return _compare(saved, config, allowed)
+    if folder.exists() and any(path.name not in LAUNCHER_FILES for path in folder.iterdir()):
+        raise UserError(
+            f"run.dir {folder} is not empty and holds no {CONFIG}: choose another run.dir"
+        )
+    return []
+
+
+def has_updates(folder: Path) -> bool:
+    """Whether the metrics in a run's folder tell of an update."""
+    metrics = folder / METRICS
+    return metrics.is_file() and b'"event": "step"' in metrics.read_bytes()
+
+
+def write_run_folder(config: RunConfig, ds_config: dict[str, Any]) -> None:
+    """Make the folder and write the resolved configurations into it; called on one rank.
+
+    Only once everything that can be wrong with the run has been found: a folder claimed by a run
+    that never began would refuse its corrected configuration.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    folder = Path(config.run.dir)
+    try:
+        (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / CONFIG, dump_config(config))
+        write_atomically(folder / DS_CONFIG, json.dumps(ds_config, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"run.dir {folder} cannot be written: {error.strerror}") from error
+
+
+def _compare(saved: Path, config: RunConfig, allowed: Sequence[str]) -> list[Difference]:
+    try:
+        values = yaml.safe_load(saved.read_text(encoding="utf-8"))
+        old = RunConfig.model_validate(values)
+    except (yaml.YAMLError, ValidationError, OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{saved} cannot be read as a run's configuration ({type(error).__name__}): "
+            "choose another run.dir"
+        ) from error
+    different = differences_that_forbid_resume(old, config, allowed)
+    if different:
+        listed = "; ".join(f"{key}: {before} there, {now} here" for key, before, now in different)
+        raise UserError(
+            f"run.dir {saved.parent} holds a run with another configuration ({listed}): choose "
+            "another run.dir, give the same values, or let them change by --allow KEY (free to "
+            f"change anyway: {', '.join(KEYS_FREE_ON_RESUME)})"
+        )
+    return allowed_differences(old, config, allowed)

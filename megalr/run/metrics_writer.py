@@ -1,0 +1,181 @@
+"""What a run tells: metrics.jsonl, TensorBoard, Weights & Biases, and lines on the console."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from megalr.errors import UserError
+from megalr.run.folder import METRICS
+
+
+class MetricsWriter:
+    """Writes the events of a run; on ranks other than 0 every call does nothing.
+
+    ``metrics.jsonl`` holds one JSON object a line: ``event``, ``update`` (updates done), ``time``
+    (Unix seconds) and the event's numbers, whose names carry their unit. A line is written in one
+    go and flushed, so that a killed run leaves only whole lines but perhaps the last.
+
+    Args:
+        folder: the run's folder.
+        active: whether this rank writes.
+        total_updates: length of the run, for the progress bar.
+        tensorboard: also write numbers of ``step`` and ``eval`` events there.
+        wandb_project: also send them to this project; None for no.
+        config: the resolved configuration, given to Weights & Biases.
+
+    Raises:
+        UserError: Weights & Biases is asked for and not installed; the files cannot be written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        active: bool,
+        total_updates: int,
+        tensorboard: bool,
+        wandb_project: str | None,
+        config: dict[str, Any],
+    ) -> None:
+        self.active = active
+        self._folder = folder
+        self._file: TextIO | None = None
+        self._board: Any = None
+        self._wandb: Any = None
+        self._bar: tqdm | None = None
+        if not active:
+            return
+        with _one_line(folder):
+            path = folder / METRICS
+            _drop_unfinished_line(path)
+            self._file = path.open("a", encoding="utf-8")
+            if tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._board = SummaryWriter(str(folder / "tensorboard"))
+        if wandb_project is not None:
+            self._wandb = _start_wandb(wandb_project, folder, config)
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total_updates, unit="update", dynamic_ncols=True)
+
+    def write(self, event: str, update: int, **numbers: Any) -> None:
+        """Record one event and show it on the console; UserError when the disk refuses."""
+        if self._file is None:
+            return
+        record = {"event": event, "update": update, "time": round(time.time(), 3), **numbers}
+        with _one_line(self._folder):
+            self._file.write(json.dumps(record, allow_nan=True) + "\n")
+            self._file.flush()
+        self._show(event, update, numbers)
+        if event in ("step", "eval", "restart"):
+            kinds = {k: v for k, v in numbers.items() if isinstance(v, int | float)}
+            if self._board is not None:
+                with _one_line(self._folder):
+                    for key, value in kinds.items():
+                        self._board.add_scalar(f"{event}/{key}", value, update)
+            if self._wandb is not None:
+                self._wandb.log({f"{event}/{k}": v for k, v in kinds.items()}, step=update)
+
+    def _show(self, event: str, update: int, numbers: dict[str, Any]) -> None:
+        if self._bar is not None and event == "step":
+            self._bar.n = update
+            self._bar.set_postfix_str(_brief(numbers), refresh=True)
+            return
+        line = f"[{time.strftime('%H:%M:%S')}] {event} {update}: {_brief(numbers)}"
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stderr)
+        else:
+            print(line, flush=True)
+
+    def close(self) -> None:
+        """Flush and close everything; harmless when called twice."""
+        for part in (self._file, self._board, self._bar):
+            if part is not None:
+                # What a full disk keeps from being flushed has been reported by write().
+                with contextlib.suppress(OSError):
+                    part.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+        self._file = self._board = self._bar = self._wandb = None
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+@contextlib.contextmanager
+def _one_line(folder: Path) -> Iterator[None]:
+    """The system's words instead of a traceback where metrics cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"metrics in run.dir {folder} could not be written ({error.strerror or error}): free "
+            "space or fix the path and start again; the checkpoints are whole"
+        ) from error
+
+
+def _start_wandb(project: str, folder: Path, config: dict[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            f"log.wandb_project is {project!r} but wandb is not installed: "
+            "pip install -e '.[wandb]', or leave the key out"
+        ) from error
+    return wandb.init(project=project, name=folder.name, dir=str(folder), config=config)
+
+
+def _drop_unfinished_line(path: Path) -> None:
+    """Cut a last line that a killed run left without its end, so that every line stays JSON."""
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    if data and not data.endswith(b"\n"):
+        with path.open("r+b") as file:
+            file.truncate(data.rfind(b"\n") + 1)
+
+
+def _brief(numbers: dict[str, Any]) -> str:
+    """``loss 3.512  tokens_per_second 1.25e+06`` for numbers and short words."""
+    parts = []
+    for key, value in numbers.items():
+        if isinstance(value, float):
+            parts.append(f"{key} {value:.5g}")
+        elif isinstance(value, int | str | bool):
+            parts.append(f"{key} {value}")
+    return "  ".join(parts)
+
+
+class Stopwatch:
+    """Seconds of the loop without what is measured apart (evaluation, saving, restarts)."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._apart = 0.0
+
+    def exclude(self, seconds: float) -> None:
+        """Take these seconds, just spent, out of the running interval."""
+        self._apart += seconds
+
+    def lap(self) -> float:
+        """Seconds since the last lap without the excluded ones; starts the next interval."""
+        now = time.perf_counter()
+        seconds = now - self._started - self._apart
+        self._started, self._apart = now, 0.0
+        return seconds

@@ -1,0 +1,176 @@
+"""A damaged checkpoint is passed over, a full disk loses nothing, nothing happens in silence."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalr.checkpoint.find import find_checkpoint
+from megalr.checkpoint.save import delete_superseded
+from megalr.config.schema import RunConfig
+from megalr.errors import UserError
+from tests.ranks import RankFailed, run_distributed
+from tests.training.runs import events, losses, run, settings, zero
+
+SECTIONS = {
+    "train": {"updates": 6},
+    "checkpoint": {"every": 2, "keep_last": 9},
+    "evaluation": {"every": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def saved(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two ranks with checkpoints after 2, 4 and 6 updates."""
+    folder = tmp_path_factory.mktemp("saved") / "run"
+    run_distributed(run, 2, settings(folder, data, **SECTIONS), zero(1))
+    return folder
+
+
+def _flip(folder: Path) -> None:
+    path = next(folder.glob("*_pp_rank_1_*_optim_states.pt"))
+    content = bytearray(path.read_bytes())
+    content[len(content) * 2 // 3] ^= 4
+    path.write_bytes(content)
+
+
+def _remove(folder: Path) -> None:
+    next(folder.glob("*model_states.pt")).unlink()
+
+
+def _cut(folder: Path) -> None:
+    path = next(folder.glob("fragments_*.pt"))
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def _no_manifest(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "flipped": (_flip, "optim_states.pt has another checksum"),
+    "missing": (_remove, "model_states.pt is missing"),
+    "cut": (_cut, "bytes instead of"),
+    "unfinished": (_no_manifest, "it was never finished"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_the_newest_good_checkpoint_is_found_and_the_damaged_one_named(
+    name: str, saved: Path, tmp_path: Path
+) -> None:
+    damage, message = DAMAGES[name]
+    folder = shutil.copytree(saved, tmp_path / "run")
+    assert find_checkpoint(folder, verify=True).tag == "update_6"
+    damage(folder / "checkpoints" / "update_6")
+    found = find_checkpoint(folder, verify=True)
+    assert found.tag == "update_4"
+    (text,) = found.damaged
+    assert text.startswith("update_6: ") and message in text
+    # Without checksums only what sizes and names show is seen.
+    assert (find_checkpoint(folder, verify=False).tag == "update_6") == (name == "flipped")
+    for tag in ("update_4", "update_2"):
+        damage(folder / "checkpoints" / tag)
+    with pytest.raises(UserError, match=r"no good checkpoint \(update_6: .*update_4: .*update_2: "):
+        find_checkpoint(folder, verify=True)
+
+
+def test_a_run_resumes_past_damage_and_says_so(saved: Path, data: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved, tmp_path / "run")
+    expected = losses(folder)
+    checkpoints = folder / "checkpoints"
+    _flip(checkpoints / "update_6")
+    (checkpoints / ".saving-update_8").mkdir()
+    (checkpoints / ".trash-update_1").mkdir()
+    values = settings(folder, data, **SECTIONS)
+    run_distributed(run, 2, values, zero(1))
+    (resumed,) = events(folder, "resume")
+    assert resumed["update"] == 4 and resumed["path"] == "checkpoints/update_4"
+    assert resumed["damaged"][0].startswith("update_6: ") and resumed["unfinished"] == ["update_8"]
+    assert losses(folder) == expected
+    assert find_checkpoint(folder, verify=True).tag == "update_6"  # written anew
+    assert not list(checkpoints.glob(".*"))
+    assert (checkpoints / "latest").read_text() == "update_6"
+
+    for tag in ("update_2", "update_4", "update_6"):
+        _remove(checkpoints / tag)
+    with pytest.raises(RankFailed, match="has no good checkpoint"):  # not from scratch
+        run_distributed(run, 2, values, zero(1))
+
+
+def test_the_best_and_the_periodic_checkpoints_stay(data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    retention = {"every": 1, "keep_last": 1, "keep_every": 4, "keep_best": 1}
+    # The loss rises once the learning rate is absurd.
+    sections = {
+        "train": {"updates": 7},
+        "evaluation": {"every": 1},
+        "optimizer": {"lr": 0.5, "weight_decay": 0.0},
+    }
+    values = settings(folder, data, **sections, checkpoint=retention)
+    run_distributed(run, 1, values, zero(1))
+    evaluated = {e["update"]: e["loss"] for e in events(folder, "eval")}
+    best = min(evaluated, key=lambda update: evaluated[update])
+    kept = {int(p.name.split("_")[1]) for p in (folder / "checkpoints").glob("update_*")}
+    assert best not in (4, 7) and kept == {best, 4, 7}
+    deleted = [tag for event in events(folder, "checkpoint") for tag in event["deleted"]]
+    assert len(deleted) == 7 - len(kept)
+
+
+def test_a_damaged_checkpoint_of_a_later_update_does_not_push_out_good_ones(
+    saved: Path, data: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(saved, tmp_path / "run")
+    _flip(folder / "checkpoints" / "update_6")
+    one = settings(folder, data, **SECTIONS | {"checkpoint": {"keep_last": 1}})
+    config = RunConfig.model_validate(one)
+    # As after the save at update 4 of the run that went on from update 2 or 4.
+    assert delete_superseded(folder / "checkpoints", config, 4) == (["update_2"], None)
+    assert find_checkpoint(folder, verify=True).tag == "update_4"
+
+
+def _run_with_full_disk(values: dict[str, Any], limit: int) -> None:
+    """A run in which rank 1 alone cannot write files above ``limit`` bytes."""
+    import torch.distributed as dist
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    outputs = [os.dup(1), os.dup(2)]
+    if dist.get_rank() == 1:
+        # What pytest collects of this process's output is a file as well, and long by now.
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), 1)
+            os.dup2(nothing.fileno(), 2)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        run(values, zero(1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        for number, output in enumerate(outputs):
+            os.dup2(output, number + 1)
+            os.close(output)
+
+
+def test_one_rank_with_a_full_disk_stops_all_with_one_line_and_nothing_is_lost(
+    saved: Path, data: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(saved, tmp_path / "run")
+    checkpoints = folder / "checkpoints"
+    for tag in ("update_4", "update_6"):
+        shutil.rmtree(checkpoints / tag)
+    size = next((checkpoints / "update_2").glob("*_pp_rank_1_*_optim_states.pt")).stat().st_size
+    values = settings(folder, data, **SECTIONS)
+    with pytest.raises(RankFailed) as failure:
+        run_distributed(_run_with_full_disk, 2, values, size // 2)
+    line = str(failure.value).splitlines()[-1]
+    assert "update_4 could not be written (rank 1: " in line
+    assert "the previous checkpoint is whole" in line
+    assert not list(checkpoints.glob(".saving-*"))
+    assert find_checkpoint(folder, verify=True).tag == "update_2"
+    run_distributed(run, 2, values, zero(1))
+    assert losses(folder) == losses(saved)

@@ -1,0 +1,109 @@
+"""Names, manifests and retention: pure files, no engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megalr.checkpoint import retain as names
+from megalr.checkpoint.manifest import (
+    MANIFEST,
+    Damaged,
+    FileRecord,
+    Manifest,
+    check_files,
+    manifest_text,
+    read_manifest,
+    record_of,
+)
+from megalr.checkpoint.retain import Kept, superseded
+
+
+def _write(root: Path, name: str, update: int) -> Path:
+    """A complete little checkpoint of two files under any name."""
+    folder = root / name
+    folder.mkdir(parents=True)
+    (folder / "a.pt").write_bytes(b"a" * 100)
+    (folder / "b.pt").write_bytes(b"b" * 50)
+    files = {file: record_of(folder / file) for file in ("a.pt", "b.pt")}
+    (folder / MANIFEST).write_text(manifest_text(Manifest(update, {}, 1.5, files)))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "keep, kept",
+    [
+        ((1, 0, 0), {6}),
+        ((2, 0, 0), {5, 6}),
+        ((1, 2, 0), {2, 4, 6}),
+        ((1, 0, 1), {3, 6}),
+        ((1, 4, 2), {1, 3, 4, 6}),
+        ((9, 0, 0), {1, 2, 3, 4, 5, 6}),
+    ],
+)
+def test_the_newest_the_periodic_and_the_best_ones_are_kept(
+    keep: tuple[int, int, int], kept: set[int]
+) -> None:
+    losses = {1: 2.0, 2: None, 3: 1.0, 4: 2.0, 5: None, 6: 3.0}  # 1 and 4 are equal: the older
+    known = [Kept(f"update_{update}", update, loss) for update, loss in losses.items()]
+    gone = {int(tag.removeprefix("update_")) for tag in superseded(known[::-1], *keep)}
+    assert set(losses) - gone == kept
+
+
+def test_a_checkpoint_has_its_name_only_when_it_is_complete(tmp_path: Path) -> None:
+    assert names.tags(tmp_path / "none") == []
+    for name in ("update_10", "update_9", "update_9_universal", ".saving-update_11", "update_x"):
+        _write(tmp_path, name, 9)
+    assert names.tags(tmp_path) == ["update_9_universal", "update_9", "update_10"]
+    assert names.unfinished(tmp_path) == ["update_11"]
+    names.recover(tmp_path)  # it lacks nothing but the name
+    assert names.tags(tmp_path)[-1] == "update_11" and names.unfinished(tmp_path) == []
+
+    half = _write(tmp_path, ".saving-update_12", 12)
+    (half / MANIFEST).unlink()
+    _write(tmp_path, ".trash-update_1", 1)
+    names.recover(tmp_path)
+    assert names.unfinished(tmp_path) == ["update_12"]
+    names.clean(tmp_path)
+    assert not half.exists() and not (tmp_path / ".trash-update_1").exists()
+
+    new = _write(tmp_path, ".saving-update_10", 10)
+    (new / "a.pt").write_bytes(b"new")
+    names.publish(tmp_path, "update_10")  # in place of an older one of that name
+    assert (tmp_path / "update_10" / "a.pt").read_bytes() == b"new"
+    names.discard(tmp_path, "update_10")
+    assert names.tags(tmp_path) == ["update_9_universal", "update_9", "update_11"]
+    assert not list(tmp_path.glob(".trash-*"))
+
+
+def test_every_kind_of_damage_is_named(tmp_path: Path) -> None:
+    folder = _write(tmp_path, "update_3", 3)
+    manifest = read_manifest(folder)
+    assert manifest == Manifest(3, {}, 1.5, manifest.files)
+    assert manifest.files["b.pt"] == FileRecord(50, record_of(folder / "b.pt").crc32)
+
+    def problem(checksums: bool = True) -> str | None:
+        return check_files(folder, manifest.files, manifest.files, checksums)
+
+    assert problem() is None
+    (folder / "b.pt").write_bytes(b"b" * 49 + b"c")
+    assert problem() == "b.pt has another checksum than when it was written"
+    assert problem(checksums=False) is None
+    (folder / "a.pt").write_bytes(b"a" * 99)
+    assert problem(checksums=False) == "a.pt has 99 bytes instead of 100"
+    (folder / "a.pt").unlink()
+    assert problem() == "a.pt is missing"
+
+    path = folder / MANIFEST
+    for text, message in (
+        (path.read_text()[:-20], "is not a manifest"),
+        ("{}", "is not a manifest"),
+        (path.read_text().replace('"format": 1', '"format": 7'), "has format 7"),
+    ):
+        path.write_text(text)
+        with pytest.raises(Damaged, match=message):
+            read_manifest(folder)
+    path.unlink()
+    with pytest.raises(Damaged, match="it was never finished"):
+        read_manifest(folder)
