@@ -21,11 +21,11 @@ import numpy as np
 from record import provenance, save
 
 from megalr.data import TokenDataset, UpdateLoader, open_training_data
-from megalr.data.indexed import HEADER, MAGIC
 from megalr.data.loader import SAMPLES_PLANNED
 from megalr.data.manifest import Manifest, ShardEntry, SourceInfo, TokenizerInfo
-from megalr.data.writer import ShardWriter
+from megalr.data.megatron_index import HEADER, MAGIC
 from megalr.errors import exit_cleanly
+from megalr.preprocessing.shard_writer import ShardWriter
 
 SHARDS, BATCH, UPDATES, LENGTH = 1032, 512, 1000, 256
 VOCAB_SIZE, EOS = 32_000, 1

@@ -28,16 +28,16 @@ from typing import Any
 
 from record import ROOT, provenance, save
 
-from megalr.data.documents import DocumentReader, ReadOptions
-from megalr.data.parts import plan_parts
-from megalr.data.tokenizer import open_tokenizer
 from megalr.errors import exit_cleanly
+from megalr.preprocessing.documents import DocumentReader, ReadOptions
+from megalr.preprocessing.input_splits import plan_splits
+from megalr.preprocessing.tokenizer import open_tokenizer
 
 SMALL, LARGE = 10_000, 1_000_000  # documents of the memory measurement
 
 
 def sample_documents(inputs: list[str], count: int) -> list[str]:
-    parts = plan_parts(inputs, 1 << 30).values()
+    parts = plan_splits(inputs, 1 << 30).values()
     texts = (
         text for part in parts for batch in DocumentReader(part, ReadOptions()) for text in batch
     )

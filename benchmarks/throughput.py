@@ -29,9 +29,9 @@ import yaml
 from cases import CASES, Case, stage_of
 
 from megalr.data.manifest import Manifest, ShardEntry, SourceInfo, TokenizerInfo
-from megalr.data.writer import ShardWriter
 from megalr.errors import UserError, exit_cleanly
 from megalr.files import sha256_of_file, write_atomic
+from megalr.preprocessing.shard_writer import ShardWriter
 
 LONGEST_SECONDS = 300
 """After which a case counts as failed."""

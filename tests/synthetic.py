@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from megalr.data.manifest import Manifest, ShardEntry, SourceInfo, TokenizerInfo
-from megalr.data.writer import ShardWriter
 from megalr.files import sha256_of_file, write_atomic
+from megalr.preprocessing.shard_writer import ShardWriter
 
 VOCAB_SIZE = 120
 EOS = 1

@@ -10,13 +10,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from megalr.data.inspection import (
+from megalr.errors import exit_cleanly
+from megalr.preprocessing.inspection import (
     Inspection,
     draw_length_histogram,
     inspect_dataset,
     read_document,
 )
-from megalr.errors import exit_cleanly
 
 DAMAGED = 1
 

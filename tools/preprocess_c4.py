@@ -14,11 +14,11 @@ import json
 import re
 from pathlib import Path
 
-from megalr.data.documents import ReadOptions
-from megalr.data.mpi import launched_ranks, run_mpi, world_communicator
-from megalr.data.preprocess import PreprocessJob, run_local
-from megalr.data.work import WorkSettings
 from megalr.errors import UserError, exit_cleanly
+from megalr.preprocessing.documents import ReadOptions
+from megalr.preprocessing.job import PreprocessJob, run_local
+from megalr.preprocessing.mpi_workers import launched_ranks, run_mpi, world_communicator
+from megalr.preprocessing.split_worker import WorkSettings
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megalr.data.documents import ReadOptions
-from megalr.data.tokenizer_training import default_threads, train_tokenizer
 from megalr.errors import UserError, exit_cleanly
+from megalr.preprocessing.documents import ReadOptions
+from megalr.preprocessing.tokenizer_training import default_threads, train_tokenizer
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megalr.data.indexed import IndexedShard, allow_open_files, token_dtype
 from megalr.data.manifest import Manifest, ShardEntry, TokenizerInfo, check_sizes, load_manifest
-from megalr.data.order import SampleOrder
+from megalr.data.megatron_index import IndexedShard, allow_open_files, token_dtype
+from megalr.data.shuffle import SampleOrder
 from megalr.errors import UserError
 
 Integers = NDArray[np.int64]

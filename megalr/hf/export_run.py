@@ -9,7 +9,6 @@ import megalr
 from megalr.checkpoint.reader import Checkpoint
 from megalr.config.restarts import RestartsConfig
 from megalr.config.schema import RunConfig
-from megalr.data.tokenizer import Tokenizer, open_tokenizer
 from megalr.errors import UserError
 from megalr.evaluation.perplexity import safe_exp
 from megalr.hf.card import model_card
@@ -22,6 +21,7 @@ from megalr.hf.trained_run import (
 )
 from megalr.hf.write import ExportOptions, check_output, write_model
 from megalr.models.config import DecoderConfig
+from megalr.preprocessing.tokenizer import Tokenizer, open_tokenizer
 from megalr.run.metrics_reader import read_run
 from megalr.training.engine import sizes_of
 

@@ -23,7 +23,6 @@ from torch import nn
 from megalr.config.methods import LowRankMethod, SLTrainMethod
 from megalr.config.schema import RunConfig
 from megalr.data import TokenDataset
-from megalr.data.tokenizer import open_tokenizer
 from megalr.distributed.agreement import raise_on_any_rank, run_on_all, run_on_rank0
 from megalr.errors import UserError
 from megalr.hf.families import pretrained_sizes
@@ -36,6 +35,7 @@ from megalr.models.config import decoder_config
 from megalr.models.decoder import Decoder
 from megalr.parallel.mesh import Mesh
 from megalr.parallel.shards import shard_of
+from megalr.preprocessing.tokenizer import open_tokenizer
 from megalr.run.folder import CONFIG
 from megalr.training.engine import build_model
 

@@ -11,11 +11,11 @@ from megalr.checkpoint.manifest import Damaged, check_files
 from megalr.checkpoint.reader import Checkpoint
 from megalr.config.schema import RunConfig
 from megalr.data.manifest import load_manifest
-from megalr.data.tokenizer import Tokenizer, open_tokenizer
 from megalr.errors import UserError
 from megalr.hf.init_from_pretrained import read_supports
 from megalr.models.build import make_linear_of
 from megalr.models.decoder import Decoder
+from megalr.preprocessing.tokenizer import Tokenizer, open_tokenizer
 from megalr.training.engine import sizes_of
 
 

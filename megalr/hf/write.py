@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from megalr.data.tokenizer import Tokenizer
 from megalr.errors import UserError
 from megalr.hf.families import families_of, transformers_config
 from megalr.hf.names import dense_tensors
 from megalr.models.decoder import Decoder
+from megalr.preprocessing.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SIZE = re.compile(r"\d+(\.\d+)?[KMGT]B")

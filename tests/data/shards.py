@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from megalr.data.manifest import Manifest, ShardEntry, SourceInfo, TokenizerInfo
-from megalr.data.writer import ShardWriter
+from megalr.preprocessing.shard_writer import ShardWriter
 
 EOS, PAD = 1, 0
 Documents = Sequence[Sequence[int]]

@@ -12,7 +12,7 @@ import pytest
 import sentencepiece
 
 from megalr.data import open_training_data
-from tests.data.test_preprocess import documents_of, preprocess
+from tests.preprocessing.test_job import documents_of, preprocess
 
 FOLDER = Path(os.environ.get("MEGALR_SHARED_DATA", "/nonexistent"))
 SAMPLE = FOLDER / "c4-sample-1000.json.gz"

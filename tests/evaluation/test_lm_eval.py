@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megalr.data.tokenizer import open_tokenizer
 from megalr.errors import UserError
 from megalr.evaluation.lm_eval import run_tasks
 from megalr.hf.write import ExportOptions, write_model
+from megalr.preprocessing.tokenizer import open_tokenizer
 from tests.hf.data import write_tokenizer
 from tests.hf.models import lively
 from tests.models.settings import full_rank

@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megalr.data.manifest import load_manifest
-from megalr.data.tokenizer import describe, open_tokenizer
+from megalr.preprocessing.tokenizer import describe, open_tokenizer
 from tests.synthetic import VOCAB_SIZE, write_dataset
 
 

@@ -14,7 +14,6 @@ import transformers
 from safetensors.torch import save_file
 
 from megalr.config.schema import RunConfig
-from megalr.data.tokenizer import open_tokenizer
 from megalr.errors import UserError
 from megalr.evaluation.offline import Request, evaluate_model, evaluate_run
 from megalr.hf.export_run import export_run
@@ -26,6 +25,7 @@ from megalr.layers.sltrain import SLTrainLinear
 from megalr.models.build import build_decoder
 from megalr.models.config import decoder_config
 from megalr.models.decoder import Decoder
+from megalr.preprocessing.tokenizer import open_tokenizer
 from tests.hf.data import write_data, write_tokenizer
 from tests.hf.models import FAMILIES, lively
 from tests.models.settings import factorized, full_rank, low_rank

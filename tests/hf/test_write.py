@@ -9,14 +9,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megalr.data.tokenizer import open_tokenizer
 from megalr.errors import UserError
 from megalr.hf.names import dense_state_dict
 from megalr.hf.write import ExportOptions, write_model
 from megalr.models.decoder import Decoder
-from tests.data.corpus import VOCAB_SIZE, prose, tiny_tokenizer
+from megalr.preprocessing.tokenizer import open_tokenizer
 from tests.hf.models import FAMILIES, lively
 from tests.models.settings import factorized, full_rank, low_rank
+from tests.preprocessing.corpus import VOCAB_SIZE, prose, tiny_tokenizer
 
 METHODS = {
     "full_rank": full_rank(),

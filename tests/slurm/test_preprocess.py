@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.corpus import prose, tiny_tokenizer, write_jsonl
-from tests.data.test_preprocess import contents, preprocess
+from tests.preprocessing.corpus import prose, tiny_tokenizer, write_jsonl
+from tests.preprocessing.test_job import contents, preprocess
 from tests.slurm.cluster import Cluster, wait_until
 from tests.slurm.jobs import DEADLINE, ROOT, submit
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from megalr.data.inspection import inspect_dataset
-from megalr.data.preprocess import PreprocessJob, run_local
-from megalr.data.work import WorkSettings
-from tests.data.corpus import prose, run_tool, tiny_tokenizer, write_jsonl
+from megalr.preprocessing.inspection import inspect_dataset
+from megalr.preprocessing.job import PreprocessJob, run_local
+from megalr.preprocessing.split_worker import WorkSettings
 from tests.data.shards import write_dataset
+from tests.preprocessing.corpus import prose, run_tool, tiny_tokenizer, write_jsonl
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.data.corpus import ROOT, prose, tiny_tokenizer, tool_environment, write_jsonl
-from tests.data.test_preprocess import contents, preprocess
+from tests.preprocessing.corpus import ROOT, prose, tiny_tokenizer, tool_environment, write_jsonl
+from tests.preprocessing.test_job import contents, preprocess
 
 SCRIPT = ROOT / "launchers" / "slurm" / "preprocess.sbatch"
 

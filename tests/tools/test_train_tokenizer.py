@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megalr.data.tokenizer import open_tokenizer
-from tests.data.corpus import prose, run_tool, write_jsonl
+from megalr.preprocessing.tokenizer import open_tokenizer
+from tests.preprocessing.corpus import prose, run_tool, write_jsonl
 
 
 def test_the_command_writes_a_folder_that_opens_and_explains_mistakes(tmp_path: Path) -> None:

@@ -12,14 +12,14 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from megalr.data.documents import DocumentReader, ReadOptions, ReadReport
-from megalr.data.parts import Part, plan_parts
 from megalr.errors import UserError
-from tests.data.corpus import prose, write_jsonl
+from megalr.preprocessing.documents import DocumentReader, ReadOptions, ReadReport
+from megalr.preprocessing.input_splits import InputSplit, plan_splits
+from tests.preprocessing.corpus import prose, write_jsonl
 
 
 def _read(path: Path, **options: object) -> tuple[list[str], ReadReport]:
-    reader = DocumentReader(Part(path, path.stat().st_size), ReadOptions(**options))  # type: ignore[arg-type]
+    reader = DocumentReader(InputSplit(path, path.stat().st_size), ReadOptions(**options))  # type: ignore[arg-type]
     return [text for texts in reader for text in texts], reader.report
 
 
@@ -115,8 +115,8 @@ def test_five_percent_of_malformed_lines_pass_with_a_limit_of_six(tmp_path: Path
 def test_a_hopeless_file_is_given_up_before_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megalr.data.documents.EARLY_CHECK", 100)
-    monkeypatch.setattr("megalr.data.documents.BATCH_BYTES", 1000)
+    monkeypatch.setattr("megalr.preprocessing.documents.EARLY_CHECK", 100)
+    monkeypatch.setattr("megalr.preprocessing.documents.BATCH_BYTES", 1000)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"not json\n" * 10_000)
     with pytest.raises(UserError, match=r"of 1\d\d records are bad"):
@@ -155,20 +155,20 @@ def test_parts_of_a_large_file_hold_every_line_once_wherever_the_cuts_fall(tmp_p
     texts = prose(40, longest=12)
     path = write_jsonl(tmp_path / "a.jsonl", texts)
     size = path.stat().st_size
-    for part_bytes in [*range(7, 400, 13), size - 1, size]:
-        parts = plan_parts([str(path)], part_bytes)
+    for split_bytes in [*range(7, 400, 13), size - 1, size]:
+        parts = plan_splits([str(path)], split_bytes)
         found = []
         for part in parts.values():
             reader = DocumentReader(part, ReadOptions())
             found += [text for batch in reader for text in batch]
         assert found == texts
-        assert len(parts) == -(-size // part_bytes)
+        assert len(parts) == -(-size // split_bytes)
 
 
 def test_a_bad_line_of_a_later_part_says_where_the_part_begins(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "a"}\n' * 10 + b"broken\n")
-    part = list(plan_parts([str(path)], 80).values())[1]
+    part = list(plan_splits([str(path)], 80).values())[1]
     reader = DocumentReader(part, ReadOptions(max_bad_lines=1))
     list(reader)
     assert reader.report.reasons == [
@@ -188,7 +188,7 @@ def test_the_plan_names_missing_empty_and_unknown_inputs(tmp_path: Path) -> None
         ("", "is a folder"),
     ]:
         with pytest.raises(UserError, match=message):
-            plan_parts([str(tmp_path / pattern)], 1 << 30)
+            plan_splits([str(tmp_path / pattern)], 1 << 30)
 
 
 def test_a_link_and_a_name_with_brackets_are_files_by_their_own_name(tmp_path: Path) -> None:
@@ -198,12 +198,12 @@ def test_a_link_and_a_name_with_brackets_are_files_by_their_own_name(tmp_path: P
     link = tmp_path / "c4.json"
     link.symlink_to(blob)
     for inputs in ([str(link)], [str(link), str(tmp_path / "*.json")]):
-        assert [(n, p.file) for n, p in plan_parts(inputs, 1 << 30).items()] == [("c4", link)]
+        assert [(n, p.file) for n, p in plan_splits(inputs, 1 << 30).items()] == [("c4", link)]
     other = tmp_path / "again.json"
     other.symlink_to(link)
-    assert list(plan_parts([str(link), str(other)], 1 << 30)) == ["again"]  # read once
+    assert list(plan_splits([str(link), str(other)], 1 << 30)) == ["again"]  # read once
     brackets = write_jsonl(tmp_path / "a[1].json", prose(2))
-    assert [part.file for part in plan_parts([str(brackets)], 1 << 30).values()] == [brackets]
+    assert [part.file for part in plan_splits([str(brackets)], 1 << 30).values()] == [brackets]
 
 
 def test_names_are_unique_and_do_not_depend_on_the_order_of_the_arguments(tmp_path: Path) -> None:
@@ -212,13 +212,13 @@ def test_names_are_unique_and_do_not_depend_on_the_order_of_the_arguments(tmp_pa
         for folder in ("en", "de")
     ]
     paths.append(str(write_jsonl(tmp_path / "big.jsonl", prose(50))))
-    plan = plan_parts(paths, 1000)
-    again = plan_parts([*reversed(paths), paths[0]], 1000)
+    plan = plan_splits(paths, 1000)
+    again = plan_splits([*reversed(paths), paths[0]], 1000)
     assert list(plan.items()) == list(again.items())
     names = list(plan)
     assert sum(name.startswith("c4.00000-") for name in names) == 2
     assert names[0] == f"big-part-00000-of-{len(plan) - 2:05d}"
-    assert plan_parts([paths[0]], 1000).keys() == {"c4.00000"}
+    assert plan_splits([paths[0]], 1000).keys() == {"c4.00000"}
 
 
 def test_a_hub_data_set_is_streamed_file_by_file(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_a_hub_data_set_is_streamed_file_by_file(tmp_path: Path) -> None:
     texts = [prose(30, seed=n) for n in range(2)]
     for number, name in enumerate("ab"):
         write_jsonl(tmp_path / f"{name}.json.gz", texts[number])
-    parts = plan_parts([f"hub:{tmp_path}"], 1 << 30)
+    parts = plan_splits([f"hub:{tmp_path}"], 1 << 30)
     assert len(parts) == 2
     found = []
     for part in parts.values():
@@ -242,4 +242,4 @@ def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(UserError, match=r"hub:allenai/c4: .*\(Couldn't reach .*local files"):
-        plan_parts(["hub:allenai/c4"], 1 << 30)
+        plan_splits(["hub:allenai/c4"], 1 << 30)

@@ -87,7 +87,7 @@ class SentencePieceTokenizer:
         return {self._model.id_to_piece(number): number for number in range(self.vocab_size)}
 
     def copy_to(self, folder: Path) -> None:
-        from megalr.data.huggingface import write_huggingface_files
+        from megalr.preprocessing.hf_tokenizer import write_huggingface_files
 
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(self.path, folder / SENTENCEPIECE_NAME)

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megalr.data.documents import ReadReport
-from megalr.data.indexed import IndexedShard, map_file
-from megalr.data.parts import Part, input_kind
+from megalr.data.megatron_index import IndexedShard, map_file
 from megalr.errors import UserError
 from megalr.files import sha256_of_file
+from megalr.preprocessing.documents import ReadReport
+from megalr.preprocessing.input_splits import InputSplit, input_kind
 
 TOKENS_AT_ONCE = 1 << 20
 Documents = tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]  # tokens, starts, lengths
@@ -32,7 +32,7 @@ class TokenReader:
     UserError for files that contradict each other.
     """
 
-    def __init__(self, part: Part, eos_id: int | None, report: ReadReport) -> None:
+    def __init__(self, part: InputSplit, eos_id: int | None, report: ReadReport) -> None:
         self.part, self._eos_id, self.report = part, eos_id, report
 
     def __iter__(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:

@@ -16,27 +16,34 @@ import numpy as np
 import pytest
 
 from megalr.data import open_training_data, open_validation_data
-from megalr.data.documents import ReadOptions
-from megalr.data.indexed import IndexedShard
 from megalr.data.manifest import load_manifest
-from megalr.data.preprocess import PreprocessJob, Summary, run_local
-from megalr.data.tokenizer import open_tokenizer
-from megalr.data.work import WorkSettings
+from megalr.data.megatron_index import IndexedShard
 from megalr.errors import UserError
 from megalr.file_lock import JobLock
 from megalr.files import HashingWriter
-from tests.data.corpus import TOOLS, prose, run_tool, tiny_tokenizer, tool_environment, write_jsonl
+from megalr.preprocessing.documents import ReadOptions
+from megalr.preprocessing.job import PreprocessJob, Summary, run_local
+from megalr.preprocessing.split_worker import WorkSettings
+from megalr.preprocessing.tokenizer import open_tokenizer
+from tests.preprocessing.corpus import (
+    TOOLS,
+    prose,
+    run_tool,
+    tiny_tokenizer,
+    tool_environment,
+    write_jsonl,
+)
 
 
 def preprocess(
     inputs: list[Path],
     output: Path,
     workers: int = 1,
-    part_bytes: int = 1 << 30,
+    split_bytes: int = 1 << 30,
     **settings: object,
 ) -> Summary:
     chosen = {"tokenizer": tiny_tokenizer(), **settings}
-    job = PreprocessJob([str(p) for p in inputs], WorkSettings(output, **chosen), part_bytes)  # type: ignore[arg-type]
+    job = PreprocessJob([str(p) for p in inputs], WorkSettings(output, **chosen), split_bytes)  # type: ignore[arg-type]
     return run_local(job, workers)
 
 
@@ -158,7 +165,7 @@ def test_validation_documents_are_chosen_by_their_hash(tmp_path: Path) -> None:
 def test_the_parts_of_one_large_file_together_hold_all_documents(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "big.jsonl", prose(200))
     preprocess([path], tmp_path / "whole")
-    preprocess([path], tmp_path / "parts", workers=2, part_bytes=10_000)
+    preprocess([path], tmp_path / "parts", workers=2, split_bytes=10_000)
     manifest = load_manifest(tmp_path / "parts")
     assert len(manifest.shards) > 3
     found = [d for s in manifest.shards for d in documents_of(tmp_path / "parts" / s.name)]

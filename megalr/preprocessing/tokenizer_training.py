@@ -9,11 +9,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megalr.data.documents import DocumentReader, ReadOptions
-from megalr.data.parts import Part, holds_tokens, plan_parts
-from megalr.data.tokenizer import SENTENCEPIECE_NAME, SentencePieceTokenizer, open_tokenizer
 from megalr.errors import UserError
 from megalr.files import disk_errors
+from megalr.preprocessing.documents import DocumentReader, ReadOptions
+from megalr.preprocessing.input_splits import InputSplit, holds_tokens, plan_splits
+from megalr.preprocessing.tokenizer import (
+    SENTENCEPIECE_NAME,
+    SentencePieceTokenizer,
+    open_tokenizer,
+)
 
 LONGEST_SENTENCE = 4096  # bytes; SentencePiece leaves out longer ones, so they are cut
 SMALLEST_VOCABULARY = 3 + 256  # pad, eos, unk and the bytes
@@ -55,7 +59,7 @@ def train_tokenizer(
         )
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output}: exists and is not empty; choose another --output or delete it")
-    parts = plan_parts(inputs, part_bytes=1 << 60)
+    parts = plan_splits(inputs, split_bytes=1 << 60)
     for part in parts.values():
         if holds_tokens(part):
             raise UserError(f"{part.file}: holds tokens; a tokenizer is trained on text")
@@ -98,7 +102,7 @@ def train_tokenizer(
 class _Sample:
     """Sentences of the head of every input."""
 
-    def __init__(self, parts: list[Part], reading: ReadOptions, sample_bytes: int) -> None:
+    def __init__(self, parts: list[InputSplit], reading: ReadOptions, sample_bytes: int) -> None:
         self._parts, self._reading = parts, reading
         self._share = max(1, sample_bytes // len(parts))
         self.documents = self.text_bytes = 0

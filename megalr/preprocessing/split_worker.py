@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megalr.data.documents import DocumentReader, ReadOptions, ReadReport
 from megalr.data.manifest import ShardEntry, SourceInfo, entry_from_json, read_json
-from megalr.data.parts import Part, holds_tokens
-from megalr.data.token_sources import TokenReader
-from megalr.data.tokenizer import Tokenizer, open_tokenizer
-from megalr.data.writer import ShardWriter
 from megalr.errors import UserError
 from megalr.files import sha256_of_file, write_atomic
+from megalr.preprocessing.documents import DocumentReader, ReadOptions, ReadReport
+from megalr.preprocessing.input_splits import InputSplit, holds_tokens
+from megalr.preprocessing.shard_writer import ShardWriter
+from megalr.preprocessing.token_sources import TokenReader
+from megalr.preprocessing.tokenizer import Tokenizer, open_tokenizer
 
 FINISHED_FOLDER = "finished"
 # Documents, bytes of text, tokens and bytes of input files since the last call.
@@ -55,7 +55,7 @@ class WorkSettings:
 
 
 @dataclass(frozen=True)
-class PartResult:
+class SplitResult:
     """A finished part: its shards, what was skipped, and whether it had been finished before."""
 
     name: str
@@ -74,7 +74,7 @@ class _Batch:
     keys: list[bytes]
 
 
-class PartWorker:
+class SplitWorker:
     """Turns parts into shards with one tokenizer; each worker process holds one."""
 
     def __init__(self, settings: WorkSettings, job: str) -> None:
@@ -82,7 +82,7 @@ class PartWorker:
         self.tokenizer: Tokenizer = open_tokenizer(settings.tokenizer)
         self._record = settings.record(self.tokenizer.fingerprint)
 
-    def process(self, name: str, part: Part, progress: Progress) -> PartResult:
+    def process(self, name: str, part: InputSplit, progress: Progress) -> SplitResult:
         """Write the shards of a part, unless an earlier run finished them and they are intact."""
         previous = finished_part(self.settings.output, name, part, self._record)
         if previous is not None:
@@ -122,7 +122,7 @@ class PartWorker:
                     **asdict(writer.finish()),
                 )
                 shards.append(entry)
-        result = PartResult(name, tuple(shards), report)
+        result = SplitResult(name, tuple(shards), report)
         self._save(result)
         return result
 
@@ -137,7 +137,7 @@ class PartWorker:
         suffix = "" if split == self.settings.split else f".{split}"
         return self.settings.output / f"{name}{suffix}"
 
-    def _batches(self, part: Part, report: ReadReport) -> Iterator[_Batch]:
+    def _batches(self, part: InputSplit, report: ReadReport) -> Iterator[_Batch]:
         if holds_tokens(part):
             eos_id = self.tokenizer.eos_id if self.settings.append_eos else None
             for ids, lengths in TokenReader(part, eos_id, report):
@@ -172,7 +172,7 @@ class PartWorker:
             writers[split].add(batch.ids[of_token == chosen], batch.lengths[held_out == chosen])
             text_bytes[split] += int(batch.text_bytes[held_out == chosen].sum())
 
-    def _save(self, result: PartResult) -> None:
+    def _save(self, result: SplitResult) -> None:
         content = {
             "settings": self._record,
             "shards": [asdict(shard) for shard in result.shards],
@@ -196,21 +196,21 @@ def finished_path(output: Path, name: str) -> Path:
     return output / FINISHED_FOLDER / f"{name}.json"
 
 
-def load_finished(output: Path, name: str) -> tuple[dict[str, Any], PartResult]:
+def load_finished(output: Path, name: str) -> tuple[dict[str, Any], SplitResult]:
     """The settings and the result that an earlier run recorded for a part; nothing is verified."""
     path = finished_path(output, name)
     content = read_json(path)
     try:
         shards = tuple(entry_from_json(shard, str(path)) for shard in content["shards"])
-        result = PartResult(name, shards, ReadReport(**content["report"]), reused=True)
+        result = SplitResult(name, shards, ReadReport(**content["report"]), reused=True)
         return content["settings"], result
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged record of a finished file ({error})") from None
 
 
 def finished_part(
-    output: Path, name: str, part: Part, settings: dict[str, Any]
-) -> PartResult | None:
+    output: Path, name: str, part: InputSplit, settings: dict[str, Any]
+) -> SplitResult | None:
     """The result of an earlier run if its source has the same size and every file its checksum."""
     if not finished_path(output, name).exists():
         return None

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.data.corpus import TOOLS, prose, tiny_tokenizer, tool_environment, write_jsonl
-from tests.data.test_preprocess import contents, preprocess
+from tests.preprocessing.corpus import TOOLS, prose, tiny_tokenizer, tool_environment, write_jsonl
+from tests.preprocessing.test_job import contents, preprocess
 
 ROUNDS = 20
 MPIEXEC = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.defpath}")

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-from megalr.data.hub import hub_values
-from megalr.data.parts import Part, input_kind
-from megalr.data.streams import HashingReader, damage_reported, decompressed
 from megalr.errors import UserError
 from megalr.files import sha256_of_file
+from megalr.preprocessing.hub import hub_values
+from megalr.preprocessing.input_splits import InputSplit, input_kind
+from megalr.preprocessing.streams import HashingReader, damage_reported, decompressed
 
 BATCH_BYTES = 1 << 20  # text of a batch, but for a single longer document
 REASONS_KEPT = 5  # bad records described in full per file
@@ -90,13 +90,20 @@ class DocumentReader:
     file and as soon as more records are bad than allowed.
     """
 
-    def __init__(self, part: Part, options: ReadOptions, report: ReadReport | None = None) -> None:
+    def __init__(
+        self, part: InputSplit, options: ReadOptions, report: ReadReport | None = None
+    ) -> None:
         self.part, self.options = part, options
         self.report = report or ReadReport()
 
     def __iter__(self) -> Iterator[list[str]]:
         if self.part.unit == "hub":
-            yield from self._texts(hub_values(self.part, self.options.text_key), _checked)
+            yield from self._texts(
+                hub_values(
+                    str(self.part.file), self.part.number, self.part.count, self.options.text_key
+                ),
+                _checked,
+            )
             self._check_bad(at_end=True)
             return
         kind = input_kind(self.part.file)

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from megalr.data.parts import Part
-from megalr.data.work import PartResult, PartWorker, Progress, WorkSettings
 from megalr.errors import UserError
 from megalr.files import DiskFull
+from megalr.preprocessing.input_splits import InputSplit
+from megalr.preprocessing.split_worker import Progress, SplitResult, SplitWorker, WorkSettings
 
 REPORT_SECONDS = 0.3  # between two progress messages of a worker
 
@@ -28,11 +28,11 @@ class Failure:
     message: str
 
 
-Outcome = PartResult | Failure
-Task = tuple[str, Part]
+Outcome = SplitResult | Failure
+Task = tuple[str, InputSplit]
 
 
-def attempt(worker: PartWorker, task: Task, progress: Progress) -> Outcome:
+def attempt(worker: SplitWorker, task: Task, progress: Progress) -> Outcome:
     """Process one part; what is wrong with the input becomes a Failure, a full disk is raised."""
     try:
         return worker.process(*task, progress)
@@ -64,7 +64,7 @@ def run_serial(
     tasks: list[Task], settings: WorkSettings, job: str, progress: Progress
 ) -> Iterator[Outcome]:
     """Process the parts one after the other in this process."""
-    worker = PartWorker(settings, job)
+    worker = SplitWorker(settings, job)
     for task in tasks:
         yield attempt(worker, task, progress)
 
@@ -74,7 +74,7 @@ def _worker_main(settings: WorkSettings, job: str, pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     throttle = Throttle(lambda counts: pipe.send(("progress", counts)))
     try:
-        worker = PartWorker(settings, job)
+        worker = SplitWorker(settings, job)
         while True:
             outcome = attempt(worker, pipe.recv(), throttle)
             throttle.flush()

@@ -9,7 +9,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from megalr.data.order import SampleOrder, mixing_period, permute
+from megalr.data.shuffle import SampleOrder, mixing_period, permute
 from megalr.errors import UserError
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalr.data.indexed import IndexedShard
+from megalr.data.megatron_index import IndexedShard
 from megalr.errors import UserError
-from tests.data.corpus import write_jsonl
 from tests.data.shards import random_documents, write_shard
-from tests.data.test_preprocess import documents_of, preprocess
+from tests.preprocessing.corpus import write_jsonl
+from tests.preprocessing.test_job import documents_of, preprocess
 
 DOCUMENTS = [*random_documents(40, vocab_size=400), [7, 8, 9]]  # the last one has no EOS
 WITH_EOS = [*DOCUMENTS[:-1], [7, 8, 9, 1]]
@@ -50,7 +50,7 @@ def test_datatrove_files_become_shards(tmp_path: Path, kind: str, metadata: bool
 def test_megatron_files_become_shards_in_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megalr.data.token_sources.TOKENS_AT_ONCE", 100)
+    monkeypatch.setattr("megalr.preprocessing.token_sources.TOKENS_AT_ONCE", 100)
     write_shard(tmp_path, "a", [*DOCUMENTS, []], vocab_size=400)
     summary = preprocess([tmp_path / "a.bin"], tmp_path / "data")
     assert documents_of(tmp_path / "data" / "a") == WITH_EOS

@@ -10,11 +10,11 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
-from megalr.data.documents import ReadOptions
-from megalr.data.tokenizer import open_tokenizer, require_eos
-from megalr.data.tokenizer_training import sentences, train_tokenizer
 from megalr.errors import UserError
-from tests.data.corpus import VOCAB_SIZE, prose, tiny_tokenizer, write_jsonl
+from megalr.preprocessing.documents import ReadOptions
+from megalr.preprocessing.tokenizer import open_tokenizer, require_eos
+from megalr.preprocessing.tokenizer_training import sentences, train_tokenizer
+from tests.preprocessing.corpus import VOCAB_SIZE, prose, tiny_tokenizer, write_jsonl
 
 TEXTS = [
     *prose(50),

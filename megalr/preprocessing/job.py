@@ -11,16 +11,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megalr.data.indexed import token_dtype
 from megalr.data.manifest import MANIFEST_NAME, Manifest, read_json
-from megalr.data.parts import Part, plan_parts
-from megalr.data.pool import Failure, Outcome, Task, run_serial, run_workers
-from megalr.data.progress import ProgressLine
-from megalr.data.tokenizer import Tokenizer, describe, open_tokenizer, require_eos
-from megalr.data.work import FINISHED_FOLDER, PartResult, Progress, WorkSettings, load_finished
+from megalr.data.megatron_index import token_dtype
 from megalr.errors import UserError
 from megalr.file_lock import JobLock
 from megalr.files import disk_errors, temporary_name, write_atomic
+from megalr.preprocessing.input_splits import InputSplit, plan_splits
+from megalr.preprocessing.progress_line import ProgressLine
+from megalr.preprocessing.split_pool import Failure, Outcome, Task, run_serial, run_workers
+from megalr.preprocessing.split_worker import (
+    FINISHED_FOLDER,
+    Progress,
+    SplitResult,
+    WorkSettings,
+    load_finished,
+)
+from megalr.preprocessing.tokenizer import Tokenizer, describe, open_tokenizer, require_eos
 from megalr.version import __version__
 
 JOB_NAME = "job.json"
@@ -59,7 +65,7 @@ class PreprocessJob:
         self,
         inputs: list[str],
         settings: WorkSettings,
-        part_bytes: int,
+        split_bytes: int,
         share: int = 0,
         shares: int = 1,
     ) -> None:
@@ -67,7 +73,7 @@ class PreprocessJob:
         self.tokenizer: Tokenizer = open_tokenizer(settings.tokenizer)
         if settings.append_eos:
             require_eos(self.tokenizer)
-        self.parts: dict[str, Part] = plan_parts(inputs, part_bytes)
+        self.parts: dict[str, InputSplit] = plan_splits(inputs, split_bytes)
         for part in self.parts.values():
             folders = (part.file.parent, part.file.resolve().parent)  # of a link and its target
             if part.unit != "hub" and settings.output.resolve() in folders:
@@ -146,8 +152,8 @@ class PreprocessJob:
 
     def _collect(
         self, runner: Runner, line: ProgressLine
-    ) -> tuple[list[PartResult], list[Failure]]:
-        results: list[PartResult] = []
+    ) -> tuple[list[SplitResult], list[Failure]]:
+        results: list[SplitResult] = []
         failures: list[Failure] = []
         try:
             for outcome in runner(self.tasks, self.settings, self.token, line.add):
@@ -171,7 +177,7 @@ class PreprocessJob:
             f"finished and kept in {self.settings.output}; repair the rest and start again"
         )
 
-    def _finish(self, results: list[PartResult], line: ProgressLine) -> Summary:
+    def _finish(self, results: list[SplitResult], line: ProgressLine) -> Summary:
         written = [result for result in results if not result.reused]
         manifest = self._write_manifest()
         summary = Summary(
@@ -216,12 +222,12 @@ class PreprocessJob:
         return output / MANIFEST_NAME
 
 
-def _weight(part: Part) -> int:
+def _weight(part: InputSplit) -> int:
     """Bytes of input in a part; 1 for a file of the hub, whose size is not known."""
     return (part.stop - part.start if part.unit == "bytes" else part.size) or 1
 
 
-def _bad_lines(part: Part, result: PartResult) -> str:
+def _bad_lines(part: InputSplit, result: SplitResult) -> str:
     report = result.report
     more = ", ..." if report.bad > len(report.reasons) else ""
     return (

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megalr.errors import UserError
-
-if TYPE_CHECKING:
-    from megalr.data.parts import Part
 
 HUB_PREFIX = "hub:"
 ROWS = 256  # documents handed on at a time
@@ -43,10 +40,9 @@ def hub_shards(name: str) -> int:
     return int(_open(name).num_shards)
 
 
-def hub_values(part: Part, text_key: str) -> Iterator[list[object]]:
-    """Values of the text field of one file of the data set, in lists."""
-    name = str(part.file)
-    rows = _open(name).shard(num_shards=part.count, index=part.number)
+def hub_values(name: str, number: int, count: int, text_key: str) -> Iterator[list[object]]:
+    """Values of the text field of file ``number`` of ``count`` of the data set, in lists."""
+    rows = _open(name).shard(num_shards=count, index=number)
     values: list[object] = []
     stream = iter(rows)
     while True:

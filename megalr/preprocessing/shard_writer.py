@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megalr.data.indexed import HEADER, MAGIC, bin_path, dtype_code, idx_path, token_dtype
+from megalr.data.megatron_index import HEADER, MAGIC, bin_path, dtype_code, idx_path, token_dtype
 from megalr.errors import UserError
 from megalr.files import HashingWriter, disk_errors, publish, temporary_name
 

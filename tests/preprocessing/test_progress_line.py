@@ -6,9 +6,9 @@ import io
 
 import pytest
 
-from megalr.data import progress
-from megalr.data.pool import Throttle
-from megalr.data.progress import ProgressLine
+from megalr.preprocessing import progress_line as progress
+from megalr.preprocessing.progress_line import ProgressLine
+from megalr.preprocessing.split_pool import Throttle
 
 
 class _Terminal(io.StringIO):

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megalr.data.indexed import IndexedShard
 from megalr.data.manifest import Manifest, ShardEntry, check_sizes, load_manifest
-from megalr.data.tokenizer import Tokenizer, open_tokenizer
+from megalr.data.megatron_index import IndexedShard
 from megalr.errors import UserError
 from megalr.files import sha256_of_file
+from megalr.preprocessing.tokenizer import Tokenizer, open_tokenizer
 
 TOKENS_AT_ONCE = 1 << 22
 LENGTH_BINS = 33  # bin k counts the documents of 2**k .. 2**(k+1) - 1 tokens; bin 0 also the empty

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megalr.data.hub import HUB_PREFIX, hub_shards
 from megalr.errors import UserError
+from megalr.preprocessing.hub import HUB_PREFIX, hub_shards
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 TOKEN_FILES = {".bin": "megatron", ".ds": "datatrove"}
@@ -20,7 +20,7 @@ COMPRESSIONS = (".gz", ".zst")
 
 
 @dataclass(frozen=True)
-class Part:
+class InputSplit:
     """An input file of ``size`` bytes, or the lines whose first byte lies in ``[start, stop)``.
 
     ``unit``: file, bytes (a range of an uncompressed file) or hub (shard ``number`` of ``count``
@@ -55,24 +55,26 @@ def input_kind(path: Path) -> str:
     )
 
 
-def holds_tokens(part: Part) -> bool:
+def holds_tokens(part: InputSplit) -> bool:
     """Whether the part was tokenized by another program already."""
     return part.unit != "hub" and part.file.suffix in TOKEN_FILES
 
 
-def plan_parts(inputs: Sequence[str], part_bytes: int) -> dict[str, Part]:
+def plan_splits(inputs: Sequence[str], split_bytes: int) -> dict[str, InputSplit]:
     """Name in the output of every piece of the inputs, in the order of the manifest.
 
     inputs: file names, glob patterns and ``hub:...``. An uncompressed JSON or text file larger than
-    ``part_bytes`` is divided at line ends into equal parts of at most so many bytes; everything
-    else is one part. The result depends on the files and ``part_bytes`` alone.
+    ``split_bytes`` is divided at line ends into equal parts of at most so many bytes; everything
+    else is one part. The result depends on the files and ``split_bytes`` alone.
     """
-    parts: list[Part] = []
+    parts: list[InputSplit] = []
     files: dict[Path, Path] = {}  # by what links lead to, so that no file is read twice
     for pattern in inputs:
         if pattern.startswith(HUB_PREFIX):
             count = hub_shards(pattern)
-            parts += [Part(Path(pattern), 0, "hub", number=n, count=count) for n in range(count)]
+            parts += [
+                InputSplit(Path(pattern), 0, "hub", number=n, count=count) for n in range(count)
+            ]
             continue
         # A name with brackets may be a file's own name; glob would take them for a pattern.
         names = [pattern] if os.path.lexists(pattern) else glob.glob(pattern, recursive=True)
@@ -84,13 +86,13 @@ def plan_parts(inputs: Sequence[str], part_bytes: int) -> dict[str, Part]:
             named = path.parent.resolve() / path.name if path.is_symlink() else path.resolve()
             files[path.resolve()] = min(named, files.get(path.resolve(), named))
     for file in sorted(files.values()):
-        parts += _parts_of_file(file, part_bytes)
+        parts += _parts_of_file(file, split_bytes)
     stems = {part.file: _stem(part.file) for part in parts}
     repeated = {stem for stem, count in Counter(stems.values()).items() if count > 1}
     return {_name(part, stems[part.file], repeated): part for part in parts}
 
 
-def _parts_of_file(file: Path, part_bytes: int) -> list[Part]:
+def _parts_of_file(file: Path, split_bytes: int) -> list[InputSplit]:
     if file.is_dir():
         raise UserError(f"{file}: is a folder; give its files, for example '{file}/*.json.gz'")
     kind = input_kind(file)
@@ -100,12 +102,12 @@ def _parts_of_file(file: Path, part_bytes: int) -> list[Part]:
     if size == 0:
         raise UserError(f"{file}: the file is empty; fetch it again or leave it out")
     divisible = kind in ("json", "text") and file.suffix not in COMPRESSIONS
-    count = -(-size // part_bytes) if divisible else 1
+    count = -(-size // split_bytes) if divisible else 1
     if count == 1:
-        return [Part(file, size)]
+        return [InputSplit(file, size)]
     borders = [size * number // count for number in range(count + 1)]
     return [
-        Part(file, size, "bytes", borders[number], borders[number + 1], number, count)
+        InputSplit(file, size, "bytes", borders[number], borders[number + 1], number, count)
         for number in range(count)
     ]
 
@@ -117,7 +119,7 @@ def _stem(file: Path) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "_", name).strip(".") or "input"
 
 
-def _name(part: Part, stem: str, repeated: set[str]) -> str:
+def _name(part: InputSplit, stem: str, repeated: set[str]) -> str:
     if stem in repeated:  # files of one name in several folders
         stem += "-" + hashlib.sha256(str(part.file).encode()).hexdigest()[:8]
     if part.count > 1:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megalr.data.documents import ReadOptions
-from megalr.data.tokenizer_training import train_tokenizer
+from megalr.preprocessing.documents import ReadOptions
+from megalr.preprocessing.tokenizer_training import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ROOT / "tools"

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalr.data.indexed import IndexedShard, token_dtype
-from megalr.data.writer import ShardWriter
+from megalr.data.megatron_index import IndexedShard, token_dtype
 from megalr.errors import UserError
+from megalr.preprocessing.shard_writer import ShardWriter
 from tests.data.shards import megatron_index, random_documents, write_shard
 
 
@@ -43,7 +43,7 @@ def test_index_written_in_blocks_equals_the_index_written_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     documents = random_documents(50)
-    monkeypatch.setattr("megalr.data.writer.BLOCK", 7)
+    monkeypatch.setattr("megalr.preprocessing.shard_writer.BLOCK", 7)
     write_shard(tmp_path, "a", documents)
     assert (tmp_path / "a.idx").read_bytes() == megatron_index([len(d) for d in documents])
 

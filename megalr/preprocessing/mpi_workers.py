@@ -10,10 +10,10 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from megalr.data.pool import Outcome, Task, Throttle, attempt
-from megalr.data.preprocess import PreprocessJob, Summary
-from megalr.data.work import PartWorker, Progress, WorkSettings
 from megalr.errors import UserError
+from megalr.preprocessing.job import PreprocessJob, Summary
+from megalr.preprocessing.split_pool import Outcome, Task, Throttle, attempt
+from megalr.preprocessing.split_worker import Progress, SplitWorker, WorkSettings
 
 IDLE_SECONDS = 0.02
 SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
@@ -95,7 +95,7 @@ class _Coordinator:
         self._world.bcast((settings, job))
         self.state = "running"
         self._working = self._world.Get_size() - 1
-        worker = PartWorker(settings, f"{job}-rank0")
+        worker = SplitWorker(settings, f"{job}-rank0")
 
         def count(*counts: int) -> None:
             progress(*counts)
@@ -142,7 +142,7 @@ def _work(world: Any) -> None:
 
     throttle = Throttle(lambda counts: send("progress", counts))
     try:
-        worker = PartWorker(settings, f"{job}-rank{rank}")
+        worker = SplitWorker(settings, f"{job}-rank{rank}")
         outcome: Outcome | None = None
         while True:
             send("ask", outcome)
