@@ -29,8 +29,8 @@ from megalr.errors import exit_cleanly
 from megalr.models.config import decoder_config
 from megalr.optim import SPAM, Apollo, ApolloMini, Fira, GaLore, GoLore, Muon, StableSPAM
 from megalr.optim.base import LogicalOptimizer
-from megalr.optim.layout import FlatLayout, LogicalTensor, Piece
 from megalr.optim.projection import side_of, subspace_basis, svd_bases
+from megalr.sharding.fragment import FlatLayout, LogicalTensor, Piece
 
 Shape = tuple[int, int]
 RANKS = {"llama_9m": 16, "llama_60m": 128, "llama_130m": 256, "llama_350m": 256, "llama_1b": 512}

@@ -27,13 +27,14 @@ from cases import CASES, Case, stage_of
 from throughput import run_settings
 from torch.profiler import ProfilerActivity, profile
 
-from megalr.config.deepspeed import resolve_deepspeed_config
 from megalr.config.loading import load_run_config
 from megalr.data.loader import UpdateBatch
 from megalr.distributed.process_group import start_distributed
+from megalr.engine.build import build_engine
+from megalr.engine.config import resolve_deepspeed_config
 from megalr.errors import exit_cleanly
-from megalr.training.engine import build_engine, build_model
-from megalr.training.update import Updater
+from megalr.models.build import build_model
+from megalr.training.step import Updater
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -30,19 +30,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megalr.config.deepspeed import resolve_deepspeed_config
 from megalr.config.schema import RunConfig
 from megalr.distributed.process_group import start_distributed
+from megalr.engine.build import build_engine, set_learning_rate
+from megalr.engine.config import resolve_deepspeed_config
+from megalr.engine.state import ShardedState
 from megalr.errors import exit_cleanly
 from megalr.layers.factors import FactorPair
+from megalr.models.build import build_model
 from megalr.models.config import decoder_config
-from megalr.restarts.algebra import balance_in_place, balanced_factors, balanced_factors_by_qr
+from megalr.restarts.balance import balance_in_place, balanced_factors, balanced_factors_by_qr
 from megalr.restarts.controller import Restarts
 from megalr.restarts.exchange import workspace_of
 from megalr.restarts.refactorize import factor_parameters
 from megalr.restarts.report import RestartReport
-from megalr.restarts.state import ShardedState
-from megalr.training.engine import build_engine, build_model, set_learning_rate
 
 RANKS = {"llama_9m": 32, "llama_60m": 128, "llama_350m": 256, "llama_1b": 512, "llama_7b": 1024}
 MICRO_BATCH = {"llama_9m": 2, "llama_60m": 128, "llama_350m": 64, "llama_1b": 64}

@@ -33,8 +33,8 @@ from megalr.errors import UserError, exit_cleanly
 from megalr.models.build import build_decoder
 from megalr.models.config import PRESETS, DecoderConfig
 from megalr.models.decoder import Decoder, rope_tables
-from megalr.parallel.mesh import make_mesh
-from megalr.parallel.plan import Plan
+from megalr.tensor_parallel.mesh import make_mesh
+from megalr.tensor_parallel.plan import Plan
 
 SHAPES = {"tiny": "llama_20m", "350m": "llama_350m", "1b": "llama_1b", "7b": "llama_7b"}
 KINDS = {

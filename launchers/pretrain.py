@@ -65,9 +65,9 @@ def main() -> int:
     if not arguments.print_config:
         request.listen()
     # After listening, because these take a second.
-    from megalr.config.deepspeed import read_deepspeed_json
     from megalr.config.loading import dump_config, load_run_config
     from megalr.config.resuming import check_allowed
+    from megalr.engine.config import read_deepspeed_json
 
     try:
         # Every rank reads the same files, so every rank finds the same mistakes.
@@ -83,7 +83,7 @@ def main() -> int:
             raise
         raise AgreedError(str(error)) from error
     if arguments.print_config:
-        from megalr.training.engine import check_run
+        from megalr.engine.build import check_run
 
         check_run(config)
         print(dump_config(config), end="")

@@ -15,8 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megalr.config.deepspeed import read_deepspeed_json, resolve_deepspeed_config
 from megalr.config.loading import load_run_config
+from megalr.engine.config import read_deepspeed_json, resolve_deepspeed_config
 from megalr.errors import UserError, exit_cleanly
 
 TEMPLATE = Path(__file__).parent / "slurm" / "pretrain.sbatch"
@@ -129,7 +129,7 @@ def _check(arguments: argparse.Namespace) -> None:
             f"GPUs are {world} ranks: make it a divisor"
         )
     resolved = resolve_deepspeed_config(config, ds_user, source, world // ranks_of_a_model)
-    from megalr.training.engine import check_run  # torch takes a second: after what needs none
+    from megalr.engine.build import check_run  # torch takes a second: after what needs none
 
     check_run(config, resolved["zero_optimization"]["stage"])
 

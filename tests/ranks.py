@@ -70,7 +70,7 @@ def _worker(rank: int, world_size: int, port: int, pipe: Connection) -> None:
     import deepspeed
     import torch
 
-    from megalr.training.engine import import_deepspeed
+    from megalr.engine.build import import_deepspeed
 
     import_deepspeed()
     warnings.simplefilter("ignore")  # DeepSpeed calls what torch has renamed since

@@ -9,8 +9,8 @@ import argparse
 import os
 from pathlib import Path
 
-from megalr.config.deepspeed import read_deepspeed_json
 from megalr.config.loading import load_run_config
+from megalr.engine.config import read_deepspeed_json
 from megalr.errors import exit_cleanly
 from megalr.estimate.memory import estimate_memory
 from megalr.hf.init_from_pretrained import with_pretrained_sizes

@@ -6,7 +6,7 @@ import json
 
 from megalr.estimate.tensors import TRAINED, count, plan_of, stored_tensors
 from megalr.models.config import PRESETS
-from megalr.parallel.plan import SINGLE
+from megalr.tensor_parallel.plan import SINGLE
 from scaling.besides import refactorize_seconds
 from scaling.cluster import Members, all_reduce, members
 from scaling.points import (

@@ -11,7 +11,7 @@ from megalr.errors import UserError
 from megalr.estimate.memory import GIB, estimate_memory
 from megalr.estimate.tensors import plan_of
 from megalr.models.config import PRESETS
-from megalr.parallel.plan import SINGLE
+from megalr.tensor_parallel.plan import SINGLE
 from scaling.besides import checkpoint_seconds, loading_seconds, refactorize_seconds
 from scaling.cluster import Cluster
 from scaling.points import METHODS, balancing, loader, method_of, run_config

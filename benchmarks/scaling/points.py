@@ -13,7 +13,7 @@ from megalr.config.schema import RunConfig
 from megalr.estimate.memory import GIB
 from megalr.estimate.tensors import plan_of
 from megalr.models.config import PRESETS
-from megalr.parallel.plan import SINGLE
+from megalr.tensor_parallel.plan import SINGLE
 from scaling.besides import Balancing, Loader
 from scaling.cluster import Cluster
 from scaling.steps import Gpu, Job, update_work

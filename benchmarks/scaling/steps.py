@@ -14,7 +14,7 @@ from typing import Any
 from megalr.estimate.states import group_sizes, wrapper_of
 from megalr.estimate.tensors import count, stored_tensors
 from megalr.models.config import DecoderConfig
-from megalr.parallel.plan import SINGLE, Plan
+from megalr.tensor_parallel.plan import SINGLE, Plan
 from scaling.cluster import Cluster, Members, all_reduce, gather, members
 from scaling.traffic import Message, block_messages, data_traffic, end_messages
 from scaling.work import Work, micro_batch_work

@@ -10,7 +10,7 @@ from typing import Any
 
 from megalr.estimate.tensors import DENSE_INSIDE, MatrixGroup, matrix_groups
 from megalr.models.config import DecoderConfig
-from megalr.parallel.plan import Plan
+from megalr.tensor_parallel.plan import Plan
 
 
 @dataclass(frozen=True)

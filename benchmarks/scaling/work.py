@@ -14,7 +14,7 @@ from typing import Any
 from megalr.estimate.tensors import DENSE_INSIDE, MatrixGroup, matrix_groups
 from megalr.kernels.attention import HEAD_WIDTHS, MAX_LENGTH
 from megalr.models.config import DecoderConfig
-from megalr.parallel.plan import Plan
+from megalr.tensor_parallel.plan import Plan
 
 Product = tuple[float, float, float]
 """M, N, K of a matrix product."""

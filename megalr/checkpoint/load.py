@@ -24,10 +24,10 @@ from megalr.checkpoint.reader import open_source
 from megalr.checkpoint.source import MASTER, SavedState, Source, whole
 from megalr.distributed.agreement import run_on_all, run_on_rank0
 from megalr.engine.checkpoint_layout import frozen_parameters, frozen_piece, layout_of
+from megalr.engine.state import ShardedState
 from megalr.errors import AgreedError, UserError
 from megalr.optim.base import LogicalOptimizer
-from megalr.parallel.shards import shard_of
-from megalr.restarts.state import ShardedState
+from megalr.sharding.tensor_shard import shard_of
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from megalr.checkpoint.torch_files import follow, load_mapped
 from megalr.checkpoint.universal import UniversalFolder, is_universal
 from megalr.config.schema import RunConfig
 from megalr.errors import UserError
-from megalr.parallel.shards import Shard
+from megalr.sharding.tensor_shard import Shard
 
 
 class Checkpoint:

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from megalr.engine.state import ShardedState
 from megalr.optim.base import LogicalOptimizer
-from megalr.parallel.shards import shard_of
-from megalr.restarts.state import ShardedState
+from megalr.sharding.tensor_shard import shard_of
 
 Place = tuple[str, list[Any]]
 """A file of the checkpoint and the keys that lead to something in it."""

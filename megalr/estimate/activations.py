@@ -35,7 +35,7 @@ from megalr.estimate.tensors import DENSE_INSIDE, MatrixGroup, matrix_groups
 from megalr.kernels.attention import HEAD_WIDTHS, MAX_LENGTH
 from megalr.layers.head import chunk_length
 from megalr.models.config import DecoderConfig
-from megalr.parallel.plan import Plan
+from megalr.tensor_parallel.plan import Plan
 
 LIBRARIES = 80 * 2**20
 """Bytes of workspace of the GPU libraries inside the allocator: what is left of recorded peaks."""

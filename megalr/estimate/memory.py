@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megalr.config.deepspeed import resolve_deepspeed_config
 from megalr.config.schema import RunConfig
+from megalr.engine.config import resolve_deepspeed_config
 from megalr.errors import UserError
 from megalr.estimate.activations import ActivationBytes, Shape, activation_bytes, kernels_of
 from megalr.estimate.states import StateBytes, state_bytes

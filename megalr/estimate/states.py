@@ -11,8 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from megalr.config.deepspeed import is_plain
 from megalr.config.schema import RunConfig
+from megalr.engine.config import is_plain
 from megalr.estimate.tensors import TRAINED, Stored
 from megalr.models.config import round_up
 from megalr.optim.quantized import BLOCK, MINIMUM

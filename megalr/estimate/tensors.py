@@ -14,8 +14,8 @@ from typing import Any
 from megalr.models.build import FACTORIZED
 from megalr.models.config import DecoderConfig
 from megalr.models.plans import check_plan, make_plan
-from megalr.parallel.mesh import Mesh
-from megalr.parallel.plan import SINGLE, Plan
+from megalr.tensor_parallel.mesh import Mesh
+from megalr.tensor_parallel.plan import SINGLE, Plan
 
 DENSE_INSIDE = ("lora", "relora")
 """Factorized methods that keep a frozen dense matrix beside the factors."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megalr.layers.head import IGNORE
+from megalr.run.metrics_reader import perplexity_of
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,8 @@ def evaluate(
     loss = nll_sum / max(1.0, tokens)
     return Evaluation(
         loss=loss,
-        perplexity=safe_exp(loss),
-        perplexity_published=safe_exp(biased_sum / world),
+        perplexity=perplexity_of(loss),
+        perplexity_published=perplexity_of(biased_sum / world),
         tokens=int(tokens),
         eval_seconds=time.perf_counter() - started,
     )
-
-
-def safe_exp(value: float) -> float:
-    """exp, and infinity instead of an overflow error."""
-    return math.exp(value) if value < 709 else math.inf

@@ -10,7 +10,6 @@ from megalr.checkpoint.reader import Checkpoint
 from megalr.config.restarts import RestartsConfig
 from megalr.config.schema import RunConfig
 from megalr.errors import UserError
-from megalr.evaluation.perplexity import safe_exp
 from megalr.hf.card import model_card
 from megalr.hf.families import families_of
 from megalr.hf.trained_run import (
@@ -20,10 +19,10 @@ from megalr.hf.trained_run import (
     tokenizer_of,
 )
 from megalr.hf.write import ExportOptions, check_output, write_model
+from megalr.models.build import sizes_of
 from megalr.models.config import DecoderConfig
 from megalr.preprocessing.tokenizer import Tokenizer, open_tokenizer
-from megalr.run.metrics_reader import read_run
-from megalr.training.engine import sizes_of
+from megalr.run.metrics_reader import perplexity_of, read_run
 
 NO_TOKENIZER = "none"
 """In place of a tokenizer's path: the folder gets none."""
@@ -138,7 +137,7 @@ def _short(value: Any) -> str:
 def _perplexity(run: Path, checkpoint: Checkpoint) -> tuple[float | None, int | None]:
     """Validation perplexity and the update it was measured at; the last one not after the save."""
     if checkpoint.validation_loss is not None:
-        return safe_exp(checkpoint.validation_loss), checkpoint.update
+        return perplexity_of(checkpoint.validation_loss), checkpoint.update
     try:
         evaluations = read_run(run).series("eval")
     except UserError:

@@ -30,14 +30,13 @@ from megalr.hf.read import Weights, check_weights, load_linear, load_plain, name
 from megalr.layers.linear import FactorizedLinear, GroupedLinear
 from megalr.layers.lora import LoRALinear
 from megalr.layers.sltrain import SLTrainLinear
-from megalr.models.build import Supports, build_decoder
+from megalr.models.build import Supports, build_decoder, build_model
 from megalr.models.config import decoder_config
 from megalr.models.decoder import Decoder
-from megalr.parallel.mesh import Mesh
-from megalr.parallel.shards import shard_of
 from megalr.preprocessing.tokenizer import open_tokenizer
 from megalr.run.folder import CONFIG
-from megalr.training.engine import build_model
+from megalr.sharding.tensor_shard import shard_of
+from megalr.tensor_parallel.mesh import Mesh
 
 SUPPORTS = "sltrain_supports.safetensors"
 """File of a run's folder: where the sparse parts of an imported SLTrain model have entries."""

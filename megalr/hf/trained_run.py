@@ -13,10 +13,9 @@ from megalr.config.schema import RunConfig
 from megalr.data.manifest import load_manifest
 from megalr.errors import UserError
 from megalr.hf.init_from_pretrained import read_supports
-from megalr.models.build import make_linear_of
+from megalr.models.build import make_linear_of, sizes_of
 from megalr.models.decoder import Decoder
 from megalr.preprocessing.tokenizer import Tokenizer, open_tokenizer
-from megalr.training.engine import sizes_of
 
 
 def open_verified(run: Path, tag: str | None) -> Checkpoint:

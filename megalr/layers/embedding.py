@@ -9,8 +9,8 @@ from torch import nn
 from megalr.kernels import half_on_gpu
 from megalr.kernels.embedding import lookup
 from megalr.layers.factors import named_generator
-from megalr.parallel.mesh import Mesh
-from megalr.parallel.shards import Shard, part_of, set_shard
+from megalr.sharding.tensor_shard import Shard, part_of, set_shard
+from megalr.tensor_parallel.mesh import Mesh
 
 
 class Embedding(nn.Module):

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from megalr.parallel.plan import WHOLE, Cut
-from megalr.parallel.shards import Shard, cut_rows
+from megalr.sharding.tensor_shard import Shard, cut_rows
+from megalr.tensor_parallel.plan import WHOLE, Cut
 
 
 @dataclass(frozen=True)

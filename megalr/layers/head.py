@@ -18,9 +18,9 @@ from megalr.kernels.loss import (
 )
 from megalr.layers.embedding import init_rows, vocabulary_shard
 from megalr.layers.parallel_loss import ParallelLoss
-from megalr.parallel.collectives import gather
-from megalr.parallel.mesh import ONE_RANK, Mesh
-from megalr.parallel.shards import part_of, set_shard
+from megalr.sharding.tensor_shard import part_of, set_shard
+from megalr.tensor_parallel.collectives import gather
+from megalr.tensor_parallel.mesh import ONE_RANK, Mesh
 
 CHUNK_BYTES = 512 * 2**20
 """Size that one chunk of logits may have in the model's dtype."""

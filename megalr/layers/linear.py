@@ -21,8 +21,8 @@ from megalr.layers.expansion import expand
 from megalr.layers.factors import FactorPair, LinearShape, named_generator, set_row_blocks
 from megalr.layers.gated import Gated, product
 from megalr.layers.norm import Unscaled
-from megalr.parallel.collectives import copy, reduce
-from megalr.parallel.shards import set_shard
+from megalr.sharding.tensor_shard import set_shard
+from megalr.tensor_parallel.collectives import copy, reduce
 
 
 class GroupedLinear(nn.Module, ABC):

@@ -9,7 +9,7 @@ from torch import nn
 
 from megalr.layers.factors import LinearShape, named_generator, set_row_blocks
 from megalr.layers.linear import FactorizedLinear
-from megalr.parallel.shards import set_shard
+from megalr.sharding.tensor_shard import set_shard
 
 
 class LoRALinear(FactorizedLinear):

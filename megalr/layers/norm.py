@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megalr.parallel.collectives import Group, copy, reduce
-from megalr.parallel.mesh import Mesh
-from megalr.parallel.shards import Shard, part_of, set_shard
+from megalr.sharding.tensor_shard import Shard, part_of, set_shard
+from megalr.tensor_parallel.collectives import Group, copy, reduce
+from megalr.tensor_parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)

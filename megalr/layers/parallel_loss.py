@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megalr.kernels.loss import IGNORE
-from megalr.parallel.collectives import all_reduce
+from megalr.tensor_parallel.collectives import all_reduce
 
 
 class ParallelLoss:

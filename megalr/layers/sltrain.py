@@ -15,8 +15,8 @@ from megalr.errors import UserError
 from megalr.layers.factors import LinearShape, named_generator, set_row_blocks
 from megalr.layers.linear import FactorizedLinear
 from megalr.layers.sparse_product import MAX_ENTRIES, sparse_low_rank
-from megalr.parallel.collectives import copy, reduce
-from megalr.parallel.shards import Shard, set_shard
+from megalr.sharding.tensor_shard import Shard, set_shard
+from megalr.tensor_parallel.collectives import copy, reduce
 
 
 def draw_support(seed: int, name: str, rows: int, columns: int, density: float) -> np.ndarray:

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 
+from megalr.config.schema import RunConfig
 from megalr.errors import UserError
 from megalr.layers.cola import CoLALinear
 from megalr.layers.factors import LinearShape
@@ -18,11 +20,12 @@ from megalr.layers.linear import (
 )
 from megalr.layers.lora import LoRALinear
 from megalr.layers.sltrain import SLTrainLinear
-from megalr.models.config import DecoderConfig
+from megalr.models.config import DecoderConfig, decoder_config
 from megalr.models.decoder import Decoder, MakeLinear
-from megalr.models.plans import check_plan
+from megalr.models.plans import check_plan, make_plan
 from megalr.models.recompute import FOR_FACTORS
-from megalr.parallel.plan import SINGLE, Plan
+from megalr.tensor_parallel.mesh import ONE_RANK, Mesh
+from megalr.tensor_parallel.plan import SINGLE, Plan
 
 FACTORIZED = ("low_rank", "loro", "sltrain", "lora", "relora", "cola")
 """Methods whose target matrices are stored as factors."""
@@ -126,3 +129,36 @@ def _check_bottlenecks(decoder: Decoder, method: Any, recompute: str) -> None:
                 f"but {linear.shape.names[0]} is a {type(linear).__name__} (method {method.name}): "
                 "use none, elementwise or full, or low_rank or cola with all targets"
             )
+
+
+def sizes_of(config: RunConfig) -> DecoderConfig:
+    """The decoder's sizes; those of a pretrained model must have been filled in."""
+    values = {key: value for key, value in config.model.model_dump().items() if value is not None}
+    return decoder_config(values.pop("preset", None), values)
+
+
+def build_model(
+    config: RunConfig,
+    device: torch.device,
+    mesh: Mesh = ONE_RANK,
+    supports: Supports | None = None,
+) -> Decoder:
+    """This rank's part of the run's decoder on ``device``, float32, drawn from ``run.seed``.
+
+    ``supports``: of SLTrain's sparse parts, where they are not drawn as well.
+
+    Raises:
+        UserError: a method, rank or layout that does not fit the model.
+    """
+    sizes = sizes_of(config)
+    plan = make_plan(sizes, config.method, mesh, config.parallel.layout)
+    with device:
+        decoder = build_decoder(
+            sizes,
+            config.method,
+            config.run.seed,
+            recompute=config.train.activation_checkpointing,
+            plan=plan,
+            supports=supports,
+        )
+    return decoder

@@ -35,7 +35,7 @@ from megalr.layers.linear import (
 from megalr.layers.norm import CutRMSNorm, LastNorm, Unscaled
 from megalr.models.config import DecoderConfig
 from megalr.models.recompute import recomputed
-from megalr.parallel.plan import SINGLE, Plan
+from megalr.tensor_parallel.plan import SINGLE, Plan
 
 MakeLinear = Callable[[LinearShape, bool], GroupedLinear]
 """Builds the layer of one group of matrices; the method decides which kind."""

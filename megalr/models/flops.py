@@ -8,7 +8,7 @@ from megalr.layers.linear import FactorizedLinear, FullRankLinear
 from megalr.layers.lora import LoRALinear
 from megalr.layers.sltrain import SLTrainLinear
 from megalr.models.decoder import Decoder
-from megalr.parallel.shards import shard_of
+from megalr.sharding.tensor_shard import shard_of
 
 
 def matrix_parameters(decoder: Decoder) -> int:

@@ -6,8 +6,8 @@ from typing import Any
 
 from megalr.errors import UserError
 from megalr.models.config import DecoderConfig
-from megalr.parallel.mesh import Mesh
-from megalr.parallel.plan import Plan
+from megalr.tensor_parallel.mesh import Mesh
+from megalr.tensor_parallel.plan import Plan
 
 BOTTLENECK_METHODS = ("low_rank", "cola")
 """Methods whose matrices are products of factors and nothing else."""

@@ -10,7 +10,6 @@ from torch.optim.optimizer import ParamsT
 
 from megalr.errors import UserError
 from megalr.optim.galore import channel_factors
-from megalr.optim.layout import LogicalTensor
 from megalr.optim.matrix import (
     COMPAT,
     MatrixOptimizer,
@@ -20,6 +19,7 @@ from megalr.optim.matrix import (
     stacked,
 )
 from megalr.optim.projection import gaussian_basis, next_seed, project, side_of
+from megalr.sharding.fragment import LogicalTensor
 
 
 class Apollo(MatrixOptimizer):

@@ -2,9 +2,10 @@
 
 Design, and how it lives under ZeRO
 -----------------------------------
-1. An update rule works on logical tensors (:mod:`megalr.optim.layout`), never on "parameters".
-2. On plain PyTorch parameters the layout is trivial. After ``deepspeed.initialize`` the training
-   code calls :func:`megalr.optim.zero.attach_layouts`, which describes ZeRO's flat fp32 slices.
+1. An update rule works on logical tensors (:mod:`megalr.sharding.fragment`), not on parameters.
+2. On plain PyTorch parameters the layout is trivial. After ``deepspeed.initialize`` the engine's
+   room calls :func:`megalr.engine.flat_layouts.attach_layouts`, which describes ZeRO's flat fp32
+   slices.
 3. So ZeRO keeps its jobs: it reduces, accumulates, averages and clips gradients, holds the fp32
    masters, gathers the new weights, offloads and writes checkpoints. Nothing of it is replaced.
 4. Elementwise rules run on the slices; the few scalars a tensor that they need are completed by
@@ -30,7 +31,7 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from megalr.errors import UserError
-from megalr.optim.layout import FlatLayout, LogicalTensor, trivial_layout
+from megalr.sharding.fragment import FlatLayout, LogicalTensor, trivial_layout
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
@@ -136,7 +137,7 @@ class LogicalOptimizer(torch.optim.Optimizer):
         elif any(bool(parameter.grad.any()) for parameter in unknown):
             raise RuntimeError(
                 "the optimizer was given tensors that it has no layout for: call "
-                "megalr.optim.zero.attach_layouts after deepspeed.initialize"
+                "megalr.engine.flat_layouts.attach_layouts after deepspeed.initialize"
             )
 
     def _step_groups(self) -> None:

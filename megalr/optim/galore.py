@@ -9,7 +9,6 @@ from torch.optim.optimizer import ParamsT
 
 from megalr.errors import UserError
 from megalr.optim import adam_h
-from megalr.optim.layout import LogicalTensor
 from megalr.optim.matrix import (
     COMPAT,
     MatrixOptimizer,
@@ -19,6 +18,7 @@ from megalr.optim.matrix import (
     stacked,
 )
 from megalr.optim.projection import back_project, project, side_of
+from megalr.sharding.fragment import LogicalTensor
 
 
 class GaLore(MatrixOptimizer):

@@ -8,7 +8,6 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from megalr.errors import UserError
-from megalr.optim.layout import LogicalTensor
 from megalr.optim.matrix import MatrixOptimizer, adam_directions, stacked
 from megalr.optim.projection import (
     back_project,
@@ -17,6 +16,7 @@ from megalr.optim.projection import (
     random_orthonormal_basis,
     side_of,
 )
+from megalr.sharding.fragment import LogicalTensor
 
 
 class GoLore(MatrixOptimizer):

@@ -12,9 +12,9 @@ from torch.optim.optimizer import ParamsT
 from megalr.errors import UserError
 from megalr.optim import adam_h
 from megalr.optim.base import LogicalOptimizer
-from megalr.optim.exchange import buckets, collect, distribute
-from megalr.optim.layout import FlatLayout, LogicalTensor, piece_view
 from megalr.optim.matrix import check_choice
+from megalr.sharding.exchange import buckets, collect, distribute
+from megalr.sharding.fragment import FlatLayout, LogicalTensor, piece_view
 
 REFRESH = ("all", "factors", "none")
 Located = tuple[torch.Tensor, FlatLayout, LogicalTensor]

@@ -16,9 +16,9 @@ from torch.optim.optimizer import ParamsT
 from megalr.errors import UserError
 from megalr.optim import adam_h
 from megalr.optim.base import LogicalOptimizer, require_matrix
-from megalr.optim.exchange import Item, update_matrices
-from megalr.optim.layout import LogicalTensor
 from megalr.optim.projection import BASES, leading_bases, mixed_seed, refresh_due
+from megalr.sharding.exchange import Item, update_matrices
+from megalr.sharding.fragment import LogicalTensor
 
 COMPAT = ("none", "published")
 

@@ -11,9 +11,9 @@ from torch.optim.optimizer import ParamsT
 from megalr.errors import UserError
 from megalr.optim import adam_h
 from megalr.optim.base import LogicalOptimizer
-from megalr.optim.exchange import update_matrices
-from megalr.optim.layout import LogicalTensor
 from megalr.optim.matrix import check_choice
+from megalr.sharding.exchange import update_matrices
+from megalr.sharding.fragment import LogicalTensor
 
 
 class Muon(LogicalOptimizer):

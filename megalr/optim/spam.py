@@ -11,9 +11,9 @@ from torch.optim.optimizer import ParamsT
 from megalr.errors import UserError
 from megalr.optim import adam_h
 from megalr.optim.base import LogicalOptimizer
-from megalr.optim.layout import FlatLayout
 from megalr.optim.matrix import COMPAT, check_choice
 from megalr.optim.projection import mixed_seed
+from megalr.sharding.fragment import FlatLayout
 
 
 class SPAM(LogicalOptimizer):

@@ -14,9 +14,9 @@ from torch.optim.optimizer import ParamsT
 from megalr.errors import UserError
 from megalr.optim import adam_h
 from megalr.optim.base import LogicalOptimizer, scalar_dtype
-from megalr.optim.exchange import reduce_over_ranks
-from megalr.optim.layout import FlatLayout, Piece, piece_view
 from megalr.optim.matrix import COMPAT, check_choice
+from megalr.sharding.exchange import reduce_over_ranks
+from megalr.sharding.fragment import FlatLayout, Piece, piece_view
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,12 @@ from torch import Tensor
 
 from megalr.config.restarts import RestartsConfig
 from megalr.distributed.agreement import all_reduce_max
+from megalr.engine.state import ShardedState
 from megalr.errors import UserError
 from megalr.layers.factors import FactorPair
 from megalr.restarts.adaptive import SpikeDetector
 from megalr.restarts.exchange import FactorExchange
+from megalr.restarts.momentum_reset import check_groups, reset_moments
 from megalr.restarts.refactorize import (
     factor_parameters,
     largest_imbalance,
@@ -28,9 +30,7 @@ from megalr.restarts.refactorize import (
     refactorize,
 )
 from megalr.restarts.report import RestartReport, by_pattern
-from megalr.restarts.reset import check_groups, reset_moments
 from megalr.restarts.schedule import BaseSchedule, RestartSchedule
-from megalr.restarts.state import ShardedState
 from megalr.restarts.verify import check_weights
 
 

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megalr.engine.state import ShardedState
 from megalr.layers.factors import FactorPair
-from megalr.restarts.state import ShardedState
 
 Matrices = list[tuple[Tensor, Tensor]]  # (B (m, r), A (r, n)) of each pair
 

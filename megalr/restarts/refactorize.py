@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from megalr.engine.state import ShardedState
 from megalr.layers.factors import FactorPair
-from megalr.restarts.algebra import balance_in_place, gram, imbalance
+from megalr.restarts.balance import balance_in_place, gram, imbalance
 from megalr.restarts.exchange import FactorExchange, workspace_of
-from megalr.restarts.state import ShardedState
 
 
 @dataclass(frozen=True)

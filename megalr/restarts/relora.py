@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from megalr.engine.state import ShardedState
 from megalr.errors import UserError
 from megalr.layers.factors import named_generator
 from megalr.layers.lora import LoRALinear
-from megalr.parallel.shards import shard_of
 from megalr.restarts.refactorize import sum_over
-from megalr.restarts.state import ShardedState
+from megalr.sharding.tensor_shard import shard_of
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megalr.parallel.shards import shard_of
-from megalr.restarts.state import ShardedState
+from megalr.engine.state import ShardedState
+from megalr.sharding.tensor_shard import shard_of
 
 _CHUNK = 1 << 22  # elements hashed at a time: 32 MiB of int64
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,3 +89,8 @@ def perplexity_change(run: Run) -> str:
         f"validation perplexity {first['perplexity']:.1f} after {first['update']} updates, "
         f"{last['perplexity']:.1f} after {last['update']}"
     )
+
+
+def perplexity_of(loss: float) -> float:
+    """exp(loss); infinity instead of an overflow error."""
+    return math.exp(loss) if loss < 709 else math.inf

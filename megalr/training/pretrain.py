@@ -12,7 +12,6 @@ import torch.distributed as dist
 
 from megalr.checkpoint.find import Found, find_checkpoint, tidy
 from megalr.checkpoint.load import load_checkpoint
-from megalr.config.deepspeed import resolve_deepspeed_config
 from megalr.config.schema import RunConfig
 from megalr.data import (
     EvaluationBatches,
@@ -29,6 +28,8 @@ from megalr.distributed.process_group import limit_collectives, start_distribute
 from megalr.distributed.signals import STOPPED, StopRequest
 from megalr.distributed.stop_vote import StopVote
 from megalr.distributed.watchdog import Watchdog
+from megalr.engine.build import build_engine
+from megalr.engine.config import resolve_deepspeed_config
 from megalr.errors import AgreedError, UserError
 from megalr.hf.init_from_pretrained import (
     check_pretrained_tokenizer,
@@ -37,10 +38,10 @@ from megalr.hf.init_from_pretrained import (
     write_supports,
 )
 from megalr.layers.lora import LoRALinear
+from megalr.models.build import sizes_of
 from megalr.models.decoder import Decoder
 from megalr.models.flops import parameter_count
 from megalr.optim.schedules import make_schedule
-from megalr.parallel.mesh import Mesh, make_mesh
 from megalr.restarts.controller import Restarts
 from megalr.restarts.relora import Relora
 from megalr.run.environment import check_ranks_agree, report, versions
@@ -52,10 +53,10 @@ from megalr.run.folder import (
 )
 from megalr.run.lock import run_folder_lock
 from megalr.run.metrics_writer import MetricsWriter
-from megalr.training.engine import build_engine, sizes_of
-from megalr.training.hardware import CompileClock
-from megalr.training.loop import Trainer
-from megalr.training.position import Position
+from megalr.tensor_parallel.mesh import Mesh, make_mesh
+from megalr.training.device import CompileClock
+from megalr.training.progress import Position
+from megalr.training.trainer import Trainer
 
 
 def pretrain(

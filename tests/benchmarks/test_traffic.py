@@ -26,9 +26,9 @@ from megalr.errors import UserError
 from megalr.estimate.tensors import plan_of
 from megalr.models.flops import flops_per_token
 from tests.models.settings import factorized, full_rank, low_rank, tiny
-from tests.parallel.meshes import CASES
-from tests.parallel.meshes import sizes as cut_sizes
 from tests.ranks import run_distributed
+from tests.tensor_parallel.meshes import CASES
+from tests.tensor_parallel.meshes import sizes as cut_sizes
 
 TOKENS = (3, 10)
 CLUSTER = Cluster(
@@ -46,8 +46,8 @@ CLUSTER = Cluster(
 def _sent() -> dict[str, list[tuple[str, int]]]:
     """(collective, bytes of the whole message) of forward and backward, by case."""
     from megalr.models.build import build_decoder
-    from megalr.parallel.plan import Plan
-    from tests.parallel.meshes import mesh
+    from megalr.tensor_parallel.plan import Plan
+    from tests.tensor_parallel.meshes import mesh
 
     decoders = {
         name: build_decoder(cut_sizes(name), method, 0, plan=Plan(mesh(2), layout))

@@ -23,11 +23,11 @@ from megalr.estimate.activations import (
 from megalr.estimate.memory import estimate_memory, sizes_of
 from megalr.estimate.tensors import matrix_groups, plan_of
 from megalr.models.build import build_decoder
-from megalr.parallel.plan import SINGLE, Plan
+from megalr.tensor_parallel.plan import SINGLE, Plan
 from tests.models.settings import ALL_TARGETS, factorized, full_rank, low_rank, tiny
 from tests.models.stand_ins import kernels_on_the_cpu
-from tests.parallel.meshes import mesh
 from tests.ranks import run_distributed
+from tests.tensor_parallel.meshes import mesh
 from tests.training.runs import zero
 
 BATCH, LENGTH = 3, 16

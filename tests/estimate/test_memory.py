@@ -12,9 +12,9 @@ from unittest import mock
 import pytest
 import torch
 
-from megalr.config.deepspeed import resolve_deepspeed_config
 from megalr.config.loading import load_run_config
 from megalr.config.schema import RunConfig
+from megalr.engine.config import resolve_deepspeed_config
 from megalr.errors import UserError
 from megalr.estimate.memory import data_parallel_size, estimate_memory, sizes_of
 from megalr.estimate.states import state_bytes, wrapper_of
@@ -77,7 +77,8 @@ def _measure(values: dict[str, Any], ds_user: dict[str, Any]) -> dict[str, Any]:
     import deepspeed.comm
     import torch.distributed as dist
 
-    from megalr.training.engine import build_engine, build_model, set_learning_rate
+    from megalr.engine.build import build_engine, set_learning_rate
+    from megalr.models.build import build_model
 
     config = RunConfig.model_validate(values)
     decoder = build_model(config, torch.device("cpu"))

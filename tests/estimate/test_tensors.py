@@ -14,11 +14,11 @@ from megalr.models.build import make_linear_of
 from megalr.models.config import PRESETS, DecoderConfig
 from megalr.models.decoder import Decoder
 from megalr.optim.groups import parameter_groups
-from megalr.parallel.mesh import Mesh
-from megalr.parallel.plan import Plan
+from megalr.tensor_parallel.mesh import Mesh
+from megalr.tensor_parallel.plan import Plan
 from tests.models.settings import factorized, full_rank, low_rank, tiny
-from tests.parallel.meshes import CASES
-from tests.parallel.meshes import sizes as cut_sizes
+from tests.tensor_parallel.meshes import CASES
+from tests.tensor_parallel.meshes import sizes as cut_sizes
 
 METHODS: dict[str, Any] = {
     "full_rank": full_rank(),

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 
+from megalr.engine.skip_step import leaves_out, step_unless
 from megalr.kernels.adamw import AdamW
 from megalr.optim.build import build_optimizer
 from megalr.optim.methods import RunFacts
-from megalr.training.skipping import leaves_out, step_unless
 from tests.kernels.where import DEVICE, needs_triton
 
 ONE_APART = 2.0**-7

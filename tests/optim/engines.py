@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from megalr.engine.flat_layouts import attach_layouts
 from megalr.errors import UserError
 from megalr.optim import (
     LORO,
@@ -24,9 +25,8 @@ from megalr.optim import (
     StableSPAM,
     projection,
 )
-from megalr.optim.exchange import collect
-from megalr.optim.layout import FlatLayout, LogicalTensor, cut_over_slices
-from megalr.optim.zero import attach_layouts
+from megalr.sharding.exchange import collect
+from megalr.sharding.fragment import FlatLayout, LogicalTensor, cut_over_slices
 
 GAP = 7
 PROJECTED = {"rank": 3, "update_proj_gap": GAP}

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from megalr.config import load_run_config
-from megalr.config.deepspeed import read_deepspeed_json, resolve_deepspeed_config
 from megalr.config.resuming import diff_configs
+from megalr.engine.config import read_deepspeed_json, resolve_deepspeed_config
 from megalr.models.config import PRESETS
 
 ROOT = Path(__file__).parents[2]

@@ -11,14 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megalr.config.deepspeed import resolve_deepspeed_config
 from megalr.config.schema import RunConfig
+from megalr.engine.config import resolve_deepspeed_config
+from megalr.engine.unwrapped_step import as_deepspeed_takes_it
 from megalr.models.build import build_decoder
 from megalr.models.config import DecoderConfig
 from megalr.models.decoder import Decoder
 from megalr.optim.groups import parameter_groups
 from megalr.restarts.refactorize import factor_parameters
-from megalr.training.plain import as_deepspeed_takes_it
 
 GLOBAL_BATCH = 6  # sequences; divides by 1, 2 and 3 ranks
 LENGTH = 8

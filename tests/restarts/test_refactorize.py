@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megalr.engine.state import ShardedState
 from megalr.restarts.exchange import FactorExchange, share_out
 from megalr.restarts.refactorize import (
     factor_parameters,
@@ -15,7 +16,6 @@ from megalr.restarts.refactorize import (
     nonfinite_parameters,
     refactorize,
 )
-from megalr.restarts.state import ShardedState
 from megalr.restarts.verify import check_weights, checksum
 from tests.ranks import run_distributed
 from tests.restarts.engines import KINDS, engine_of, logits, message_of, on_ranks, train

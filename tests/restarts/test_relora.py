@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from megalr.config.deepspeed import resolve_deepspeed_config
 from megalr.config.schema import RunConfig
+from megalr.engine.build import build_engine, set_learning_rate
+from megalr.engine.config import resolve_deepspeed_config
 from megalr.layers.lora import LoRALinear
+from megalr.models.build import build_model
 from megalr.restarts.relora import Relora
-from megalr.training.engine import build_engine, build_model, set_learning_rate
 from tests.ranks import run_distributed
 from tests.training.runs import settings, zero
 

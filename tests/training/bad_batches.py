@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 
 from megalr.data.loader import UpdateBatch, UpdateLoader
+from megalr.engine.skip_step import guarded
+from megalr.engine.state import ShardedState
 from megalr.models.decoder import Decoder
-from megalr.restarts.state import ShardedState
-from megalr.training import update
-from megalr.training.interval import Made
-from megalr.training.loop import Trainer
-from megalr.training.skipping import guarded
+from megalr.training import step as update
+from megalr.training.step_log import Made
+from megalr.training.trainer import Trainer
 from tests.training.runs import run
 
 BAD_RANK = 1

@@ -17,11 +17,13 @@ import torch.distributed as dist
 from megalr.config import loading
 from megalr.config.schema import RunConfig
 from megalr.data.loader import MicroBatch, UpdateBatch
+from megalr.distributed import watchdog
 from megalr.distributed.signals import STOP_SIGNALS, StopRequest
-from megalr.training import loop, pretrain, watchdog
-from megalr.training.interval import Made
-from megalr.training.loop import Trainer
-from megalr.training.update import Updater
+from megalr.training import pretrain
+from megalr.training import trainer as loop
+from megalr.training.step import Updater
+from megalr.training.step_log import Made
+from megalr.training.trainer import Trainer
 
 
 def run_until_signal(

@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import pytest
 
-from megalr.training import update
+from megalr.training import step as update
 from tests.ranks import RankFailed, run_distributed
 from tests.training.bad_batches import (
     run_and_see_the_engine,

@@ -14,7 +14,7 @@ import transformers
 from megalr.config.schema import RunConfig
 from megalr.data import open_training_data, open_validation_data
 from megalr.hf.names import dense_state_dict
-from megalr.training.engine import build_model
+from megalr.models.build import build_model
 from tests.ranks import run_distributed
 from tests.training.runs import events, losses, run, settings, zero
 

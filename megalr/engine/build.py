@@ -1,0 +1,213 @@
+"""The DeepSpeed engine around a decoder, and the few facts about it that the loop relies on."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from megalr.config.schema import RunConfig
+from megalr.engine.config import is_plain
+from megalr.engine.cuda_graph import MicroBatchGraph
+from megalr.engine.flat_layouts import attach_layouts
+from megalr.engine.patches import batch_parameters
+from megalr.engine.unwrapped_step import as_deepspeed_takes_it, guard_steps
+from megalr.errors import UserError
+from megalr.models.build import build_decoder, sizes_of
+from megalr.models.decoder import Decoder
+from megalr.models.plans import make_plan
+from megalr.models.recompute import SELECTIVE
+from megalr.optim.build import build_optimizer
+from megalr.optim.groups import parameter_groups
+from megalr.optim.methods import RunFacts
+from megalr.sharding.tensor_shard import shard_of
+from megalr.tensor_parallel.mesh import Mesh
+
+
+def compile_blocks(decoder: Decoder) -> None:
+    """Compile every block, the last norm and the loss by themselves: equal blocks are one."""
+    for block in decoder.blocks():
+        block.compile(dynamic=False)
+    decoder.norm.compile(dynamic=False)
+    decoder.head.compile_loss()
+
+
+def import_deepspeed() -> Any:
+    """The module ``deepspeed``, with what it would only disturb a run with turned off.
+
+    Imported here because it takes seconds and ``--help`` should not. Its CPU shared-memory
+    all-reduce is used for inference only; compiling it takes a minute at the first start of a
+    machine, and a process killed meanwhile leaves a lock that every later start waits for
+    (docs/deepspeed-notes.md).
+    """
+    import deepspeed
+    from deepspeed import ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed 0.19 calls collectives that torch 2.13 has renamed: nothing a user can fix.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed")
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def build_engine(config: RunConfig, ds_config: dict[str, Any], decoder: Decoder) -> Any:
+    """DeepSpeed's engine with the run's optimizer.
+
+    Raises:
+        UserError: a combination that cannot work (compilation or CUDA graphs with ZeRO-3, ...).
+    """
+    deepspeed = import_deepspeed()
+    stage = ds_config["zero_optimization"]["stage"]
+    mesh = decoder.plan.mesh
+    _check_stage(config, stage)
+    if config.train.kernels == "auto":
+        decoder.use_kernels(weights_are_there=stage != 3)
+    if config.train.compile:
+        compile_blocks(decoder)
+    plain = is_plain(config.train.precision, stage)
+    if plain and config.train.precision == "paper_bf16":
+        decoder.bfloat16()  # else DeepSpeed does it
+    optimizer = _optimizer_of(config, decoder)
+    if config.train.cuda_graphs:
+        _check_graphs(ds_config, decoder)
+        # Capture is not possible on the default stream, and what the engine makes must live on
+        # the stream of the capture.
+        torch.cuda.set_stream(torch.cuda.Stream())
+    # DeepSpeed keeps the mesh of an earlier engine of this process and uses it when given none.
+    deepspeed.utils.groups.mpu = None
+    engine, _, _, _ = deepspeed.initialize(
+        model=decoder,
+        optimizer=optimizer,
+        config=as_deepspeed_takes_it(ds_config) if plain else ds_config,
+        mpu=mesh if decoder.plan.parallel else None,
+        dist_init_required=False,
+    )
+    # bf16 without ZeRO has made a step on zero gradients by now (docs/deepspeed-notes.md): harmless
+    # at learning rate 0, but Adam's counter and moments must start from nothing.
+    engine.basic_optimizer.state.clear()
+    attach_layouts(engine)
+    if plain:
+        guard_steps(engine)
+    batch_parameters(engine)
+    if decoder.plan.parallel and hasattr(engine.optimizer, "fp32_groups"):
+        _mark_gradients(decoder)
+    if config.train.cuda_graphs:
+        shape = config.train.micro_batch_size, config.data.sequence_length
+        decoder.graphed = MicroBatchGraph(decoder, shape, _gradients_are_used_up(engine))
+    return engine
+
+
+def _optimizer_of(config: RunConfig, decoder: Decoder) -> torch.optim.Optimizer:
+    groups = parameter_groups(decoder, decoder.factor_parameters(), config.optimizer.weight_decay)
+    facts = RunFacts(
+        total_updates=config.train.updates,
+        hidden_size=decoder.config.hidden_size,
+        seed=config.run.seed,
+        bf16_states=config.train.precision == "paper_bf16",
+        kernels=config.train.kernels == "auto",
+    )
+    return build_optimizer(config.optimizer, config.method, groups, facts)
+
+
+def check_run(config: RunConfig, stage: int | None = None) -> None:
+    """Refuse what the model, the optimizer and the engine would refuse, without weights or GPUs.
+
+    For use before a job waits in a queue. A run from a pretrained model is not looked at: its sizes
+    are in a folder that may be elsewhere. ``stage``: of ZeRO, if it is known.
+
+    Raises:
+        UserError: as :func:`build_model` and :func:`build_engine`, but for CUDA graphs.
+    """
+    if config.model.from_pretrained is not None:
+        return
+    sizes = sizes_of(config)
+    mesh = Mesh(tensor_size=config.parallel.tensor)
+    plan = make_plan(sizes, config.method, mesh, config.parallel.layout)
+    with torch.device("meta"):  # one layer: all are alike
+        decoder = build_decoder(
+            replace(sizes, num_layers=1),
+            config.method,
+            config.run.seed,
+            config.train.activation_checkpointing,
+            plan,
+            drawn=False,
+        )
+    _optimizer_of(config, decoder)
+    if stage is not None:
+        _check_stage(config, stage)
+
+
+def _check_stage(config: RunConfig, stage: int) -> None:
+    """What does not go together with ZeRO stage 3."""
+    if stage != 3:
+        return
+    if config.parallel.tensor > 1:
+        raise UserError(
+            f"parallel.tensor {config.parallel.tensor} with ZeRO stage 3: DeepSpeed gathers "
+            "parameters over data-parallel ranks in the middle of layers; use stage 0, 1 or 2, or "
+            "parallel.tensor=1"
+        )
+    if config.train.activation_checkpointing in SELECTIVE:
+        raise UserError(
+            f"train.activation_checkpointing is {config.train.activation_checkpointing} with ZeRO "
+            "stage 3, which gathers weights for whole layers only; use stage 1 or 2, or full"
+        )
+    if config.train.compile:
+        raise UserError(
+            "train.compile is true with ZeRO stage 3: its hooks inside the blocks break "
+            "compilation; use stage 1 or 2, or train.compile=false"
+        )
+
+
+def _check_graphs(ds_config: dict[str, Any], decoder: Decoder) -> None:
+    zero = ds_config["zero_optimization"]
+    reason = None
+    if decoder.embedding.weight.device.type != "cuda":
+        reason = "there is no CUDA device"
+    elif zero["stage"] == 3:
+        reason = "ZeRO stage 3 gathers weights by hooks, which a graph does not run"
+    elif zero.get("offload_optimizer", {}).get("device", "none") != "none":
+        reason = "the optimizer is offloaded, and gradients are still being copied at the next run"
+    if reason is not None:
+        raise UserError(f"train.cuda_graphs is true but {reason}: leave it out")
+
+
+def _gradients_are_used_up(engine: Any) -> bool:
+    """Whether the engine has used ``.grad`` up when the next micro-batch comes.
+
+    BF16_Optimizer adds every micro-batch to its own float32 buffer; the other wrappers add up in
+    ``.grad`` itself, which is used up only if there is nothing to add.
+    """
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+    return isinstance(engine.optimizer, BF16_Optimizer) or engine.gradient_accumulation_steps() == 1
+
+
+def set_learning_rate(engine: Any, learning_rate: float) -> None:
+    """Use this learning rate in every group from the next update on."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def gradient_norm(engine: Any) -> torch.Tensor | float:
+    """Global norm of the averaged gradient of the last update, before clipping."""
+    norm = engine.get_global_grad_norm()
+    return float("nan") if norm is None else norm
+
+
+def _mark_gradients(decoder: Decoder) -> None:
+    """Mark gradients of cut parameters as DeepSpeed expects the parameters to be marked.
+
+    bf16 without ZeRO takes the norm of gradients and looks for the mark on them
+    (docs/deepspeed-notes.md).
+    """
+
+    def mark(parameter: torch.Tensor) -> None:
+        parameter.grad.tensor_model_parallel = True  # type: ignore[union-attr]
+
+    for parameter in decoder.parameters():
+        if shard_of(parameter) is not None and parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(mark)

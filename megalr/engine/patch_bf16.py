@@ -1,0 +1,151 @@
+"""What :mod:`megalr.engine.patches` puts in place of methods of ``BF16_Optimizer``."""
+
+from __future__ import annotations
+
+import math
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+from megalr.engine.skip_step import leaves_out, step_unless
+
+_RELIED_ON = (
+    "bf16_groups fp32_groups_gradients fp32_groups_gradients_flat fp32_groups_has_gradients "
+    "fp32_groups_gradient_flat_partition fp32_groups_flat_partition update_hp_grads clear_hp_grads "
+    "clear_lp_grads get_grads_for_norm get_grads_for_reduction update_lp_params clip_grad "
+    "_lazy_init_hp_params_optimizer_state _uses_muon immediate_grad_update norm_type mpu"
+)
+
+
+def batch_bf16(engine: Any, optimizer: Any) -> None:
+    """Replace methods of the engine's ``BF16_Optimizer`` if it is used in the usual way."""
+    usual = (
+        all(hasattr(optimizer, name) for name in _RELIED_ON.split())
+        and not optimizer._uses_muon
+        and not optimizer.immediate_grad_update
+        and optimizer.norm_type == 2
+        and optimizer.grad_acc_dtype == torch.float32
+        and getattr(optimizer, "autoep_folding_tp_group", None) is None
+    )
+    if not usual:
+        return
+    # Sums in the shapes of the gradients: a batched copy wants equal shapes.
+    sums = [
+        [total.view(p.shape) for total, p in zip(totals, group, strict=True)]
+        for totals, group in zip(
+            optimizer.fp32_groups_gradients, optimizer.bf16_groups, strict=True
+        )
+    ]
+    one_by_one = optimizer.update_hp_grads
+
+    def update_hp_grads(self: Any, clear_lp_grads: bool = False) -> None:
+        if clear_lp_grads:
+            one_by_one(clear_lp_grads)
+            return
+        for number, group in enumerate(self.bf16_groups):
+            _add_gradients(self, number, group, sums[number])
+
+    optimizer.update_hp_grads = MethodType(update_hp_grads, optimizer)
+    optimizer.step = MethodType(_bf16_step, optimizer)
+    if dist.get_world_size(engine.seq_data_parallel_group) == 1:
+        low = engine.communication_data_type
+        rounds = low != torch.float32 and engine.gradient_accumulation_steps() > 1
+        _reduce_on_one_rank(optimizer, low if rounds else None)
+
+
+@torch.no_grad()
+def _add_gradients(optimizer: Any, number: int, group: list[Any], sums: list[Tensor]) -> None:
+    """``sums += .grad`` for a group's parameters, bf16 onto float32.
+
+    The first micro-batch of an update, which finds zeros, is written over them (one kernel for
+    some hundred tensors, and no reading of the sums); later ones are gathered into one bf16 tensor
+    and added to the flat sums in one more.
+    """
+    has_gradient = optimizer.fp32_groups_has_gradients[number]
+    used = [index for index, parameter in enumerate(group) if parameter.grad is not None]
+    if not any(has_gradient):
+        if used:
+            torch._foreach_copy_([sums[i] for i in used], [group[i].grad for i in used])
+    elif len(used) == len(group):
+        gathered = torch.cat([parameter.grad.reshape(-1) for parameter in group])
+        optimizer.fp32_groups_gradients_flat[number][: gathered.numel()].add_(gathered)
+    else:
+        for index in used:
+            sums[index].add_(group[index].grad)
+    for index in used:
+        group[index]._hp_grad = optimizer.fp32_groups_gradients[number][index]
+        has_gradient[index] = True
+
+
+def _reduce_on_one_rank(optimizer: Any, rounds_to: torch.dtype | None) -> None:
+    """Leave the engine nothing to reduce where there is one data-parallel rank.
+
+    It would flatten all sums, convert them to ``communication_data_type`` and copy them back twice
+    (28 bytes a parameter) to add up nothing. What is left of that is the rounding to that type,
+    where the sums are not of that type already: of several micro-batches.
+    """
+
+    def get_grads_for_reduction(self: Any) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+        if rounds_to is not None:
+            for flat in self.fp32_groups_gradients_flat:
+                flat.copy_(flat.to(rounds_to))
+        return [], {}
+
+    optimizer.get_grads_for_reduction = MethodType(get_grads_for_reduction, optimizer)
+
+
+@torch.no_grad()
+def _bf16_step(optimizer: Any, closure: None = None) -> None:
+    """``BF16_Optimizer.step``: norm, clipping, update, new weights.
+
+    The host waits for the norm, but not where the optimizer can leave the step out by itself: then
+    ``left_out`` tells on the device, and weights that have not changed are written once more. The
+    sums are not cleared here: the engine calls ``zero_grad``, which does so, right afterwards.
+    """
+    if closure is not None:
+        raise NotImplementedError("BF16_Optimizer does not support a closure")
+    norm = _bf16_norm(optimizer)
+    bad = (~torch.isfinite(norm)).float()  # the same on all ranks, as the norm is
+    optimizer._global_grad_norm = norm.nan_to_num(
+        nan=math.inf, posinf=math.inf
+    )  # as DeepSpeed tells it
+    optimizer.overflow, optimizer.left_out = False, bad
+    own = optimizer.fp32_groups_gradient_flat_partition  # the rank updates with nothing else
+    base = optimizer.optimizer
+    waits = not leaves_out(base)
+    if waits:
+        norm = norm.cpu()
+        optimizer.overflow = optimizer.left_out = not math.isfinite(norm)
+        if optimizer.overflow:
+            optimizer.clear_hp_grads()
+            optimizer.clear_lp_grads()
+            return
+        if optimizer.clip_grad > 0:
+            factor = optimizer.clip_grad / (norm + 1e-6)
+            if factor < 1:
+                torch._foreach_mul_(own, factor.item())
+    for master, gradient in zip(optimizer.fp32_groups_flat_partition, own, strict=True):
+        master.grad = gradient
+    if waits:
+        base.step()
+    else:
+        step_unless(base, bad, norm, optimizer.clip_grad, base.step)
+    optimizer._lazy_init_hp_params_optimizer_state()
+    optimizer.update_lp_params()
+
+
+def _bf16_norm(optimizer: Any) -> Tensor:
+    """Euclidean norm of all gradients, float32 of shape () on the device.
+
+    Without tensor parallelism that of the flat sums, whose padding and unused parts are zero; with
+    it every parameter once, over the ranks of its group.
+    """
+    if optimizer.mpu is None:
+        return get_total_norm(optimizer.fp32_groups_gradients_flat)
+    square = get_total_norm(optimizer.get_grads_for_norm()[0]).square()
+    dist.all_reduce(square, group=optimizer.mpu.get_model_parallel_group())
+    return square.sqrt()

@@ -1,0 +1,243 @@
+"""What :mod:`megalr.engine.patches` puts in place of methods of ``DeepSpeedZeroOptimizer``."""
+
+from __future__ import annotations
+
+import math
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_RELIED_ON = (
+    "averaged_gradients params_in_partition dp_process_group model_parallel_rank clip_grad "
+    "bit16_groups_flat round_robin_bit16_groups round_robin_bit16_offsets loss_scale "
+    "scaled_global_norm _model_parallel_all_reduce _update_model_bit16_weights "
+    "unscale_and_clip_grads allreduce_and_copy_with_multiple_ranks allreduce_bucket unflatten "
+    "overlap_comm reduction_stream"
+)
+_TO_REDUCE = (
+    "partition_gradients overlap_comm contiguous_gradients reduce_scatter ipg_buckets "
+    "use_grad_accum_attribute reduce_gradients reduce_ipg_grads copy_grads_in_partition dtype "
+    "overlapping_partition_gradients_reduce_epilogue reduce_bucket_size communication_data_type "
+    "_grad_acc_hooks get_param_id bit16_groups"
+)
+
+
+def batch_zero(optimizer: Any) -> None:
+    """Replace methods of a ``DeepSpeedZeroOptimizer`` of stage 1 or 2, as many as can be."""
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    _test_gradients_once(optimizer)
+    if not _has(optimizer, _RELIED_ON) or isinstance(optimizer.optimizer, MuonWithAuxAdam):
+        return
+    optimizer.scaled_global_norm = MethodType(_zero_norm, optimizer)
+    _clip_where_needed(optimizer)
+    _keep_weights_in_place(optimizer)
+    optimizer.allreduce_and_copy_with_multiple_ranks = MethodType(_sum_over_ranks, optimizer)
+    usual = (
+        _has(optimizer, _TO_REDUCE)
+        and optimizer.contiguous_gradients
+        and optimizer.reduce_scatter
+        and not optimizer.partition_gradients
+        and not optimizer.overlap_comm
+        and not optimizer.use_grad_accum_attribute
+        and not getattr(optimizer, "zenflow", False)
+        and len(optimizer.ipg_buckets) == 1
+        and getattr(optimizer, "autoep_folding_tp_group", None) is None
+    )
+    if usual:
+        _reduce_in_buckets(optimizer)
+
+
+def _has(optimizer: Any, names: str) -> bool:
+    """Whether this version of DeepSpeed has what a replacement relies on."""
+    return all(hasattr(optimizer, name) for name in names.split())
+
+
+def _test_gradients_once(optimizer: Any) -> None:
+    """Let the gradient norm alone find inf and nan under ZeRO 1 and 2.
+
+    ``DeepSpeedZeroOptimizer.step`` looks at every gradient by itself, some six kernels a parameter,
+    and then at the norm, which is not finite whenever one of them is not; both skip the update on
+    all ranks. With offload the first test is another one and stays (docs/deepspeed-notes.md).
+    """
+    optimizer.check_overflow = lambda partition_gradients=True: None
+
+
+@torch.no_grad()
+def _zero_norm(optimizer: Any, norm_type: int = 2) -> Tensor:
+    """Norm of all averaged gradients, float32 of shape () on the host; -1 if it is not finite.
+
+    Norms of tensors in float32, their squares summed in float64 (DeepSpeed: both in float64, a
+    conversion of every gradient), then over the ranks in float32. The host waits here and nowhere
+    else in a step.
+    """
+    if norm_type != 2:
+        raise ValueError(f"norm_type is {norm_type}: ZeRO has the Euclidean norm (2) only")
+    counted = []
+    for group, parameters in enumerate(optimizer.params_in_partition):
+        counted += _gradients_that_count(optimizer, optimizer.averaged_gradients[group], parameters)
+    square = torch.zeros((), dtype=torch.float32, device=optimizer.bit16_groups_flat[0].device)
+    if counted:
+        norms = torch.stack(torch._foreach_norm(counted, 2, dtype=torch.float32))
+        square = norms.double().square().sum().float()
+    if dist.get_world_size(optimizer.dp_process_group) > 1:
+        dist.all_reduce(square, group=optimizer.dp_process_group)
+    optimizer._model_parallel_all_reduce(tensor=square, op=dist.ReduceOp.SUM)
+    norm = square.sqrt().cpu()
+    return norm if math.isfinite(norm) else torch.full_like(norm, -1.0)
+
+
+def _gradients_that_count(
+    optimizer: Any, gradients: list[Tensor], parameters: list[Tensor]
+) -> list[Tensor]:
+    """This rank's gradients of one group without padding, whole parameters on one rank only."""
+    from deepspeed.runtime.utils import is_model_parallel_parameter
+
+    held = (g for g in gradients if not getattr(g, "_zero_padding", False))
+    # DeepSpeed may pad at the end without a mark; there are no parameters for that.
+    return [
+        gradient
+        for gradient, parameter in zip(held, parameters, strict=False)
+        if optimizer.model_parallel_rank == 0 or is_model_parallel_parameter(parameter)
+    ]
+
+
+def _clip_where_needed(optimizer: Any) -> None:
+    """Multiply gradients if their norm is too large only; DeepSpeed multiplies by 1 otherwise.
+
+    The norm being on the host, so is the factor: in float32, while DeepSpeed's lies on the device
+    and is rounded to bf16 there where gradients are bf16.
+    """
+    one_by_one = optimizer.unscale_and_clip_grads
+
+    def unscale_and_clip_grads(self: Any, gradients: list[Any], norm: Any) -> None:
+        if self.loss_scale != 1.0 or self.clip_grad <= 0 or not norm >= 0:
+            one_by_one(gradients, norm)
+            return
+        excess = (norm + 1e-6) / self.clip_grad
+        if excess > 1:
+            factor = (1.0 / excess).item()
+            for gradient in gradients:  # one; _foreach_mul_ rounds the factor to bf16 on the CPU
+                gradient.mul_(factor)
+
+    optimizer.unscale_and_clip_grads = MethodType(unscale_and_clip_grads, optimizer)
+
+
+def _keep_weights_in_place(optimizer: Any) -> None:
+    """Make parameters views of the flat weights again only if one of them is none any more."""
+    anew = optimizer._update_model_bit16_weights
+
+    def _update_model_bit16_weights(self: Any, group: int) -> None:
+        start = self.bit16_groups_flat[group].data_ptr()
+        size = self.bit16_groups_flat[group].element_size()
+        places = zip(
+            self.round_robin_bit16_groups[group], self.round_robin_bit16_offsets[group], strict=True
+        )
+        if any(p.data_ptr() != start + offset * size for p, offset in places):
+            anew(group)
+
+    optimizer._update_model_bit16_weights = MethodType(_update_model_bit16_weights, optimizer)
+
+
+def _sum_over_ranks(
+    optimizer: Any,
+    small_bucket: list[Tensor],
+    communication_data_type: torch.dtype,
+    log: Any = None,
+    divide: bool = True,
+    process_group: Any = None,
+    bucket_ranks: Any = None,
+    output_bucket: Any = None,
+) -> None:
+    """``allreduce_and_copy_with_multiple_ranks``: sum gradients, keep those of this rank.
+
+    ``bucket_ranks[i]`` (a number or a set of them) wants the sum of ``small_bucket[i]``, written
+    back there and added to ``output_bucket[i]``, the float32 sum over micro-batches, if there is
+    one. DeepSpeed converts, adds and writes every tensor by itself.
+    """
+    group = optimizer.dp_process_group if process_group is None else process_group
+    reduced = optimizer.allreduce_bucket(
+        small_bucket, communication_data_type, log=log, divide=divide, process_group=group
+    )
+    parts = optimizer.unflatten(reduced, small_bucket)
+    outputs = output_bucket or [None] * len(small_bucket)
+    wanted = [ranks if isinstance(ranks, frozenset) else {ranks} for ranks in bucket_ranks]
+    rank = dist.get_rank(group)
+    entries = zip(parts, small_bucket, outputs, wanted, strict=True)
+    kept = [entry[:3] for entry in entries if rank in entry[3]]
+    if not kept:
+        return
+    torch._foreach_copy_([tensor for _, tensor, _ in kept], [part for part, _, _ in kept])
+    totals = [output for _, _, output in kept if output is not None]
+    if totals:
+        terms = [torch.empty_like(total) for total in totals]
+        torch._foreach_copy_(terms, [part for part, _, output in kept if output is not None])
+        torch._foreach_add_(totals, terms)
+    if optimizer.overlap_comm and reduced.is_cuda:  # memory that another stream has allocated
+        for tensor in (reduced, *(tensor for _, tensor, _ in kept)):
+            tensor.record_stream(optimizer.reduction_stream)
+
+
+def _reduce_in_buckets(optimizer: Any) -> None:
+    """Average ``.grad`` over the ranks of ZeRO-1 bucket by bucket, at the end of an update.
+
+    DeepSpeed copies every gradient into a bucket and from there into another tensor, and runs a
+    hook for each, which has nothing to do at this stage. Here a bucket is made at once and stays
+    where it is until the step; one rank alone keeps its gradients.
+    """
+    for hook in optimizer._grad_acc_hooks:
+        hook.remove()
+    optimizer._grad_acc_hooks.clear()
+    (communicated,) = optimizer.ipg_buckets
+    alone = dist.get_world_size(optimizer.dp_process_group) == 1
+    reduce_bucket = optimizer.reduce_ipg_grads
+
+    def reduce_gradients(self: Any, pipeline_parallel: bool = False) -> None:
+        if not (alone and communicated == self.dtype):
+            for parameters in _buckets(self):
+                _fill(self.ipg_buckets[communicated], parameters, self.get_param_id)
+                reduce_bucket(communicated)
+                self.ipg_buckets[communicated].buffer.clear()
+        self.overlapping_partition_gradients_reduce_epilogue()
+
+    # Called when all buckets are done, and for every parameter of a bucket.
+    optimizer.reduce_ipg_grads = lambda comm_dtype=None: None
+    optimizer.copy_grads_in_partition = lambda parameter, group_idx=None: None
+    optimizer.reduce_gradients = MethodType(reduce_gradients, optimizer)
+
+
+def _buckets(optimizer: Any) -> list[list[tuple[int, Any]]]:
+    """Parameters with a gradient, and the numbers of their groups, in DeepSpeed's buckets."""
+    buckets: list[list[tuple[int, Any]]] = [[]]
+    elements = 0
+    for number, group in enumerate(optimizer.bit16_groups):
+        for parameter in group:
+            if parameter.grad is None:
+                continue
+            if elements + parameter.numel() > optimizer.reduce_bucket_size and buckets[-1]:
+                buckets.append([])
+                elements = 0
+            buckets[-1].append((number, parameter))
+            elements += parameter.numel()
+    return buckets if buckets[-1] else []
+
+
+def _fill(bucket: Any, parameters: list[tuple[int, Any]], identity: Any) -> None:
+    """Gather gradients in one flat tensor, make ``.grad`` views of it, and enter them.
+
+    A gradient that is a bucket of its own stays where it is.
+    """
+    gradients = [parameter.grad for _, parameter in parameters]
+    flats = [gradient.reshape(-1) for gradient in gradients]
+    flat = torch.cat(flats) if len(flats) > 1 else flats[0]
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.data = part.view_as(gradient)
+    bucket.buffer.append(flat)
+    bucket.index = 0
+    bucket.elements = flat.numel()
+    bucket.grads.extend(gradients)
+    bucket.params.extend((number, p.param_idx_in_group, identity(p)) for number, p in parameters)

@@ -1,0 +1,105 @@
+"""Which tensors of a decoder are cut over the tensor-parallel ranks, and where sums are made.
+
+Two layouts (docs/parallelism.md has the algebra):
+
+* ``column_row``: matrices that read the residual stream are cut by rows of W, those that write it
+  by columns; the residual stream is whole on every rank. Of a factorized W = BA only one factor is
+  cut, and what is summed are the r numbers between the factors.
+* ``bottleneck``: both factors of every matrix are cut, the residual stream is cut along the hidden
+  dimension, and again only the r numbers between the factors are summed, in both directions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megalr.sharding.tensor_shard import Range, part_of
+from megalr.tensor_parallel.collectives import Group, copy, gather, reduce, scatter
+from megalr.tensor_parallel.mesh import ONE_RANK, Mesh
+
+LAYOUTS = ("column_row", "bottleneck")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How the matrices of one group of linear layers are cut.
+
+    Attributes:
+        mesh: the ranks.
+        inputs: the input is cut along its last dimension, so W by columns (A, if factorized).
+        outputs: the outputs are cut along their last dimension, so W by rows (B).
+    """
+
+    mesh: Mesh = ONE_RANK
+    inputs: bool = False
+    outputs: bool = False
+
+    @property
+    def input_group(self) -> Group:
+        """The ranks over which products with the input are partial sums; None if it is whole."""
+        return self.mesh.tensor_group if self.inputs else None
+
+    @property
+    def output_group(self) -> Group:
+        """The ranks over which gradients of the input are partial sums; None: they are whole."""
+        return self.mesh.tensor_group if self.outputs else None
+
+    def columns(self, size: int) -> Range:
+        """``(start, stop)`` of ``size`` columns of W that this rank holds."""
+        return self._part(size) if self.inputs else (0, size)
+
+    def rows(self, size: int) -> Range:
+        """``(start, stop)`` of ``size`` rows of W that this rank holds."""
+        return self._part(size) if self.outputs else (0, size)
+
+    def _part(self, size: int) -> Range:
+        return part_of(size, self.mesh.tensor_rank, self.mesh.tensor_size)
+
+
+WHOLE = Cut()
+"""Nothing is cut."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The layout of a whole decoder on a mesh; the default is no tensor parallelism."""
+
+    mesh: Mesh = ONE_RANK
+    layout: str = "column_row"
+
+    @property
+    def parallel(self) -> bool:
+        """Whether anything is cut."""
+        return self.mesh.tensor_size > 1
+
+    @property
+    def cut_residual(self) -> bool:
+        """Whether the residual stream is cut along the hidden dimension."""
+        return self.parallel and self.layout == "bottleneck"
+
+    @property
+    def group(self) -> Group:
+        """The tensor-parallel group."""
+        return self.mesh.tensor_group
+
+    def into(self) -> Cut:
+        """Cut of the matrices that read the residual stream: q, k, v; gate, up."""
+        return Cut(self.mesh, inputs=self.cut_residual, outputs=self.parallel)
+
+    def out_of(self) -> Cut:
+        """Cut of the matrices that write the residual stream: o; down."""
+        return Cut(self.mesh, inputs=self.parallel, outputs=self.cut_residual)
+
+    def start_residual(self, x: torch.Tensor) -> torch.Tensor:
+        """Partial sums ``(..., h)`` of the embedding to the residual stream, whole or cut."""
+        return scatter(x, self.group) if self.cut_residual else reduce(x, self.group)
+
+    def end_residual(self, x: torch.Tensor) -> torch.Tensor:
+        """The residual stream to ``(..., h)`` for the head, whose gradients are partial sums."""
+        return gather(x, self.group) if self.cut_residual else copy(x, self.group)
+
+
+SINGLE = Plan()
+"""No tensor parallelism."""

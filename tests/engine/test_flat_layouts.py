@@ -1,0 +1,123 @@
+"""The optimizers inside DeepSpeed engines, on real processes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megalr.engine.flat_layouts import attach_layouts
+from megalr.errors import UserError
+from megalr.optim import SPAM, GaLore, StableSPAM
+from megalr.sharding.fragment import LogicalTensor, assign_owners, cut_each, cut_over_slices
+from tests.optim import engines
+from tests.ranks import run_distributed
+
+ALL = tuple(engines.METHODS)
+
+
+@pytest.mark.parametrize(
+    "world,stages",
+    [(1, (0, 2)), (2, (0, 1, 3)), pytest.param(3, (2, 3), marks=pytest.mark.long)],
+)
+def test_sharded_trajectories_equal_the_single_process_ones(world, stages):
+    """20 updates, clipped, accumulated, with projector refreshes and resets on the way."""
+    for distances in run_distributed(engines.trajectories, world, ALL, stages, 20, 0.7):
+        assert len(distances) >= len(ALL) * (len(stages) - 1)
+        assert {case: d for case, d in distances.items() if d > 1e-5} == {}
+
+
+def test_a_rank_that_holds_nothing_but_padding_takes_part():
+    """Slices of 4 elements for a tensor of 7: the third rank has none."""
+    assert max(run_distributed(engines.stable_spam_on_slices, 3, 4, 7)) < 1e-6
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_resume_from_an_engine_checkpoint_is_bitwise(stage):
+    methods = ALL if stage == 2 else ("spam", "fira", "loro")
+    for rank in run_distributed(engines.resume, 2, methods, (stage,)):
+        assert [case for case, same in rank.items() if not same] == []
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_optimizer_state_is_divided_over_the_ranks(stage):
+    r, others = 3, 10 * 16 + 28  # embedding and vector: two moments each
+    shapes = [(20, 16), (8, 16), (16, 3), (12, 3), (3, 28), (3, 28)]
+    low = sum(min(s) * r + 2 * max(s) * r for s in shapes)
+    elements = {
+        "galore": low + 2 * others,
+        "fira": low + len(shapes) + 2 * others,
+        "apollo": sum(2 * max(s) * r + 1 for s in shapes) + 2 * others,
+        "stable_spam": 2 * sum(a * b for a, b in shapes) + 2 * others,
+    }
+    for method, total in elements.items():
+        ranks = run_distributed(engines.state_elements, 2, method, stage)
+        scalars = 2 * 3 * 8 if method == "stable_spam" else 0  # three a tensor, on every rank
+        padding = sum(p for _, p in ranks)
+        assert sum(e for e, _ in ranks) == total + 2 * padding + scalars
+        assert max(e for e, _ in ranks) < 0.75 * total
+
+
+def test_no_rank_repeats_the_decomposition_of_another():
+    for stage in (1, 3):
+        calls = [c for rank in run_distributed(engines.decompositions, 3, stage) for c in rank]
+        shapes = [(20, 16), (8, 16), (16, 3), (12, 3), (3, 28), (3, 28)]
+        assert sorted(calls) == sorted(2 * shapes)  # each matrix once a refresh
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_layouts_find_every_logical_tensor_in_every_kind_of_engine(world):
+    for rank in run_distributed(engines.layouts_match, world, tuple(engines.ENGINES)):
+        assert {name: d for name, (d, _) in rank.items() if d > 0} == {}
+        assert all(moved > 0 for _, moved in rank.values())
+
+
+def test_matrix_optimizers_are_refused_at_stage_0_on_several_ranks():
+    for method in ("galore", "loro", "muon"):
+        for message in run_distributed(engines.refusal, 2, method):
+            assert "zero_optimization.stage is 0 with several ranks, use stage 1 or more" in message
+
+
+def test_tensor_parallelism_is_refused_where_whole_tensors_are_looked_at():
+    mpu = SimpleNamespace(get_model_parallel_world_size=lambda: 2)
+    weight = torch.nn.Parameter(torch.randn(6, 4))
+    module = torch.nn.Module()
+    for optimizer in (GaLore([weight], rank=2), StableSPAM([weight]), SPAM([weight], density=0.5)):
+        engine = SimpleNamespace(optimizer=optimizer, mpu=mpu, module=module)
+        with pytest.raises(UserError, match="tensor parallelism over 2 ranks cuts them"):
+            attach_layouts(engine)
+
+
+def test_a_flat_slice_without_a_layout_is_never_taken_for_a_tensor():
+    weight = torch.nn.Parameter(torch.randn(6, 4))
+    optimizer = GaLore([weight], rank=2)
+    flat = torch.nn.Parameter(weight.detach().flatten())
+    optimizer.param_groups[0]["params"] = [flat]
+    flat.grad = torch.randn(24)
+    with pytest.raises(RuntimeError, match="no layout for: call megalr"):
+        optimizer.step()
+
+
+def test_pieces_cover_every_tensor_once_whatever_the_cut():
+    for world in (1, 2, 3, 5):
+        for first, numel, size in ((0, 7, 4), (3, 20, 7), (12, 1, 13), (5, 30, 40)):
+            pieces = cut_over_slices(numel, first, size, max(world, -(-(first + numel) // size)))
+            covered = [p.start + i for p in pieces for i in range(p.length)]
+            assert covered == list(range(numel))
+            assert all(p.rank * size + p.offset == first + p.start for p in pieces)
+            assert all(p.offset >= 0 and p.offset + p.length <= size for p in pieces)
+        share = -(-30 // world)
+        pieces = cut_each(11, 13, share, 100, world)
+        assert [p.start + i for p in pieces for i in range(p.length)] == list(range(13))
+        assert all(p.offset >= 100 and p.offset + p.length <= 100 + share for p in pieces)
+
+
+def test_cut_matrices_are_owned_evenly_by_ranks_that_hold_much_of_them():
+    tensors = [
+        LogicalTensor(str(i), (64, 64), cut_each(0, 4096, 1024, 0, 4), number=i) for i in range(12)
+    ]
+    owned = assign_owners(tensors, 4)
+    assert [sum(t.owner == rank for t in owned) for rank in range(4)] == [3, 3, 3, 3]
+    lopsided = LogicalTensor("x", (10, 10), cut_over_slices(100, 5, 20 * 5, 2))
+    assert assign_owners([lopsided], 2)[0].owner == 0

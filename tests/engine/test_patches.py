@@ -1,0 +1,156 @@
+"""Batched work on gradients gives what DeepSpeed's own code gives, parameter by parameter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megalr.config.schema import RunConfig
+from megalr.data.loader import UpdateBatch
+from megalr.engine import build as engines
+from megalr.engine.config import resolve_deepspeed_config
+from megalr.engine.patches import batch_parameters
+from megalr.engine.state import ShardedState
+from megalr.training.step import Updater
+from tests.ranks import run_distributed
+from tests.training.runs import settings, zero
+
+SIZES = {"hidden_size": 16, "intermediate_size": 27, "num_layers": 2, "vocab_size": 60}
+UPDATES, BAD, CLIPPED = 5, 3, 5
+"""Of the updates 1 to 5, 3 has a nan in the gradient of the last rank and 5 is clipped."""
+KINDS = [("bf16", 1), ("bf16", 2), ("paper_bf16", 1), ("fp32", 1)]
+
+
+def _train(values: dict[str, Any], stage: int, batched: bool) -> dict[str, Any]:
+    """Weights, masters and moments after every update, and norms; with DeepSpeed's code or ours."""
+    import deepspeed
+    from deepspeed.runtime import bf16_optimizer
+
+    config = RunConfig.model_validate(values)
+    # Buckets that hold several parameters, and an embedding that is larger than a bucket.
+    ds_user = zero(stage, reduce_bucket_size=900)
+    ds_config = resolve_deepspeed_config(config, ds_user, "test", dist.get_world_size())
+    ours = batch_parameters if batched else lambda engine: None
+    quick = patch.object(bf16_optimizer, "see_memory_usage")  # it collects garbage, 3 s an engine
+    with patch.object(engines, "batch_parameters", ours), quick:
+        engine = engines.build_engine(
+            config, ds_config, engines.build_model(config, torch.device("cpu"))
+        )
+    replaced = {"update_hp_grads", "scaled_global_norm"} & vars(engine.optimizer).keys()
+    assert bool(replaced) == batched
+    updater = Updater(engine, torch.device("cpu"), None)
+    parameters = list(engine.module.parameters())
+    state = ShardedState(engine)
+    seen: dict[str, Any] = {"weights": [], "masters": [], "moments": [], "norms": [], "steps": []}
+    factor = [1.0]  # of the first parameter's gradient
+    parameters[0].register_hook(lambda gradient: gradient * factor[0])
+    gradients = []
+    step = engine.optimizer.step
+
+    def look_and_step() -> None:
+        gradients.append([deepspeed.utils.safe_get_full_grad(p).clone() for p in parameters])
+        step()
+
+    engine.optimizer.step = look_and_step
+    for number in range(1, UPDATES + 1):
+        engine.optimizer.clip_grad = 0.01 if number == CLIPPED else 1e6
+        last = dist.get_rank() == dist.get_world_size() - 1
+        factor[0] = float("nan") if last and number == BAD else 1.0
+        made = updater.make(_batch(number, engine.gradient_accumulation_steps()), number, 0.01)
+        seen["norms"].append(float(made.norm))
+        seen["steps"].append(made.applied)
+        seen["weights"].append([p.detach().clone() for p in parameters])
+        masters = [state.master(p) for p in state.parameters()]
+        seen["masters"].append([m.clone() for m in masters if m is not None])
+        moments = [state.states(p) for p in state.parameters()]
+        seen["moments"].append([m.clone() for views in moments for m in views.values()])
+    seen["gradients"] = gradients
+    engine.destroy()
+    return seen
+
+
+def _batch(number: int, micro_batches: int) -> UpdateBatch:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    generator = torch.Generator().manual_seed(100 * number + rank)
+    ids = torch.randint(3, 60, (micro_batches, 2, 9), generator=generator)
+    targets = 16 * micro_batches * world
+    return UpdateBatch(number, [(i[:, :-1], i[:, 1:]) for i in ids], targets, (1,))
+
+
+def _compare(cases: dict[tuple[str, int, int], dict[str, Any]]) -> None:
+    """Compared on each rank, which has its own masters; the tensors would be many to send."""
+    for case, values in cases.items():
+        _assert_same(case, _train(values, case[1], True), _train(values, case[1], False))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_updates_are_those_of_deepspeeds_own_code(world: int, tmp_path: Path) -> None:
+    cases = {
+        (precision, stage, accumulation): _values(tmp_path, precision, accumulation, world)
+        for precision, stage in KINDS
+        for accumulation in (1, 2)
+        if precision != "fp32" or accumulation == 1
+    }
+    run_distributed(_compare, world, cases)
+
+
+def _values(folder: Path, precision: str, accumulation: int, world: int) -> dict[str, Any]:
+    sizes = {"global_batch_size": 2 * accumulation * world, "micro_batch_size": 2}
+    return settings(
+        folder,
+        folder,
+        model=SIZES,
+        train={**sizes, "precision": precision},
+        data={"sequence_length": 8},
+    )
+
+
+def _assert_same(case: tuple[str, int, int], ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    assert ours["steps"] == theirs["steps"] == [n != BAD for n in range(1, UPDATES + 1)], case
+    assert ours["norms"] == pytest.approx(theirs["norms"], rel=1e-5), case
+    assert ours["norms"][BAD - 1] == float("inf"), case
+    for kind in ("weights", "masters", "moments"):
+        for number, (mine, wanted) in enumerate(zip(ours[kind], theirs[kind], strict=True), 1):
+            assert len(mine) == len(wanted) > 0, (case, kind, number)
+            if number < CLIPPED:
+                assert all(map(torch.equal, mine, wanted)), (case, kind, number)
+                continue
+            # The factor follows the norm, which is rounded in another order.
+            rtol = 1e-5 if mine[0].dtype == torch.float32 else 2**-7
+            torch.testing.assert_close(mine, wanted, rtol=rtol, atol=1e-9)
+    for number, (mine, wanted) in enumerate(
+        zip(ours["gradients"], theirs["gradients"], strict=True), 1
+    ):
+        if number != BAD:
+            assert all(map(torch.equal, mine, wanted)), (case, "gradients", number)
+            squares = sum(float(g.double().square().sum()) for g in mine)
+            assert ours["norms"][number - 1] == pytest.approx(squares**0.5, rel=1e-5), case
+    # Clipping was at work in the last update.
+    assert ours["norms"][CLIPPED - 1] > 0.02
+
+
+def test_another_version_of_a_wrapper_keeps_its_own_code() -> None:
+    assert run_distributed(_replaced_in_unknown_wrappers, 1) == [[set(), {"check_overflow"}, set()]]
+
+
+def _replaced_in_unknown_wrappers() -> list[set[str]]:
+    """Names of the methods put on wrappers that have none of the attributes of DeepSpeed 0.19.8."""
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    bf16 = BF16_Optimizer.__new__(BF16_Optimizer)
+    zero_2 = DeepSpeedZeroOptimizer.__new__(DeepSpeedZeroOptimizer)
+    zero_2.cpu_offload = False
+    plain = torch.optim.SGD([torch.zeros(1)])
+    replaced = []
+    for wrapper in (bf16, zero_2, plain):
+        before = set(vars(wrapper))
+        batch_parameters(SimpleNamespace(optimizer=wrapper))
+        replaced.append(set(vars(wrapper)) - before)
+    return replaced

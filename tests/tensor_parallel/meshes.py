@@ -1,0 +1,38 @@
+"""Meshes and cases that tests of tensor parallelism share."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from types import SimpleNamespace
+
+from megalr.models.config import DecoderConfig
+from megalr.tensor_parallel.mesh import Mesh, make_mesh
+from tests.models.settings import factorized, full_rank, low_rank, tiny
+
+CASES: dict[str, tuple[SimpleNamespace, str]] = {
+    "full_rank": (full_rank(), "column_row"),
+    "low_rank": (low_rank(), "column_row"),
+    "sltrain": (factorized("sltrain"), "column_row"),
+    "lora": (factorized("lora"), "column_row"),
+    "cola": (factorized("cola"), "column_row"),
+    "some_targets": (low_rank(targets=["q", "k", "v", "down"]), "column_row"),
+    "low_rank_bottleneck": (low_rank(), "bottleneck"),
+    "cola_bottleneck": (factorized("cola"), "bottleneck"),
+}
+"""Every kind of layer in every layout that it has."""
+
+
+@lru_cache
+def mesh(tensor: int) -> Mesh:
+    """The mesh of the pool that calls it; every rank must call it in the same order."""
+    return make_mesh(tensor, "cpu")
+
+
+def sizes(name: str) -> DecoderConfig:
+    """A tiny decoder for a case: biases, a tied head or LayerNorm where the layout has them."""
+    changes = {"num_heads": 4, "num_kv_heads": 4, "attention_bias": True, "output_bias": True}
+    if name == "lora":
+        changes |= {"tie_embeddings": True}
+    if name == "cola":
+        changes |= {"norm": "layer", "positions": "learned", "max_positions": 16}
+    return tiny(**changes)
