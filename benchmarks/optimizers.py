@@ -28,7 +28,7 @@ import torch
 from megalr.errors import exit_cleanly
 from megalr.models.config import decoder_config
 from megalr.optim import SPAM, Apollo, ApolloMini, Fira, GaLore, GoLore, Muon, StableSPAM
-from megalr.optim.base import LogicalOptimizer
+from megalr.optim.base import ShardedOptimizer
 from megalr.optim.projection import side_of, subspace_basis, svd_bases
 from megalr.sharding.fragment import FlatLayout, LogicalTensor, Piece
 
@@ -123,7 +123,7 @@ def sliced(name: str, model: str, device: torch.device) -> torch.optim.Optimizer
             offset += piece.length
         group["params"] = [flat]
         layouts[flat] = FlatLayout(tuple(tensors))
-    if isinstance(made, LogicalOptimizer):
+    if isinstance(made, ShardedOptimizer):
         made.attach_layouts(layouts)
     return made
 

@@ -34,7 +34,7 @@ from megalr.config.schema import RunConfig
 from megalr.distributed.process_group import start_distributed
 from megalr.engine.build import build_engine, set_learning_rate
 from megalr.engine.config import resolve_deepspeed_config
-from megalr.engine.state import ShardedState
+from megalr.engine.state import EngineState
 from megalr.errors import exit_cleanly
 from megalr.layers.factors import FactorPair
 from megalr.models.build import build_model
@@ -214,7 +214,7 @@ def run_config(model: str, arguments: argparse.Namespace, micro: int) -> RunConf
 
 
 def timed_restarts(
-    restarts: Restarts, state: ShardedState, pairs: list[FactorPair], repeats: int
+    restarts: Restarts, state: EngineState, pairs: list[FactorPair], repeats: int
 ) -> tuple[list[RestartReport], int, int]:
     """Reports of restarts after the first (which warms up), peak memory in them, the part of it
     that the restart itself takes (bytes)."""
@@ -250,7 +250,7 @@ def in_engine(model: str, arguments: argparse.Namespace, device: torch.device) -
     engine = build_engine(config, ds_config, decoder)
     pairs = decoder.factor_pairs()
     restarts = Restarts(config.restarts, engine, pairs, 1000, lambda t: 1.0)
-    state = ShardedState(engine)
+    state = EngineState(engine)
     set_learning_rate(engine, 1e-4)
     tokens = torch.randint(0, 32000, (micro, SEQUENCE_LENGTH), device=device)
 

@@ -120,7 +120,7 @@ def measure(
     """Numbers of one kind of blocks for micro-batches of ``shape``."""
     decoder = build(config, kind, device, compiled=device.type == "cuda")
     ranks = dist.get_world_size()
-    width = config.hidden_size // (ranks if decoder.plan.cut_residual else 1)
+    width = config.hidden_size // (ranks if decoder.plan.sharded_residual else 1)
     x = torch.randn(*shape, width, device=device, dtype=torch.bfloat16, requires_grad=True)
     gradient = torch.randn_like(x)
     rope = rope_tables(shape[1], config.head_dim, config.rope_theta, device)

@@ -52,7 +52,7 @@ def block_messages(
         return forward, backward
     for group in matrix_groups(sizes, method, plan):
         reads = group.name in ("qkv", "into")
-        if plan.cut_residual:
+        if plan.sharded_residual:
             sums = Message(len(group.rows) * method.rank, element)
             forward += [sums, Message(1, 4)] if reads else [sums]
             backward.append(sums)
@@ -88,7 +88,7 @@ def end_messages(sizes: DecoderConfig, plan: Plan, element: int = 2) -> tuple[Me
     loss, norm = [Message(1, 4), Message(2, 4)], [Message(0, element, once=h)]
     if sizes.norm == "layer":
         norm *= 2  # its bias as well
-    if plan.cut_residual:
+    if plan.sharded_residual:
         scattered, gathered = (
             Message(h, element, "reduce_scatter"),
             Message(h, element, "all_gather"),

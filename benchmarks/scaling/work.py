@@ -90,7 +90,7 @@ def block_work(
             forward, backward = forward + ahead, backward + back
     t = plan.mesh.tensor_size
     h = sizes.hidden_size
-    residual = h / t if plan.cut_residual else h
+    residual = h / t if plan.sharded_residual else h
     f = sizes.padded_intermediate_size / t
     # Norms and sums of the residual stream; turning q and k where attention does not; gate * up.
     turned = 0 if sequence <= MAX_LENGTH and sizes.head_dim in HEAD_WIDTHS else h / t

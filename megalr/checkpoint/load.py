@@ -24,9 +24,9 @@ from megalr.checkpoint.reader import open_source
 from megalr.checkpoint.source import MASTER, SavedState, Source, whole
 from megalr.distributed.agreement import run_on_all, run_on_rank0
 from megalr.engine.checkpoint_layout import frozen_parameters, frozen_piece, layout_of
-from megalr.engine.state import ShardedState
+from megalr.engine.state import EngineState
 from megalr.errors import AgreedError, UserError
-from megalr.optim.base import LogicalOptimizer
+from megalr.optim.base import ShardedOptimizer
 from megalr.sharding.tensor_shard import shard_of
 
 
@@ -66,15 +66,15 @@ def load_checkpoint(engine: Any, folder: Path, tag: str) -> Loaded:
         k: [manifest.layout.get(k), v] for k, v in now.items() if manifest.layout.get(k) != v
     }
     saved = run_on_all(lambda: SavedState.read(root / tag), Damaged)
-    options = [dict(group) for group in ShardedState(engine).base.param_groups]
+    options = [dict(group) for group in EngineState(engine).base.param_groups]
     if different:
         run_on_all(lambda: load_source(engine, open_source(root / tag)), Damaged)
-        ShardedState(engine).refresh_weights()
+        EngineState(engine).refresh_weights()
     else:
         path, _ = engine.load_checkpoint(str(root), tag=tag)
         if path is None:
             raise AgreedError(f"checkpoint {root / tag} could not be loaded by DeepSpeed")
-    for group, given in zip(ShardedState(engine).base.param_groups, options, strict=True):
+    for group, given in zip(EngineState(engine).base.param_groups, options, strict=True):
         group.update({key: value for key, value in given.items() if key != "params"})
     return Loaded(dict(saved.state, update=saved.update), time.perf_counter() - started, different)
 
@@ -83,7 +83,7 @@ def load_checkpoint(engine: Any, folder: Path, tag: str) -> Loaded:
 def load_source(engine: Any, source: Source) -> None:
     """Load what this rank holds: masters, frozen weights, optimizer state, the engine's counters.
 
-    Not collective: once all ranks have agreed that it worked, ``ShardedState.refresh_weights``
+    Not collective: once all ranks have agreed that it worked, ``EngineState.refresh_weights``
     must be called on all of them.
 
     Raises:
@@ -91,7 +91,7 @@ def load_source(engine: Any, source: Source) -> None:
             on all ranks.
         Damaged: a file cannot be read, on the ranks that read it.
     """
-    state = ShardedState(engine)
+    state = EngineState(engine)
     _check_model(engine, state, source)
     for parameter in state.parameters():
         master = state.master(parameter)
@@ -111,7 +111,7 @@ def load_source(engine: Any, source: Source) -> None:
     engine.skipped_steps = saved["skipped_steps"]
 
 
-def _check_model(engine: Any, state: ShardedState, source: Source) -> None:
+def _check_model(engine: Any, state: EngineState, source: Source) -> None:
     """Refuse a saved state of other parameters; decided from what every rank knows."""
     expected = {state.name(p): (_full_shape(p, state.shape(p)), True) for p in state.parameters()}
     for name, parameter in frozen_parameters(engine, state):
@@ -148,14 +148,14 @@ def _part(
 
 
 def _flat_state(
-    state: ShardedState, source: Source, flat: Tensor, parameters: list[nn.Parameter]
+    state: EngineState, source: Source, flat: Tensor, parameters: list[nn.Parameter]
 ) -> dict[str, Any]:
     """The base optimizer's state of one flat tensor."""
     held = [(p, slot) for p in parameters if (slot := state.slot(p)) and slot.flat is flat]
     result = _counters(state, source, flat, parameters)
     first = state.name(parameters[0])
     # This package's optimizers keep flat states, torch's the shape of the tensor.
-    shape = (flat.numel(),) if isinstance(state.base, LogicalOptimizer) else flat.shape
+    shape = (flat.numel(),) if isinstance(state.base, ShardedOptimizer) else flat.shape
     for key in source.element_states(first):
         dtype = source.elements(first, key, 0, 1).dtype
         result[key] = torch.zeros(shape, dtype=dtype, device=flat.device)  # padding is zero too
@@ -172,7 +172,7 @@ def _flat_state(
 
 
 def _counters(
-    state: ShardedState, source: Source, flat: Tensor, parameters: list[nn.Parameter]
+    state: EngineState, source: Source, flat: Tensor, parameters: list[nn.Parameter]
 ) -> dict[str, Any]:
     """The counters that all parameters of a flat tensor share.
 
@@ -199,9 +199,9 @@ def _counters(
     }
 
 
-def _whole_tensor_states(state: ShardedState, source: Source, flat: Tensor) -> dict[str, Any]:
+def _whole_tensor_states(state: EngineState, source: Source, flat: Tensor) -> dict[str, Any]:
     """What the optimizer keeps for whole tensors: averages on all ranks, matrices on owners."""
-    if not isinstance(state.base, LogicalOptimizer):
+    if not isinstance(state.base, ShardedOptimizer):
         return {}
     layout = state.base.layout(flat)
     states = {tensor.name: source.tensor_state(tensor.name) for tensor in layout.tensors}

@@ -22,7 +22,7 @@ from megalr.checkpoint.torch_files import follow, load_mapped
 from megalr.checkpoint.universal import UniversalFolder, is_universal
 from megalr.config.schema import RunConfig
 from megalr.errors import UserError
-from megalr.sharding.tensor_shard import Shard
+from megalr.sharding.tensor_shard import TensorShard
 
 
 class Checkpoint:
@@ -176,7 +176,7 @@ class ShardedFiles:
         full: Tensor | None = None
         for rank, descriptions in self._ranks.items():
             record = descriptions[0]["parameters"][name]
-            shard = Shard.from_dict(record["shard"])
+            shard = TensorShard.from_dict(record["shard"])
             local = self._local(rank, name, key, 0, math.prod(record["shape"]))
             if full is None:
                 full = torch.zeros(shard.full_shape, dtype=local.dtype)

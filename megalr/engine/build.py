@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from megalr.config.schema import RunConfig
-from megalr.engine.config import is_plain
+from megalr.engine.config import is_unwrapped
 from megalr.engine.cuda_graph import MicroBatchGraph
 from megalr.engine.flat_layouts import attach_layouts
 from megalr.engine.patches import batch_parameters
-from megalr.engine.unwrapped_step import as_deepspeed_takes_it, guard_steps
+from megalr.engine.unwrapped_step import as_deepspeed_takes_it, install_clip_and_skip
 from megalr.errors import UserError
 from megalr.models.build import build_decoder, sizes_of
 from megalr.models.decoder import Decoder
@@ -67,7 +67,7 @@ def build_engine(config: RunConfig, ds_config: dict[str, Any], decoder: Decoder)
         decoder.use_kernels(weights_are_there=stage != 3)
     if config.train.compile:
         compile_blocks(decoder)
-    plain = is_plain(config.train.precision, stage)
+    plain = is_unwrapped(config.train.precision, stage)
     if plain and config.train.precision == "paper_bf16":
         decoder.bfloat16()  # else DeepSpeed does it
     optimizer = _optimizer_of(config, decoder)
@@ -90,7 +90,7 @@ def build_engine(config: RunConfig, ds_config: dict[str, Any], decoder: Decoder)
     engine.basic_optimizer.state.clear()
     attach_layouts(engine)
     if plain:
-        guard_steps(engine)
+        install_clip_and_skip(engine)
     batch_parameters(engine)
     if decoder.plan.parallel and hasattr(engine.optimizer, "fp32_groups"):
         _mark_gradients(decoder)

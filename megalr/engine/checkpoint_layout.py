@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from megalr.engine.state import ShardedState
-from megalr.optim.base import LogicalOptimizer
+from megalr.engine.state import EngineState
+from megalr.optim.base import ShardedOptimizer
 from megalr.sharding.tensor_shard import shard_of
 
 Place = tuple[str, list[Any]]
@@ -47,7 +47,7 @@ def fragments_file(data_rank: int, tensor_rank: int) -> str:
 
 def describe(engine: Any) -> dict[str, Any]:
     """The description of this rank's files; see the module's docstring."""
-    state = ShardedState(engine)
+    state = EngineState(engine)
     flats = _flat_places(engine, state)
     number = {id(flat): index for index, (flat, _) in enumerate(flats)}
     records: list[dict[str, Any]] = []
@@ -78,7 +78,7 @@ def describe(engine: Any) -> dict[str, Any]:
     }
 
 
-def frozen_parameters(engine: Any, state: ShardedState) -> list[tuple[str, nn.Parameter]]:
+def frozen_parameters(engine: Any, state: EngineState) -> list[tuple[str, nn.Parameter]]:
     """Parameters that the optimizer does not update, by name, in the order of the module."""
     trained = {id(parameter) for parameter in state.parameters()}
     return [(n, p) for n, p in engine.module.named_parameters() if id(p) not in trained]
@@ -96,9 +96,7 @@ def _record(
     }
 
 
-def _flat_places(
-    engine: Any, state: ShardedState
-) -> list[tuple[torch.Tensor, tuple[Place, Place]]]:
+def _flat_places(engine: Any, state: EngineState) -> list[tuple[torch.Tensor, tuple[Place, Place]]]:
     """Every flat tensor with the places of its masters and of its optimizer state."""
     flats = state.flats()
     optimizer = engine.optimizer
@@ -136,7 +134,7 @@ def _flat_places(
 
 def _logical_names(base: torch.optim.Optimizer, flat: torch.Tensor) -> list[str]:
     """Names of the logical tensors in a flat one; only this package's optimizers have any."""
-    if not isinstance(base, LogicalOptimizer):
+    if not isinstance(base, ShardedOptimizer):
         return []
     return [tensor.name for tensor in base.layout(flat).tensors]
 

@@ -19,7 +19,7 @@ NEVER = 1_000_000_000
 """Steps between two of DeepSpeed's own progress lines: more than any run has."""
 
 
-def is_plain(precision: str, stage: int) -> bool:
+def is_unwrapped(precision: str, stage: int) -> bool:
     """Whether the optimizer works on the model's own weights, without a wrapper of DeepSpeed's.
 
     So it is without ZeRO where weights and masters have one dtype: ``train.precision`` fp32 or
@@ -127,7 +127,7 @@ def _template(config: RunConfig, stage: int, accumulation: int) -> dict[str, Any
     """Every value megalr relies on or chooses, before the user's JSON is laid over it."""
     precision = config.train.precision
     low = precision != "fp32"
-    wrapped = low and not is_plain(precision, stage)
+    wrapped = low and not is_unwrapped(precision, stage)
     pure = wrapped and precision == "paper_bf16"
     full_accumulation = not low or (precision == "bf16" and stage > 0)
     return {

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megalr.engine.skip_step import guarded
+from megalr.engine.skip_step import poison_nonfinite
 from megalr.models.decoder import Decoder
 
 WARMUP_RUNS = 3
@@ -43,7 +43,7 @@ class MicroBatchGraph:
         self.scale = torch.ones((), dtype=torch.float32, device=device)
 
         def run() -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-            loss = guarded(decoder.summed_loss(self.input_ids, self.labels) * self.scale)
+            loss = poison_nonfinite(decoder.summed_loss(self.input_ids, self.labels) * self.scale)
             return loss.detach(), torch.autograd.grad(loss, self.parameters)
 
         for _ in range(WARMUP_RUNS):

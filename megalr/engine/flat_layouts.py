@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megalr.errors import UserError
-from megalr.optim.base import LogicalOptimizer
+from megalr.optim.base import ShardedOptimizer
 from megalr.optim.loro import LORO
 from megalr.optim.matrix import MatrixOptimizer
 from megalr.optim.muon import Muon
@@ -57,7 +57,7 @@ def attach_layouts(engine: Any) -> None:
     """
     wrapper = engine.optimizer
     base = getattr(wrapper, "optimizer", wrapper)
-    if not isinstance(base, LogicalOptimizer):
+    if not isinstance(base, ShardedOptimizer):
         return
     _refuse_tensor_parallelism(engine, base)
     names = {id(p): name for name, p in engine.module.named_parameters()}
@@ -95,7 +95,7 @@ def attach_layouts(engine: Any) -> None:
     base.attach_layouts(layouts)
 
 
-def _refuse_tensor_parallelism(engine: Any, base: LogicalOptimizer) -> None:
+def _refuse_tensor_parallelism(engine: Any, base: ShardedOptimizer) -> None:
     """A tensor-parallel rank holds a part of a matrix: its SVD, norm or maximum are not those."""
     mpu = getattr(engine, "mpu", None)
     size = 1 if mpu is None else mpu.get_model_parallel_world_size()
@@ -172,7 +172,7 @@ def _stage3(wrapper: Any, names: dict[int, str]) -> dict[torch.Tensor, FlatLayou
 
 
 def _whole(
-    wrapper: Any, base: LogicalOptimizer, names: dict[int, str]
+    wrapper: Any, base: ShardedOptimizer, names: dict[int, str]
 ) -> dict[torch.Tensor, FlatLayout]:
     """Stage 0: the optimizer holds whole tensors, its own copies or the parameters themselves."""
     masters = [p for group in base.param_groups for p in group["params"]]

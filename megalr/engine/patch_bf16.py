@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from megalr.engine.skip_step import leaves_out, step_unless
+from megalr.engine.skip_step import step_with_found_inf, supports_device_skip
 
 _RELIED_ON = (
     "bf16_groups fp32_groups_gradients fp32_groups_gradients_flat fp32_groups_has_gradients "
@@ -103,7 +103,7 @@ def _bf16_step(optimizer: Any, closure: None = None) -> None:
     """``BF16_Optimizer.step``: norm, clipping, update, new weights.
 
     The host waits for the norm, but not where the optimizer can leave the step out by itself: then
-    ``left_out`` tells on the device, and weights that have not changed are written once more. The
+    ``skipped`` tells on the device, and weights that have not changed are written once more. The
     sums are not cleared here: the engine calls ``zero_grad``, which does so, right afterwards.
     """
     if closure is not None:
@@ -113,13 +113,13 @@ def _bf16_step(optimizer: Any, closure: None = None) -> None:
     optimizer._global_grad_norm = norm.nan_to_num(
         nan=math.inf, posinf=math.inf
     )  # as DeepSpeed tells it
-    optimizer.overflow, optimizer.left_out = False, bad
+    optimizer.overflow, optimizer.skipped = False, bad
     own = optimizer.fp32_groups_gradient_flat_partition  # the rank updates with nothing else
     base = optimizer.optimizer
-    waits = not leaves_out(base)
+    waits = not supports_device_skip(base)
     if waits:
         norm = norm.cpu()
-        optimizer.overflow = optimizer.left_out = not math.isfinite(norm)
+        optimizer.overflow = optimizer.skipped = not math.isfinite(norm)
         if optimizer.overflow:
             optimizer.clear_hp_grads()
             optimizer.clear_lp_grads()
@@ -133,7 +133,7 @@ def _bf16_step(optimizer: Any, closure: None = None) -> None:
     if waits:
         base.step()
     else:
-        step_unless(base, bad, norm, optimizer.clip_grad, base.step)
+        step_with_found_inf(base, bad, norm, optimizer.clip_grad, base.step)
     optimizer._lazy_init_hp_params_optimizer_state()
     optimizer.update_lp_params()
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 
-def guarded(loss: torch.Tensor) -> torch.Tensor:
+def poison_nonfinite(loss: torch.Tensor) -> torch.Tensor:
     """``loss`` times 1, or times NaN if it is not finite; a tensor of its own.
 
     So a non-finite loss gives a non-finite gradient, even where the derivative alone would be
@@ -37,7 +37,7 @@ def not_finite_anywhere(value: torch.Tensor) -> torch.Tensor:
     return bad
 
 
-def leaves_out(base: torch.optim.Optimizer) -> bool:
+def supports_device_skip(base: torch.optim.Optimizer) -> bool:
     """Whether ``step`` of the optimizer can be told on the device to change nothing.
 
     Not before its first step, which would make moments even so.
@@ -46,7 +46,7 @@ def leaves_out(base: torch.optim.Optimizer) -> bool:
     return fused and bool(base.state)
 
 
-def step_unless(
+def step_with_found_inf(
     base: torch.optim.Optimizer,
     bad: torch.Tensor,
     norm: torch.Tensor,
@@ -64,7 +64,7 @@ def step_unless(
     make_step()
 
 
-def forget_gradients(optimizer: Any) -> None:
+def drop_offloaded_gradients(optimizer: Any) -> None:
     """Drop the gradients of a step that DeepSpeed's ZeRO-1 or 2 has skipped with CPU offload.
 
     It drops them itself without offload. With it and bf16 their sums stay, the next micro-batches

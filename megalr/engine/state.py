@@ -50,7 +50,7 @@ class Slot:
         return tensor.detach().view(-1).narrow(0, self.offset, self.numel)
 
 
-class ShardedState:
+class EngineState:
     """Fragments of all trainable parameters of an engine; see the module's docstring.
 
     Attributes:

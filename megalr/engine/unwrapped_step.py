@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from megalr.engine.skip_step import leaves_out, not_finite_anywhere, step_unless
+from megalr.engine.skip_step import not_finite_anywhere, step_with_found_inf, supports_device_skip
 from megalr.models.decoder import Decoder
 from megalr.sharding.tensor_shard import shard_of
 from megalr.tensor_parallel.collectives import all_reduce
@@ -28,12 +28,12 @@ def as_deepspeed_takes_it(ds_config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in ds_config.items() if key != "data_types"}
 
 
-def guard_steps(engine: Any) -> None:
+def install_clip_and_skip(engine: Any) -> None:
     """Let the optimizer's ``step`` clip, and change nothing where the gradient is not finite.
 
     It leaves the norm before clipping and whether it changed nothing where the engine looks for
     them in its wrappers (``_global_grad_norm``, ``overflow``); the latter on the device, in
-    ``left_out``, where the host has not waited for it. The clipped gradient is
+    ``skipped``, where the host has not waited for it. The clipped gradient is
     g / max(1, (norm + 1e-6) / c) with c of ``train.gradient_clipping``, as torch's. On one
     data-parallel rank the engine's all-reduce, which copies every gradient twice, is turned off.
     """
@@ -44,11 +44,11 @@ def guard_steps(engine: Any) -> None:
     def step() -> None:
         norm = gradient_norm(decoder)
         bad = not_finite_anywhere(norm)
-        optimizer._global_grad_norm, optimizer.overflow, optimizer.left_out = norm, False, bad
-        if leaves_out(optimizer):
-            step_unless(optimizer, bad, norm, limit, make_step)
+        optimizer._global_grad_norm, optimizer.overflow, optimizer.skipped = norm, False, bad
+        if supports_device_skip(optimizer):
+            step_with_found_inf(optimizer, bad, norm, limit, make_step)
             return
-        optimizer.overflow = optimizer.left_out = bool(bad)
+        optimizer.overflow = optimizer.skipped = bool(bad)
         if optimizer.overflow:
             return
         if limit:

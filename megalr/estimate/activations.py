@@ -132,7 +132,7 @@ def activation_bytes(
     heads = sizes.num_heads // plan.mesh.tensor_size
     # Besides the elements: log-sum-exp of attention and the norms' scales, float32.
     block = shape.tokens * (token * shape.element + 4 * (heads + 2))
-    residual = sizes.hidden_size // (plan.mesh.tensor_size if plan.cut_residual else 1)
+    residual = sizes.hidden_size // (plan.mesh.tensor_size if plan.sharded_residual else 1)
     kept = block
     if shape.recompute != "none":
         kept = shape.tokens * shape.element * kept_elements(sizes, method, plan, groups, shape)
@@ -154,7 +154,7 @@ def block_elements(
     t = plan.mesh.tensor_size
     h, kv = sizes.hidden_size / t, sizes.kv_heads * sizes.head_dim / t
     f = groups[2].local_rows[0]
-    residual = sizes.hidden_size / (t if plan.cut_residual else 1)
+    residual = sizes.hidden_size / (t if plan.sharded_residual else 1)
     count = 4 * residual + 2 * h + 2 * kv
     stacked = not groups[0].factorized or method.name == "sltrain"
     if stacked and not shape.kernels.attention:
@@ -169,7 +169,7 @@ def block_elements(
     if method.name != "sltrain":
         both = method.name == "cola"  # before and after the nonlinearity
         count += _bottleneck_elements(method, groups) * (2 if both else 1)
-    if plan.cut_residual:
+    if plan.sharded_residual:
         # Not compiled, the residual stream in float32 as well, for its squares.
         count += 0 if shape.compiled else 4 * residual
     return count
@@ -180,7 +180,7 @@ def kept_elements(
 ) -> float:
     """Elements a token that a block keeps where something is recomputed (models.recompute)."""
     t = plan.mesh.tensor_size
-    residual = sizes.hidden_size / (t if plan.cut_residual else 1)
+    residual = sizes.hidden_size / (t if plan.sharded_residual else 1)
     # q, k, v and what attention gives
     attention = 2 * (sizes.hidden_size + sizes.kv_heads * sizes.head_dim) / t
     between = 0 if method.name == "sltrain" else _bottleneck_elements(method, groups)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megalr.config.schema import RunConfig
-from megalr.engine.config import is_plain
+from megalr.engine.config import is_unwrapped
 from megalr.estimate.tensors import TRAINED, Stored
 from megalr.models.config import round_up
 from megalr.optim.quantized import BLOCK, MINIMUM
@@ -79,7 +79,7 @@ class Numbers:
 def wrapper_of(precision: str, stage: int, accumulation: str, offload: bool) -> str:
     """The class that wraps the optimizer; ``accumulation`` is the dtype gradients add up in."""
     if stage == 0:
-        return "none" if is_plain(precision, stage) else "FP16_UnfusedOptimizer"
+        return "none" if is_unwrapped(precision, stage) else "FP16_UnfusedOptimizer"
     if stage == 3:
         return "DeepSpeedZeroOptimizer_Stage3"
     if stage == 1 and precision != "fp32" and accumulation == "fp32" and not offload:

@@ -84,14 +84,14 @@ def matrix_groups(sizes: DecoderConfig, method: Any, plan: Plan) -> list[MatrixG
     def group(name: str, members: tuple[str, ...], n: int, rows: tuple[int, ...]) -> MatrixGroup:
         target = targets is None or set(members) <= set(targets)
         reads_residual = name in ("qkv", "into")
-        cut_columns = plan.cut_residual or not reads_residual
-        cut_rows = plan.cut_residual or reads_residual
+        cut_columns = plan.sharded_residual or not reads_residual
+        shard_rows = plan.sharded_residual or reads_residual
         return MatrixGroup(
             name,
             n,
             rows,
             n // t if cut_columns else n,
-            tuple(m // t for m in rows) if cut_rows else rows,
+            tuple(m // t for m in rows) if shard_rows else rows,
             method.name in FACTORIZED and target,
             target,
             tuple((used if m == f else m, used if n == f else n) for m in rows)
@@ -115,7 +115,7 @@ def stored_tensors(sizes: DecoderConfig, method: Any, plan: Plan = SINGLE) -> li
     """
     check_plan(sizes, method, plan)
     h, rows = sizes.hidden_size, sizes.padded_vocab_size // plan.mesh.tensor_size
-    norm = h // plan.mesh.tensor_size if plan.cut_residual else h
+    norm = h // plan.mesh.tensor_size if plan.sharded_residual else h
     tensors = [Stored("embedding", rows * h, "matrices")]
     if sizes.positions == "learned":
         tensors.append(Stored("positions", sizes.max_positions * h, "matrices"))

@@ -30,7 +30,7 @@ from megalr.hf.read import Weights, check_weights, load_linear, load_plain, name
 from megalr.layers.linear import FactorizedLinear, GroupedLinear
 from megalr.layers.lora import LoRALinear
 from megalr.layers.sltrain import SLTrainLinear
-from megalr.models.build import Supports, build_decoder, build_model
+from megalr.models.build import SparseIndices, build_decoder, build_model
 from megalr.models.config import decoder_config
 from megalr.models.decoder import Decoder
 from megalr.preprocessing.tokenizer import open_tokenizer
@@ -55,7 +55,7 @@ class Imported:
 
     folder: str
     relative_error: dict[str, float]
-    supports: Supports | None
+    supports: SparseIndices | None
     seconds: float
 
     def by_projection(self) -> dict[str, tuple[float, float]]:
@@ -268,7 +268,7 @@ def _broadcast(layer: GroupedLinear, owner: int, device: torch.device) -> None:
         tensor.detach().copy_(values)
 
 
-def _supports_of(decoder: Decoder) -> Supports | None:
+def _supports_of(decoder: Decoder) -> SparseIndices | None:
     layers = [layer for layer in decoder.linears() if isinstance(layer, SLTrainLinear)]
     if not layers:
         return None
@@ -288,7 +288,7 @@ def take_part(decoder: nn.Module, whole: nn.Module) -> None:
         parameter.copy_(full[name] if shard is None else shard.take(full[name]))
 
 
-def write_supports(folder: Path, supports: Supports | None) -> None:
+def write_supports(folder: Path, supports: SparseIndices | None) -> None:
     """Write them (if any) into the run's folder, whole or not at all; called on one rank.
 
     Raises:
@@ -306,7 +306,7 @@ def write_supports(folder: Path, supports: Supports | None) -> None:
         raise UserError(f"{path} cannot be written: {error}: free space or fix the path") from error
 
 
-def read_supports(config: RunConfig, folder: Path) -> Supports | None:
+def read_supports(config: RunConfig, folder: Path) -> SparseIndices | None:
     """What :func:`write_supports` wrote; None if the run's supports follow from its seed.
 
     Raises:

@@ -26,7 +26,7 @@ def block_linears(block: Block, number: int) -> list[tuple[GroupedLinear, list[s
         for layer, part, names in (
             (block.attention.qkv, "self_attn", ATTENTION),
             (block.attention.o, "self_attn", ATTENTION),
-            (block.mlp.into, "mlp", MLP),
+            (block.mlp.gate_up, "mlp", MLP),
             (block.mlp.down, "mlp", MLP),
         )
     ]
@@ -93,7 +93,7 @@ def _gpt2_tensors(decoder: Decoder) -> Tensors:
         for name, layer in (
             ("attn.c_attn", block.attention.qkv),
             ("attn.c_proj", block.attention.o),
-            ("mlp.c_fc", block.mlp.into),
+            ("mlp.c_fc", block.mlp.gate_up),
             ("mlp.c_proj", block.mlp.down),
         ):
             count = len(layer.shape.names)

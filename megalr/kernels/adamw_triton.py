@@ -52,17 +52,17 @@ def _count_step(
 
 
 @triton.jit
-def _load(pointers, inside, WHOLE: tl.constexpr):
+def _load(pointers, inside, REPLICATED: tl.constexpr):
     """Float32 values; WHOLE: no mask, which would hide from the compiler that they lie in line."""
-    if WHOLE:
+    if REPLICATED:
         return tl.load(pointers).to(tl.float32)
     else:
         return tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _store(pointers, values, inside, WHOLE: tl.constexpr):
-    if WHOLE:
+def _store(pointers, values, inside, REPLICATED: tl.constexpr):
+    if REPLICATED:
         tl.store(pointers, values.to(pointers.dtype.element_ty))
     else:
         tl.store(pointers, values.to(pointers.dtype.element_ty), mask=inside)
@@ -71,24 +71,24 @@ def _store(pointers, values, inside, WHOLE: tl.constexpr):
 @triton.jit
 def _update_chunk(
     weights, gradients, firsts, seconds, inside, step_size, inverse2, inverse_scale,
-    decay, beta1, rest1, beta2, rest2, eps, WHOLE: tl.constexpr,
+    decay, beta1, rest1, beta2, rest2, eps, REPLICATED: tl.constexpr,
 ):  # fmt: skip
     """One chunk, in the order of torch's kernel; moments are used before they are rounded.
 
     The gradient stays as it is, where torch's kernel would store it unscaled.
     """
-    p = _load(weights, inside, WHOLE)
-    g = _load(gradients, inside, WHOLE)
-    m = _load(firsts, inside, WHOLE)
-    v = _load(seconds, inside, WHOLE)
+    p = _load(weights, inside, REPLICATED)
+    g = _load(gradients, inside, REPLICATED)
+    m = _load(firsts, inside, REPLICATED)
+    v = _load(seconds, inside, REPLICATED)
     g *= inverse_scale
     p -= decay * p
     m = beta1 * m + rest1 * g
     v = beta2 * v + rest2 * g * g
     p -= step_size * m / (tl.sqrt(v) * inverse2 + eps)
-    _store(weights, p, inside, WHOLE)
-    _store(firsts, m, inside, WHOLE)
-    _store(seconds, v, inside, WHOLE)
+    _store(weights, p, inside, REPLICATED)
+    _store(firsts, m, inside, REPLICATED)
+    _store(seconds, v, inside, REPLICATED)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from torch import nn
 from megalr.kernels import half_on_gpu
 from megalr.kernels.embedding import lookup
 from megalr.layers.factors import named_generator
-from megalr.sharding.tensor_shard import Shard, part_of, set_shard
+from megalr.sharding.tensor_shard import TensorShard, part_of, set_shard
 from megalr.tensor_parallel.mesh import Mesh
 
 
@@ -55,12 +55,12 @@ class Embedding(nn.Module):
         init_rows(self.weight, self.vocab_size, seed, "embedding", std, self.start)
 
 
-def vocabulary_shard(padded_vocab_size: int, hidden_size: int, mesh: Mesh) -> Shard | None:
+def vocabulary_shard(padded_vocab_size: int, hidden_size: int, mesh: Mesh) -> TensorShard | None:
     """What this rank holds of a ``(V, h)`` table cut by rows; None if that is all."""
     if mesh.tensor_size == 1:
         return None
     part = part_of(padded_vocab_size, mesh.tensor_rank, mesh.tensor_size)
-    return Shard((padded_vocab_size, hidden_size), rows=(part,))
+    return TensorShard((padded_vocab_size, hidden_size), rows=(part,))
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ H200 a batch gained 3 to 10 % at 1408, 2048, 2752 and 5504 rows and lost 3 and 8
 
 
 @torch.library.custom_op("megalr::expand", mutates_args=(), schema=SCHEMA)
-def expand(
+def up_project(
     h: Tensor, b: Tensor, sizes: Sequence[int], scale: float, together: bool
 ) -> list[Tensor]:
     """``y_i = scale h_i B_i^T`` for the G matrices of a group.
@@ -68,7 +68,7 @@ def _by_matrix(h: Tensor, groups: int, rank: int) -> Tensor:
     return h.reshape(-1, groups, rank).transpose(0, 1)
 
 
-@expand.register_fake
+@up_project.register_fake
 def _(h: Tensor, b: Any, sizes: Sequence[int], scale: Any, together: bool) -> list[Tensor]:
     return _empty_outputs(h, sizes, together)
 
@@ -118,20 +118,20 @@ def _product(x: Tensor, y: Tensor, scale: float, out: Tensor) -> None:
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    h, b, ctx.sizes, ctx.scale, ctx.together = inputs
+    h, b, ctx.sizes, ctx.scale, ctx.forward_stacked = inputs
     ctx.save_for_backward(h, b)
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor, Tensor, None, None, None]:
     h, b = ctx.saved_tensors
     if any(grad is None for grad in grads):
-        zeros = [torch.zeros_like(y) for y in _empty_outputs(h, ctx.sizes, ctx.together)]
+        zeros = [torch.zeros_like(y) for y in _empty_outputs(h, ctx.sizes, ctx.forward_stacked)]
         grads = [zero if grad is None else grad for grad, zero in zip(grads, zeros, strict=True)]
-    dh, db = expand_backward(grads, h, b, ctx.sizes, ctx.scale, ctx.together)
+    dh, db = expand_backward(grads, h, b, ctx.sizes, ctx.scale, ctx.forward_stacked)
     return dh, db, None, None, None
 
 
-expand.register_autograd(_backward, setup_context=_keep)
+up_project.register_autograd(_backward, setup_context=_keep)
 
 
 @register_flop_formula(torch.ops.megalr.expand)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from megalr.sharding.tensor_shard import Shard, cut_rows
-from megalr.tensor_parallel.plan import WHOLE, Cut
+from megalr.sharding.tensor_shard import TensorShard, shard_rows
+from megalr.tensor_parallel.plan import REPLICATED, ShardSpec
 
 
 @dataclass(frozen=True)
@@ -36,18 +36,18 @@ class LinearShape:
     out_features: tuple[int, ...]
     in_used: int
     out_used: tuple[int, ...]
-    cut: Cut = WHOLE
+    spec: ShardSpec = REPLICATED
 
     @property
     def local_in(self) -> int:
         """Columns held here, padding included."""
-        start, stop = self.cut.columns(self.in_features)
+        start, stop = self.spec.columns(self.in_features)
         return stop - start
 
     @property
     def local_out(self) -> tuple[int, ...]:
         """Rows of each matrix held here, padding included."""
-        return tuple(stop - start for start, stop in map(self.cut.rows, self.out_features))
+        return tuple(stop - start for start, stop in map(self.spec.rows, self.out_features))
 
     def row_ranges(self) -> list[tuple[int, int]]:
         """``(start, stop)`` rows of each matrix in the stack held here, padding included."""
@@ -59,16 +59,16 @@ class LinearShape:
 
     def held_rows(self, index: int) -> slice:
         """Rows of the unpadded matrix ``index`` that this rank holds."""
-        start, stop = self.cut.rows(self.out_features[index])
+        start, stop = self.spec.rows(self.out_features[index])
         used = self.out_used[index]
         return slice(min(start, used), min(stop, used))
 
     def held_columns(self) -> slice:
         """Columns of the unpadded matrices that this rank holds."""
-        start, stop = self.cut.columns(self.in_features)
+        start, stop = self.spec.columns(self.in_features)
         return slice(min(start, self.in_used), min(stop, self.in_used))
 
-    def shard(self, rows: int | None = None, columns: int | None = None) -> Shard | None:
+    def shard(self, rows: int | None = None, columns: int | None = None) -> TensorShard | None:
         """What this rank holds of a stack of weights; None if that is all of it.
 
         The default is the stack of the matrices, ``(sum m_i, n)``.
@@ -77,19 +77,19 @@ class LinearShape:
             rows: rows of a stack that is never cut by rows (the factors A).
             columns: columns where they are never cut (r, for the factors B); 0 for a vector.
         """
-        mesh = self.cut.mesh
-        cut_by_rows = self.cut.outputs and rows is None
-        cut_by_columns = self.cut.inputs and columns is None
+        mesh = self.spec.mesh
+        cut_by_rows = self.spec.outputs and rows is None
+        cut_by_columns = self.spec.inputs and columns is None
         if mesh.tensor_size == 1 or not (cut_by_rows or cut_by_columns):
             return None
         height = sum(self.out_features) if rows is None else rows
         width = self.in_features if columns is None else columns
-        return Shard(
+        return TensorShard(
             (height, width) if width else (height,),
-            cut_rows(self.out_features, mesh.tensor_rank, mesh.tensor_size)
+            shard_rows(self.out_features, mesh.tensor_rank, mesh.tensor_size)
             if cut_by_rows
             else None,
-            self.cut.columns(self.in_features) if cut_by_columns else None,
+            self.spec.columns(self.in_features) if cut_by_columns else None,
         )
 
 
@@ -112,7 +112,7 @@ class FactorPair:
     a: nn.Parameter
     a_rows: tuple[int, int]
     scale: float
-    cut: Cut = WHOLE
+    spec: ShardSpec = REPLICATED
 
     @property
     def rank(self) -> int:

@@ -11,7 +11,7 @@ from megalr.kernels.swiglu import swiglu_product
 
 
 @dataclass(frozen=True)
-class Gated:
+class DeferredSwiGLU:
     """``silu(gate) up``, not formed yet: a layer that reads it multiplies in the same operator.
 
     Attributes:
@@ -21,8 +21,8 @@ class Gated:
     projections: tuple[torch.Tensor, ...]
 
 
-def product(x: torch.Tensor | Gated, weight: torch.Tensor) -> torch.Tensor:
+def product(x: torch.Tensor | DeferredSwiGLU, weight: torch.Tensor) -> torch.Tensor:
     """``x W^T``."""
-    if isinstance(x, Gated):
+    if isinstance(x, DeferredSwiGLU):
         return swiglu_product(list(x.projections), weight)
     return F.linear(x, weight)

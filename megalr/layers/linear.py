@@ -3,7 +3,7 @@
 Every layer maps ``x (..., n)`` to a tuple with one output per logical matrix and offers the same
 interface: ``reset_parameters``, ``dense_weight``, ``load_dense`` and ``factor_pairs``.
 
-Under tensor parallelism a layer holds the rows and columns that ``shape.cut`` says; weights are
+Under tensor parallelism a layer holds the rows and columns that ``shape.spec`` says; weights are
 drawn whole from the run's seed and cut, so they do not depend on the number of ranks.
 """
 
@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megalr.layers.expansion import expand
+from megalr.layers.expansion import up_project
 from megalr.layers.factors import FactorPair, LinearShape, named_generator, set_row_blocks
-from megalr.layers.gated import Gated, product
-from megalr.layers.norm import Unscaled
+from megalr.layers.gated import DeferredSwiGLU, product
+from megalr.layers.norm import DeferredRMSNorm
 from megalr.sharding.tensor_shard import set_shard
 from megalr.tensor_parallel.collectives import copy, reduce
 
@@ -36,8 +36,8 @@ class GroupedLinear(nn.Module, ABC):
         self.shape = shape
         # Plain sizes for forward: a compiled forward that read names would not be shared by blocks.
         self.sizes = shape.local_out
-        self.input_group = shape.cut.input_group
-        self.output_group = shape.cut.output_group
+        self.input_group = shape.spec.input_group
+        self.output_group = shape.spec.output_group
         self.bias = nn.Parameter(torch.zeros(sum(self.sizes))) if bias else None
         if self.bias is not None:
             set_shard(self.bias, shape.shard(columns=0))
@@ -54,7 +54,7 @@ class GroupedLinear(nn.Module, ABC):
     def load_dense(self, index: int, weight: torch.Tensor) -> None:
         """Set W_index to the whole ``weight (m, n)``, or as near as the layer can come."""
 
-    def together(self, x: Any) -> tuple[torch.Tensor, ...]:
+    def forward_stacked(self, x: Any) -> tuple[torch.Tensor, ...]:
         """The outputs in one tensor if the layer has them so, for operators that take both forms.
 
         That is ``(..., sum m_i)`` side by side or ``(G, ..., m)``; else the G outputs. ``x`` is
@@ -78,7 +78,7 @@ class GroupedLinear(nn.Module, ABC):
         """What this rank holds of the whole unpadded ``weight (m, n)`` of matrix ``index``."""
         return weight[self.shape.held_rows(index), self.shape.held_columns()]
 
-    def dense_output(self, x: torch.Tensor | Gated, weight: torch.Tensor) -> torch.Tensor:
+    def dense_output(self, x: torch.Tensor | DeferredSwiGLU, weight: torch.Tensor) -> torch.Tensor:
         """``x W^T (+ bias)`` for the stack W as held here, with its sums; ``(..., sum m_i)``."""
         if isinstance(x, torch.Tensor):
             x = copy(x, self.output_group)
@@ -109,7 +109,7 @@ class GroupedLinear(nn.Module, ABC):
         )
 
 
-class FullRankLinear(GroupedLinear):
+class DenseLinear(GroupedLinear):
     """``y_i = x W_i^T (+ b_i)`` for the matrices of one group, in one GEMM.
 
     Parameter ``weight`` is ``(sum m_i, n)``: the matrices W_i stacked by rows. Under tensor
@@ -123,10 +123,10 @@ class FullRankLinear(GroupedLinear):
         set_row_blocks(self.weight, shape.names, shape.row_ranges())
         set_shard(self.weight, shape.shard())
 
-    def forward(self, x: torch.Tensor | Gated) -> tuple[torch.Tensor, ...]:
+    def forward(self, x: torch.Tensor | DeferredSwiGLU) -> tuple[torch.Tensor, ...]:
         return self.dense_output(x, self.weight).split(self.sizes, dim=-1)
 
-    def together(self, x: Any) -> tuple[torch.Tensor, ...]:
+    def forward_stacked(self, x: Any) -> tuple[torch.Tensor, ...]:
         """The outputs side by side, ``(..., sum m_i)``, as the GEMM leaves them."""
         return (self.dense_output(x, self.weight),)
 
@@ -179,9 +179,9 @@ class FactorizedLinear(GroupedLinear):
     def _a_ranges(self) -> list[tuple[int, int]]:
         return [(i * self.rank, (i + 1) * self.rank) for i in range(len(self.shape.names))]
 
-    def bottleneck(self, x: torch.Tensor | Unscaled | Gated) -> torch.Tensor:
+    def bottleneck(self, x: torch.Tensor | DeferredRMSNorm | DeferredSwiGLU) -> torch.Tensor:
         """``x A_i^T`` of the whole input side by side, ``(..., G r)``, the same on all ranks."""
-        if isinstance(x, Unscaled):
+        if isinstance(x, DeferredRMSNorm):
             h = reduce(F.linear(x.values, self.a), self.input_group)
             return x.scaled(h, self.input_group)
         return reduce(product(x, self.a), self.input_group)
@@ -189,15 +189,15 @@ class FactorizedLinear(GroupedLinear):
     def low_rank_outputs(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """``scale (x A_i^T) B_i^T`` for every matrix, ``(..., m_i)`` each; no bias."""
         h = copy(self.bottleneck(x), self.output_group)
-        return tuple(expand(h, self.b, self.sizes, self.scale, False))
+        return tuple(up_project(h, self.b, self.sizes, self.scale, False))
 
     def outputs_of(self, h: torch.Tensor, together: bool = False) -> tuple[torch.Tensor, ...]:
         """``scale h_i B_i^T (+ bias_i)`` of bottlenecks ``h (..., G r)``, ``(..., m_i)`` each.
 
-        ``together``: one tensor ``(G, ..., m)``; of matrices of one size, without biases.
+        ``forward_stacked``: one tensor ``(G, ..., m)``; of matrices of one size, without biases.
         """
         h = copy(h, self.output_group)
-        outputs = expand(h, self.b, self.sizes, self.scale, together)
+        outputs = up_project(h, self.b, self.sizes, self.scale, together)
         if self.bias is None:
             return tuple(outputs)
         biases = self.bias.split(self.sizes)
@@ -236,7 +236,7 @@ class FactorizedLinear(GroupedLinear):
     def factor_pairs(self) -> list[FactorPair]:
         """The factor pairs of this group, in order."""
         return [
-            FactorPair(name, self.b, b_rows, self.a, a_rows, self.scale, self.shape.cut)
+            FactorPair(name, self.b, b_rows, self.a, a_rows, self.scale, self.shape.spec)
             for name, b_rows, a_rows in zip(
                 self.shape.names, self.shape.row_ranges(), self._a_ranges(), strict=True
             )
@@ -247,15 +247,17 @@ class FactorizedLinear(GroupedLinear):
 
 
 class BottleneckLinear(FactorizedLinear):
-    """A layer that is its two factors and nothing else: all that passes are r numbers a matrix."""
+    """A layer that is its two factors and nothing else: only r numbers a matrix pass through."""
 
-    def forward(self, x: torch.Tensor | Unscaled | Gated) -> tuple[torch.Tensor, ...]:
+    def forward(
+        self, x: torch.Tensor | DeferredRMSNorm | DeferredSwiGLU
+    ) -> tuple[torch.Tensor, ...]:
         return self.outputs_of(self.bottleneck(x))
 
-    def together(self, x: Any) -> tuple[torch.Tensor, ...]:
+    def forward_stacked(self, x: Any) -> tuple[torch.Tensor, ...]:
         """``(G, ..., m)`` where the matrices have one size and no biases."""
         if self.bias is not None or len(set(self.sizes)) > 1:
-            return super().together(x)
+            return super().forward_stacked(x)
         return self.outputs_of(self.bottleneck(x), together=True)
 
 

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megalr.sharding.tensor_shard import Shard, part_of, set_shard
+from megalr.sharding.tensor_shard import TensorShard, part_of, set_shard
 from megalr.tensor_parallel.collectives import Group, copy, reduce
 from megalr.tensor_parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)
-class Unscaled:
+class DeferredRMSNorm:
     """A normalized vector without its factor 1/rms, which is not known on one rank alone.
 
     RMSNorm is a number a token times ``x * weight``, and a matrix may be applied before that
@@ -63,10 +63,11 @@ class _TimesFactor(torch.autograd.Function):
         return (dy * factor).to(y.dtype), dfactor
 
 
-class CutRMSNorm(nn.Module):
+class ShardedRMSNorm(nn.Module):
     """RMSNorm of a residual stream that is cut along the hidden dimension.
 
-    Parameter ``weight (h/p,)``. The output is an :class:`Unscaled`, which factorized layers read.
+    Parameter ``weight (h/p,)``. The output is a :class:`DeferredRMSNorm`, which factorized
+    layers read.
 
     Args:
         hidden_size: h, of the whole stream.
@@ -80,14 +81,14 @@ class CutRMSNorm(nn.Module):
         self.eps = eps
         part = part_of(hidden_size, mesh.tensor_rank, mesh.tensor_size)
         self.weight = nn.Parameter(torch.ones(part[1] - part[0]))
-        set_shard(self.weight, Shard((hidden_size,), rows=(part,)))
+        set_shard(self.weight, TensorShard((hidden_size,), rows=(part,)))
 
-    def forward(self, x: torch.Tensor) -> Unscaled:
+    def forward(self, x: torch.Tensor) -> DeferredRMSNorm:
         squares = x.float().square().sum(dim=-1, keepdim=True)  # (..., 1)
-        return Unscaled(x * self.weight, squares, self.hidden_size, self.eps)
+        return DeferredRMSNorm(x * self.weight, squares, self.hidden_size, self.eps)
 
 
-class LastNorm(nn.Module):
+class FinalNorm(nn.Module):
     """The norm before the head: RMSNorm or LayerNorm of a whole vector.
 
     The head is cut by vocabulary, so on each rank the gradient of this norm's output is a partial

@@ -15,7 +15,7 @@ from megalr.errors import UserError
 from megalr.layers.factors import LinearShape, named_generator, set_row_blocks
 from megalr.layers.linear import FactorizedLinear
 from megalr.layers.sparse_product import MAX_ENTRIES, sparse_low_rank
-from megalr.sharding.tensor_shard import Shard, set_shard
+from megalr.sharding.tensor_shard import TensorShard, set_shard
 from megalr.tensor_parallel.collectives import copy, reduce
 
 
@@ -96,8 +96,8 @@ class SLTrainLinear(FactorizedLinear):
         set_row_blocks(self.values, tuple(f"{n}.S" for n in shape.names), ranges)
         # Which of all drawn values this rank holds, on the CPU.
         self.held = torch.from_numpy(np.concatenate(held))
-        if shape.cut.mesh.tensor_size > 1:
-            set_shard(self.values, Shard((sum(self.drawn),), indices=self.held))
+        if shape.spec.mesh.tensor_size > 1:
+            set_shard(self.values, TensorShard((sum(self.drawn),), indices=self.held))
 
     def _held_support(self, index: int, drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Which of the drawn positions of matrix ``index`` lie here, and where in the stack."""

@@ -14,7 +14,7 @@ from megalr.layers.cola import CoLALinear
 from megalr.layers.factors import LinearShape
 from megalr.layers.linear import (
     BottleneckLinear,
-    FullRankLinear,
+    DenseLinear,
     GroupedLinear,
     LowRankLinear,
 )
@@ -30,7 +30,7 @@ from megalr.tensor_parallel.plan import SINGLE, Plan
 FACTORIZED = ("low_rank", "loro", "sltrain", "lora", "relora", "cola")
 """Methods whose target matrices are stored as factors."""
 
-Supports = Mapping[str, np.ndarray]
+SparseIndices = Mapping[str, np.ndarray]
 """Positions of SLTrain's sparse parts by matrix, where they are not drawn from the seed."""
 
 
@@ -39,7 +39,7 @@ def projection_names(shape: LinearShape) -> list[str]:
     return [name.rsplit(".", 1)[1] for name in shape.names]
 
 
-def make_linear_of(method: Any, seed: int, supports: Supports | None = None) -> MakeLinear:
+def make_linear_of(method: Any, seed: int, supports: SparseIndices | None = None) -> MakeLinear:
     """The builder of linear layers for a method; ``seed`` or ``supports`` give those of SLTrain.
 
     A method without factors (full_rank, and those that are an optimizer) makes dense layers.
@@ -48,11 +48,11 @@ def make_linear_of(method: Any, seed: int, supports: Supports | None = None) -> 
         UserError: rank larger than a matrix, or targets that split a group.
     """
     if method.name not in FACTORIZED:
-        return FullRankLinear
+        return DenseLinear
 
     def make(shape: LinearShape, bias: bool) -> GroupedLinear:
         if not _is_target(method, shape):
-            return FullRankLinear(shape, bias)
+            return DenseLinear(shape, bias)
         if method.name == "low_rank":
             return LowRankLinear(shape, method.rank, method.alpha, method.init, bias)
         if method.name == "loro":
@@ -93,7 +93,7 @@ def build_decoder(
     seed: int,
     recompute: str = "none",
     plan: Plan = SINGLE,
-    supports: Supports | None = None,
+    supports: SparseIndices | None = None,
     drawn: bool = True,
 ) -> Decoder:
     """A decoder in float32 on the default device with weights drawn from ``seed``.
@@ -141,7 +141,7 @@ def build_model(
     config: RunConfig,
     device: torch.device,
     mesh: Mesh = ONE_RANK,
-    supports: Supports | None = None,
+    supports: SparseIndices | None = None,
 ) -> Decoder:
     """This rank's part of the run's decoder on ``device``, float32, drawn from ``run.seed``.
 

@@ -24,15 +24,15 @@ from megalr.kernels.attention import applies, attention, plain_attention
 from megalr.kernels.norm import add_norm, add_norm_applies
 from megalr.layers.embedding import Embedding, init_rows
 from megalr.layers.factors import FactorPair, LinearShape
-from megalr.layers.gated import Gated
+from megalr.layers.gated import DeferredSwiGLU
 from megalr.layers.head import Head
 from megalr.layers.linear import (
     BottleneckLinear,
+    DenseLinear,
     FactorizedLinear,
-    FullRankLinear,
     GroupedLinear,
 )
-from megalr.layers.norm import CutRMSNorm, LastNorm, Unscaled
+from megalr.layers.norm import DeferredRMSNorm, FinalNorm, ShardedRMSNorm
 from megalr.models.config import DecoderConfig
 from megalr.models.recompute import recomputed
 from megalr.tensor_parallel.plan import SINGLE, Plan
@@ -47,10 +47,10 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def make_norm(config: DecoderConfig, plan: Plan) -> nn.RMSNorm | nn.LayerNorm | CutRMSNorm:
+def make_norm(config: DecoderConfig, plan: Plan) -> nn.RMSNorm | nn.LayerNorm | ShardedRMSNorm:
     """The norm of the family for a block; statistics are computed in float32."""
-    if plan.cut_residual:
-        return CutRMSNorm(config.hidden_size, config.norm_eps, plan.mesh)
+    if plan.sharded_residual:
+        return ShardedRMSNorm(config.hidden_size, config.norm_eps, plan.mesh)
     if config.norm == "rms":
         return nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
     return nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
@@ -64,7 +64,7 @@ def rope_tables(length: int, head_dim: int, theta: float, device: torch.device) 
     return torch.stack((angles.cos(), angles.sin()))
 
 
-def _values(x: torch.Tensor | Unscaled) -> torch.Tensor:
+def _values(x: torch.Tensor | DeferredRMSNorm) -> torch.Tensor:
     """A tensor with device, dtype and shape of what a layer reads."""
     return x if isinstance(x, torch.Tensor) else x.values
 
@@ -81,27 +81,33 @@ class Attention(nn.Module):
         super().__init__()
         h, kv = config.hidden_size, config.kv_heads * config.head_dim
         self.config = config
-        self.fused = False  # whether mix may use the kernel of our own
+        self.fused = False  # whether core may use the custom kernel
         qkv = LinearShape(
             tuple(f"{prefix}.{name}" for name in "qkv"),
             h,
             (h, kv, kv),
             h,
             (h, kv, kv),
-            plan.into(),
+            plan.column_parallel(),
         )
         self.qkv = make_linear(qkv, config.attention_bias)
-        o = LinearShape((f"{prefix}.o",), h, (h,), h, (h,), plan.out_of())
+        o = LinearShape((f"{prefix}.o",), h, (h,), h, (h,), plan.row_parallel())
         self.o = make_linear(o, config.output_bias)
 
     def forward(
-        self, x: torch.Tensor | Unscaled, rope: torch.Tensor | None, mask: torch.Tensor | None
+        self,
+        x: torch.Tensor | DeferredRMSNorm,
+        rope: torch.Tensor | None,
+        mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        (y,) = self.o(self.mix(x, rope, mask))
+        (y,) = self.o(self.core(x, rope, mask))
         return y
 
-    def mix(
-        self, x: torch.Tensor | Unscaled, rope: torch.Tensor | None, mask: torch.Tensor | None
+    def core(
+        self,
+        x: torch.Tensor | DeferredRMSNorm,
+        rope: torch.Tensor | None,
+        mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """``softmax(q k^T) v``, heads side by side: what ``o`` reads.
 
@@ -110,7 +116,7 @@ class Attention(nn.Module):
         if self.fused and applies(_values(x), mask, self.config.head_dim):
             # One tensor side by side, of a dense layer, is not what the operator takes.
             together = isinstance(self.qkv, BottleneckLinear)
-            projections = self.qkv.together(x) if together else self.qkv(x)
+            projections = self.qkv.forward_stacked(x) if together else self.qkv(x)
             return attention(projections, rope, self.config.head_dim)
         q, k, v = self.qkv(x)
         return plain_attention(q, k, v, rope, mask, self.config.head_dim)
@@ -126,34 +132,39 @@ class MLP(nn.Module):
         h, used = config.hidden_size, config.intermediate_size
         padded = config.padded_intermediate_size
         names = ("gate", "up") if config.gated_mlp else ("up",)
-        into = LinearShape(
+        gate_up = LinearShape(
             tuple(f"{prefix}.{name}" for name in names),
             h,
             (padded,) * len(names),
             h,
             (used,) * len(names),
-            plan.into(),
+            plan.column_parallel(),
         )
-        self.into = make_linear(into, config.output_bias)
-        down = LinearShape((f"{prefix}.down",), padded, (h,), used, (h,), plan.out_of())
+        self.into = make_linear(gate_up, config.output_bias)  # its name in checkpoints
+        down = LinearShape((f"{prefix}.down",), padded, (h,), used, (h,), plan.row_parallel())
         self.down = make_linear(down, config.output_bias)
         self.activation = ACTIVATIONS[config.activation]
         self.gated = config.gated_mlp
         self.fused = False  # whether down may form its input itself
 
-    def forward(self, x: torch.Tensor | Unscaled) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | DeferredRMSNorm) -> torch.Tensor:
         if self.fused and half_on_gpu(_values(x)):
-            (y,) = self.down(Gated(self.into.together(x)))
+            (y,) = self.down(DeferredSwiGLU(self.gate_up.forward_stacked(x)))
         else:
-            (y,) = self.down(self.mix(self.into(x)))
+            (y,) = self.down(self.activate(self.gate_up(x)))
         return y
 
     def fuse(self) -> None:
         """Let ``down`` form its input itself, by the kernel of our own, where that is possible."""
-        kind = isinstance(self.down, BottleneckLinear | FullRankLinear)
+        kind = isinstance(self.down, BottleneckLinear | DenseLinear)
         self.fused = kind and self.gated and self.activation is F.silu
 
-    def mix(self, projections: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    @property
+    def gate_up(self) -> GroupedLinear:
+        """The layer of gate and up, or of up alone without a gate."""
+        return self.into
+
+    def activate(self, projections: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """``act(gate) * up``, or ``act(up)``: what ``down`` reads, ``(B, S, padded width)``."""
         hidden = self.activation(projections[0])
         return hidden * projections[1] if self.gated else hidden
@@ -216,7 +227,7 @@ class Block(nn.Module):
 
     def _normed(
         self, norm: nn.Module, x: torch.Tensor, added: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | Unscaled]:
+    ) -> tuple[torch.Tensor, torch.Tensor | DeferredRMSNorm]:
         """``x + added`` and its norm."""
         if added is None:
             return x, norm(x)
@@ -262,7 +273,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(
             Block(config, index, make_linear, plan, recompute) for index in range(config.num_layers)
         )
-        self.norm = LastNorm(config.norm, config.hidden_size, config.norm_eps, plan.group)
+        self.norm = FinalNorm(config.norm, config.hidden_size, config.norm_eps, plan.group)
         self.head = Head(
             config.vocab_size,
             config.padded_vocab_size,

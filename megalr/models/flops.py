@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megalr.layers.linear import FactorizedLinear, FullRankLinear
+from megalr.layers.linear import DenseLinear, FactorizedLinear
 from megalr.layers.lora import LoRALinear
 from megalr.layers.sltrain import SLTrainLinear
 from megalr.models.decoder import Decoder
@@ -26,7 +26,7 @@ def matrix_parameters(decoder: Decoder) -> int:
             count += sum((shape.in_used + m) * linear.rank for m in shape.out_used)
         if isinstance(linear, SLTrainLinear):
             count += sum(linear.drawn)
-        if isinstance(linear, FullRankLinear | LoRALinear):
+        if isinstance(linear, DenseLinear | LoRALinear):
             count += sum(shape.in_used * m for m in shape.out_used)
     return count
 
@@ -70,7 +70,7 @@ def parameter_count(decoder: Decoder, trainable_only: bool = False) -> int:
             padding += sum(spare) * linear.rank
             padding += spare_columns * linear.rank * len(shape.names)
         frozen = isinstance(linear, LoRALinear) and not trainable_only
-        if isinstance(linear, FullRankLinear) or frozen:
+        if isinstance(linear, DenseLinear) or frozen:
             padding += sum(spare) * shape.in_features + spare_columns * sum(shape.out_used)
     return stored - padding
 

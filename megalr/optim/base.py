@@ -63,7 +63,7 @@ def _to_device(value: Any, device: torch.device) -> Any:
     return value
 
 
-class LogicalOptimizer(torch.optim.Optimizer):
+class ShardedOptimizer(torch.optim.Optimizer):
     """Base of the optimizers: a torch optimizer whose rules work on logical tensors.
 
     ``state_dtype`` (None: fp32, or fp64 for fp64 parameters) is the dtype of the moments.

@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from megalr.errors import UserError
 from megalr.optim import adam_h
-from megalr.optim.base import LogicalOptimizer
+from megalr.optim.base import ShardedOptimizer
 from megalr.optim.matrix import check_choice
 from megalr.sharding.exchange import buckets, collect, distribute
 from megalr.sharding.fragment import FlatLayout, LogicalTensor, piece_view
@@ -21,7 +21,7 @@ Located = tuple[torch.Tensor, FlatLayout, LogicalTensor]
 """A logical tensor, the entry of ``param_groups`` that holds it, and that entry's layout."""
 
 
-class LORO(LogicalOptimizer):
+class LORO(ShardedOptimizer):
     """LORO (Mo et al. 2025, ICLR; the form of the authors' code; docs/methods.md) for W = B A.
 
     Pairs are the logical tensors named ``X.B`` (m, r) and ``X.A`` (r, n). With ADAM-H directions

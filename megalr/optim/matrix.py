@@ -15,7 +15,7 @@ from torch.optim.optimizer import ParamsT
 
 from megalr.errors import UserError
 from megalr.optim import adam_h
-from megalr.optim.base import LogicalOptimizer, require_matrix
+from megalr.optim.base import ShardedOptimizer, require_matrix
 from megalr.optim.projection import BASES, leading_bases, mixed_seed, refresh_due
 from megalr.sharding.exchange import Item, update_matrices
 from megalr.sharding.fragment import LogicalTensor
@@ -29,7 +29,7 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise UserError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
-class MatrixOptimizer(LogicalOptimizer):
+class MatrixOptimizer(ShardedOptimizer):
     """ADAM-H on low-rank images of whole matrices; subclasses give the rule of one matrix.
 
     Options of every group: lr, betas, eps, weight_decay, rank (None: not projected),

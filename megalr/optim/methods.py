@@ -10,7 +10,7 @@ import torch
 
 from megalr.errors import UserError
 from megalr.optim.apollo import Apollo, ApolloMini
-from megalr.optim.base import LogicalOptimizer
+from megalr.optim.base import ShardedOptimizer
 from megalr.optim.galore import Fira, GaLore
 from megalr.optim.golore import GoLore
 from megalr.optim.loro import LORO
@@ -79,7 +79,7 @@ def _is_target(parameter: torch.Tensor, targets: tuple[str, ...] | None) -> bool
 
 def make_optimizer(
     optimizer: Any, method: Any, groups: Groups, facts: RunFacts
-) -> LogicalOptimizer | None:
+) -> ShardedOptimizer | None:
     """The optimizer of this package that the run asks for; None when it is plain AdamW.
 
     ``groups`` are those of :func:`megalr.optim.groups.parameter_groups`. Raises UserError for a
@@ -102,7 +102,7 @@ def _given(section: Any, *names: str) -> dict[str, Any]:
     return {name: getattr(section, name) for name in names}
 
 
-def _spam(settings: Any, groups: Groups, facts: RunFacts) -> LogicalOptimizer:
+def _spam(settings: Any, groups: Groups, facts: RunFacts) -> ShardedOptimizer:
     density = {"density": settings.density}
     groups = [
         {**g, **density} if g["name"] == "targets" else g for g in split_targets(groups, None)
@@ -116,7 +116,7 @@ def _spam(settings: Any, groups: Groups, facts: RunFacts) -> LogicalOptimizer:
     )
 
 
-def _stable_spam(settings: Any, groups: Groups, facts: RunFacts) -> LogicalOptimizer:
+def _stable_spam(settings: Any, groups: Groups, facts: RunFacts) -> ShardedOptimizer:
     names = ("lr", "betas", "eps", "gamma1", "gamma2", "gamma3", "eta", "update_gap", "compat")
     return StableSPAM(
         groups,
@@ -126,7 +126,7 @@ def _stable_spam(settings: Any, groups: Groups, facts: RunFacts) -> LogicalOptim
     )
 
 
-def _muon(settings: Any, groups: Groups, facts: RunFacts) -> LogicalOptimizer:
+def _muon(settings: Any, groups: Groups, facts: RunFacts) -> ShardedOptimizer:
     groups = [
         {**g, "use_muon": g["name"] in ("targets", "factors")} for g in split_targets(groups, None)
     ]
@@ -135,11 +135,11 @@ def _muon(settings: Any, groups: Groups, facts: RunFacts) -> LogicalOptimizer:
 
 
 def _projected(
-    make: Callable[..., LogicalOptimizer], *names: str
-) -> Callable[[Any, Any, Groups, RunFacts], LogicalOptimizer]:
+    make: Callable[..., ShardedOptimizer], *names: str
+) -> Callable[[Any, Any, Groups, RunFacts], ShardedOptimizer]:
     """A builder of a projected optimizer: ``names`` of the method are options of its targets."""
 
-    def build(optimizer: Any, method: Any, groups: Groups, facts: RunFacts) -> LogicalOptimizer:
+    def build(optimizer: Any, method: Any, groups: Groups, facts: RunFacts) -> ShardedOptimizer:
         options = _given(method, "rank", "update_proj_gap", "stagger", "basis", *names)
         groups = [
             {**g, **options} if g["name"] == "targets" else g
@@ -158,7 +158,7 @@ def _projected(
     return build
 
 
-def _loro(optimizer: Any, method: Any, groups: Groups, facts: RunFacts) -> LogicalOptimizer:
+def _loro(optimizer: Any, method: Any, groups: Groups, facts: RunFacts) -> ShardedOptimizer:
     return LORO(
         groups,
         **_given(optimizer, "lr", "betas"),
@@ -169,7 +169,7 @@ def _loro(optimizer: Any, method: Any, groups: Groups, facts: RunFacts) -> Logic
 
 
 _APOLLO = ("scale", "scale_type", "scale_front", "proj", "proj_type", "limiter", "compat")
-_METHODS: dict[str, Callable[[Any, Any, Groups, RunFacts], LogicalOptimizer]] = {
+_METHODS: dict[str, Callable[[Any, Any, Groups, RunFacts], ShardedOptimizer]] = {
     "galore": _projected(GaLore, "scale", "proj_type", "limiter", "state_bits"),
     "fira": _projected(Fira, "scale", "proj_type", "limiter", "compat"),
     "apollo": _projected(Apollo, *_APOLLO),
@@ -177,7 +177,7 @@ _METHODS: dict[str, Callable[[Any, Any, Groups, RunFacts], LogicalOptimizer]] = 
     "golore": _projected(GoLore, "rand_ratio", "kappa"),
     "loro": _loro,
 }
-_OPTIMIZERS: dict[str, Callable[[Any, Groups, RunFacts], LogicalOptimizer]] = {
+_OPTIMIZERS: dict[str, Callable[[Any, Groups, RunFacts], ShardedOptimizer]] = {
     "spam": _spam,
     "stable_spam": _stable_spam,
     "muon": _muon,

@@ -10,13 +10,13 @@ from torch.optim.optimizer import ParamsT
 
 from megalr.errors import UserError
 from megalr.optim import adam_h
-from megalr.optim.base import LogicalOptimizer
+from megalr.optim.base import ShardedOptimizer
 from megalr.optim.matrix import check_choice
 from megalr.sharding.exchange import update_matrices
 from megalr.sharding.fragment import LogicalTensor
 
 
-class Muon(LogicalOptimizer):
+class Muon(ShardedOptimizer):
     """Muon (Jordan et al. 2024): momentum whose singular values are all set to about one.
 
     For each logical matrix of a group with ``use_muon``: M <- momentum * M + (1 - momentum) G,

@@ -10,13 +10,13 @@ from torch.optim.optimizer import ParamsT
 
 from megalr.errors import UserError
 from megalr.optim import adam_h
-from megalr.optim.base import LogicalOptimizer
+from megalr.optim.base import ShardedOptimizer
 from megalr.optim.matrix import COMPAT, check_choice
 from megalr.optim.projection import mixed_seed
 from megalr.sharding.fragment import FlatLayout
 
 
-class SPAM(LogicalOptimizer):
+class SPAM(ShardedOptimizer):
     """SPAM (Huang et al. 2025, arXiv 2501.06842; docs/methods.md). Elementwise.
 
     At update j (one-based), with j mod ``update_gap`` = i:

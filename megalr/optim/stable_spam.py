@@ -13,7 +13,7 @@ from torch.optim.optimizer import ParamsT
 
 from megalr.errors import UserError
 from megalr.optim import adam_h
-from megalr.optim.base import LogicalOptimizer, scalar_dtype
+from megalr.optim.base import ShardedOptimizer, scalar_dtype
 from megalr.optim.matrix import COMPAT, check_choice
 from megalr.sharding.exchange import reduce_over_ranks
 from megalr.sharding.fragment import FlatLayout, Piece, piece_view
@@ -30,7 +30,7 @@ class Change:
     factor: float
 
 
-class StableSPAM(LogicalOptimizer):
+class StableSPAM(ShardedOptimizer):
     """Stable-SPAM (Huang et al. 2025, arXiv 2502.17055; docs/methods.md). Elementwise.
 
     Per logical tensor, at its k-th update, with sigma annealed from 1 to ``eta`` by a cosine over

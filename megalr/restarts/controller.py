@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megalr.config.restarts import RestartsConfig
 from megalr.distributed.agreement import all_reduce_max
-from megalr.engine.state import ShardedState
+from megalr.engine.state import EngineState
 from megalr.errors import UserError
 from megalr.layers.factors import FactorPair
 from megalr.restarts.adaptive import SpikeDetector
@@ -69,7 +69,7 @@ class Restarts:
         if not config.active:
             return
         _check_factors(config, pairs)
-        self._state = ShardedState(engine)
+        self._state = EngineState(engine)
         self._factors = factor_parameters(pairs)
         self._to_reset = self._state.parameters()
         if config.reset_scope == "factors":

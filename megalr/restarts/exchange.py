@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megalr.engine.state import ShardedState
+from megalr.engine.state import EngineState
 from megalr.layers.factors import FactorPair
 
 Matrices = list[tuple[Tensor, Tensor]]  # (B (m, r), A (r, n)) of each pair
@@ -45,7 +45,7 @@ class FactorExchange:
     """
 
     def __init__(
-        self, state: ShardedState, pairs: Sequence[FactorPair], bucket_bytes: int | None = None
+        self, state: EngineState, pairs: Sequence[FactorPair], bucket_bytes: int | None = None
     ) -> None:
         self.state = state
         self.pairs = list(pairs)
@@ -83,7 +83,7 @@ class FactorExchange:
 
     def cuts(self, round_index: int) -> list[tuple[bool, bool]]:
         """For this rank's pairs of a round: is B cut by rows, and A by columns, over ranks."""
-        mine = (self.pairs[index].cut for index in self.rounds[round_index][self.rank])
+        mine = (self.pairs[index].spec for index in self.rounds[round_index][self.rank])
         return [(cut.outputs, cut.inputs) for cut in mine]
 
     def publish(self, round_index: int, matrices: Matrices) -> None:

@@ -14,9 +14,9 @@ from typing import Literal
 import torch
 from torch import nn
 
-from megalr.engine.state import ShardedState
+from megalr.engine.state import EngineState
 from megalr.errors import UserError
-from megalr.optim.base import LogicalOptimizer
+from megalr.optim.base import ShardedOptimizer
 from megalr.restarts.refactorize import sum_over
 
 Counter = Literal["zero", "one", "keep"]
@@ -36,7 +36,7 @@ class Reset:
         return self.elements / self.total if self.total else 0.0
 
 
-def check_groups(state: ShardedState, parameters: Sequence[nn.Parameter], counter: Counter) -> None:
+def check_groups(state: EngineState, parameters: Sequence[nn.Parameter], counter: Counter) -> None:
     """Raise UserError if ``parameters`` cannot be reset without the rest of their param groups.
 
     Under ZeRO a group has one step counter; optimizers of :mod:`megalr.optim` keep whole-matrix
@@ -44,7 +44,7 @@ def check_groups(state: ShardedState, parameters: Sequence[nn.Parameter], counte
     """
     if state.replicated:
         return
-    if counter == "keep" and not isinstance(state.base, LogicalOptimizer):
+    if counter == "keep" and not isinstance(state.base, ShardedOptimizer):
         return
     chosen = {id(p) for p in parameters}
     for index, group in enumerate(state.groups()):
@@ -59,7 +59,7 @@ def check_groups(state: ShardedState, parameters: Sequence[nn.Parameter], counte
 
 @torch.no_grad()
 def reset_moments(
-    state: ShardedState,
+    state: EngineState,
     parameters: Sequence[nn.Parameter],
     kinds: Sequence[str] = ("first", "second"),
     counter: Counter = "zero",
@@ -70,7 +70,7 @@ def reset_moments(
     Collective (one sum). Raises RuntimeError if moments exist but none was zeroed.
     """
     names = state.moment_names(kinds)
-    if isinstance(state.base, LogicalOptimizer):
+    if isinstance(state.base, ShardedOptimizer):
         entries = state.entries(parameters)
         counts = state.base.reset_moments(entries, names, counter)
     else:
@@ -88,7 +88,7 @@ def reset_moments(
 
 
 def _zero_fragments(
-    state: ShardedState, parameters: Sequence[nn.Parameter], names: Sequence[str]
+    state: EngineState, parameters: Sequence[nn.Parameter], names: Sequence[str]
 ) -> tuple[int, int]:
     """Zero the named states of ``parameters`` here; elements zeroed and elements of moments."""
     chosen = {id(p) for p in parameters}

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megalr.engine.state import ShardedState
+from megalr.engine.state import EngineState
 from megalr.layers.factors import FactorPair
 from megalr.restarts.balance import balance_in_place, gram, imbalance
 from megalr.restarts.exchange import FactorExchange, workspace_of
@@ -70,7 +70,7 @@ def largest_imbalance(exchange: FactorExchange) -> float:
 
 
 @torch.no_grad()
-def nonfinite_parameters(state: ShardedState, parameters: Sequence[nn.Parameter]) -> list[str]:
+def nonfinite_parameters(state: EngineState, parameters: Sequence[nn.Parameter]) -> list[str]:
     """Names of the parameters whose master holds inf or nan on some rank; equal on all ranks."""
     if not parameters:
         return []
@@ -91,7 +91,7 @@ def factor_parameters(pairs: Sequence[FactorPair]) -> list[nn.Parameter]:
 
 
 def sum_over(
-    values: Sequence[int], state: ShardedState, over_tensor_ranks: bool = False
+    values: Sequence[int], state: EngineState, over_tensor_ranks: bool = False
 ) -> list[int]:
     """Sums over the ranks that share the masters; also over those that hold other parts of them."""
     total = torch.tensor(list(values), dtype=torch.int64, device=state.device)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megalr.engine.state import ShardedState
+from megalr.engine.state import EngineState
 from megalr.errors import UserError
 from megalr.layers.factors import named_generator
 from megalr.layers.lora import LoRALinear
@@ -59,7 +59,7 @@ class Relora:
         self.seed = seed
         self.seconds = 0.0
         self.reset_every = method.reset_every or method.merge_every
-        self.state = ShardedState(engine)
+        self.state = EngineState(engine)
         if engine.zero_optimization_stage() == 3:
             raise UserError(
                 "method.name=relora with ZeRO stage 3: the frozen matrices are cut over ranks and "

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megalr.engine.state import ShardedState
+from megalr.engine.state import EngineState
 from megalr.sharding.tensor_shard import shard_of
 
 _CHUNK = 1 << 22  # elements hashed at a time: 32 MiB of int64
@@ -32,7 +32,7 @@ def checksum(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def check_weights(state: ShardedState, parameters: Sequence[nn.Parameter]) -> None:
+def check_weights(state: EngineState, parameters: Sequence[nn.Parameter]) -> None:
     """Raise RuntimeError, on all ranks, where weights differ between ranks or from their masters.
 
     Collective over the data-parallel group and, for weights that are not cut, over the
@@ -72,7 +72,7 @@ def check_weights(state: ShardedState, parameters: Sequence[nn.Parameter]) -> No
 
 
 def _complain(
-    state: ShardedState, parameters: Sequence[nn.Parameter], bad: list[bool], what: str
+    state: EngineState, parameters: Sequence[nn.Parameter], bad: list[bool], what: str
 ) -> None:
     names = [state.name(p) for p, flag in zip(parameters, bad, strict=True) if flag]
     if names:
@@ -80,7 +80,7 @@ def _complain(
         raise RuntimeError(f"after the restart the weights of {', '.join(names[:3])}{more} {what}")
 
 
-def _whole(state: ShardedState, parameter: nn.Parameter) -> Any:
+def _whole(state: EngineState, parameter: nn.Parameter) -> Any:
     """A context in which the parameter is whole; ZeRO-3 keeps it cut."""
     if not hasattr(parameter, "ds_id"):
         return contextlib.nullcontext()

@@ -13,7 +13,7 @@ Range = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Shard:
+class TensorShard:
     """One rank's part of a tensor: some rows of each stacked matrix, some columns, or both.
 
     A stacked tensor (q, k, v) is cut matrix by matrix, so a rank's rows are several ranges of the
@@ -81,7 +81,7 @@ class Shard:
         }
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Shard:
+    def from_dict(cls, values: dict[str, Any]) -> TensorShard:
         """The inverse of :meth:`to_dict`."""
         rows, columns = values["rows"], values["columns"]
         return cls(
@@ -98,7 +98,7 @@ def part_of(size: int, rank: int, parts: int) -> Range:
     return rank * length, (rank + 1) * length
 
 
-def cut_rows(sizes: Sequence[int], rank: int, parts: int) -> tuple[Range, ...]:
+def shard_rows(sizes: Sequence[int], rank: int, parts: int) -> tuple[Range, ...]:
     """The ranges of a stack of matrices with ``sizes`` rows, each cut into equal parts."""
     ranges, start = [], 0
     for size in sizes:
@@ -108,7 +108,7 @@ def cut_rows(sizes: Sequence[int], rank: int, parts: int) -> tuple[Range, ...]:
     return tuple(ranges)
 
 
-def set_shard(parameter: nn.Parameter, shard: Shard | None) -> None:
+def set_shard(parameter: nn.Parameter, shard: TensorShard | None) -> None:
     """Note on a parameter what part of the whole it is; None: it is whole on every rank.
 
     A cut parameter also gets DeepSpeed's mark ``tensor_model_parallel``: its gradient norm counts
@@ -119,6 +119,6 @@ def set_shard(parameter: nn.Parameter, shard: Shard | None) -> None:
         parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
 
-def shard_of(parameter: nn.Parameter) -> Shard | None:
+def shard_of(parameter: nn.Parameter) -> TensorShard | None:
     """What :func:`set_shard` noted; None for a parameter that is whole on every rank."""
     return getattr(parameter, "shard", None)

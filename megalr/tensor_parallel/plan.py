@@ -23,7 +23,7 @@ LAYOUTS = ("column_row", "bottleneck")
 
 
 @dataclass(frozen=True)
-class Cut:
+class ShardSpec:
     """How the matrices of one group of linear layers are cut.
 
     Attributes:
@@ -58,7 +58,7 @@ class Cut:
         return part_of(size, self.mesh.tensor_rank, self.mesh.tensor_size)
 
 
-WHOLE = Cut()
+REPLICATED = ShardSpec()
 """Nothing is cut."""
 
 
@@ -75,7 +75,7 @@ class Plan:
         return self.mesh.tensor_size > 1
 
     @property
-    def cut_residual(self) -> bool:
+    def sharded_residual(self) -> bool:
         """Whether the residual stream is cut along the hidden dimension."""
         return self.parallel and self.layout == "bottleneck"
 
@@ -84,21 +84,21 @@ class Plan:
         """The tensor-parallel group."""
         return self.mesh.tensor_group
 
-    def into(self) -> Cut:
+    def column_parallel(self) -> ShardSpec:
         """Cut of the matrices that read the residual stream: q, k, v; gate, up."""
-        return Cut(self.mesh, inputs=self.cut_residual, outputs=self.parallel)
+        return ShardSpec(self.mesh, inputs=self.sharded_residual, outputs=self.parallel)
 
-    def out_of(self) -> Cut:
+    def row_parallel(self) -> ShardSpec:
         """Cut of the matrices that write the residual stream: o; down."""
-        return Cut(self.mesh, inputs=self.parallel, outputs=self.cut_residual)
+        return ShardSpec(self.mesh, inputs=self.parallel, outputs=self.sharded_residual)
 
     def start_residual(self, x: torch.Tensor) -> torch.Tensor:
         """Partial sums ``(..., h)`` of the embedding to the residual stream, whole or cut."""
-        return scatter(x, self.group) if self.cut_residual else reduce(x, self.group)
+        return scatter(x, self.group) if self.sharded_residual else reduce(x, self.group)
 
     def end_residual(self, x: torch.Tensor) -> torch.Tensor:
         """The residual stream to ``(..., h)`` for the head, whose gradients are partial sums."""
-        return gather(x, self.group) if self.cut_residual else copy(x, self.group)
+        return gather(x, self.group) if self.sharded_residual else copy(x, self.group)
 
 
 SINGLE = Plan()

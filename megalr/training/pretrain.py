@@ -55,7 +55,7 @@ from megalr.run.lock import run_folder_lock
 from megalr.run.metrics_writer import MetricsWriter
 from megalr.tensor_parallel.mesh import Mesh, make_mesh
 from megalr.training.device import CompileClock
-from megalr.training.progress import Position
+from megalr.training.progress import TrainProgress
 from megalr.training.trainer import Trainer
 
 
@@ -138,7 +138,7 @@ def _train(
     tidy(Path(config.run.dir), found)
     data_may_differ = any(key.startswith("data.") for key, _, _ in changed)
     saved, resumed = _resume(config, engine, found, train_data, data_may_differ)
-    start = Position() if saved is None else Position.of(saved)
+    start = TrainProgress() if saved is None else TrainProgress.of(saved)
     metrics = run_on_all(lambda: _metrics(config))
     loader = _loader(config, train_data, mesh, start.next_batch, device.type == "cuda")
     watchdog = Watchdog(config.health.stall_seconds, Path(config.run.dir), dist.get_rank())

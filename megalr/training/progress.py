@@ -7,7 +7,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Position:
+class TrainProgress:
     """How far a run is; saved in every checkpoint.
 
     Attributes:
@@ -24,7 +24,7 @@ class Position:
     evaluation_pending: bool = False
 
     @classmethod
-    def of(cls, saved: dict[str, Any]) -> Position:
+    def of(cls, saved: dict[str, Any]) -> TrainProgress:
         """The position in what a checkpoint says."""
         return cls(**{field.name: saved[field.name] for field in fields(cls)})
 

@@ -9,14 +9,14 @@ import torch
 
 from megalr.data.loader import UpdateBatch
 from megalr.engine.build import gradient_norm, set_learning_rate
-from megalr.engine.skip_step import forget_gradients, guarded
-from megalr.training.step_log import Coming, Made
+from megalr.engine.skip_step import drop_offloaded_gradients, poison_nonfinite
+from megalr.training.step_log import HostCopy, StepResult
 
 
 class Updater:
     """Makes updates with an engine; leaves out, on all ranks, those that are bad.
 
-    Bad is a loss or gradient that is not finite, and what ``refuse`` refuses.
+    Bad is a loss or gradient that is not finite, and what ``reject`` refuses.
 
     Args:
         engine: DeepSpeed's engine around a Decoder.
@@ -26,13 +26,13 @@ class Updater:
     """
 
     def __init__(
-        self, engine: Any, device: torch.device, refuse: Callable[[Made], bool] | None
+        self, engine: Any, device: torch.device, refuse: Callable[[StepResult], bool] | None
     ) -> None:
         self.engine = engine
         self.device = device
-        self.refuse = refuse
+        self.reject = refuse
 
-    def make(self, batch: UpdateBatch, update: int, learning_rate: float) -> Made:
+    def make(self, batch: UpdateBatch, update: int, learning_rate: float) -> StepResult:
         """Forward, backward and step of the batch; ``update`` is its number from 1 on.
 
         The gradient is that of the mean loss per target over the global batch, whatever the
@@ -43,7 +43,7 @@ class Updater:
         engine = self.engine
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         targets, samples = batch.num_targets, batch.samples_by_source
-        made = Made(update, batch.update, targets, samples, learning_rate, loss_sum)
+        made = StepResult(update, batch.update, targets, samples, learning_rate, loss_sum)
         set_learning_rate(engine, learning_rate)
         scale = engine.dp_world_size / max(1, targets)
         for number, (input_ids, labels) in enumerate(batch.micro_batches, start=1):
@@ -53,20 +53,20 @@ class Updater:
                 scale,
             )
             made.loss_sum += loss.detach() / scale
-            if number == len(batch.micro_batches) and self.refuse is not None:
-                made.spike = self.refuse(made)
+            if number == len(batch.micro_batches) and self.reject is not None:
+                made.spike = self.reject(made)
                 if made.spike:
                     loss = loss * float("nan")
             # Guarded is a tensor of its own: on the very output of the engine, DeepSpeed's hook
             # divides by the number of micro-batches although it is told not to
             # (docs/deepspeed-notes.md).
-            engine.backward(guarded(loss), scale_wrt_gas=False)
+            engine.backward(poison_nonfinite(loss), scale_wrt_gas=False)
             engine.step()
         if engine.was_step_applied():  # as far as the engine knows
-            left_out = getattr(engine.optimizer, "left_out", False)
-            made.left_out = Coming(left_out) if isinstance(left_out, torch.Tensor) else left_out
+            left_out = getattr(engine.optimizer, "skipped", False)
+            made.skipped = HostCopy(left_out) if isinstance(left_out, torch.Tensor) else left_out
         else:
-            made.left_out = True
-            forget_gradients(engine.optimizer)
+            made.skipped = True
+            drop_offloaded_gradients(engine.optimizer)
         made.norm = gradient_norm(engine)
         return made

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 
-class Coming:
+class HostCopy:
     """Numbers on their way from the device to the host, any shape.
 
     ``read`` waits for what was launched before they started; ``Tensor.item`` would wait for all
@@ -36,7 +36,7 @@ class Coming:
 
 
 @dataclass
-class Made:
+class StepResult:
     """One update, made or skipped.
 
     Attributes:
@@ -48,9 +48,9 @@ class Made:
         loss_sum: this rank's sum over its targets, on the device.
         norm: global norm of the gradient; infinite or not a number where it was not finite. A
             tensor on the device until the loss is known.
-        left_out: whether nothing was changed; coming while the host does not know.
+        skipped: whether nothing was changed; coming while the host does not know.
         spike: it was skipped because its loss is a spike.
-        loss: mean per target over all ranks; None until :meth:`Asked.settle`.
+        loss: mean per target over all ranks; None until :meth:`Asked.wait`.
     """
 
     update: int
@@ -60,25 +60,25 @@ class Made:
     learning_rate: float
     loss_sum: torch.Tensor
     norm: torch.Tensor | float = float("nan")
-    left_out: Coming | bool = False
+    skipped: HostCopy | bool = False
     spike: bool = False
     loss: float | None = None
 
     @property
     def known(self) -> bool:
         """Whether the host knows if the update was left out."""
-        return not isinstance(self.left_out, Coming)
+        return not isinstance(self.skipped, HostCopy)
 
     @property
     def applied(self) -> bool:
         """Whether weights and moments were changed; the host waits for the answer if need be."""
-        if isinstance(self.left_out, Coming):
-            self.left_out = bool(self.left_out.read())
-        return not self.left_out
+        if isinstance(self.skipped, HostCopy):
+            self.skipped = bool(self.skipped.read())
+        return not self.skipped
 
 
 @dataclass
-class Interval:
+class LogWindow:
     """The updates since the last report.
 
     Attributes:
@@ -86,7 +86,7 @@ class Interval:
         waited: seconds in which this rank waited for the loader to have a batch ready.
     """
 
-    made: list[Made] = field(default_factory=list)
+    made: list[StepResult] = field(default_factory=list)
     waited: float = 0.0
 
     @property
@@ -117,7 +117,7 @@ class Interval:
         return [sum(counts) for counts in zip(*(m.samples for m in self.made), strict=True)]
 
 
-class Asked:
+class PendingMetrics:
     """Losses and norms of some updates that the host has asked for: one sum over all ranks.
 
     Every rank must ask for the same updates.
@@ -127,7 +127,7 @@ class Asked:
         copies: ranks that compute the same losses, the size of the tensor-parallel group.
     """
 
-    def __init__(self, made: list[Made], copies: int) -> None:
+    def __init__(self, made: list[StepResult], copies: int) -> None:
         self._open = [one for one in made if one.loss is None]
         self._copies = copies
         if not self._open:
@@ -136,9 +136,9 @@ class Asked:
         if dist.is_initialized():
             dist.all_reduce(sums)
         norms = [_number(one.norm, sums) for one in self._open]
-        self._coming = Coming(torch.stack([sums, torch.stack(norms)]))  # (2, updates) float64
+        self._coming = HostCopy(torch.stack([sums, torch.stack(norms)]))  # (2, updates) float64
 
-    def settle(self) -> list[Made]:
+    def wait(self) -> list[StepResult]:
         """Write down loss and norm of the updates; the host waits until the device has them.
 
         Returns:
@@ -161,7 +161,7 @@ def _number(value: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Report:
+class PendingLog:
     """A report that is due: the updates it is about, and where the run was.
 
     Attributes:
@@ -171,7 +171,7 @@ class Report:
         tokens: targets done.
     """
 
-    interval: Interval
-    asked: Asked
+    interval: LogWindow
+    asked: PendingMetrics
     update: int
     tokens: int

@@ -30,7 +30,7 @@ from megalr.data.loader import MicroBatch, UpdateBatch, UpdateLoader
 from megalr.distributed.agreement import all_reduce_max
 from megalr.distributed.stop_vote import StopVote
 from megalr.distributed.watchdog import Watchdog
-from megalr.engine.state import ShardedState
+from megalr.engine.state import EngineState
 from megalr.errors import AgreedError
 from megalr.evaluation.perplexity import evaluate
 from megalr.models.flops import flops_per_token
@@ -41,9 +41,9 @@ from megalr.run.metrics_writer import MetricsWriter, Stopwatch
 from megalr.training.device import CompileClock, peak_flops, peak_memory_gib, wait_for
 from megalr.training.due import Due
 from megalr.training.health import Health
-from megalr.training.progress import Position
+from megalr.training.progress import TrainProgress
 from megalr.training.step import Updater
-from megalr.training.step_log import Asked, Interval, Made, Report
+from megalr.training.step_log import LogWindow, PendingLog, PendingMetrics, StepResult
 
 
 class Trainer:
@@ -105,22 +105,22 @@ class Trainer:
         self.watch = Stopwatch()
         self.train_seconds = 0.0
         self.validation_loss: tuple[int, float | None] = (0, None)
-        self._interval = Interval()
+        self._interval = LogWindow()
         self._due = Due(config, validation is not None, restarts, relora)
         self._copies = dist.get_world_size() // engine.dp_world_size  # ranks with the same batch
         refuse = self._loss_spikes if self.health.decides_before_step else None
         self._updater = Updater(engine, device, refuse)
         self._flops_per_token = flops_per_token(engine.module, config.data.sequence_length)
         self._peak_flops = peak_flops(device, config.train.precision)
-        self._go_on_from(Position())
+        self._go_on_from(TrainProgress())
         if saved is not None:
             self._restore(saved)
             self.health.load_state_dict(saved["health"])
 
     @property
-    def position(self) -> Position:
+    def position(self) -> TrainProgress:
         """How far the run is."""
-        return Position(self.update, self.tokens, self.batch_offset, self.evaluation_pending)
+        return TrainProgress(self.update, self.tokens, self.batch_offset, self.evaluation_pending)
 
     @property
     def finished(self) -> bool:
@@ -142,14 +142,16 @@ class Trainer:
             if self.finished:
                 self.save()  # again, now with nothing pending
         compiling = self.config.train.compile
-        late: tuple[Made, Report | None] | None = None  # the update before, not heard of yet
+        late: tuple[StepResult, PendingLog | None] | None = (
+            None  # the update before, not heard of yet
+        )
         while self.update < self.config.train.updates and self.stop.reason is None:
             made = self.train_update(self._next_batch())
             if compiling:  # the first update of this start, or the CUDA graph before, compiled
                 self.metrics.write("compile", made.update, **self.clock.metrics())
                 compiling = False
             if late is not None:
-                self.hear_of(*late)
+                self.check_deferred(*late)
                 late = None
             self.stop.requested()
             if self._can_wait(made):
@@ -173,7 +175,7 @@ class Trainer:
         self._interval.waited += time.perf_counter() - started
         return batch
 
-    def train_update(self, batch: UpdateBatch) -> Made:
+    def train_update(self, batch: UpdateBatch) -> StepResult:
         """One optimizer step on the global batch, or none if that is bad; counted either way."""
         factor = self.restarts.learning_rate_factor(self.update)
         rate = self.config.optimizer.lr * factor
@@ -184,12 +186,12 @@ class Trainer:
         self.watchdog.progress(f"after update {self.update}")
         return made
 
-    def _loss_spikes(self, made: Made) -> bool:
+    def _loss_spikes(self, made: StepResult) -> bool:
         """Whether the loss of an update whose step is still to be made is a spike."""
-        Asked([made], self._copies).settle()
+        PendingMetrics([made], self._copies).wait()
         return self._report_spikes(made, loss=made.loss)
 
-    def _can_wait(self, made: Made) -> bool:
+    def _can_wait(self, made: StepResult) -> bool:
         """Whether an update may be checked, and reported, after the next one is launched.
 
         So the device has work while the host waits to hear of the update.
@@ -197,13 +199,13 @@ class Trainer:
         something = self.stop.reason is not None or self._due.between(self.update)
         return not made.known and not something and self.health.may_count_late
 
-    def hear_of(self, made: Made, report: Report | None) -> None:
+    def check_deferred(self, made: StepResult, report: PendingLog | None) -> None:
         """Check an update after the next one has been launched, and write the report due then."""
         self.check(made)
         if report is not None:
             self.write_report(report)
 
-    def check(self, made: Made) -> str | None:
+    def check(self, made: StepResult) -> str | None:
         """Count an update, report it if it is bad; the reason if the run must go back for it."""
         told = made.known  # to the engine as well
         if not made.applied:
@@ -220,7 +222,7 @@ class Trainer:
             return f"{self.health.skipped_in_row} updates in a row were skipped"
         if not made.applied or not self.health.decides_after_step:
             return None
-        Asked([made], self._copies).settle()
+        PendingMetrics([made], self._copies).wait()
         norm = all_reduce_max(float(made.norm), self.device)
         if not self._report_spikes(made, loss=made.loss, gradient_norm=norm):
             return None
@@ -229,7 +231,7 @@ class Trainer:
         self._reset_moments(made.update)
         return None
 
-    def _report_spikes(self, made: Made, **values: Any) -> bool:
+    def _report_spikes(self, made: StepResult, **values: Any) -> bool:
         """Whether the values of an update are spikes; an event for each."""
         found = self.health.spikes(**{k: v for k, v in values.items() if v is not None})
         for spike in found:
@@ -242,7 +244,7 @@ class Trainer:
     def _reset_moments(self, update: int) -> None:
         """Start all moments of the optimizer anew."""
         started = time.perf_counter()
-        state = ShardedState(self.engine)
+        state = EngineState(self.engine)
         done = reset_moments(state, state.parameters())
         seconds = time.perf_counter() - started
         self.metrics.write(
@@ -272,7 +274,7 @@ class Trainer:
         left_out = at.next_batch - self.position.next_batch
         self.batch_offset += left_out
         self.batches.seek(at.next_batch)
-        self._interval = Interval()
+        self._interval = LogWindow()
         self.validation_loss = (0, None)
         self.metrics.write(
             "rollback",
@@ -290,19 +292,19 @@ class Trainer:
 
     def _restore(self, saved: dict[str, Any]) -> None:
         """Go on from a checkpoint that the engine has just loaded."""
-        self._go_on_from(Position.of(saved))
+        self._go_on_from(TrainProgress.of(saved))
         self.restarts.load_state_dict(saved["restarts"])
         self.restarts.after_load()
         if self.relora is not None:
             self.relora.state.relink()
 
-    def _go_on_from(self, position: Position) -> None:
+    def _go_on_from(self, position: TrainProgress) -> None:
         self.update = position.update
         self.tokens = position.tokens
         self.batch_offset = position.batch_offset
         self.evaluation_pending = position.evaluation_pending
 
-    def restart_if_due(self, made: Made) -> None:
+    def restart_if_due(self, made: StepResult) -> None:
         """Refactorize, reset or merge if that is due after this update; report it."""
         merge = self.relora.after_update(self.update) if self.relora is not None else None
         if merge is not None:
@@ -328,18 +330,20 @@ class Trainer:
             self.save()
             self.stop.requested(now=True)
 
-    def _settle(self, asked: Asked) -> None:
+    def _settle(self, asked: PendingMetrics) -> None:
         """Know the losses of the updates; spikes that are only told of are told now."""
-        for made in asked.settle():
+        for made in asked.wait():
             if made.applied and self.config.health.spike_action == "log":
                 self._report_spikes(made, loss=made.loss, gradient_norm=made.norm)
 
-    def begin_report(self) -> Report:
+    def begin_report(self) -> PendingLog:
         """A report about the updates since the last one; the host does not wait for them yet."""
-        interval, self._interval = self._interval, Interval()
-        return Report(interval, Asked(interval.made, self._copies), self.update, self.tokens)
+        interval, self._interval = self._interval, LogWindow()
+        return PendingLog(
+            interval, PendingMetrics(interval.made, self._copies), self.update, self.tokens
+        )
 
-    def write_report(self, report: Report) -> None:
+    def write_report(self, report: PendingLog) -> None:
         """Wait for the updates of a report and write it down."""
         self._settle(report.asked)
         seconds = self.watch.lap()
@@ -384,7 +388,7 @@ class Trainer:
     def save(self) -> None:
         """Save a checkpoint and report it."""
         wait_for(self.device)
-        self._settle(Asked(self._interval.made, self._copies))
+        self._settle(PendingMetrics(self._interval.made, self._copies))
         state = {
             **self.state,
             **asdict(self.position),

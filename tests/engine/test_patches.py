@@ -16,7 +16,8 @@ from megalr.data.loader import UpdateBatch
 from megalr.engine import build as engines
 from megalr.engine.config import resolve_deepspeed_config
 from megalr.engine.patches import batch_parameters
-from megalr.engine.state import ShardedState
+from megalr.engine.state import EngineState
+from megalr.models.build import build_model
 from megalr.training.step import Updater
 from tests.ranks import run_distributed
 from tests.training.runs import settings, zero
@@ -39,14 +40,12 @@ def _train(values: dict[str, Any], stage: int, batched: bool) -> dict[str, Any]:
     ours = batch_parameters if batched else lambda engine: None
     quick = patch.object(bf16_optimizer, "see_memory_usage")  # it collects garbage, 3 s an engine
     with patch.object(engines, "batch_parameters", ours), quick:
-        engine = engines.build_engine(
-            config, ds_config, engines.build_model(config, torch.device("cpu"))
-        )
+        engine = engines.build_engine(config, ds_config, build_model(config, torch.device("cpu")))
     replaced = {"update_hp_grads", "scaled_global_norm"} & vars(engine.optimizer).keys()
     assert bool(replaced) == batched
     updater = Updater(engine, torch.device("cpu"), None)
     parameters = list(engine.module.parameters())
-    state = ShardedState(engine)
+    state = EngineState(engine)
     seen: dict[str, Any] = {"weights": [], "masters": [], "moments": [], "norms": [], "steps": []}
     factor = [1.0]  # of the first parameter's gradient
     parameters[0].register_hook(lambda gradient: gradient * factor[0])

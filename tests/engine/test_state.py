@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megalr.engine.state import ShardedState
+from megalr.engine.state import EngineState
 from tests.ranks import run_distributed
 from tests.restarts.engines import KINDS, engine_of, logits, message_of, on_ranks, train
 
 
-def _whole(state: ShardedState, parameter, fragment) -> torch.Tensor:
+def _whole(state: EngineState, parameter, fragment) -> torch.Tensor:
     """The fragments of all ranks put together; stage 0: this rank's."""
     if state.replicated:
         return fragment.detach().float().view(state.shape(parameter))
@@ -27,7 +27,7 @@ def _whole(state: ShardedState, parameter, fragment) -> torch.Tensor:
     return whole.view(state.shape(parameter))
 
 
-def _compare_with_deepspeed(state: ShardedState) -> None:
+def _compare_with_deepspeed(state: EngineState) -> None:
     """Masters and moments put together from fragments, and read through DeepSpeed's own API."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
@@ -44,7 +44,7 @@ def _compare_with_deepspeed(state: ShardedState) -> None:
                 assert torch.equal(moment, expected.float()), (state.name(parameter), name)
 
 
-def _halve_masters(engine, state: ShardedState) -> None:
+def _halve_masters(engine, state: EngineState) -> None:
     """Halved masters must change the logits at once, on all ranks alike, and for good."""
     before, norm = logits(engine), engine.module.norm.weight
     for parameter in state.parameters():
@@ -65,7 +65,7 @@ def _halve_masters(engine, state: ShardedState) -> None:
 def _check(kind: str) -> list[list[int]]:
     """All of it in one engine; the counters of the factors' group along the way."""
     with engine_of(kind) as engine:
-        state = ShardedState(engine)
+        state = EngineState(engine)
         names = {name for name, _ in engine.module.named_parameters()}
         assert {state.name(p) for p in state.parameters()} == names
         assert sum(map(len, state.groups())) == len(names)
@@ -100,7 +100,7 @@ def test_fragments_equal_deepspeeds_api_and_written_masters_take_effect(
 def _round_robin() -> None:
     with engine_of("fp32 stage 2") as engine:
         engine.optimizer.round_robin_gradients = True
-        ShardedState(engine)
+        EngineState(engine)
 
 
 def test_a_layout_that_cannot_be_read_is_refused() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megalr.engine.state import ShardedState
+from megalr.engine.state import EngineState
 from tests.ranks import run_distributed
 from tests.restarts.engines import engine_of, logits, message_of, train
 
@@ -20,7 +20,7 @@ def _states_of_groups(engine) -> list[str]:
     """What reading a moment says, for the first parameter of each group."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    groups = ShardedState(engine).groups()
+    groups = EngineState(engine).groups()
     return [message_of(safe_get_full_optimizer_state, group[0], "exp_avg") for group in groups]
 
 
@@ -29,13 +29,13 @@ def _links(kind: str, folder: str) -> list[list[str]]:
         train(engine, 0)
         train(engine, 1)
         found = [_states_of_groups(engine)]
-        ShardedState(engine).relink()
+        EngineState(engine).relink()
         found.append(_states_of_groups(engine))
         engine.save_checkpoint(folder, tag="t")
         engine.load_checkpoint(folder, tag="t")
         train(engine, 2)
         found.append(_states_of_groups(engine))
-        ShardedState(engine).relink()
+        EngineState(engine).relink()
         found.append(_states_of_groups(engine))
         return found
 
@@ -55,7 +55,7 @@ def _stale(kind: str) -> bool:
     """Whether a doubled master of the final norm is not seen by the model before a refresh."""
     with engine_of(kind) as engine:
         train(engine, 0)
-        state, before = ShardedState(engine), logits(engine)
+        state, before = EngineState(engine), logits(engine)
         master = state.master(engine.module.norm.weight)
         if master is not None:
             master.mul_(2.0)

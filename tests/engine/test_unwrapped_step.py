@@ -13,8 +13,8 @@ from megalr.config.schema import RunConfig
 from megalr.data.loader import UpdateBatch
 from megalr.engine.build import build_engine
 from megalr.engine.config import resolve_deepspeed_config
-from megalr.engine.skip_step import guarded
-from megalr.engine.unwrapped_step import guard_steps
+from megalr.engine.skip_step import poison_nonfinite
+from megalr.engine.unwrapped_step import install_clip_and_skip
 from megalr.models.build import build_model
 from megalr.models.decoder import Decoder
 from megalr.optim import SPAM
@@ -135,7 +135,7 @@ def test_clipped_updates_are_those_of_plain_torch(precision: str, rounding: floa
 
 
 def _bare_engine(decoder: Decoder, optimizer: torch.optim.Optimizer, clipping: float) -> Any:
-    """What of an engine ``guard_steps`` works on, without DeepSpeed."""
+    """What of an engine ``install_clip_and_skip`` works on, without DeepSpeed."""
     return SimpleNamespace(
         optimizer=optimizer,
         module=decoder,
@@ -157,7 +157,7 @@ def test_a_step_on_a_gradient_that_is_not_finite_changes_nothing(
         "own": lambda: SPAM(decoder.parameters(), lr=0.1),
     }
     optimizer = make[kind]()
-    guard_steps(_bare_engine(decoder, optimizer, 1.0))
+    install_clip_and_skip(_bare_engine(decoder, optimizer, 1.0))
 
     def state() -> list[torch.Tensor]:
         values = [v for entry in optimizer.state.values() for v in entry.values()]
@@ -167,7 +167,7 @@ def test_a_step_on_a_gradient_that_is_not_finite_changes_nothing(
         ids, labels = _micro_batch(0, 0, 0)
         loss = decoder(ids, labels, 1 / 48)
         optimizer.zero_grad()
-        guarded(loss).backward()
+        poison_nonfinite(loss).backward()
         if bad is not None:
             next(decoder.parameters()).grad.view(-1)[3] = bad
         before = state()
@@ -175,8 +175,8 @@ def test_a_step_on_a_gradient_that_is_not_finite_changes_nothing(
         after = state()
         # The fused kernel leaves out by itself once there are moments, and nobody has waited.
         on_device = kind == "fused" and len(before) > len(list(decoder.parameters()))
-        assert isinstance(optimizer.left_out, torch.Tensor) == on_device
-        assert bool(optimizer.left_out) == (bad is not None)
+        assert isinstance(optimizer.skipped, torch.Tensor) == on_device
+        assert bool(optimizer.skipped) == (bad is not None)
         assert bool(torch.isfinite(optimizer._global_grad_norm)) == (bad is None)
         return len(before) == len(after) and all(map(torch.equal, before, after))
 

@@ -68,7 +68,7 @@ def _kept_numbers(
 
     Without a cut residual stream only bf16 is counted: the rest is a number a token and head.
     """
-    sizes = SIZES if compiled or plan.cut_residual else EAGER_SIZES
+    sizes = SIZES if compiled or plan.sharded_residual else EAGER_SIZES
     decoder = build_decoder(sizes, method, seed=3, recompute=level, plan=plan).bfloat16()
     if kernels:
         decoder.use_kernels()
@@ -78,13 +78,13 @@ def _kept_numbers(
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         of_tokens = tensor.numel() > BATCH * LENGTH and tensor.dtype == torch.bfloat16
-        if plan.cut_residual and tensor.dtype == torch.float32:
+        if plan.sharded_residual and tensor.dtype == torch.float32:
             of_tokens = tensor.shape[:-1] == (BATCH, LENGTH) and tensor.shape[-1] > 1
         if of_tokens and storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    width = SIZES.hidden_size // (plan.mesh.tensor_size if plan.cut_residual else 1)
+    width = SIZES.hidden_size // (plan.mesh.tensor_size if plan.sharded_residual else 1)
     x = torch.randn(BATCH, LENGTH, width, requires_grad=True, dtype=torch.bfloat16)
     rope = torch.ones(2, LENGTH, SIZES.head_dim)
     alive = [(x, torch.zeros_like(x))]

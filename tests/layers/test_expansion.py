@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megalr.layers.expansion import MANY_ROWS, expand
+from megalr.layers.expansion import MANY_ROWS, up_project
 
 SIZES = [6, 10, 6]
 RANK = 4
@@ -29,7 +29,7 @@ def test_values_and_gradients_in_float64(scale: float) -> None:
     h, b = _inputs(torch.float64)
     weights = [torch.randn(2, 5, size, dtype=torch.float64) for size in SIZES]
     results = []
-    for outputs in (expand(h, b, SIZES, scale, False), _plain(h, b, scale)):
+    for outputs in (up_project(h, b, SIZES, scale, False), _plain(h, b, scale)):
         loss = (outputs[0] * weights[0]).sum() + (outputs[2] * weights[2]).sum()
         results.append((list(outputs), torch.autograd.grad(loss, (h, b))))
     torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-12)
@@ -41,14 +41,14 @@ def test_scale_is_applied_before_rounding() -> None:
     h, b = _inputs(torch.bfloat16)
     scale = 1 / 3
     exact = _plain(h.detach().double(), b.detach().double(), scale)
-    for y, expected in zip(expand(h, b, SIZES, scale, False), exact, strict=True):
+    for y, expected in zip(up_project(h, b, SIZES, scale, False), exact, strict=True):
         torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=2**-10)
 
 
 def test_operator_is_registered_as_compilation_needs_it() -> None:
     """Shapes without data, no aliases, gradients under AOT autograd."""
     h, b = _inputs(torch.float32)
-    torch.library.opcheck(expand, (h, b, SIZES, 0.5, False))
+    torch.library.opcheck(up_project, (h, b, SIZES, 0.5, False))
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -61,7 +61,9 @@ def test_together_in_float64(rows: int, scale: float, compiled: bool) -> None:
     h = torch.randn(2, 5, 3 * RANK, dtype=torch.float64, requires_grad=True)
     b = torch.randn(3 * rows, RANK, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(3, 2, 5, rows, dtype=torch.float64)
-    work = torch.compile(expand, backend="aot_eager", fullgraph=True) if compiled else expand
+    work = (
+        torch.compile(up_project, backend="aot_eager", fullgraph=True) if compiled else up_project
+    )
     (y,) = work(h, b, sizes, scale, True)
     parts = zip(h.split(RANK, dim=-1), b.split(sizes), strict=True)
     expected = torch.stack([scale * F.linear(h_i, b_i) for h_i, b_i in parts])
@@ -74,13 +76,13 @@ def test_together_in_float64(rows: int, scale: float, compiled: bool) -> None:
 def test_together_is_registered_as_compilation_needs_it() -> None:
     h = torch.randn(2, 5, 3 * RANK, requires_grad=True)
     b = torch.randn(18, RANK, requires_grad=True)
-    torch.library.opcheck(expand, (h, b, [6, 6, 6], 0.5, True))
+    torch.library.opcheck(up_project, (h, b, [6, 6, 6], 0.5, True))
 
 
 def test_compiles_into_one_graph() -> None:
     h, b = _inputs(torch.float32)
-    compiled = torch.compile(expand, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(up_project, backend="aot_eager", fullgraph=True)
     for y, expected in zip(
-        compiled(h, b, SIZES, 0.5, False), expand(h, b, SIZES, 0.5, False), strict=True
+        compiled(h, b, SIZES, 0.5, False), up_project(h, b, SIZES, 0.5, False), strict=True
     ):
         torch.testing.assert_close(y, expected, rtol=0, atol=0)

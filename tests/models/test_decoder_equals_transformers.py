@@ -128,7 +128,7 @@ def test_gpt2_family_equals_transformers() -> None:
             for linear, name in (
                 (block.attention.qkv, "attn.c_attn"),
                 (block.attention.o, "attn.c_proj"),
-                (block.mlp.into, "mlp.c_fc"),
+                (block.mlp.gate_up, "mlp.c_fc"),
                 (block.mlp.down, "mlp.c_proj"),
             ):
                 linear.weight.copy_(state[f"{p}.{name}.weight"].t())  # Conv1D stores (in, out)

@@ -10,7 +10,7 @@ import torch
 from megalr.errors import UserError
 from megalr.hf.names import dense_state_dict
 from megalr.layers.factors import LinearShape
-from megalr.layers.linear import FactorizedLinear, FullRankLinear, LowRankLinear
+from megalr.layers.linear import DenseLinear, FactorizedLinear, LowRankLinear
 from megalr.models.build import build_decoder
 from megalr.models.config import PRESETS, decoder_config
 from megalr.models.decoder import Decoder
@@ -98,7 +98,7 @@ def test_preset_sizes_are_the_published_parameter_counts() -> None:
     published = {"llama_60m": 58.074, "llama_130m": 134.106, "llama_350m": 367.969}
     for preset, millions in published.items():
         with torch.device("meta"):
-            decoder = Decoder(decoder_config(preset, {"pad_multiple": 1}), FullRankLinear)
+            decoder = Decoder(decoder_config(preset, {"pad_multiple": 1}), DenseLinear)
         assert sum(p.numel() for p in decoder.parameters()) / 1e6 == pytest.approx(
             millions, abs=5e-4
         )

@@ -97,9 +97,9 @@ def test_what_is_kept(level: str) -> None:
 @pytest.mark.parametrize(
     ("method", "layer"),
     [
-        (full_rank(), "FullRankLinear"),
+        (full_rank(), "DenseLinear"),
         (factorized("sltrain"), "SLTrainLinear"),
-        (low_rank(targets=[t for t in ALL_TARGETS if t != "down"]), "FullRankLinear"),
+        (low_rank(targets=[t for t in ALL_TARGETS if t != "down"]), "DenseLinear"),
     ],
 )
 def test_layers_without_bottleneck_are_refused(method: SimpleNamespace, layer: str) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megalr.engine.flat_layouts import attach_layouts
-from megalr.engine.state import ShardedState
+from megalr.engine.state import EngineState
 from megalr.optim.galore import GaLore
 from megalr.optim.groups import parameter_groups
 from megalr.optim.spam import SPAM
@@ -21,7 +21,7 @@ from tests.restarts.engines import engine_of, message_of, train
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def _read(state: ShardedState) -> dict[tuple[str, str], torch.Tensor]:
+def _read(state: EngineState) -> dict[tuple[str, str], torch.Tensor]:
     """Whole moments of every parameter: DeepSpeed's API, or the plain optimizer at stage 0."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
@@ -36,7 +36,7 @@ def _read(state: ShardedState) -> dict[tuple[str, str], torch.Tensor]:
     return values
 
 
-def _reset_and_compare(state: ShardedState, kinds: tuple[str, ...], scope: str) -> float:
+def _reset_and_compare(state: EngineState, kinds: tuple[str, ...], scope: str) -> float:
     factors = factor_parameters(state.engine.module.factor_pairs())
     chosen = factors if scope == "factors" else state.parameters()
     names = {state.name(p) for p in chosen}
@@ -60,7 +60,7 @@ def _reset_and_compare(state: ShardedState, kinds: tuple[str, ...], scope: str) 
 
 def _resets(kind: str, folder: str) -> list[float]:
     with engine_of(kind) as engine:
-        state = ShardedState(engine)
+        state = EngineState(engine)
         factors = factor_parameters(engine.module.factor_pairs())
         fractions = [0.0]
         if kind != "bf16 stage 0":  # DeepSpeed itself makes the moments there
@@ -84,7 +84,7 @@ def _resets(kind: str, folder: str) -> list[float]:
         fractions.append(_reset_and_compare(state, ("first", "second"), "all"))
     with engine_of(kind) as engine:  # a new engine, as after a restart of the job
         engine.load_checkpoint(folder, tag="four")
-        state = ShardedState(engine)
+        state = EngineState(engine)
         assert set(state.step_counters(factor_parameters(engine.module.factor_pairs()))) == {2}
         fractions.append(_reset_and_compare(state, ("first",), "all"))
         assert train(engine, 4) > 0
@@ -118,7 +118,7 @@ def test_chosen_moments_are_zero_others_untouched_at_every_moment_of_a_run(
 
 def _counter(kind: str, counter: str, scope: str) -> list:
     with engine_of(kind) as engine:
-        state = ShardedState(engine)
+        state = EngineState(engine)
         for update in range(3):
             train(engine, update)
         factors = factor_parameters(engine.module.factor_pairs())
@@ -144,7 +144,7 @@ def _one_group(decoder):
 
 def _shared_group(counter: str) -> None:
     with engine_of("fp32 stage 2", optimizer=_one_group) as engine:
-        state = ShardedState(engine)
+        state = EngineState(engine)
         factors = factor_parameters(engine.module.factor_pairs())
         check_groups(state, factors, counter)
 
@@ -164,7 +164,7 @@ def _optimizers(name: str) -> tuple:
         "plain sgd": lambda d: torch.optim.SGD(d.parameters(), lr=0.1),
     }[name]
     with engine_of("fp32 stage 1", optimizer=made) as engine:
-        state = ShardedState(engine)
+        state = EngineState(engine)
         train(engine, 0)
         result = reset_moments(state, state.parameters())
         left = 0
@@ -200,7 +200,7 @@ def _of_megalr(name: str) -> tuple:
 
     with engine_of("fp32 stage 2", optimizer=make) as engine:
         attach_layouts(engine)
-        state = ShardedState(engine)
+        state = EngineState(engine)
         factors = factor_parameters(engine.module.factor_pairs())
         check_groups(state, factors, "zero")
         early = reset_moments(state, factors).total
@@ -228,7 +228,7 @@ def test_the_optimizers_of_this_package_reset_their_whole_matrix_moments_too() -
 def _wrong_kind() -> None:
     made = lambda d: torch.optim.SGD(d.parameters(), lr=0.1, momentum=0.9)  # noqa: E731
     with engine_of("fp32 stage 1", optimizer=made) as engine:
-        state = ShardedState(engine)
+        state = EngineState(engine)
         train(engine, 0)
         reset_moments(state, state.parameters(), kinds=("second",))
 

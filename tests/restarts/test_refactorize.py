@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megalr.engine.state import ShardedState
+from megalr.engine.state import EngineState
 from megalr.restarts.exchange import FactorExchange, share_out
 from megalr.restarts.refactorize import (
     factor_parameters,
@@ -39,7 +39,7 @@ def _products(exchange: FactorExchange) -> list[tuple[torch.Tensor, ...]]:
 def _refactorize(kind: str) -> list[dict]:
     """Refactorize before the first update in small buckets, after two updates in one bucket."""
     with engine_of(kind) as engine:
-        state = ShardedState(engine)
+        state = EngineState(engine)
         pairs = engine.module.factor_pairs()
         results = [_refactorize_once(engine, state, FactorExchange(state, pairs, 1000))]
         for update in range(2):
@@ -49,7 +49,7 @@ def _refactorize(kind: str) -> list[dict]:
         return results
 
 
-def _refactorize_once(engine, state: ShardedState, exchange: FactorExchange) -> dict:
+def _refactorize_once(engine, state: EngineState, exchange: FactorExchange) -> dict:
     before = (logits(engine), _products(exchange), largest_imbalance(exchange))
     factors = {id(p) for p in factor_parameters(exchange.pairs)}
     others = [p for p in state.parameters() if id(p) not in factors]
@@ -111,7 +111,7 @@ def _deficient(kind: str) -> list:
     """One matrix with B = 0, as new adapters have it, and one with two equal columns in B."""
     with engine_of(kind) as engine:
         train(engine, 0)
-        state = ShardedState(engine)
+        state = EngineState(engine)
         exchange = FactorExchange(state, engine.module.factor_pairs(), 1000)
         for index, work in enumerate(exchange.rounds):
             matrices = exchange.gather(index)
@@ -147,7 +147,7 @@ def test_dead_directions_are_counted_over_ranks_and_live_again_after_a_few_updat
 
 def _break_one_rank(kind: str, what: str) -> None:
     with engine_of(kind) as engine:
-        state = ShardedState(engine)
+        state = EngineState(engine)
         parameter = engine.module.factor_pairs()[3].a
         if what == "weight":
             if dist.get_rank() == 1:
@@ -170,7 +170,7 @@ def test_verification_notices_one_wrong_element_on_one_rank_and_stale_weights() 
 
 def _nonfinite(kind: str) -> list[str]:
     with engine_of(kind) as engine:
-        state = ShardedState(engine)
+        state = EngineState(engine)
         parameter = engine.module.factor_pairs()[2].b
         master = state.master(parameter)
         if dist.get_rank() == 1 and master is not None:

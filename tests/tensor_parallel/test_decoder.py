@@ -109,7 +109,7 @@ def _same_blocks(name: str, tensor: int) -> None:
     expected = sum(whole.blocks()[0](one, None, None))
     expected.backward(dy)
     first, last = 0, 48
-    if part.plan.cut_residual:
+    if part.plan.sharded_residual:
         first = mesh(tensor).tensor_rank * 48 // tensor
         last = first + 48 // tensor
     mine = x[..., first:last].clone().requires_grad_()

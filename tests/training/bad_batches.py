@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 
 from megalr.data.loader import UpdateBatch, UpdateLoader
-from megalr.engine.skip_step import guarded
-from megalr.engine.state import ShardedState
+from megalr.engine.skip_step import poison_nonfinite
+from megalr.engine.state import EngineState
 from megalr.models.decoder import Decoder
 from megalr.training import step as update
-from megalr.training.step_log import Made
+from megalr.training.step_log import StepResult
 from megalr.training.trainer import Trainer
 from tests.training.runs import run
 
@@ -33,10 +33,10 @@ class _Now:
 def spoil(kind: str, loss: torch.Tensor) -> torch.Tensor:
     """The guarded loss with one thing wrong: its value, its gradient, or its value alone."""
     if kind == "nan_loss":
-        return guarded(loss * float("nan"))
+        return poison_nonfinite(loss * float("nan"))
     if kind == "inf_loss":  # its derivative is finite
-        return guarded(loss + float("inf"))
-    spoilt = guarded(loss)
+        return poison_nonfinite(loss + float("inf"))
+    spoilt = poison_nonfinite(loss)
     spoilt.register_hook(lambda gradient: gradient * float("nan"))
     return spoilt.clone()
 
@@ -50,9 +50,9 @@ def bad_batches(bad: dict[int, str], everywhere: bool = False) -> Iterator[None]
         here = everywhere or dist.get_rank() == BAD_RANK
         if here and _Now.number in bad and _Now.micro_batch == 2:
             return spoil(bad[_Now.number], loss)
-        return guarded(loss)
+        return poison_nonfinite(loss)
 
-    with _knowing_the_batch(), patch.object(update, "guarded", ours):
+    with _knowing_the_batch(), patch.object(update, "poison_nonfinite", ours):
         yield
 
 
@@ -73,7 +73,7 @@ def high_losses(numbers: Sequence[int], factor: float) -> Iterator[None]:
 def _knowing_the_batch() -> Iterator[None]:
     plain = Trainer.train_update
 
-    def train_update(self: Trainer, batch: UpdateBatch) -> Made:
+    def train_update(self: Trainer, batch: UpdateBatch) -> StepResult:
         _Now.number, _Now.micro_batch = batch.update, 0
         try:
             return plain(self, batch)
@@ -91,8 +91,8 @@ def run_with_bad_batches(
     seen: Fingerprints = []
     plain = Trainer.train_update
 
-    def train_update(self: Trainer, batch: UpdateBatch) -> Made:
-        state = ShardedState(self.engine)
+    def train_update(self: Trainer, batch: UpdateBatch) -> StepResult:
+        state = EngineState(self.engine)
         before = _copies(state)
         made = plain(self, batch)
         after = _copies(state)
@@ -116,7 +116,7 @@ def run_and_see_the_engine(
     skipped: list[int] = []
     check, save, can_wait = Trainer.check, Trainer.save, Trainer._can_wait
 
-    def checked(self: Trainer, made: Made) -> str | None:
+    def checked(self: Trainer, made: StepResult) -> str | None:
         if made.update < self.update:
             late.append(made.update)
         return check(self, made)
@@ -125,7 +125,7 @@ def run_and_see_the_engine(
         skipped.append(self.engine.skipped_steps)
         save(self)
 
-    def waits(self: Trainer, made: Made) -> bool:
+    def waits(self: Trainer, made: StepResult) -> bool:
         return may_wait and can_wait(self, made)
 
     patches = {"check": checked, "save": saved, "_can_wait": waits}
@@ -134,7 +134,7 @@ def run_and_see_the_engine(
     return late, skipped
 
 
-def _copies(state: ShardedState) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def _copies(state: EngineState) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     masters = [state.master(p) for p in state.parameters()]
     moments = [
         value.clone()
@@ -160,7 +160,7 @@ def run_with_high_losses(
 def run_without_batches(
     values: dict[str, Any], ds: dict[str, Any], first: int, left_out: int
 ) -> None:
-    """The run that has never heard of the ``left_out`` batches from number ``first`` on."""
+    """The run that has never heard of the ``skipped`` batches from number ``first`` on."""
     plain = UpdateLoader._load
 
     def load(self: UpdateLoader, number: int) -> UpdateBatch:

@@ -22,7 +22,7 @@ from megalr.distributed.signals import STOP_SIGNALS, StopRequest
 from megalr.training import pretrain
 from megalr.training import trainer as loop
 from megalr.training.step import Updater
-from megalr.training.step_log import Made
+from megalr.training.step_log import StepResult
 from megalr.training.trainer import Trainer
 
 
@@ -62,7 +62,7 @@ def _at(point: str, act: Any) -> Iterator[None]:
         act(0)
         return build_engine(*arguments)
 
-    def in_step(self: Updater, batch: UpdateBatch, update: int, learning_rate: float) -> Made:
+    def in_step(self: Updater, batch: UpdateBatch, update: int, learning_rate: float) -> StepResult:
         act(update)
         return make(self, batch, update, learning_rate)
 
@@ -106,7 +106,7 @@ def hang_in_update_3(rank: int) -> None:
     watchdog.PEER_SECONDS = 1.0
     plain = Trainer.train_update
 
-    def train_update(self: Trainer, batch: UpdateBatch) -> Made:
+    def train_update(self: Trainer, batch: UpdateBatch) -> StepResult:
         if rank == 1 and self.update == 2:
             hang()
         return plain(self, batch)

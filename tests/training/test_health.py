@@ -19,10 +19,10 @@ from megalr.distributed import watchdog as watchdog_module
 from megalr.distributed.signals import STOP_SIGNALS, StopRequest
 from megalr.distributed.stop_vote import StopVote
 from megalr.distributed.watchdog import Watchdog
-from megalr.engine.skip_step import guarded
+from megalr.engine.skip_step import poison_nonfinite
 from megalr.errors import AgreedError
 from megalr.training.health import Health, SpikeWindow
-from megalr.training.step_log import Asked, Coming, Interval, Made
+from megalr.training.step_log import HostCopy, LogWindow, PendingMetrics, StepResult
 
 
 def _spikes_by_numpy(values: np.ndarray, window: int, threshold: float) -> list[int]:
@@ -96,15 +96,15 @@ def test_skipping_spikes_is_refused_with_cuda_graphs() -> None:
 
 def test_the_mean_loss_leaves_skipped_updates_out() -> None:
     made = [
-        Made(n, n - 1, targets, (targets,), 0.1, torch.tensor(total), left_out=not applied)
+        StepResult(n, n - 1, targets, (targets,), 0.1, torch.tensor(total), skipped=not applied)
         for n, targets, total, applied in [
             (1, 10, 30.0, True),
             (2, 20, 9e9, False),
             (3, 5, 5.0, True),
         ]
     ]
-    Asked(made, copies=1).settle()
-    interval = Interval(made)
+    PendingMetrics(made, copies=1).wait()
+    interval = LogWindow(made)
     assert interval.mean_loss() == pytest.approx(35.0 / 15)
     assert interval.targets == 35
     assert interval.samples_by_source() == [35]
@@ -122,7 +122,7 @@ def test_the_mean_loss_leaves_skipped_updates_out() -> None:
 )
 def test_what_is_coming_is_what_was_there_when_it_started(device: str) -> None:
     values = torch.tensor([[1.5, math.nan], [-2.0, math.inf]], device=device)
-    coming = Coming(values)
+    coming = HostCopy(values)
     values.zero_()
     torch.testing.assert_close(
         coming.read(), torch.tensor([[1.5, math.nan], [-2.0, math.inf]]), equal_nan=True
@@ -133,7 +133,7 @@ def test_a_guarded_loss_is_itself_or_spoils_the_gradient() -> None:
     for value, spoilt in ((3.0, False), (float("inf"), True), (float("nan"), True)):
         weight = torch.tensor(0.1, requires_grad=True)
         loss = weight * 7 + value  # the derivative alone is 7, whatever the value
-        ours = guarded(loss)
+        ours = poison_nonfinite(loss)
         ours.backward()
         assert weight.grad is not None
         if spoilt:
