@@ -19,7 +19,7 @@ from megalr.config.schema import RunConfig
 from megalr.models.config import PRESETS
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "LOG.md"]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "benchmarks" / "LOG.md"]
 PROGRAMS = {
     path.relative_to(ROOT).as_posix(): path
     for folder in ("tools", "launchers", "benchmarks")

@@ -98,7 +98,7 @@ class UpdateTime:
 def update_work(job: Job) -> tuple[Work, Work]:
     """Traffic of gradients and states: (in every micro-batch, once an update).
 
-    Passes over memory that DeepSpeed's wrapper makes (docs/deepspeed-notes.md, training.batched):
+    Passes over memory that DeepSpeed's wrapper makes (docs/dev/deepspeed-notes.md):
     with BF16_Optimizer the gradients of the first micro-batch are copied to a float32 buffer and
     further ones added; the all-reduce of an update flattens that buffer, converts it and copies it
     back twice. One rank reduces nothing.

@@ -41,7 +41,7 @@ def import_deepspeed() -> Any:
     Imported here because it takes seconds and ``--help`` should not. Its CPU shared-memory
     all-reduce is used for inference only; compiling it takes a minute at the first start of a
     machine, and a process killed meanwhile leaves a lock that every later start waits for
-    (docs/deepspeed-notes.md).
+    (docs/dev/deepspeed-notes.md).
     """
     import deepspeed
     from deepspeed import ops
@@ -85,7 +85,7 @@ def build_engine(config: RunConfig, ds_config: dict[str, Any], decoder: Decoder)
         mpu=mesh if decoder.plan.parallel else None,
         dist_init_required=False,
     )
-    # bf16 without ZeRO has made a step on zero gradients by now (docs/deepspeed-notes.md): harmless
+    # bf16 without ZeRO has made a step on zero gradients (docs/dev/deepspeed-notes.md): harmless
     # at learning rate 0, but Adam's counter and moments must start from nothing.
     engine.basic_optimizer.state.clear()
     attach_layouts(engine)
@@ -202,7 +202,7 @@ def _mark_gradients(decoder: Decoder) -> None:
     """Mark gradients of cut parameters as DeepSpeed expects the parameters to be marked.
 
     bf16 without ZeRO takes the norm of gradients and looks for the mark on them
-    (docs/deepspeed-notes.md).
+    (docs/dev/deepspeed-notes.md).
     """
 
     def mark(parameter: torch.Tensor) -> None:

@@ -165,7 +165,7 @@ def _fields(model: type[BaseModel], path: list[str]) -> dict[str, Any]:
 
 
 def combination_problems(config: RunConfig, resolved: dict[str, Any]) -> list[str]:
-    """Values that DeepSpeed or megalr cannot do together (table in docs/deepspeed-notes.md)."""
+    """Values that DeepSpeed or megalr cannot do together (table in docs/dev/deepspeed-notes.md)."""
     problems = []
     precision, zero = config.train.precision, resolved["zero_optimization"]
     stage = zero["stage"]

@@ -14,7 +14,7 @@ stage 0, fp32 and        the parameters                                  whole t
 paper_bf16
 =======================  ==============================================  =======================
 
-Everything that depends on DeepSpeed's internals is in this file (facts: docs/deepspeed-notes.md).
+Everything that depends on DeepSpeed's internals is in this file (docs/dev/deepspeed-notes.md).
 """
 
 from __future__ import annotations

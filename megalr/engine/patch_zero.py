@@ -61,7 +61,7 @@ def _test_gradients_once(optimizer: Any) -> None:
 
     ``DeepSpeedZeroOptimizer.step`` looks at every gradient by itself, some six kernels a parameter,
     and then at the norm, which is not finite whenever one of them is not; both skip the update on
-    all ranks. With offload the first test is another one and stays (docs/deepspeed-notes.md).
+    all ranks. With offload the first test is another one and stays (docs/dev/deepspeed-notes.md).
     """
     optimizer.check_overflow = lambda partition_gradients=True: None
 

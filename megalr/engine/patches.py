@@ -5,7 +5,7 @@ tensor: some hundred launches and as many passes through Python in every update,
 waits. What is put in their place does the same for all tensors of a group at once. It replaces
 methods of one optimizer object, after a check that it is of the kind whose code they follow
 (DeepSpeed 0.19.8); any other keeps DeepSpeed's own. Weights stay bitwise what they were on the
-CPU; gradient norms differ by rounding (docs/deepspeed-notes.md).
+CPU; gradient norms differ by rounding (docs/dev/deepspeed-notes.md).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How an update is left out on all ranks: by a gradient that no engine accepts.
 
 Every wrapper that DeepSpeed puts around an optimizer looks for a non-finite gradient, on all ranks
-together, and then makes no update (docs/deepspeed-notes.md); the host waits for that answer. Where
+together, and then makes no update (docs/dev/deepspeed-notes.md); the host waits for it. Where
 there is no wrapper :mod:`megalr.engine.unwrapped_step` does the same. torch's fused AdamW skips a
 step inside its kernel: there the host need not wait, and a GPU goes on while Python prepares the
 next update.
@@ -68,7 +68,7 @@ def drop_offloaded_gradients(optimizer: Any) -> None:
     """Drop the gradients of a step that DeepSpeed's ZeRO-1 or 2 has skipped with CPU offload.
 
     It drops them itself without offload. With it and bf16 their sums stay, the next micro-batches
-    are added, and no step is ever made again (docs/deepspeed-notes.md).
+    are added, and no step is ever made again (docs/dev/deepspeed-notes.md).
     """
     if getattr(optimizer, "cpu_offload", False):
         for group in getattr(optimizer, "averaged_gradients", {}):

@@ -1,7 +1,7 @@
 """Access to the parameters' masters and optimizer states inside a DeepSpeed engine.
 
-Everything that depends on DeepSpeed's internals is in this file; the facts it relies on are listed
-in docs/deepspeed-notes.md, each with a test. What a rank holds of a parameter is a *fragment*: the
+Everything that depends on DeepSpeed's internals is in this file; its facts are listed
+in docs/dev/deepspeed-notes.md, with tests. What a rank holds of a parameter is a *fragment*: the
 elements [start, start + numel) of the flattened parameter, as 1-D views of the fp32 master (the
 truth; bf16 with ``paper_bf16``) and of every per-element optimizer state. Under ZeRO fragments of
 different ranks do not overlap; at stage 0 every rank holds everything.

@@ -1,7 +1,7 @@
 """Bytes of weights, gradients, masters and optimizer state on one rank, by ZeRO stage.
 
 Which buffers exist is decided by the class that DeepSpeed wraps the optimizer in (the table in
-docs/deepspeed-notes.md); their sizes follow from the tensors. Checked against the buffers of live
+docs/dev/deepspeed-notes.md); sizes follow from the tensors. Checked against the buffers of live
 engines in tests/estimate.
 """
 

@@ -59,7 +59,7 @@ class Updater:
                     loss = loss * float("nan")
             # Guarded is a tensor of its own: on the very output of the engine, DeepSpeed's hook
             # divides by the number of micro-batches although it is told not to
-            # (docs/deepspeed-notes.md).
+            # (docs/dev/deepspeed-notes.md).
             engine.backward(poison_nonfinite(loss), scale_wrt_gas=False)
             engine.step()
         if engine.was_step_applied():  # as far as the engine knows

@@ -1,4 +1,4 @@
-"""What DeepSpeed does around checkpoints (docs/deepspeed-notes.md); fails when that changes."""
+"""What DeepSpeed does around checkpoints (docs/dev/deepspeed-notes.md); fails when that changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What megalr takes for granted about the installed DeepSpeed; docs/deepspeed-notes.md lists it.
+"""What megalr takes for granted about the installed DeepSpeed; docs/dev/deepspeed-notes.md has it.
 
 A failure here means that DeepSpeed has changed: read the note again and decide anew.
 """

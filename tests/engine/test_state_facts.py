@@ -1,4 +1,4 @@
-"""The facts about DeepSpeed that restarts rely on or repair; see docs/deepspeed-notes.md.
+"""The facts about DeepSpeed that restarts rely on or repair; see docs/dev/deepspeed-notes.md.
 
 A failure here means that the installed DeepSpeed behaves differently: read the note, then
 megalr/engine/state.py.

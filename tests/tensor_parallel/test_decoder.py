@@ -188,5 +188,5 @@ def _compiled_block_is_whole(name: str, tensor: int) -> None:
 
 
 def test_compiled_blocks_have_no_breaks_and_the_same_gradients() -> None:
-    """With torch 2.11 collectives in place gave zero gradients here (docs/deepspeed-notes.md)."""
+    """torch 2.11: collectives in place gave zero gradients here (docs/dev/deepspeed-notes.md)."""
     run_distributed(_compiled_blocks_are_whole, 2, 2)
