@@ -22,7 +22,7 @@ from record import provenance, save
 
 from megalr.data import TokenDataset, UpdateLoader, open_training_data
 from megalr.data.loader import SAMPLES_PLANNED
-from megalr.data.manifest import Manifest, ShardEntry, SourceInfo, TokenizerInfo
+from megalr.data.manifest import DataManifest, ShardEntry, SourceInfo, TokenizerInfo
 from megalr.data.megatron_index import HEADER, MAGIC
 from megalr.errors import exit_cleanly
 from megalr.preprocessing.shard_writer import ShardWriter
@@ -48,7 +48,7 @@ def entry(name: str, documents: int, tokens: int, idx_bytes: int) -> ShardEntry:
 
 def save_manifest(folder: Path, entries: list[ShardEntry]) -> Path:
     tokenizer = TokenizerInfo("tokenizer", "sentencepiece", "0" * 64, VOCAB_SIZE, EOS, 0)
-    Manifest(tokenizer, True, "uint16", tuple(entries)).save(folder)
+    DataManifest(tokenizer, True, "uint16", tuple(entries)).save(folder)
     return folder
 
 

@@ -28,7 +28,7 @@ import numpy as np
 import yaml
 from cases import CASES, Case, stage_of
 
-from megalr.data.manifest import Manifest, ShardEntry, SourceInfo, TokenizerInfo
+from megalr.data.manifest import DataManifest, ShardEntry, SourceInfo, TokenizerInfo
 from megalr.errors import UserError, exit_cleanly
 from megalr.files import sha256_of_file, write_atomic
 from megalr.preprocessing.shard_writer import ShardWriter
@@ -69,7 +69,7 @@ def random_data(folder: Path, tokens: int = 20_000_000, vocab_size: int = 32000)
         1,
         0,
     )
-    Manifest(tokenizer, True, "uint16", (entry,)).save(folder)
+    DataManifest(tokenizer, True, "uint16", (entry,)).save(folder)
     return folder
 
 

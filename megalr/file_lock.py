@@ -20,8 +20,8 @@ class JobLock:
 
     Several shares of one division may run at once (a SLURM array); a second job on the same share,
     or one with another division, is refused with the name of the first. The system releases the
-    lock when the process ends, however it ends. Works across nodes where the file system supports
-    POSIX locks (NFS 4, Lustre with ``flock``, GPFS, BeeGFS).
+    lock when the process ends, also when it is killed. Works across nodes where the file system
+    supports POSIX locks (NFS 4, Lustre with ``flock``, GPFS, BeeGFS).
     """
 
     def __init__(self, folder: Path, share: int = 0, shares: int = 1) -> None:
@@ -74,7 +74,7 @@ def lock_file(file: IO[str], wait: bool = False) -> bool:
 
 
 def describe_process() -> str:
-    """This process, its host and its SLURM job, in words."""
+    """One line that names this process, its host, its SLURM job and the time."""
     job = os.environ.get("SLURM_JOB_ID")
     slurm = f", SLURM job {job}" if job else ""
     started = time.strftime("%Y-%m-%d %H:%M:%S")

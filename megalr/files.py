@@ -15,7 +15,7 @@ from megalr.errors import UserError
 CHUNK = 1 << 20  # bytes read at a time when a file is hashed
 
 
-def temporary_name(path: Path, job: str) -> Path:
+def temporary_path(path: Path, job: str) -> Path:
     """Name under which job ``job`` writes ``path``: same folder, so that a rename is atomic."""
     return path.with_name(f".{path.name}.{job}.partial")
 
@@ -43,7 +43,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 class DiskFull(UserError):
-    """The output disk is full: the whole job stops, not only the file in hand."""
+    """The output disk is full: the whole job stops, not only the current file."""
 
 
 def publish(temporary: Path, path: Path) -> None:
@@ -58,8 +58,8 @@ def publish(temporary: Path, path: Path) -> None:
 
 
 def write_atomic(path: Path, content: bytes, job: str = "single") -> None:
-    """Write a small file so that readers see the old content or the new, never a part."""
-    temporary = temporary_name(path, job)
+    """Write a small file so that readers see the old content or the new, never a mixture."""
+    temporary = temporary_path(path, job)
     with disk_errors(path):
         try:
             with open(temporary, "wb") as stream:
@@ -85,11 +85,11 @@ def sha256_of_file(path: Path, start: int = 0, stop: int | None = None) -> str:
 
 
 class HashingWriter:
-    """A file being written under a temporary name, with the SHA-256 and size of what went in."""
+    """A file being written under a temporary name, with size and SHA-256 of its content."""
 
     def __init__(self, path: Path, job: str) -> None:
         self.path = path
-        self.temporary = temporary_name(path, job)
+        self.temporary = temporary_path(path, job)
         self.size = 0
         self._digest = hashlib.sha256()
         with disk_errors(path):
@@ -113,21 +113,22 @@ class HashingWriter:
             self._stream.close()
 
     def discard(self) -> None:
-        """Close and delete what was written."""
+        """Close and delete the temporary file."""
         with contextlib.suppress(OSError):  # closing flushes, which fails again on a full disk
             self._stream.close()
         self.temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def as_user_error() -> Iterator[None]:
-    """The system's words instead of a traceback, for code that runs on one rank alone."""
+def system_errors() -> Iterator[None]:
+    """Turn the system's errors into UserErrors without a path, for code of one rank; the caller
+    adds the path."""
     try:
         yield
     except OSError as error:
-        raise UserError(reason_of(error)) from error
+        raise UserError(system_message(error)) from error
 
 
-def reason_of(error: Exception) -> str:
-    """The operating system's words; torch wraps a failed write in a RuntimeError."""
+def system_message(error: Exception) -> str:
+    """The operating system's description of an error; torch raises a RuntimeError for a write."""
     return getattr(error, "strerror", None) or str(error).splitlines()[0]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megalr.data.manifest import Manifest, ShardEntry, SourceInfo, TokenizerInfo
+from megalr.data.manifest import DataManifest, ShardEntry, SourceInfo, TokenizerInfo
 from megalr.files import sha256_of_file, write_atomic
 from megalr.preprocessing.shard_writer import ShardWriter
 
@@ -52,5 +52,5 @@ def write_dataset(folder: Path, documents: int = 300, seed: int = 0) -> Path:
         EOS,
         0,
     )
-    Manifest(tokenizer, True, "uint16", tuple(entries)).save(folder)
+    DataManifest(tokenizer, True, "uint16", tuple(entries)).save(folder)
     return folder

@@ -30,7 +30,7 @@ TIMESTAMP = "1970-01-01T00:00:00Z"
 SUFFIXES = (".py", ".md", ".rst", ".txt")
 LEGAL = re.compile(r"licen[cs]e|copying|notice|authors|credits|changelog|changes", re.IGNORECASE)
 VALIDATION_SHARE = 50
-"""One file in so many is held out, with everything in it."""
+"""One file of this number is held out, with all its passages."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from megalr.checkpoint import retain as names
 from megalr.checkpoint.manifest import Damaged, Manifest, check_files, read_manifest
 from megalr.distributed.agreement import run_on_rank0
 from megalr.errors import AgreedError, UserError
-from megalr.files import as_user_error, reason_of
+from megalr.files import system_errors, system_message
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def find_checkpoint(folder: Path, verify: bool) -> Found:
 
 
 def _list(root: Path) -> tuple[list[str], list[str]]:
-    with as_user_error():
+    with system_errors():
         names.recover(root)
         return names.tags(root), names.unfinished(root)
 
@@ -108,6 +108,6 @@ def tidy(folder: Path, found: Found) -> None:
             if found.tag is not None:
                 names.point_latest(root, found.tag)
         except OSError as error:
-            raise UserError(f"{root} cannot be written: {reason_of(error)}") from error
+            raise UserError(f"{root} cannot be written: {system_message(error)}") from error
 
     run_on_rank0(work)

@@ -34,7 +34,7 @@ from megalr.distributed.agreement import is_rank0, raise_on_any_rank, run_on_ran
 from megalr.engine.checkpoint_files import write_engine_files, write_fragments
 from megalr.engine.checkpoint_layout import layout_of
 from megalr.errors import AgreedError, UserError
-from megalr.files import as_user_error, reason_of
+from megalr.files import system_errors, system_message
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _write_files(engine: Any, root: Path, saving: Path) -> tuple[dict[str, FileR
             seconds = time.perf_counter() - started
         except (OSError, RuntimeError) as caught:
             error = caught
-    raise_on_any_rank(None if error is None else UserError(reason_of(error)))
+    raise_on_any_rank(None if error is None else UserError(system_message(error)))
     gathered: list[Any] = [(records, seconds)]
     if dist.is_initialized():
         gathered = [None] * dist.get_world_size()
@@ -138,7 +138,7 @@ def _one_line(path: Path) -> Iterator[None]:
 
 
 def _prepare(saving: Path) -> None:
-    with as_user_error():
+    with system_errors():
         if saving.exists():
             shutil.rmtree(saving)
         saving.mkdir(parents=True)
@@ -155,7 +155,7 @@ def _counters(engine: Any) -> dict[str, int]:
 def _finish(root: Path, tag: str, state_text: str, manifest: Manifest) -> int:
     """Write state and manifest, give the checkpoint its name; bytes of all files. Rank 0 only."""
     saving = names.saving_path(root, tag)
-    with as_user_error():
+    with system_errors():
         names.write_atomically(saving / STATE, state_text)
         files = {**manifest.files, STATE: record_of(saving / STATE)}
         manifest = dataclasses.replace(manifest, files=files)
@@ -183,6 +183,6 @@ def delete_superseded(root: Path, config: RunConfig, update: int) -> tuple[list[
         try:
             names.discard(root, tag)
         except OSError as error:
-            return deleted, f"{tag}: {reason_of(error)}"
+            return deleted, f"{tag}: {system_message(error)}"
         deleted.append(tag)
     return deleted, None

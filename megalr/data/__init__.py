@@ -1,7 +1,7 @@
-"""Text to token shards, and token shards to batches.
+"""Token shards to batches.
 
-Reading (what training uses): :func:`open_training_data`, :func:`open_validation_data`,
-:class:`UpdateLoader`, :class:`EvaluationBatches`, :func:`check_vocabulary`.
+In: data folders (manifest, ``.bin``/``.idx`` shards) and a seed. Out: batches as a function of
+(seed, update). Must not know: text, tokenizers' files, models.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megalr.data.manifest import Manifest, ShardEntry, TokenizerInfo, check_sizes, load_manifest
+from megalr.data.manifest import DataManifest, ShardEntry, TokenizerInfo, check_sizes, load_manifest
 from megalr.data.megatron_index import IndexedShard, allow_open_files, token_dtype
 from megalr.data.shuffle import SampleOrder
 from megalr.errors import UserError
@@ -25,8 +25,8 @@ DataPath = str | Path | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Source:
-    """One data set of a mixture: its folder, its samples ``[first, first + count)``, its weight."""
+class MixtureSource:
+    """One data folder of a mixture, its samples ``[first, first + count)`` and its weight."""
 
     path: Path
     first: int
@@ -35,10 +35,10 @@ class Source:
 
 
 class _Shard:
-    """A shard of the manifest; its files are opened when a sample of it is first read."""
+    """A shard of the manifest; its files are opened when the first of its samples is read."""
 
     def __init__(self, folder: Path, entry: ShardEntry, dtype: np.dtype) -> None:
-        self.prefix = f"{folder}/{entry.name}"  # a thousand Path objects take their time
+        self.prefix = f"{folder}/{entry.name}"  # a thousand Path objects are slow to make
         self.entry = entry
         self._dtype = dtype
 
@@ -68,8 +68,9 @@ class TokenDataset:
     an epoch, and a shard has ceil((T - 1) / S) samples. Windows cross document ends; EOS ids mark
     them.
 
-    ``packing=False``: sample i is document i, cut to S ids of which the last is then EOS (if the
-    documents were written with EOS), padded to S; a document of L ids has min(L, S) - 1 targets.
+    ``packing=False``: sample i is document i, truncated to S ids of which the last is then EOS (if
+    the documents were written with EOS), padded to S; a document of L ids has min(L, S) - 1
+    targets.
 
     Padded inputs hold ``pad_id``, labels without a target -100. Samples are numbered through all
     shards of all sources in order.
@@ -77,7 +78,7 @@ class TokenDataset:
 
     def __init__(
         self,
-        manifests: Sequence[tuple[Path, Manifest, tuple[ShardEntry, ...]]],
+        manifests: Sequence[tuple[Path, DataManifest, tuple[ShardEntry, ...]]],
         sequence_length: int,
         packing: bool,
         weights: Sequence[Fraction] | None = None,
@@ -111,7 +112,9 @@ class TokenDataset:
         ends = np.cumsum([len(entries) for _, _, entries in manifests])
         borders = [0, *(int(self._firsts[end]) for end in ends)]
         self.sources = tuple(
-            Source(folder, borders[i], borders[i + 1] - borders[i], weights[i] if weights else None)
+            MixtureSource(
+                folder, borders[i], borders[i + 1] - borders[i], weights[i] if weights else None
+            )
             for i, (folder, _, _) in enumerate(manifests)
         )
         for source in self.sources:
@@ -135,7 +138,7 @@ class TokenDataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of all that determines which sample has which number and position."""
+        """SHA-256 of everything that determines the number and the position of each sample."""
         content = {
             "tokenizer": self.tokenizer.fingerprint,
             "sequence_length": self.sequence_length,
@@ -146,7 +149,7 @@ class TokenDataset:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def sample_ids(self, positions: Integers, seed: int) -> Integers:
-        """Numbers of the samples that stand at these positions of the endless training order."""
+        """Numbers of the samples at these positions of the endless training order."""
         return self._order.sample_ids(positions, seed)
 
     def source_of(self, samples: Integers) -> Integers:
@@ -217,7 +220,7 @@ class TokenDataset:
     ) -> Integers:
         length = self.sequence_length
         starts, sizes = shard.spans(local)
-        if not np.array_equal(sizes, shard.sizes(local)):  # what the targets were counted from
+        if not np.array_equal(sizes, shard.sizes(local)):  # from which the targets were counted
             raise UserError(
                 f"{shard.idx}: document boundaries and lengths contradict each other; the file is "
                 f"damaged, run the preprocessing again"
@@ -246,7 +249,7 @@ def _copy_rows(
 
 
 def _common_tokenizer(
-    manifests: Sequence[tuple[Path, Manifest, tuple[ShardEntry, ...]]],
+    manifests: Sequence[tuple[Path, DataManifest, tuple[ShardEntry, ...]]],
 ) -> TokenizerInfo:
     first_folder, first, _ = manifests[0]
     for folder, manifest, _ in manifests[1:]:

@@ -15,13 +15,13 @@ from megalr.errors import UserError
 
 MicroBatch = tuple[torch.Tensor, torch.Tensor]
 STOP_POLL_SECONDS = 0.2
-SAMPLES_PLANNED = 1 << 16  # samples whose place is computed in one go
-SAMPLES_AT_ONCE = 1 << 20  # samples whose targets are counted in one go
+SAMPLES_PLANNED = 1 << 16  # samples whose order is computed in one call
+SAMPLES_AT_ONCE = 1 << 20  # samples whose targets are counted in one call
 
 
 @dataclass(frozen=True)
 class UpdateBatch:
-    """What one rank needs for one optimizer update.
+    """The micro-batches of one rank for one optimizer update.
 
     micro_batches: (input_ids, labels), both int64 (b, S); ``labels[:, t]`` is the target of
     position t, -100 where there is none. num_targets: targets of the *global* batch, all ranks and
@@ -41,8 +41,8 @@ class UpdateLoader:
     set's order: a function of (seed, u) alone. Micro-batch m of rank r takes the positions
     ``(m world_size + r) b + j``. ``rank`` and ``world_size`` count data-parallel ranks.
 
-    ``prefetch_updates`` updates are read ahead by a thread (0: none, read when asked); what goes
-    wrong there is raised by the next ``next()``. Close it, or use it in a ``with``.
+    ``prefetch_updates`` updates are read ahead by a thread (0: no thread, ``next()`` reads);
+    an error there is raised by the next ``next()``. Close it, or use it in a ``with``.
     """
 
     def __init__(
@@ -60,9 +60,9 @@ class UpdateLoader:
     ) -> None:
         if micro_batch_size < 1 or global_batch_size % (micro_batch_size * world_size):
             raise UserError(
-                f"a global batch of {global_batch_size} sequences cannot be cut into micro-batches "
-                f"of {micro_batch_size} on {world_size} data-parallel ranks; make it a multiple of "
-                f"{micro_batch_size * world_size}"
+                f"a global batch of {global_batch_size} sequences cannot be divided into "
+                f"micro-batches of {micro_batch_size} on {world_size} data-parallel ranks; "
+                f"make it a multiple of {micro_batch_size * world_size}"
             )
         self._dataset, self._seed, self._pin_memory = dataset, seed, pin_memory
         self._global_batch_size = global_batch_size
@@ -75,7 +75,7 @@ class UpdateLoader:
         self._start(start_update)
 
     def _start(self, update: int) -> None:
-        """Go on with the batch of this update; the thread, if any, has ended."""
+        """Continue with the batch of this update; the thread, if any, has ended."""
         self._next_update = update
         self._stopped = threading.Event()
         self._queue: queue.Queue[UpdateBatch | BaseException] | None = None
@@ -87,7 +87,7 @@ class UpdateLoader:
             self._thread.start()
 
     def seek(self, update: int) -> None:
-        """Let the batch of this update be the next one; what was read ahead is dropped."""
+        """Make the batch of this update the next one; batches read ahead are dropped."""
         self.close()
         self._start(update)
 
@@ -174,10 +174,10 @@ class UpdateLoader:
 class EvaluationBatches:
     """A fixed set of samples, the same at every evaluation and for every number of ranks.
 
-    The samples come in the shuffled order of seed 0, so that a part is drawn from the whole data
-    set; with ``max_targets`` they are the longest prefix of that order with at most so many targets
-    (at least one sample), otherwise all. Every rank gets the same number of micro-batches of
-    ``(b, S)``; rows that are left over have no targets.
+    The samples come in the shuffled order of seed 0, so that a subset is drawn from the whole data
+    set. With ``max_targets`` they are the longest prefix of that order with at most that number of
+    targets (at least one sample), otherwise all. Every rank gets the same number of micro-batches
+    of ``(b, S)``; surplus rows have no targets.
 
     Iterating yields (input_ids, labels) as in UpdateBatch. ``len()``: micro-batches of a rank;
     ``num_targets``: targets over all ranks; ``num_samples``: samples over all ranks.

@@ -20,7 +20,7 @@ Record = TypeVar("Record")
 
 @dataclass(frozen=True)
 class TokenizerInfo:
-    """Which tokenizer made the ids. ``path`` is relative to the manifest's folder."""
+    """The tokenizer that made the ids. ``path`` is relative to the manifest's folder."""
 
     path: str
     kind: str
@@ -32,7 +32,7 @@ class TokenizerInfo:
 
 @dataclass(frozen=True)
 class SourceInfo:
-    """The input a shard was made from: the part ``[start, stop)`` in units of ``part_unit``."""
+    """The input of a shard: a file, or ``[start, stop)`` of it in units of ``part_unit``."""
 
     file: str
     bytes: int
@@ -62,7 +62,7 @@ class ShardEntry:
 
 
 @dataclass(frozen=True)
-class Manifest:
+class DataManifest:
     """A data set: the tokenizer, whether documents end in its EOS, and the shards in order."""
 
     tokenizer: TokenizerInfo
@@ -132,7 +132,7 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: not valid JSON ({error}); the file is damaged") from None
 
 
-def load_manifest(path: str | Path) -> Manifest:
+def load_manifest(path: str | Path) -> DataManifest:
     """Read the manifest of a data folder (or the manifest file itself) and check its structure."""
     path = Path(path)
     path = path / MANIFEST_NAME if path.is_dir() else path
@@ -146,13 +146,13 @@ def load_manifest(path: str | Path) -> Manifest:
     if (version := record.pop("format_version", None)) != FORMAT_VERSION:
         raise UserError(f"{path}: manifest version {version}, this program reads {FORMAT_VERSION}")
     totals = record.pop("totals", None)
-    manifest = _build(Manifest, record, str(path))
+    manifest = _build(DataManifest, record, str(path))
     shards = tuple(
         entry_from_json(shard, f"{path}: shard {number}")
         for number, shard in enumerate(manifest.shards)
     )
     tokenizer = _build(TokenizerInfo, manifest.tokenizer, f"{path}: tokenizer")
-    manifest = Manifest(**{**manifest.__dict__, "shards": shards, "tokenizer": tokenizer})
+    manifest = DataManifest(**{**manifest.__dict__, "shards": shards, "tokenizer": tokenizer})
     if manifest.totals() != totals:
         raise UserError(f"{path}: the totals do not match the shards; the file was edited")
     return manifest

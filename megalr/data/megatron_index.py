@@ -60,7 +60,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def dtype_code(dtype: np.dtype) -> int:
-    """The code that stands for ``dtype`` in an ``.idx`` header."""
+    """The code of ``dtype`` in an ``.idx`` header."""
     return next(code for code, kind in DTYPE_CODES.items() if np.dtype(kind) == dtype)
 
 
@@ -169,8 +169,8 @@ class IndexedShard:
         return map_file(self.idx, np.uint8, self.idx.stat().st_size)
 
     def _array(self, dtype: str, offset: int, count: int) -> NDArray[Any]:
-        part = self._index[offset : offset + count * np.dtype(dtype).itemsize]
-        return part.view(dtype)
+        end = offset + count * np.dtype(dtype).itemsize
+        return self._index[offset:end].view(dtype)
 
     @cached_property
     def lengths(self) -> NDArray[np.int32]:

@@ -1,4 +1,4 @@
-"""Which sample stands at which position: shuffling and mixing computed on the fly.
+"""The sample at each position of the training order, shuffled and mixed on the fly.
 
 Nothing is stored: the sample at a position is a function of (seed, position), so a run resumes at
 any position at once, on any number of ranks, and memory does not grow with the data.
@@ -48,7 +48,7 @@ def permute(index: Integers, size: int, seed: int, stream: int = 0, epoch: int =
 
     ``x = left * b + right`` with ``left`` in ``0 .. a - 1``, ``right`` in ``0 .. b - 1`` and
     ``a b >= size`` runs through a Feistel network whose round functions are keyed on (seed, stream,
-    epoch); a result outside ``size`` is fed in again until it falls inside (cycle walking). Since
+    epoch); a result outside ``size`` is permuted again until it falls inside (cycle walking). Since
     ``a b - size < b`` that concerns about one element in ``sqrt(size)``. Source: Black and
     Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002.
 
@@ -83,7 +83,7 @@ def _feistel(x: NDArray[np.uint64], a: int, b: int, keys: list[int]) -> NDArray[
 
 
 def mixing_period(weights: Sequence[Fraction]) -> tuple[NDArray[np.int32], Integers]:
-    """One period of a mixture: the source at each place, and how often it occurred before.
+    """One period of a mixture: the source at each place, and its number of earlier occurrences.
 
     With ``w_d`` = weight / sum of weights and ``Q`` the smallest number for which all ``w_d Q`` are
     whole, place ``n`` (from 0) goes, among the sources whose next sample may come already
@@ -126,8 +126,8 @@ class SampleOrder:
     """The order of the samples of one or several sources.
 
     Without weights the sources are one pool: position p belongs to epoch ``p // N`` and every epoch
-    is another permutation of all N samples. With weights each source has its own epochs and
-    permutations, and the places are shared out by :func:`mixing_period`.
+    is a different permutation of all N samples. With weights each source has its own epochs and
+    permutations, and the places are assigned by :func:`mixing_period`.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[Fraction] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Reading documents from text files, in batches of bounded size, with bad records counted."""
+"""Documents of an input split in batches of bounded size; bad records are counted."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from megalr.preprocessing.hub import hub_values
 from megalr.preprocessing.input_splits import InputSplit, input_kind
 from megalr.preprocessing.streams import HashingReader, damage_reported, decompressed
 
-BATCH_BYTES = 1 << 20  # text of a batch, but for a single longer document
+BATCH_BYTES = 1 << 20  # text of a batch; one longer document is a batch by itself
 REASONS_KEPT = 5  # bad records described in full per file
-PARQUET_ROWS = 256  # rows of a parquet file read at a time
-EARLY_CHECK = 10_000  # records after which a file with too many bad ones is given up at once
+PARQUET_ROWS = 256  # rows read at a time
+EARLY_CHECK = 10_000  # records after which too many bad ones end the file early
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """text_key: field that holds the text. text_documents: what one document of a ``.txt`` file
-    is: line, paragraph (separated by blank lines) or file. max_bad_lines: records that may be
-    skipped per file, a number from 1 on or a fraction below 1."""
+    """text_key: field or column with the text. text_documents: one document of a ``.txt`` file is a
+    line, a paragraph (separated by blank lines) or the whole file. max_bad_lines: bad records
+    allowed per input split, a number from 1 on or a fraction below 1."""
 
     text_key: str = "text"
     text_documents: str = "line"
@@ -34,7 +34,7 @@ class ReadOptions:
 
 @dataclass
 class ReadReport:
-    """What was read so far: bytes of the input file, records, and those that were skipped."""
+    """Counts so far: bytes of the input file, records, and skipped records."""
 
     input_bytes: int = 0
     records: int = 0
@@ -84,30 +84,33 @@ def _parse_text(line: bytes, _: str) -> str:
 
 
 class DocumentReader:
-    """Iterates over lists of documents of one part; ``report`` grows while reading.
+    """Iterates over lists of documents of one input split; ``report`` grows while reading.
 
     Memory: one batch (1 MiB of text) or the longest single record. Raises UserError for a damaged
     file and as soon as more records are bad than allowed.
     """
 
     def __init__(
-        self, part: InputSplit, options: ReadOptions, report: ReadReport | None = None
+        self, input_split: InputSplit, options: ReadOptions, report: ReadReport | None = None
     ) -> None:
-        self.part, self.options = part, options
+        self.input_split, self.options = input_split, options
         self.report = report or ReadReport()
 
     def __iter__(self) -> Iterator[list[str]]:
-        if self.part.unit == "hub":
+        if self.input_split.unit == "hub":
             yield from self._texts(
                 hub_values(
-                    str(self.part.file), self.part.number, self.part.count, self.options.text_key
+                    str(self.input_split.file),
+                    self.input_split.number,
+                    self.input_split.count,
+                    self.options.text_key,
                 ),
                 _checked,
             )
             self._check_bad(at_end=True)
             return
-        kind = input_kind(self.part.file)
-        with damage_reported(self.part.file):
+        kind = input_kind(self.input_split.file)
+        with damage_reported(self.input_split.file):
             if kind == "parquet":
                 yield from self._texts(self._parquet_values(), _checked)
             else:
@@ -125,7 +128,7 @@ class DocumentReader:
             for record in records:
                 number += 1
                 if isinstance(record, bytes):
-                    if number == 1 and self.part.start == 0:
+                    if number == 1 and self.input_split.start == 0:
                         record = record.removeprefix(BYTE_ORDER_MARK)
                     if not record.strip():
                         continue
@@ -144,10 +147,10 @@ class DocumentReader:
                 yield texts
 
     def _line_batches(self, kind: str) -> Iterator[list[bytes]]:
-        if self.part.unit == "bytes":
+        if self.input_split.unit == "bytes":
             yield from self._lines_of_range()
             return
-        path = self.part.file
+        path = self.input_split.file
         with HashingReader(path) as raw, decompressed(raw, path) as stream:
             style = self.options.text_documents if kind == "text" else "line"
             for records in _RECORDS[style](stream):
@@ -159,14 +162,14 @@ class DocumentReader:
     def _lines_of_range(self) -> Iterator[list[bytes]]:
         """Lines whose first byte lies in ``[start, stop)`` of an uncompressed file."""
         digest = hashlib.sha256()
-        with open(self.part.file, "rb", buffering=BATCH_BYTES) as stream:
-            position = self.part.start
+        with open(self.input_split.file, "rb", buffering=BATCH_BYTES) as stream:
+            position = self.input_split.start
             if position:
                 stream.seek(position - 1)
-                position += len(stream.readline()) - 1  # the line that began before belongs there
-            while position < self.part.stop:
+                position += len(stream.readline()) - 1  # this line belongs to the split before
+            while position < self.input_split.stop:
                 lines: list[bytes] = []
-                end = min(position + BATCH_BYTES, self.part.stop)
+                end = min(position + BATCH_BYTES, self.input_split.stop)
                 while position < end and (line := stream.readline()):
                     lines.append(line)
                     position += len(line)
@@ -181,7 +184,7 @@ class DocumentReader:
         import pyarrow
         from pyarrow import parquet
 
-        path, key = self.part.file, self.options.text_key
+        path, key = self.input_split.file, self.options.text_key
         try:
             file = parquet.ParquetFile(path)
         except pyarrow.ArrowInvalid as error:
@@ -199,7 +202,7 @@ class DocumentReader:
     def _bad(self, number: int, reason: str) -> None:
         self.report.bad += 1
         if len(self.report.reasons) < REASONS_KEPT:
-            where = f" after byte {self.part.start}" if self.part.start else ""
+            where = f" after byte {self.input_split.start}" if self.input_split.start else ""
             self.report.reasons.append(f"line {number}{where}: {reason}")
 
     def _check_bad(self, at_end: bool = False) -> None:
@@ -209,7 +212,7 @@ class DocumentReader:
         allowed = limit if limit >= 1 or limit == 0 else limit * report.records
         if report.bad > allowed:
             raise UserError(
-                f"{self.part.file}: {report.bad} of {report.records} records are bad, "
+                f"{self.input_split.file}: {report.bad} of {report.records} records are bad, "
                 f"--max_bad_lines allows {allowed:.0f} ({'; '.join(report.reasons)})"
             )
 

@@ -8,7 +8,7 @@ from typing import Any
 from megalr.errors import UserError
 
 HUB_PREFIX = "hub:"
-ROWS = 256  # documents handed on at a time
+ROWS = 256  # documents yielded at a time
 
 
 def _open(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Which pieces of input there are, and what they are called in the output."""
+"""The input splits of a job and their names in the output."""
 
 from __future__ import annotations
 
@@ -55,24 +55,24 @@ def input_kind(path: Path) -> str:
     )
 
 
-def holds_tokens(part: InputSplit) -> bool:
-    """Whether the part was tokenized by another program already."""
-    return part.unit != "hub" and part.file.suffix in TOKEN_FILES
+def holds_tokens(input_split: InputSplit) -> bool:
+    """Whether another program has tokenized this input already."""
+    return input_split.unit != "hub" and input_split.file.suffix in TOKEN_FILES
 
 
 def plan_splits(inputs: Sequence[str], split_bytes: int) -> dict[str, InputSplit]:
-    """Name in the output of every piece of the inputs, in the order of the manifest.
+    """Output name of every input split, in the order of the manifest.
 
     inputs: file names, glob patterns and ``hub:...``. An uncompressed JSON or text file larger than
-    ``split_bytes`` is divided at line ends into equal parts of at most so many bytes; everything
-    else is one part. The result depends on the files and ``split_bytes`` alone.
+    ``split_bytes`` is divided at line ends into equal splits of at most ``split_bytes`` bytes;
+    everything else is one split. The result depends on the files and ``split_bytes`` alone.
     """
-    parts: list[InputSplit] = []
+    splits: list[InputSplit] = []
     files: dict[Path, Path] = {}  # by what links lead to, so that no file is read twice
     for pattern in inputs:
         if pattern.startswith(HUB_PREFIX):
             count = hub_shards(pattern)
-            parts += [
+            splits += [
                 InputSplit(Path(pattern), 0, "hub", number=n, count=count) for n in range(count)
             ]
             continue
@@ -81,18 +81,20 @@ def plan_splits(inputs: Sequence[str], split_bytes: int) -> dict[str, InputSplit
         if not names:
             raise UserError(f"{pattern}: no such input file, and no file matches it as a pattern")
         for path in map(Path, names):
-            # A link keeps its own name: what it points to may have none that tells its kind, as in
-            # the cache of the Hugging Face hub.
+            # A link keeps its own name: the name of its target may not say the kind, as in the
+            # cache of the Hugging Face hub.
             named = path.parent.resolve() / path.name if path.is_symlink() else path.resolve()
             files[path.resolve()] = min(named, files.get(path.resolve(), named))
     for file in sorted(files.values()):
-        parts += _parts_of_file(file, split_bytes)
-    stems = {part.file: _stem(part.file) for part in parts}
+        splits += _splits_of_file(file, split_bytes)
+    stems = {input_split.file: _stem(input_split.file) for input_split in splits}
     repeated = {stem for stem, count in Counter(stems.values()).items() if count > 1}
-    return {_name(part, stems[part.file], repeated): part for part in parts}
+    return {
+        _name(input_split, stems[input_split.file], repeated): input_split for input_split in splits
+    }
 
 
-def _parts_of_file(file: Path, split_bytes: int) -> list[InputSplit]:
+def _splits_of_file(file: Path, split_bytes: int) -> list[InputSplit]:
     if file.is_dir():
         raise UserError(f"{file}: is a folder; give its files, for example '{file}/*.json.gz'")
     kind = input_kind(file)
@@ -100,7 +102,7 @@ def _parts_of_file(file: Path, split_bytes: int) -> list[InputSplit]:
         raise UserError(f"{file}: a link to {file.resolve()}, which does not exist; fetch the file")
     size = file.stat().st_size
     if size == 0:
-        raise UserError(f"{file}: the file is empty; fetch it again or leave it out")
+        raise UserError(f"{file}: the file is empty; fetch it again or drop it from --input")
     divisible = kind in ("json", "text") and file.suffix not in COMPRESSIONS
     count = -(-size // split_bytes) if divisible else 1
     if count == 1:
@@ -119,9 +121,9 @@ def _stem(file: Path) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "_", name).strip(".") or "input"
 
 
-def _name(part: InputSplit, stem: str, repeated: set[str]) -> str:
+def _name(input_split: InputSplit, stem: str, repeated: set[str]) -> str:
     if stem in repeated:  # files of one name in several folders
-        stem += "-" + hashlib.sha256(str(part.file).encode()).hexdigest()[:8]
-    if part.count > 1:
-        stem += f"-part-{part.number:05d}-of-{part.count:05d}"
+        stem += "-" + hashlib.sha256(str(input_split.file).encode()).hexdigest()[:8]
+    if input_split.count > 1:
+        stem += f"-part-{input_split.number:05d}-of-{input_split.count:05d}"
     return stem

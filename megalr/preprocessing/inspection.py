@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megalr.data.manifest import Manifest, ShardEntry, check_sizes, load_manifest
+from megalr.data.manifest import DataManifest, ShardEntry, check_sizes, load_manifest
 from megalr.data.megatron_index import IndexedShard
 from megalr.errors import UserError
 from megalr.files import sha256_of_file
@@ -46,7 +46,7 @@ class Statistics:
 class Inspection:
     """What was found: damages (empty if the data set is sound) and statistics by split."""
 
-    manifest: Manifest
+    manifest: DataManifest
     damages: list[str]
     statistics: dict[str, Statistics]
 
@@ -101,7 +101,7 @@ def _check_checksums(folder: Path, entry: ShardEntry) -> None:
             raise UserError(f"{path}: SHA-256 is {found}, the manifest says {expected}")
 
 
-def _check_ids(shard: IndexedShard, entry: ShardEntry, manifest: Manifest) -> None:
+def _check_ids(shard: IndexedShard, entry: ShardEntry, manifest: DataManifest) -> None:
     largest = -1
     for start in range(0, shard.num_tokens, TOKENS_AT_ONCE):
         block = shard.tokens[start : start + TOKENS_AT_ONCE]
@@ -142,7 +142,7 @@ def _count(total: Statistics, shard: IndexedShard, entry: ShardEntry) -> None:
     total.length_counts += np.bincount(exponents, minlength=LENGTH_BINS)
 
 
-def open_dataset_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
+def open_dataset_tokenizer(folder: Path, manifest: DataManifest) -> Tokenizer:
     """The tokenizer in the data folder, checked to be the one that made the ids."""
     tokenizer = open_tokenizer(folder / manifest.tokenizer.path)
     if tokenizer.fingerprint != manifest.tokenizer.fingerprint:

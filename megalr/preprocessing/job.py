@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megalr.data.manifest import MANIFEST_NAME, Manifest, read_json
+from megalr.data.manifest import MANIFEST_NAME, DataManifest, read_json
 from megalr.data.megatron_index import token_dtype
 from megalr.errors import UserError
 from megalr.file_lock import JobLock
-from megalr.files import disk_errors, temporary_name, write_atomic
+from megalr.files import disk_errors, temporary_path, write_atomic
 from megalr.preprocessing.input_splits import InputSplit, plan_splits
 from megalr.preprocessing.progress_line import ProgressLine
 from megalr.preprocessing.split_pool import Failure, Outcome, Task, run_serial, run_workers
@@ -37,7 +37,7 @@ Runner = Callable[[list[Task], WorkSettings, str, Progress], Iterator[Outcome]]
 
 @dataclass(frozen=True)
 class Summary:
-    """The end of a job. ``complete``: every part is finished and the manifest is written."""
+    """Result of a job. ``complete``: all input splits are finished and the manifest is written."""
 
     complete: bool
     files: int
@@ -53,12 +53,12 @@ class Summary:
 
 
 class PreprocessJob:
-    """Prepares an output folder, runs the parts of one share, and writes the manifest at the end.
+    """Prepares an output folder, processes one share of the inputs, writes the manifest at the end.
 
-    settings.output receives ``NAME.bin``/``.idx`` per part, ``finished/NAME.json`` when a part is
-    complete, ``tokenizer/`` (a copy), ``job.json`` (the settings) and ``manifest.json`` once all
-    parts of all shares are finished. Starting the same job again verifies what is finished and
-    does the rest; the files come out the same byte for byte.
+    settings.output receives ``NAME.bin``/``.idx`` per input split, ``finished/NAME.json`` once
+    it is complete, ``tokenizer/`` (a copy), ``job.json`` (the settings) and ``manifest.json`` once
+    all input splits of all shares are finished. Starting the same job again verifies the finished
+    ones and processes the rest; the files are the same byte for byte.
     """
 
     def __init__(
@@ -73,18 +73,23 @@ class PreprocessJob:
         self.tokenizer: Tokenizer = open_tokenizer(settings.tokenizer)
         if settings.append_eos:
             require_eos(self.tokenizer)
-        self.parts: dict[str, InputSplit] = plan_splits(inputs, split_bytes)
-        for part in self.parts.values():
-            folders = (part.file.parent, part.file.resolve().parent)  # of a link and its target
-            if part.unit != "hub" and settings.output.resolve() in folders:
+        self.input_splits: dict[str, InputSplit] = plan_splits(inputs, split_bytes)
+        for input_split in self.input_splits.values():
+            folders = (
+                input_split.file.parent,
+                input_split.file.resolve().parent,
+            )  # of a link and its target
+            if input_split.unit != "hub" and settings.output.resolve() in folders:
                 raise UserError(
-                    f"{part.file}: lies in the output folder, where it could be overwritten; "
-                    f"choose another --output"
+                    f"{input_split.file}: lies in the output folder, where it could be "
+                    f"overwritten; choose another --output"
                 )
         self._record = settings.record(self.tokenizer.fingerprint)
-        # Largest first, so that no long part starts when the others are about to end.
-        names = sorted(self.parts, key=lambda name: (-_weight(self.parts[name]), name))
-        self.tasks: list[Task] = [(name, self.parts[name]) for name in names[share::shares]]
+        # Largest first, so that no long one starts when the others are about to end.
+        names = sorted(
+            self.input_splits, key=lambda name: (-_input_bytes(self.input_splits[name]), name)
+        )
+        self.tasks: list[Task] = [(name, self.input_splits[name]) for name in names[share::shares]]
         self.token = f"{share}-of-{shares}.{secrets.token_hex(4)}"  # marks unfinished files
 
     def run(self, runner: Runner) -> Summary:
@@ -95,7 +100,9 @@ class PreprocessJob:
         lock = JobLock(output, self.share, self.shares)
         try:
             self._prepare()
-            line = ProgressLine(len(self.tasks), sum(_weight(part) for _, part in self.tasks))
+            line = ProgressLine(
+                len(self.tasks), sum(_input_bytes(input_split) for _, input_split in self.tasks)
+            )
             results, failures = self._collect(runner, line)
             if failures:
                 raise self._failed(failures, len(results))
@@ -115,7 +122,7 @@ class PreprocessJob:
         others = sorted(
             path.stem
             for path in (output / FINISHED_FOLDER).glob("*.json")
-            if path.stem not in self.parts
+            if path.stem not in self.input_splits
         )
         if others:
             raise UserError(
@@ -124,7 +131,7 @@ class PreprocessJob:
             )
         self._remove_unfinished()
         if not (output / TOKENIZER_FOLDER).exists():
-            temporary = temporary_name(output / TOKENIZER_FOLDER, self.token)
+            temporary = temporary_path(output / TOKENIZER_FOLDER, self.token)
             with disk_errors(output):
                 self.tokenizer.copy_to(temporary)
                 try:
@@ -133,7 +140,7 @@ class PreprocessJob:
                     _delete(temporary)
 
     def _remove_unfinished(self) -> None:
-        """Delete what this share, or a job with another division, did not finish."""
+        """Delete unfinished files of this share, and of jobs with another number of shares."""
         for folder in (self.settings.output, self.settings.output / FINISHED_FOLDER):
             for path in folder.glob(".*.partial"):
                 _, share, _, _ = path.name.rsplit(".", 3)
@@ -162,9 +169,9 @@ class PreprocessJob:
                     line.message(f"failed: {outcome.message}")
                     continue
                 results.append(outcome)
-                line.finish_part(_weight(self.parts[outcome.name]), outcome.reused)
+                line.finish_split(_input_bytes(self.input_splits[outcome.name]), outcome.reused)
                 if outcome.report.bad and not outcome.reused:
-                    line.message(_bad_lines(self.parts[outcome.name], outcome))
+                    line.message(_bad_lines(self.input_splits[outcome.name], outcome))
         finally:
             line.close()
         return results, failures
@@ -199,10 +206,10 @@ class PreprocessJob:
         return summary
 
     def _write_manifest(self) -> Path | None:
-        """Write the manifest if the parts of all shares are finished."""
+        """Write the manifest if the input splits of all shares are finished."""
         output = self.settings.output
         shards = []
-        for name in self.parts:
+        for name in self.input_splits:
             if not (output / FINISHED_FOLDER / f"{name}.json").exists():
                 return None
             settings, result = load_finished(output, name)
@@ -210,7 +217,7 @@ class PreprocessJob:
             shards += list(result.shards)
         if sum(shard.documents for shard in shards) == 0:
             raise UserError(f"{output}: the inputs hold no document; check --input and --text_key")
-        manifest = Manifest(
+        manifest = DataManifest(
             tokenizer=describe(self.tokenizer, TOKENIZER_FOLDER),
             append_eos=self.settings.append_eos,
             dtype=token_dtype(self.tokenizer.vocab_size).name,
@@ -222,16 +229,18 @@ class PreprocessJob:
         return output / MANIFEST_NAME
 
 
-def _weight(part: InputSplit) -> int:
-    """Bytes of input in a part; 1 for a file of the hub, whose size is not known."""
-    return (part.stop - part.start if part.unit == "bytes" else part.size) or 1
+def _input_bytes(input_split: InputSplit) -> int:
+    """Bytes of input in a split; 1 for a file of the hub, whose size is not known."""
+    return (
+        input_split.stop - input_split.start if input_split.unit == "bytes" else input_split.size
+    ) or 1
 
 
-def _bad_lines(part: InputSplit, result: SplitResult) -> str:
+def _bad_lines(input_split: InputSplit, result: SplitResult) -> str:
     report = result.report
     more = ", ..." if report.bad > len(report.reasons) else ""
     return (
-        f"{part.file}: skipped {report.bad} bad of {report.records} records: "
+        f"{input_split.file}: skipped {report.bad} bad of {report.records} records: "
         f"{'; '.join(report.reasons)}{more}"
     )
 

@@ -1,4 +1,4 @@
-"""Sharing parts out among MPI ranks, each of which works; rank 0 also hands out the parts."""
+"""MPI ranks as workers; rank 0 also assigns the input splits."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def world_communicator() -> Any:
 def run_mpi(make_job: Callable[[], PreprocessJob], world: Any) -> Summary | None:
     """Run a job on all ranks of ``world``; the summary on rank 0, None elsewhere.
 
-    Rank 0 alone looks at the inputs. The largest parts are handed out first, one at a time, to
+    Rank 0 alone looks at the inputs. It assigns input splits one at a time, the largest first, to
     whichever rank is free. An error on any rank ends the job on all of them.
     """
     if world.Get_rank() != 0:
@@ -61,14 +61,14 @@ def run_mpi(make_job: Callable[[], PreprocessJob], world: Any) -> Summary | None
         return make_job().run(coordinator.run)
     except BaseException as error:
         if coordinator.state == "new":
-            world.bcast(None)  # nobody works yet: the other ranks just end
+            world.bcast(None)  # no rank works yet: the others just end
         elif coordinator.state == "running":
             _abort(world, error)
         raise
 
 
 def _abort(world: Any, error: BaseException) -> None:
-    """Say what happened and end all ranks; some of them wait for a message for ever otherwise."""
+    """Print the error and end all ranks; some of them would wait for a message indefinitely."""
     if isinstance(error, UserError):
         print(f"error: {error}", file=sys.stderr, flush=True)
     else:
@@ -78,7 +78,7 @@ def _abort(world: Any, error: BaseException) -> None:
 
 
 class _Coordinator:
-    """Rank 0: hands out parts, works on parts itself, and answers between two batches of text."""
+    """Rank 0: assigns input splits, processes some itself, and answers between two batches."""
 
     def __init__(self, world: Any) -> None:
         self._world = world
@@ -121,7 +121,7 @@ class _Coordinator:
                 self._progress(*value)
             elif kind == "stop":
                 raise value
-            else:  # the outcome of the sender's last part, None at first: it wants another
+            else:  # the sender's last outcome (None at first); it asks for another
                 if value is not None:
                     self._outcomes.append(value)
                 task = self._queue.popleft() if self._queue else None
@@ -130,7 +130,7 @@ class _Coordinator:
 
 
 def _work(world: Any) -> None:
-    """Ranks 1 and up: ask, work, report, until there is nothing left."""
+    """Ranks 1 and up: request, process, report, until no input split is left."""
     start = world.bcast(None)
     if start is None:
         return

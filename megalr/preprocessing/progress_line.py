@@ -1,4 +1,4 @@
-"""One live line for the whole job, and the figures of its end."""
+"""Progress of the whole job on one live line."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class ProgressLine:
         self.tokens += tokens
         self.show()
 
-    def finish_part(self, input_bytes: int, reused: bool) -> None:
-        """Count a part that is finished; ``reused``: by an earlier run, it cost hardly any time."""
+    def finish_split(self, input_bytes: int, reused: bool) -> None:
+        """Count a finished input split; ``reused``: it was there already."""
         self.finished += 1
         self.skipped_bytes += input_bytes if reused else 0
         self.show()

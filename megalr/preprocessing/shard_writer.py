@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from megalr.data.megatron_index import HEADER, MAGIC, bin_path, dtype_code, idx_path, token_dtype
 from megalr.errors import UserError
-from megalr.files import HashingWriter, disk_errors, publish, temporary_name
+from megalr.files import HashingWriter, disk_errors, publish, temporary_path
 
 BLOCK = 1 << 18  # sequences of the index handled at a time
 
@@ -46,7 +46,7 @@ class ShardWriter:
         self.max_id = -1
         self._job = job
         self._bin = HashingWriter(bin_path(prefix), job)
-        self._lengths = temporary_name(Path(f"{prefix}.lengths"), job)
+        self._lengths = temporary_path(Path(f"{prefix}.lengths"), job)
         with disk_errors(self._lengths):
             self._lengths_stream = open(self._lengths, "wb")  # noqa: SIM115
 

@@ -1,4 +1,4 @@
-"""Sharing parts out among worker processes of one machine."""
+"""Input splits processed by a pool of worker processes on one machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ REPORT_SECONDS = 0.3  # between two progress messages of a worker
 
 @dataclass(frozen=True)
 class Failure:
-    """An input that could not be used; the other parts go on."""
+    """An input split that could not be processed; the others go on."""
 
     name: str
     message: str
@@ -33,7 +33,7 @@ Task = tuple[str, InputSplit]
 
 
 def attempt(worker: SplitWorker, task: Task, progress: Progress) -> Outcome:
-    """Process one part; what is wrong with the input becomes a Failure, a full disk is raised."""
+    """Process one input split; a UserError becomes a Failure, a full disk is raised."""
     try:
         return worker.process(*task, progress)
     except DiskFull:
@@ -43,7 +43,7 @@ def attempt(worker: SplitWorker, task: Task, progress: Progress) -> Outcome:
 
 
 class Throttle:
-    """Adds up progress and hands it on at most every ``REPORT_SECONDS``."""
+    """Adds up progress and sends it at most every ``REPORT_SECONDS``."""
 
     def __init__(self, send: Callable[[list[int]], None]) -> None:
         self._send, self._last, self._sum = send, time.monotonic(), [0, 0, 0, 0]
@@ -63,15 +63,15 @@ class Throttle:
 def run_serial(
     tasks: list[Task], settings: WorkSettings, job: str, progress: Progress
 ) -> Iterator[Outcome]:
-    """Process the parts one after the other in this process."""
+    """Process the input splits one after the other in this process."""
     worker = SplitWorker(settings, job)
     for task in tasks:
         yield attempt(worker, task, progress)
 
 
 def _worker_main(settings: WorkSettings, job: str, pipe: Connection) -> None:
-    """Loop of a worker process; ends when the parent closes the pipe or dies."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    """Loop of a worker process; ends when the parent closes the pipe or exits."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     throttle = Throttle(lambda counts: pipe.send(("progress", counts)))
     try:
         worker = SplitWorker(settings, job)
@@ -89,22 +89,22 @@ def _worker_main(settings: WorkSettings, job: str, pipe: Connection) -> None:
 
 class _Worker:
     def __init__(self, settings: WorkSettings, job: str) -> None:
-        # spawn, so that no worker holds the pipe of another and each notices the parent's death
+        # spawn, so that no worker inherits another's pipe and each notices the end of the parent
         context = multiprocessing.get_context("spawn")
-        self.pipe, there = context.Pipe()
+        self.pipe, remote = context.Pipe()
         self.process = context.Process(
-            target=_worker_main, args=(settings, job, there), daemon=True
+            target=_worker_main, args=(settings, job, remote), daemon=True
         )
         self.process.start()
-        there.close()
+        remote.close()
         self.task: Task | None = None
 
-    def give(self, task: Task) -> None:
+    def assign(self, task: Task) -> None:
         self.task = task
         self.pipe.send(task)
 
     def death(self) -> UserError:
-        """What to tell when the process is gone without a word."""
+        """The error for a worker process that ended without reporting one."""
         self.process.join(5)
         code = self.process.exitcode or 0
         how = f"exit code {code}"
@@ -121,23 +121,23 @@ class _Worker:
 def run_workers(
     tasks: list[Task], settings: WorkSettings, job: str, workers: int, progress: Progress
 ) -> Iterator[Outcome]:
-    """Process the parts on ``workers`` processes, in the order given; outcomes as they come.
+    """Process the input splits on ``workers`` processes, in order; outcomes as they arrive.
 
-    Raises UserError when a worker dies or the disk is full; the other workers are then ended.
+    Raises UserError when a worker dies or the disk is full; the other workers are then killed.
     """
     environment = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}  # a worker is one core
     kept = {key: os.environ.get(key) for key in environment}
     os.environ.update(environment)
-    crew = [_Worker(settings, job) for _ in range(min(workers, len(tasks)))]
+    pool = [_Worker(settings, job) for _ in range(min(workers, len(tasks)))]
     for key, value in kept.items():
         os.environ.pop(key)
         if value is not None:
             os.environ[key] = value
     left = iter(tasks)
     try:
-        for worker in crew:
-            worker.give(next(left))
-        while busy := {worker.pipe: worker for worker in crew if worker.task}:
+        for worker in pool:
+            worker.assign(next(left))
+        while busy := {worker.pipe: worker for worker in pool if worker.task}:
             for ready in wait(list(busy)):
                 worker = busy[ready]  # type: ignore[index]
                 try:
@@ -151,11 +151,11 @@ def run_workers(
                     yield value
                     worker.task = None
                     if (task := next(left, None)) is not None:
-                        worker.give(task)
+                        worker.assign(task)
                     continue
                 raise _failure(kind, value)
     finally:
-        for worker in crew:
+        for worker in pool:
             worker.pipe.close()
             worker.process.kill()
             worker.process.join()

@@ -1,4 +1,4 @@
-"""From one part of the input to finished shards: what every worker does."""
+"""From one input split to finished shards: the work of every worker."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Progress = Callable[[int, int, int, int], None]
 
 @dataclass(frozen=True)
 class WorkSettings:
-    """All that the shards depend on besides the input.
+    """Everything besides the input that determines the shards.
 
     validation_fraction: documents whose hash falls below it go to a second shard of the split
     validation, the rest to ``split``.
@@ -43,7 +43,7 @@ class WorkSettings:
     reading: ReadOptions = field(default_factory=ReadOptions)
 
     def record(self, fingerprint: str) -> dict[str, Any]:
-        """What must agree between two runs into one folder; ``fingerprint`` of the tokenizer."""
+        """The settings that all runs into one folder share; ``fingerprint``: the tokenizer's."""
         return {
             "tokenizer": fingerprint,
             "append_eos": self.append_eos,
@@ -56,7 +56,8 @@ class WorkSettings:
 
 @dataclass(frozen=True)
 class SplitResult:
-    """A finished part: its shards, what was skipped, and whether it had been finished before."""
+    """The result of one input split: its shards, the counts of its reader, and whether an earlier
+    run had finished it."""
 
     name: str
     shards: tuple[ShardEntry, ...]
@@ -66,7 +67,8 @@ class SplitResult:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Documents: ids concatenated, ids and UTF-8 bytes of each, and what its split is hashed on."""
+    """A batch of documents: ids concatenated, number of ids and of UTF-8 bytes of each, and the
+    bytes whose hash decides between training and validation."""
 
     ids: NDArray[Any]
     lengths: NDArray[Any]
@@ -75,16 +77,16 @@ class _Batch:
 
 
 class SplitWorker:
-    """Turns parts into shards with one tokenizer; each worker process holds one."""
+    """Turns input splits into shards with one tokenizer; one instance per worker process."""
 
     def __init__(self, settings: WorkSettings, job: str) -> None:
         self.settings, self.job = settings, job
         self.tokenizer: Tokenizer = open_tokenizer(settings.tokenizer)
         self._record = settings.record(self.tokenizer.fingerprint)
 
-    def process(self, name: str, part: InputSplit, progress: Progress) -> SplitResult:
-        """Write the shards of a part, unless an earlier run finished them and they are intact."""
-        previous = finished_part(self.settings.output, name, part, self._record)
+    def process(self, name: str, input_split: InputSplit, progress: Progress) -> SplitResult:
+        """Write the shards of one input split, unless an earlier run did and they are intact."""
+        previous = finished_split(self.settings.output, name, input_split, self._record)
         if previous is not None:
             return previous
         report = ReadReport()
@@ -97,7 +99,7 @@ class SplitWorker:
             }
             text_bytes = dict.fromkeys(writers, 0)
             consumed = 0
-            for batch in self._batches(part, report):
+            for batch in self._batches(input_split, report):
                 self._write_batch(batch, writers, text_bytes)
                 progress(
                     len(batch.lengths),
@@ -107,7 +109,12 @@ class SplitWorker:
                 )
                 consumed = report.input_bytes
             source = SourceInfo(
-                str(part.file), part.size, report.sha256, part.unit, part.start, part.stop
+                str(input_split.file),
+                input_split.size,
+                report.sha256,
+                input_split.unit,
+                input_split.start,
+                input_split.stop,
             )
             shards = []
             for split, writer in writers.items():
@@ -137,15 +144,15 @@ class SplitWorker:
         suffix = "" if split == self.settings.split else f".{split}"
         return self.settings.output / f"{name}{suffix}"
 
-    def _batches(self, part: InputSplit, report: ReadReport) -> Iterator[_Batch]:
-        if holds_tokens(part):
+    def _batches(self, input_split: InputSplit, report: ReadReport) -> Iterator[_Batch]:
+        if holds_tokens(input_split):
             eos_id = self.tokenizer.eos_id if self.settings.append_eos else None
-            for ids, lengths in TokenReader(part, eos_id, report):
+            for ids, lengths in TokenReader(input_split, eos_id, report):
                 pieces = np.split(ids, np.cumsum(lengths)[:-1]) if self._divides else []
                 keys = [piece.astype("<i8").tobytes() for piece in pieces]
                 yield _Batch(ids, lengths, np.zeros(len(lengths), np.int64), keys)
             return
-        for texts in DocumentReader(part, self.settings.reading, report):
+        for texts in DocumentReader(input_split, self.settings.reading, report):
             yield self._encode(texts, report)
 
     def _encode(self, texts: list[str], report: ReadReport) -> _Batch:
@@ -192,12 +199,12 @@ def in_validation(text: bytes, fraction: float) -> bool:
 
 
 def finished_path(output: Path, name: str) -> Path:
-    """The record that part ``name`` is finished."""
+    """The file that records that input split ``name`` is finished."""
     return output / FINISHED_FOLDER / f"{name}.json"
 
 
 def load_finished(output: Path, name: str) -> tuple[dict[str, Any], SplitResult]:
-    """The settings and the result that an earlier run recorded for a part; nothing is verified."""
+    """Settings and result that an earlier run recorded for an input split; nothing is verified."""
     path = finished_path(output, name)
     content = read_json(path)
     try:
@@ -208,8 +215,8 @@ def load_finished(output: Path, name: str) -> tuple[dict[str, Any], SplitResult]
         raise UserError(f"{path}: damaged record of a finished file ({error})") from None
 
 
-def finished_part(
-    output: Path, name: str, part: InputSplit, settings: dict[str, Any]
+def finished_split(
+    output: Path, name: str, input_split: InputSplit, settings: dict[str, Any]
 ) -> SplitResult | None:
     """The result of an earlier run if its source has the same size and every file its checksum."""
     if not finished_path(output, name).exists():
@@ -217,12 +224,12 @@ def finished_part(
     try:
         recorded, result = load_finished(output, name)
     except UserError:
-        return None  # damaged: the part is done again
+        return None  # damaged: the input split is processed again
     source = result.shards[0].source
     if recorded != settings or (source.bytes, source.start, source.stop) != (
-        part.size,
-        part.start,
-        part.stop,
+        input_split.size,
+        input_split.start,
+        input_split.stop,
     ):
         return None
     for shard in result.shards:

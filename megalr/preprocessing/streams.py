@@ -1,4 +1,4 @@
-"""Opening compressed text files so that damage is noticed and the bytes read are hashed."""
+"""Compressed text files, opened so that damage is noticed and the bytes read are hashed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class HashingReader(io.RawIOBase):
         return count
 
     def finish(self) -> str:
-        """Read what a decompressor left over; returns the SHA-256 of the whole file."""
+        """Read the rest of the file; returns the SHA-256 of the whole file."""
         while self.read(BUFFER):
             pass
         return self._digest.hexdigest()

@@ -2,7 +2,7 @@
 
 datatrove: ``NAME.ds`` holds the ids as uint16 or uint32, ``NAME.ds.index`` the end of each document
 in tokens as uint64, and ``NAME.ds.metadata`` begins with ``TOKENIZER|BYTES``, the size of an id
-(absent in some versions; then the index tells it).
+(absent in some versions; then it follows from the index).
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class TokenReader:
     UserError for files that contradict each other.
     """
 
-    def __init__(self, part: InputSplit, eos_id: int | None, report: ReadReport) -> None:
-        self.part, self._eos_id, self.report = part, eos_id, report
+    def __init__(self, input_split: InputSplit, eos_id: int | None, report: ReadReport) -> None:
+        self.input_split, self._eos_id, self.report = input_split, eos_id, report
 
     def __iter__(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        read = _megatron if input_kind(self.part.file) == "megatron" else _datatrove
-        tokens, starts, lengths = read(self.part.file)
+        read = _megatron if input_kind(self.input_split.file) == "megatron" else _datatrove
+        tokens, starts, lengths = read(self.input_split.file)
         self.report.records = len(lengths)
         self.report.empty = int((lengths == 0).sum())
         starts, lengths = starts[lengths > 0], lengths[lengths > 0]
@@ -47,7 +47,7 @@ class TokenReader:
             stop = int(np.searchsorted(batches, batches[first], side="right"))
             yield self._with_eos(tokens, starts[first:stop], lengths[first:stop])
             first = stop
-        self.report.sha256 = sha256_of_file(self.part.file)
+        self.report.sha256 = sha256_of_file(self.input_split.file)
 
     def _with_eos(
         self, tokens: NDArray[Any], starts: NDArray[np.int64], lengths: NDArray[np.int64]

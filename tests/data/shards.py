@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megalr.data.manifest import Manifest, ShardEntry, SourceInfo, TokenizerInfo
+from megalr.data.manifest import DataManifest, ShardEntry, SourceInfo, TokenizerInfo
 from megalr.preprocessing.shard_writer import ShardWriter
 
 EOS, PAD = 1, 0
@@ -56,7 +56,7 @@ def write_dataset(
     )
     tokenizer = TokenizerInfo("tokenizer", "sentencepiece", fingerprint, vocab_size, EOS, PAD)
     dtype = "uint16" if vocab_size < 65_500 else "int32"
-    Manifest(tokenizer, append_eos, dtype, entries).save(folder)
+    DataManifest(tokenizer, append_eos, dtype, entries).save(folder)
     return folder
 
 

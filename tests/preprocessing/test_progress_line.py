@@ -21,13 +21,13 @@ def test_the_line_shows_rates_and_the_time_left(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     stream = io.StringIO()
     line = ProgressLine(files=4, input_bytes=10_000, stream=stream)
-    line.finish_part(2_000, reused=True)
+    line.finish_split(2_000, reused=True)
     now[0] += 10
     line.add(50, 3_000_000, 800_000, 2_000)
     assert stream.getvalue() == ""  # no terminal: a line every 30 s only
     now[0] += 30
     line.add(50, 3_000_000, 800_000, 2_000)
-    line.finish_part(4_000, reused=False)
+    line.finish_split(4_000, reused=False)
     assert stream.getvalue() == (
         "1/4 files, 100 documents (2/s), 6 MB (0.1/s), 1,600,000 tokens (0.04 M/s), "
         "0:00:40 elapsed, 0:00:40 left\n"
