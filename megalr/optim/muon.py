@@ -1,4 +1,4 @@
-"""Muon on whole matrices, with DeepSpeed's Newton-Schulz iteration."""
+"""Muon: orthogonalized momentum for whole matrices, AdamW for everything else."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from megalr.errors import UserError
 from megalr.optim import adam_h
 from megalr.optim.base import ShardedOptimizer
 from megalr.optim.matrix import check_choice
+from megalr.optim.orthogonal import muon_update
 from megalr.sharding.exchange import update_matrices
 from megalr.sharding.fragment import LogicalTensor
 
@@ -24,10 +25,8 @@ class Muon(ShardedOptimizer):
     W <- (1 - lr * weight_decay) W - lr U. Other groups: AdamW with learning rate
     lr * ``adam_lr_ratio``. State: m n elements a matrix, on its owner; two moments elsewhere.
 
-    The update of a matrix is DeepSpeed's ``muon_update``. What is not taken from DeepSpeed is how
-    it sits inside ZeRO: there it orthogonalizes before the global norm is measured (so clipping
-    scales the finished update), takes matrices stacked in one parameter for a single one, and
-    handles ZeRO 3 apart.
+    NS5 is :func:`megalr.optim.orthogonal.orthogonalized`. The gradient is clipped before, by the
+    global norm, and matrices stacked in one parameter are orthogonalized one by one.
     """
 
     def __init__(
@@ -111,17 +110,10 @@ class Muon(ShardedOptimizer):
         grad: torch.Tensor,
         group: dict[str, Any],
     ) -> torch.Tensor:
-        from deepspeed.runtime.zero.muon.original_muon import muon_update
-
         own = self.state[parameter].setdefault("matrices", {}).setdefault(tensor.name, {})
         dtype = self._moment_dtype(parameter)
         if "momentum_buffer" not in own:
             own["momentum_buffer"] = torch.zeros_like(grad, dtype=dtype)
-        # The function is compiled where it is defined; every shape would compile anew.
-        with torch.compiler.set_stance("force_eager"):
-            return muon_update(
-                grad.to(dtype, copy=True),  # it writes into its argument
-                own["momentum_buffer"],
-                beta=group["momentum"],
-                ns_method=group["ns_method"],
-            )
+        return muon_update(
+            grad.to(dtype, copy=True), own["momentum_buffer"], group["momentum"], group["ns_method"]
+        )
