@@ -1,4 +1,4 @@
-"""Errors that a user can cause, and how a command line shows them."""
+"""Errors that a user can cause, and how a command line reports them."""
 
 from __future__ import annotations
 
@@ -8,33 +8,32 @@ import time
 from collections.abc import Callable
 
 PEER_SECONDS = 2.0
-"""How long a silent rank waits before it ends: launchers kill all ranks as soon as one is gone."""
-
+"""How long other ranks wait for rank 0 to print: launchers kill all ranks when one exits."""
 
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 LOCAL_RANK_VARIABLES = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
 
 
 class UserError(ValueError):
-    """A mistake of the user: one line saying what is wrong, the value seen, what to do."""
+    """A mistake of the user. One line: what is wrong, the value seen, what to do."""
 
 
 class AgreedError(UserError):
-    """A UserError that every rank raises, so that rank 0's word is enough."""
+    """A UserError that every rank raises; only rank 0 prints it."""
 
 
 class PeerLost(Exception):
-    """Another process of the run no longer answers; one line. Not a mistake of the user."""
+    """A peer process no longer answers. One line; not a mistake of the user."""
 
 
 def launched_number(names: tuple[str, ...]) -> int:
-    """This process's number from the first of these variables that a launcher set; 0 without."""
+    """This process's number from the first of these variables that is set; 0 if none is."""
     values = [os.environ[name] for name in names if name in os.environ]
     return int(values[0]) if values and values[0].isdigit() else 0
 
 
 def _is_lack_of_memory(error: Exception) -> bool:
-    """Python's, numpy's, or torch's on GPU and CPU; torch is not imported for it."""
+    """Recognises Python's, numpy's and torch's out-of-memory errors without importing torch."""
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
@@ -47,9 +46,9 @@ def exit_cleanly(main: Callable[[], int | None]) -> None:
     """Run a command line's ``main`` and end the process with its exit code.
 
     A :class:`UserError` becomes one line ``error: ...`` on standard error and exit code 2; Ctrl-C
-    becomes exit code 130; a :class:`PeerLost` one line and exit code 1; a lack of memory one line
-    and exit code 2. Every other exception is a defect and keeps its traceback. Of an
-    :class:`AgreedError` only rank 0 speaks; the others give it time to.
+    becomes exit code 130; a :class:`PeerLost` one line and exit code 1; running out of memory one
+    line and exit code 2. Any other exception is a defect and keeps its traceback. An
+    :class:`AgreedError` is printed by rank 0 only; the other ranks wait :data:`PEER_SECONDS`.
     """
     try:
         code = main()

@@ -1,5 +1,5 @@
 """Processes of a run: launcher variables, rendezvous, process group, agreement, stopping.
 
-In: environment variables and signals. Out: a torch process group, decisions that are the same on
-every rank. Must not know models, DeepSpeed or the configuration.
+In: environment variables and signals. Out: a torch process group, and decisions that are the same
+on every rank. Must not know: models, DeepSpeed, the configuration.
 """

@@ -1,4 +1,4 @@
-"""Decisions that every rank takes alike: run on one rank or all, share the result or the error."""
+"""Collective decisions: run a function on rank 0 or on all ranks, share its result or error."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ def is_rank0() -> bool:
 
 
 def run_on_rank0(function: Callable[[], T]) -> T:
-    """Run ``function`` on rank 0 and give its result, or its UserError, to every rank.
+    """Run ``function`` on rank 0; return its result, or raise its UserError, on every rank.
 
-    Every rank must call it. Files are looked at by one rank, and no rank goes on while another
-    one has stopped.
+    Collective. Files are read by one rank only, and no rank continues after another has failed.
     """
     answer: list[tuple[bool, object]] = [(True, None)]
     if is_rank0():
@@ -40,9 +39,10 @@ def run_on_rank0(function: Callable[[], T]) -> T:
 
 
 def raise_on_any_rank(error: Exception | None) -> None:
-    """Raise an AgreedError on every rank if any rank has an error; every rank must call it.
+    """Raise an AgreedError on every rank if any rank passes an error. Collective.
 
-    The error is the lowest such rank's, with its number and its host where there are several.
+    The error is that of the lowest failing rank, prefixed by its rank (and its host, if there are
+    several) in a world of more than one.
     """
     own = host_name(), str(error) if error is not None else None
     found = [own]
@@ -57,9 +57,9 @@ def raise_on_any_rank(error: Exception | None) -> None:
 
 
 def run_on_all(function: Callable[[], T], *kinds: type[Exception]) -> T:
-    """``function()`` on every rank, or an AgreedError on every rank if one raises.
+    """Return ``function()`` on every rank, or raise an AgreedError on every rank if one fails.
 
-    Caught are UserErrors and the ``kinds`` of errors named besides.
+    Collective. UserErrors and errors of the given ``kinds`` are caught; others propagate.
     """
     expected: tuple[type[Exception], ...] = (UserError, *kinds)
     error: Exception | None = None
@@ -73,7 +73,7 @@ def run_on_all(function: Callable[[], T], *kinds: type[Exception]) -> T:
 
 
 def all_reduce_max(value: float, device: torch.device) -> float:
-    """The largest value over all ranks, so that they decide alike."""
+    """The largest value over all ranks. Collective."""
     tensor = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return float(tensor)

@@ -1,4 +1,4 @@
-"""Which launcher started this process: its variables become RANK, WORLD_SIZE and so on."""
+"""Detect the launcher that started this process; set RANK, WORLD_SIZE and so on from it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ DEFAULT_PORT = 29500
 def adopt_launcher() -> None:
     """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT of this process.
 
-    Understood, in this order: these variables themselves (``deepspeed``, torchrun), Open MPI's
-    mpirun, SLURM's srun, another MPI's mpiexec, and nothing at all: one process.
+    Sources, in this order: these variables themselves (``deepspeed``, torchrun), Open MPI's
+    mpirun, SLURM's srun, another MPI's mpiexec. Without any of them the world is this process.
 
     Raises:
-        UserError: some of the variables are missing or no numbers, or a SLURM job of several tasks
-            started this process without srun.
+        UserError: some of the variables are missing or not numbers, or a SLURM job of several
+            tasks started this process without srun.
     """
     environment = os.environ
     if "RANK" in environment:
@@ -35,7 +35,7 @@ def adopt_launcher() -> None:
     elif "PMI_RANK" in environment:
         _discover_by_mpi()
     else:
-        _check_not_left_out_srun(environment)
+        _check_started_by_srun(environment)
         environment.update(
             RANK="0",
             LOCAL_RANK="0",
@@ -46,13 +46,13 @@ def adopt_launcher() -> None:
 
 
 def slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """RANK and so on of a task that srun started, from SLURM's variables.
+    """RANK and so on of a task started by srun, from SLURM's variables.
 
-    MASTER_ADDR and MASTER_PORT are kept where they are given; otherwise the first node of the step
-    and a port that depends on the job's number, so that two jobs of a node do not share it.
+    MASTER_ADDR and MASTER_PORT are kept if set. Otherwise: the first node of the step, and a port
+    derived from the job id, so that two jobs on one node do not share it.
 
     Raises:
-        UserError: a variable that srun sets is not there or is no number.
+        UserError: a variable that srun sets is missing or not a number.
     """
     needed = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST")
     missing = [name for name in (*needed, "SLURM_JOB_ID") if not environment.get(name)]
@@ -75,13 +75,13 @@ def slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def first_host(node_list: str) -> str:
-    """The first name of SLURM's compressed node list: ``gpu[007-012,14],big1`` gives gpu007."""
+    """First host of SLURM's compressed node list: ``gpu[007-012,14],big1`` gives gpu007."""
     first = re.split(r",(?![^\[]*\])", node_list)[0]
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
 
 
 def host_name() -> str:
-    """What this machine is called in messages: SLURM's name of the node, or the host name."""
+    """Name of this machine in messages: SLURM's node name, else the host name."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
@@ -105,7 +105,7 @@ def _check_complete(environment: Mapping[str, str]) -> None:
         raise UserError(f"MASTER_PORT is {port}: give a port below 65536 that is free")
 
 
-def _check_not_left_out_srun(environment: Mapping[str, str]) -> None:
+def _check_started_by_srun(environment: Mapping[str, str]) -> None:
     tasks = environment.get("SLURM_NTASKS", "1")
     if "SLURM_JOB_ID" in environment and "SLURM_STEP_NUM_TASKS" not in environment and tasks != "1":
         raise UserError(
@@ -115,7 +115,7 @@ def _check_not_left_out_srun(environment: Mapping[str, str]) -> None:
 
 
 def _discover_by_mpi() -> None:
-    """RANK and so on from MPI; MASTER_ADDR and MASTER_PORT are kept where they are given."""
+    """Set RANK and so on from MPI; MASTER_ADDR and MASTER_PORT are kept if set."""
     from mpi4py import MPI
 
     world = MPI.COMM_WORLD
@@ -132,7 +132,7 @@ def _discover_by_mpi() -> None:
 
 
 def _first_address() -> str:
-    """This machine's first IPv4 address that is not the loopback's; the loopback's without any."""
+    """First IPv4 address of this machine that is not a loopback address, if it has one."""
     addresses = [
         entry.address
         for entries in psutil.net_if_addrs().values()

@@ -1,4 +1,4 @@
-"""A collective that another rank no longer answers: said in one line, with rank and collective."""
+"""Report a collective that fails because a peer is gone: one line naming rank and collective."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ import torch.distributed as dist
 from megalr.distributed.launcher_env import host_name
 from megalr.errors import PeerLost
 
-_SIGNS = re.compile(
+_PEER_LOSS = re.compile(
     r"Timed out waiting|Connection closed by peer|Connection reset by peer|Broken pipe|"
     r"No route to host|Network is unreachable|Connection timed out|Read error|wait timeout",
     re.IGNORECASE,
 )
-_PLUMBING = {"wrapper", "wait"}
+_INTERNAL_FRAMES = {"wrapper", "wait"}
 
 
 @contextmanager
 def name_lost_peers(timeout_seconds: float) -> Iterator[None]:
-    """Turn the error of a collective whose other ranks are gone into a PeerLost.
+    """Convert gloo's error for a collective whose peers are gone into a PeerLost.
 
-    That is what gloo raises; NCCL's watchdog ends the process by itself and says the same in its
-    log. Every other error passes unchanged.
+    NCCL's watchdog ends the process itself and logs rank and collective. Other errors propagate
+    unchanged.
 
     Args:
-        timeout_seconds: the limit of a collective, for the message.
+        timeout_seconds: time limit of a collective, for the message.
     """
     try:
         yield
     except (dist.DistError, RuntimeError) as error:
-        # gloo's text may end in a hint; the sign stands in its first line
+        # gloo may append a hint; the reason is in the first line
         reason = str(error).splitlines()[0] if str(error) else ""
-        if not _SIGNS.search(reason):
+        if not _PEER_LOSS.search(reason):
             raise
         raise PeerLost(
             f"rank {os.environ.get('RANK', '0')} on {host_name()}: {collective_of(error)} got no "
@@ -47,10 +47,10 @@ def name_lost_peers(timeout_seconds: float) -> Iterator[None]:
 
 
 def collective_of(error: BaseException) -> str:
-    """Name of the collective that an error comes from: torch's function in its traceback."""
+    """Name of the collective that raised an error: torch's function in its traceback."""
     name = "a collective"
     for frame in traceback.extract_tb(error.__traceback__):
-        if frame.filename.endswith("distributed_c10d.py") and frame.name not in _PLUMBING:
+        if frame.filename.endswith("distributed_c10d.py") and frame.name not in _INTERNAL_FRAMES:
             return frame.name
         if "/deepspeed/" in frame.filename and frame.name == "wait":
             name = "an asynchronous collective"

@@ -1,4 +1,4 @@
-"""Start of a process: world, device, agreement between ranks."""
+"""Start the process group and choose this rank's device."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from megalr.distributed.rendezvous import rendezvous
 from megalr.errors import UserError
 
 DEFAULT_TIMEOUT_SECONDS = 1800.0
-"""Limit of a collective where no run configures one."""
+"""Time limit of a collective outside a configured run."""
 
 
 def start_distributed(timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> torch.device:
-    """Join the world that the launcher made, or be a world of one; return this rank's device.
+    """Join the launcher's world, or start a world of one; return this rank's device.
 
-    What counts as a launcher: :func:`megalr.distributed.launcher_env.adopt_launcher`.
+    Launchers: :func:`megalr.distributed.launcher_env.adopt_launcher`.
 
     Args:
-        timeout_seconds: how long a collective may take before it counts as lost.
+        timeout_seconds: time limit of a collective.
 
     Raises:
-        UserError: the ranks cannot meet, or one of them has no GPU left to work on.
+        UserError: the rendezvous fails, or a rank has no GPU.
     """
     adopt_launcher()
     error, device = None, torch.device("cpu")
@@ -51,15 +51,15 @@ def start_distributed(timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> torch
         timeout=timedelta(seconds=timeout_seconds),
         device_id=device if bind else None,
     )
-    del store  # rank 0 of torch's world serves it from now on
+    del store  # from here on torch's own store is used
     return device
 
 
 def limit_collectives(timeout_seconds: float) -> None:
-    """Give every group made so far this limit; DeepSpeed makes its groups with torch's own.
+    """Set the time limit of every existing group, DeepSpeed's (made with torch's default) too.
 
-    gloo raises an error in the call, which :mod:`megalr.distributed.peer_errors` turns into one
-    line; NCCL's watchdog ends the process and names rank and collective in its log.
+    On timeout gloo raises in the call, which :mod:`megalr.distributed.peer_errors` turns into one
+    line; NCCL's watchdog ends the process and logs rank and collective.
     """
     timeout = timedelta(seconds=timeout_seconds)
     for group in list(dist.distributed_c10d._world.pg_map):
@@ -67,9 +67,9 @@ def limit_collectives(timeout_seconds: float) -> None:
 
 
 def own_device(local_rank: int) -> torch.device:
-    """The GPU of the process with this number on its machine; the CPU where there is no GPU."""
+    """The GPU of the process with this local rank; the CPU if torch sees no GPU."""
     if not torch.cuda.is_available():
-        if os.environ.get("SLURM_GPUS_ON_NODE", "0") != "0" and not _cpu_is_meant():
+        if os.environ.get("SLURM_GPUS_ON_NODE", "0") != "0" and not _cpu_requested():
             raise UserError(
                 f"SLURM gave this job {os.environ['SLURM_GPUS_ON_NODE']} GPUs on this node but "
                 "torch sees none: check the driver and torch's CUDA build (nvidia-smi, "
@@ -90,5 +90,5 @@ def own_device(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def _cpu_is_meant() -> bool:
+def _cpu_requested() -> bool:
     return os.environ.get("DS_ACCELERATOR") == "cpu"

@@ -1,8 +1,8 @@
-"""The ranks find each other, and say what is wrong with any of them, before the first collective.
+"""Rendezvous of all ranks before the first collective, with errors that name the failing rank.
 
-The exchange goes through torch's key-value store at MASTER_ADDR:MASTER_PORT, which needs no more
-than that every rank reaches that address. So a rank without a GPU or a rank that never comes is
-reported by name on all ranks, instead of leaving the others in a collective.
+The exchange uses torch's key-value store at MASTER_ADDR:MASTER_PORT and so requires only that
+every rank reaches that address. A rank without a GPU, or one that never arrives, is reported by
+number and host on all ranks, which would otherwise block in a collective.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ import torch.distributed as dist
 from megalr.distributed.launcher_env import host_name
 from megalr.errors import AgreedError, UserError
 
-MEETING_SECONDS = 600.0
-"""How long ranks wait for each other at the start at most: the first start on a cluster reads
-gigabytes of libraries from a shared file system."""
+RENDEZVOUS_SECONDS = 600.0
+"""Upper limit of the rendezvous: the first start on a cluster reads gigabytes of libraries from a
+shared file system."""
 
 _EVERYONE = "everyone"
 _READERS = "readers"
-_READING_SECONDS = 5.0
-_GRACE_SECONDS = 10.0  # how much longer the others wait for rank 0's word than rank 0 for them
+_DELIVERY_SECONDS = 5.0
+_GRACE_SECONDS = 10.0  # how much longer the others wait for rank 0 than rank 0 for them
 
 
 @dataclass(frozen=True)
 class RankInfo:
-    """What a rank says of itself when it arrives.
+    """A rank's entry in the rendezvous.
 
     Attributes:
         host: name of its machine.
-        address: its own address on the way to MASTER_ADDR.
+        address: its own address on the route to MASTER_ADDR.
         error: why it cannot take part; None if it can.
     """
 
@@ -47,31 +47,31 @@ class RankInfo:
 
 
 def rendezvous(error: UserError | None, timeout_seconds: float) -> dist.Store:
-    """Wait until every rank of the world has arrived; every rank must call it.
+    """Wait until every rank of the world has arrived. Collective.
 
-    Where the ranks have several addresses, gloo is told the network interface that leads to
-    MASTER_ADDR (GLOO_SOCKET_IFNAME, unless it is set): by itself it takes the one of the host's
-    name, which many systems map to the loopback.
+    If ranks are on several machines and GLOO_SOCKET_IFNAME is not set, set it to the interface on
+    the route to MASTER_ADDR: gloo's default is the interface of the host's name, which many
+    systems map to the loopback.
 
     Args:
-        error: what keeps this rank from taking part, if anything.
-        timeout_seconds: how long the first waits for the last, at most MEETING_SECONDS.
+        error: why this rank cannot take part, if it cannot.
+        timeout_seconds: how long to wait for the last rank, at most RENDEZVOUS_SECONDS.
 
     Returns:
-        The store; keep it as long as others are to be found at this address.
+        The store; keep it until torch serves its own at this address.
 
     Raises:
         UserError: the port is taken, or MASTER_ADDR cannot be reached.
-        AgreedError: another rank has not arrived or is in trouble, with its number and host.
+        AgreedError: a rank has not arrived or has failed; names its number and host.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    seconds = min(timeout_seconds, MEETING_SECONDS)
+    seconds = min(timeout_seconds, RENDEZVOUS_SECONDS)
     server = _open_store(rank, world_size, seconds)
-    # A torchrun that starts its processes again has them meet at the same store.
+    # When torchrun restarts its processes they use the same store.
     store = dist.PrefixStore(f"megalr/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", server)
     here = RankInfo(host_name(), _address_towards(os.environ["MASTER_ADDR"]), _text(error))
     store.set(str(rank), json.dumps(asdict(here)))
-    everyone = _collect(store, world_size, seconds) if rank == 0 else _hear(store, seconds)
+    everyone = _gather(store, world_size, seconds) if rank == 0 else _receive(store, seconds)
     for number, other in enumerate(everyone):
         if other.error is not None:
             if rank == 0:
@@ -108,8 +108,8 @@ def _open_store(rank: int, world_size: int, seconds: float) -> dist.Store:
         ) from error
 
 
-def _collect(store: dist.Store, world_size: int, seconds: float) -> list[RankInfo]:
-    """Rank 0: everyone's words, passed on to all; or the error that somebody is missing."""
+def _gather(store: dist.Store, world_size: int, seconds: float) -> list[RankInfo]:
+    """Rank 0: gather the entries of all ranks and publish them, or the error naming the missing."""
     deadline = time.monotonic() + seconds
     missing = list(range(world_size))
     while missing and time.monotonic() < deadline:
@@ -120,43 +120,43 @@ def _collect(store: dist.Store, world_size: int, seconds: float) -> list[RankInf
         shown = ", ".join(map(str, missing[:8])) + (" and more" if len(missing) > 8 else "")
         text = (
             f"rank {shown} of {world_size} did not arrive at {os.environ['MASTER_ADDR']}:"
-            f"{os.environ['MASTER_PORT']} within {seconds:g} s: look for its own words, and check "
+            f"{os.environ['MASTER_PORT']} within {seconds:g} s: look at its own log, and check "
             "that every node was started and reaches this address"
         )
         store.set(_EVERYONE, json.dumps({"missing": text}))
         _wait_for_readers(store, world_size - 1 - len(missing))
         raise AgreedError(text)
-    said = [json.loads(store.get(str(rank))) for rank in range(world_size)]
-    store.set(_EVERYONE, json.dumps({"ranks": said}))
-    return [RankInfo(**words) for words in said]
+    entries = [json.loads(store.get(str(rank))) for rank in range(world_size)]
+    store.set(_EVERYONE, json.dumps({"ranks": entries}))
+    return [RankInfo(**entry) for entry in entries]
 
 
-def _hear(store: dist.Store, seconds: float) -> list[RankInfo]:
-    """Other ranks: what rank 0 passed on."""
+def _receive(store: dist.Store, seconds: float) -> list[RankInfo]:
+    """Other ranks: the entries that rank 0 published."""
     try:
         store.wait([_EVERYONE], timedelta(seconds=seconds + _GRACE_SECONDS))
-        told = json.loads(store.get(_EVERYONE))
+        answer = json.loads(store.get(_EVERYONE))
         store.add(_READERS, 1)
     except (dist.DistError, RuntimeError) as error:
         raise UserError(
             f"{host_name()}: rank 0 did not answer at {os.environ['MASTER_ADDR']}:"
-            f"{os.environ['MASTER_PORT']} within {seconds:g} s: look for its own words, and check "
+            f"{os.environ['MASTER_PORT']} within {seconds:g} s: look at its own log, and check "
             "that no other program uses the port"
         ) from error
-    if "missing" in told:
-        raise AgreedError(told["missing"])
-    return [RankInfo(**words) for words in told["ranks"]]
+    if "missing" in answer:
+        raise AgreedError(answer["missing"])
+    return [RankInfo(**entry) for entry in answer["ranks"]]
 
 
 def _wait_for_readers(store: dist.Store, count: int) -> None:
-    """Rank 0, before it ends and the store with it: let the others read why."""
-    deadline = time.monotonic() + _READING_SECONDS
+    """Rank 0, before it exits and the store with it: wait until the others have read the error."""
+    deadline = time.monotonic() + _DELIVERY_SECONDS
     while store.add(_READERS, 0) < count and time.monotonic() < deadline:
         time.sleep(0.05)
 
 
 def _address_towards(target: str) -> str:
-    """This machine's own address on the way to ``target`` (name or address); nothing is sent."""
+    """This machine's address on the route to ``target`` (name or address); sends nothing."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(target, 9, type=socket.SOCK_DGRAM)[
             0
@@ -169,10 +169,10 @@ def _address_towards(target: str) -> str:
 
 
 def _choose_interface(own: str, addresses: list[str]) -> None:
-    """Set GLOO_SOCKET_IFNAME if ranks are on several machines and nobody has set it."""
+    """Set GLOO_SOCKET_IFNAME if ranks are on several machines and it is not set."""
     if len(set(addresses)) == 1 or "GLOO_SOCKET_IFNAME" in os.environ:
         return
-    if ipaddress.ip_address(own).is_loopback:  # rank 0's machine calls itself by a loopback name
+    if ipaddress.ip_address(own).is_loopback:  # rank 0's host name resolves to the loopback
         outside = [a for a in addresses if not ipaddress.ip_address(a).is_loopback]
         own = _address_towards(outside[0])
     for name, entries in psutil.net_if_addrs().items():

@@ -1,7 +1,7 @@
-"""Requests to stop that reach a process as signals.
+"""Stop requests that reach a process as signals.
 
-Nothing but the standard library is imported here, so that a command line can listen before it
-imports what takes seconds.
+Imports only the standard library, so that a command line can install the handlers before its slow
+imports.
 """
 
 from __future__ import annotations
@@ -13,30 +13,30 @@ STOPPED = 75
 """Exit code of a run that was stopped on request after saving (EX_TEMPFAIL): start it again."""
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""Signals that ask a run to stop: schedulers and launchers send the first, users the second."""
+"""Signals that request a stop: schedulers and launchers send the first, users the second."""
 
 
 class StopRequest:
-    """Whether this process was asked to stop.
+    """Whether this process has received a stop signal.
 
     Attributes:
-        signal: number of the first signal that came, 0 as long as none has.
+        signal: number of the first stop signal received; 0 before any.
     """
 
     def __init__(self) -> None:
         self.signal = 0
 
     def listen(self) -> StopRequest:
-        """Take note of :data:`STOP_SIGNALS` from now on instead of dying of them; returns self.
+        """Record :data:`STOP_SIGNALS` from now on instead of being killed by them; returns self.
 
-        Only the main thread may call it. The handler does nothing but remember the first signal:
-        the run looks at it where it can stop, and further signals change nothing.
+        Main thread only. The handler only stores the first signal; the run polls it where it can
+        stop. Further signals have no effect.
         """
         for number in STOP_SIGNALS:
-            signal.signal(number, self._remember)
-            # Libraries below Python need not be ready for system calls that a signal cuts short.
+            signal.signal(number, self._record)
+            # Native libraries may not handle interrupted system calls.
             signal.siginterrupt(number, False)
         return self
 
-    def _remember(self, number: int, _: FrameType | None) -> None:
+    def _record(self, number: int, _: FrameType | None) -> None:
         self.signal = self.signal or number

@@ -35,7 +35,7 @@ class StopVote:
     A question is one all-reduce of two numbers that the host waits for; one rank asks nobody. How
     many calls lie between two questions follows from the slowest rank's time, which travels with
     the question, so every rank asks at the same calls. It starts at 1, at most doubles, and is 1
-    again after ``raise_on_any_rankd(now=True)``.
+    again after ``requested(now=True)``.
 
     Args:
         request: what this process was asked by signals.

@@ -75,8 +75,8 @@ def _trouble_on(rank_in_trouble: int) -> str:
     error = UserError("no data here") if dist.get_rank() == rank_in_trouble else None
     try:
         raise_on_any_rank(error)
-    except AgreedError as run_on_all:
-        return str(run_on_all)
+    except AgreedError as error:
+        return str(error)
     return "fine"
 
 
@@ -91,17 +91,17 @@ def _ask_main(fails: bool) -> object:
 
     try:
         return run_on_rank0(look)
-    except AgreedError as run_on_all:
-        return str(run_on_all)
+    except AgreedError as error:
+        return str(error)
 
 
-def test_all_ranks_stop_with_the_words_of_the_one_in_trouble() -> None:
+def test_all_ranks_raise_the_error_of_the_failing_one() -> None:
     assert run_distributed(_trouble_on, 3, 1) == ["rank 1: no data here"] * 3
     assert run_distributed(_trouble_on, 3, -1) == ["fine"] * 3
 
 
 @pytest.mark.parametrize("fails, expected", [(False, 17), (True, "folder in use")])
-def test_main_rank_looks_and_all_ranks_hear(fails: bool, expected: object) -> None:
+def test_result_and_error_of_rank_0_reach_all_ranks(fails: bool, expected: object) -> None:
     assert run_distributed(_ask_main, 3, fails) == [expected] * 3
 
 

@@ -122,23 +122,23 @@ def test_ranks_meet_over_the_network_and_a_cut_link_ends_them_in_time(
     assert events(tmp_path / "run", "step")
 
 
-MEET = """
+RENDEZVOUS = """
 import sys
 from megalr.errors import UserError, exit_cleanly
-from megalr.distributed.rendezvous import meet
+from megalr.distributed.rendezvous import rendezvous
 error = UserError(sys.argv[2]) if len(sys.argv) > 2 else None
-exit_cleanly(lambda: print("met", meet(error, float(sys.argv[1])) is not None))
+exit_cleanly(lambda: print("met", rendezvous(error, float(sys.argv[1])) is not None))
 """
 
 
-def rendezvous(
+def meet(
     hosts: Hosts, rank: int, seconds: float, *trouble: str, **variables: str
 ) -> subprocess.Popen[str]:
-    """A rank that only meets the others."""
+    """A rank that does nothing but the rendezvous."""
     environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "node0"}
     environment |= {"MASTER_PORT": str(PORT), **variables}
     return hosts.start(
-        rank, [sys.executable, "-c", MEET, str(seconds), *trouble], ROOT, environment
+        rank, [sys.executable, "-c", RENDEZVOUS, str(seconds), *trouble], ROOT, environment
     )
 
 
@@ -164,11 +164,11 @@ def test_deepspeed_starts_the_ranks_of_a_hostfile_through_pdsh_and_ssh(
 
 
 def test_a_rank_in_trouble_is_named_on_all_hosts(hosts: Hosts) -> None:
-    ranks = [rendezvous(hosts, 0, 60), rendezvous(hosts, 1, 60, "no GPU left")]
+    ranks = [meet(hosts, 0, 60), meet(hosts, 1, 60, "no GPU left")]
     outputs = finish(ranks, 120)
     assert [rank.returncode for rank in ranks] == [2, 2]
     assert error_of(outputs[0]) == "error: rank 1 on node1: no GPU left"
-    assert "error:" not in outputs[1]  # rank 0's word is enough
+    assert "error:" not in outputs[1]  # only rank 0 prints it
 
 
 def test_what_keeps_ranks_apart_is_named_in_time(hosts: Hosts) -> None:
@@ -177,10 +177,10 @@ def test_what_keeps_ranks_apart_is_named_in_time(hosts: Hosts) -> None:
     hosts.cut()
     try:
         ranks = [
-            rendezvous(hosts, 0, 4),
-            rendezvous(hosts, 1, 4),
-            rendezvous(hosts, 0, 4, MASTER_PORT=str(PORT + 1)),
-            rendezvous(hosts, 1, 4, MASTER_ADDR="nowhere"),
+            meet(hosts, 0, 4),
+            meet(hosts, 1, 4),
+            meet(hosts, 0, 4, MASTER_PORT=str(PORT + 1)),
+            meet(hosts, 1, 4, MASTER_ADDR="nowhere"),
         ]
         waiting, unreachable, occupied, unknown = finish(ranks, 120)
     finally:
