@@ -11,7 +11,7 @@ import torch
 
 from megalr.config.schema import RunConfig
 from megalr.engine.config import is_unwrapped
-from megalr.engine.cuda_graph import MicroBatchGraph
+from megalr.engine.cuda_graph import MicroBatchGraph, ScaledLoss
 from megalr.engine.flat_layouts import attach_layouts
 from megalr.engine.patches import batch_parameters
 from megalr.engine.unwrapped_step import as_deepspeed_takes_it, install_clip_and_skip
@@ -64,7 +64,8 @@ def build_engine(config: RunConfig, ds_config: dict[str, Any], decoder: Decoder)
     mesh = decoder.plan.mesh
     _check_stage(config, stage)
     if config.train.kernels == "auto":
-        decoder.use_kernels(weights_are_there=stage != 3)
+        # ZeRO 3 gathers the weights of a module for its own forward pass only.
+        decoder.use_kernels(fuse_across_modules=stage != 3)
     if config.train.compile:
         compile_blocks(decoder)
     plain = is_unwrapped(config.train.precision, stage)
@@ -94,9 +95,11 @@ def build_engine(config: RunConfig, ds_config: dict[str, Any], decoder: Decoder)
     batch_parameters(engine)
     if decoder.plan.parallel and hasattr(engine.optimizer, "fp32_groups"):
         _mark_gradients(decoder)
+    graph = None
     if config.train.cuda_graphs:
         shape = config.train.micro_batch_size, config.data.sequence_length
-        decoder.graphed = MicroBatchGraph(decoder, shape, _gradients_are_used_up(engine))
+        graph = MicroBatchGraph(decoder, shape, _gradients_are_used_up(engine))
+    decoder.forward = ScaledLoss(decoder, graph)  # type: ignore[method-assign]
     return engine
 
 

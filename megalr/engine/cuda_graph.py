@@ -1,4 +1,4 @@
-"""Forward and backward of a micro-batch as one CUDA graph.
+"""The scaled loss of a micro-batch; its forward and backward pass as one CUDA graph.
 
 A small model's kernels run faster than Python can launch them: at 60M parameters a third of a step
 is the GPU waiting. A CUDA graph launches all of them at once. The engine is not touched: its
@@ -66,6 +66,34 @@ class MicroBatchGraph:
             for parameter in self.parameters:
                 parameter.grad = None  # it may be a buffer that the replay is about to write
         return _Replay.apply(self, *self.parameters)
+
+
+class ScaledLoss:
+    """The decoder's forward pass as the engine calls it: ``(input_ids, labels, scale)``.
+
+    Assigned to ``decoder.forward``, as torch.cuda.make_graphed_callables does: names of parameters
+    and the hooks of the module stay. Without ``labels`` or ``scale`` it is the decoder's own.
+
+    Attributes:
+        graph: computes the scaled loss where gradients are wanted; None: the decoder does.
+    """
+
+    def __init__(self, decoder: Decoder, graph: MicroBatchGraph | None = None) -> None:
+        self.forward = decoder.forward
+        self.graph = graph
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        scale: float | None = None,
+    ) -> torch.Tensor:
+        """The decoder's loss times ``scale``, float32 scalar; logits without ``labels``."""
+        if labels is None or scale is None:
+            return self.forward(input_ids, labels)
+        if self.graph is not None and torch.is_grad_enabled():
+            return self.graph(input_ids, labels, scale)
+        return self.forward(input_ids, labels) * scale
 
 
 class _Replay(torch.autograd.Function):

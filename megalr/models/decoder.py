@@ -246,9 +246,6 @@ class Decoder(nn.Module):
         recompute: what the backward pass computes again instead of keeping it: one of
             models.recompute.LEVELS.
         plan: which parts of the weights this rank holds; the default is all.
-
-    ``graphed`` may be set to a faster computation of the scaled loss and its gradients (see
-    training.graphs); forward uses it in training.
     """
 
     def __init__(
@@ -261,7 +258,6 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.plan = plan
-        self.graphed: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] | None = None
         self.embedding = Embedding(
             config.vocab_size, config.padded_vocab_size, config.hidden_size, plan.mesh
         )
@@ -282,24 +278,15 @@ class Decoder(nn.Module):
             plan.mesh,
         )
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        scale: float | None = None,
-    ) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Logits ``(B, S, V)`` of ``input_ids (B, S)``, or the loss if ``labels (B, S)`` are given.
 
         ``labels[b, t]`` is the target of position t (already shifted), -100 where there is none.
-        The loss is a float32 scalar: the sum of -log p(label) over all targets, times ``scale``.
+        The loss is a float32 scalar: the sum of -log p(label) over all targets.
         """
         if labels is None:
             return self.head(self.hidden_states(input_ids))
-        if scale is None:
-            return self.summed_loss(input_ids, labels)
-        if self.graphed is not None and torch.is_grad_enabled():
-            return self.graphed(input_ids, labels, scale)
-        return self.summed_loss(input_ids, labels) * scale
+        return self.summed_loss(input_ids, labels)
 
     def summed_loss(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Sum of -log p(label) over all targets, float32 scalar."""
@@ -330,16 +317,17 @@ class Decoder(nn.Module):
         distance = position[:, None] - position[None, :]
         return (distance >= 0) & (distance < window)
 
-    def use_kernels(self, weights_are_there: bool = True) -> None:
-        """Use kernels of our own where there is one for device, dtype and shape.
+    def use_kernels(self, fuse_across_modules: bool = True) -> None:
+        """Use the custom kernels wherever one takes the device, dtype and shape.
 
-        ``weights_are_there``: also outside the forward pass of their layer (not with ZeRO 3).
+        ``fuse_across_modules``: also operators that use the weight of one module outside its own
+        forward pass, or put the end of one module and the start of the next into one operator.
         """
         self.head.fuse_loss()
         self.embedding.fused = True
         for block in self.blocks():
             block.attention.fused = True
-            if weights_are_there:
+            if fuse_across_modules:
                 block.fused = True
                 block.mlp.fuse()
 

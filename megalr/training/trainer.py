@@ -356,7 +356,7 @@ class Trainer:
             **numbers,
             tokens=report.tokens,
             mfu=flops / self._peak_flops if self._peak_flops else "n/a",
-            peak_memory_gib=peak_memory_gib(self.device, self.engine.module.graphed is not None),
+            peak_memory_gib=peak_memory_gib(self.device, self.config.train.cuda_graphs),
             eta_seconds=numbers["step_seconds"] * (self.config.train.updates - report.update),
         )
 

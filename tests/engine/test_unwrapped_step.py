@@ -89,7 +89,7 @@ def _plain_torch(world: int, train: dict[str, Any], clipping: float) -> dict[str
             total = 0.0
             for number in range(MICRO_BATCHES):
                 ids, labels = _micro_batch(update, rank, number)
-                loss = decoder(ids, labels, 1 / (MICRO_BATCHES * 48))
+                loss = decoder(ids, labels) * (1 / (MICRO_BATCHES * 48))
                 loss.backward()
                 total += float(loss.detach() / (1 / (MICRO_BATCHES * 48)))
             found["losses"][rank].append(total)
@@ -165,7 +165,7 @@ def test_a_step_on_a_gradient_that_is_not_finite_changes_nothing(
 
     def step(bad: float | None) -> bool:
         ids, labels = _micro_batch(0, 0, 0)
-        loss = decoder(ids, labels, 1 / 48)
+        loss = decoder(ids, labels) * (1 / 48)
         optimizer.zero_grad()
         poison_nonfinite(loss).backward()
         if bad is not None:
