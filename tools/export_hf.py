@@ -27,7 +27,7 @@ def parse_arguments() -> argparse.Namespace:
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         default="float32",
-        help="of the weights (default: %(default)s, the masters as they are)",
+        help="of the weights (default: %(default)s, the unrounded master weights)",
     )
     add("--max_shard_size", default="5GB", help="largest weight file (default: %(default)s)")
     add("--tokenizer", help="tokenizer to add, or none (default: that of the training data)")
@@ -35,7 +35,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Parse the command line, export, say what was written."""
+    """Parse the command line, export, print the result."""
     arguments = parse_arguments()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for a GPU, and warn
     from megalr.hf.export_run import export_run

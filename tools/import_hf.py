@@ -1,4 +1,4 @@
-"""What a method would make of a pretrained model: the error of its matrices by rank.
+"""Approximation error of a pretrained model's matrices for a method, by rank.
 
 python tools/import_hf.py models/llama-2-7b --method low_rank --rank 128 256 512
 python tools/import_hf.py models/llama-2-7b --method sltrain --rank 128 --density 0.03
@@ -21,7 +21,7 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("model", type=Path, metavar="FOLDER", help="folder with a model of transformers")
+    add("model", type=Path, metavar="FOLDER", help="folder with a transformers model")
     add("--method", choices=("low_rank", "sltrain"), default="low_rank")
     add("--rank", type=int, nargs="+", required=True, help="ranks to try")
     add("--density", type=float, default=0.01, help="of sltrain (default: %(default)s)")
@@ -29,7 +29,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Parse the command line, import into nothing, print a table."""
+    """Parse the command line, factorize without saving, print a table."""
     arguments = parse_arguments()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for a GPU, and warn
     from megalr.hf.init_from_pretrained import trial_import

@@ -12,7 +12,7 @@ def model_card(name: str, tags: list[str], rows: Mapping[str, Any]) -> str:
     Args:
         name: title.
         tags: search terms.
-        rows: what is known of the training, by its name; None becomes "not known".
+        rows: facts about the training by name; None is shown as "not known".
     """
     from huggingface_hub import ModelCardData
 

@@ -1,4 +1,4 @@
-"""A run's checkpoint written as a folder that transformers loads."""
+"""Export of a run's checkpoint to a transformers folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from megalr.preprocessing.tokenizer import Tokenizer, open_tokenizer
 from megalr.run.metrics_reader import perplexity_of, read_run
 
 NO_TOKENIZER = "none"
-"""In place of a tokenizer's path: the folder gets none."""
+"""Given instead of a tokenizer's path: export without a tokenizer."""
 
 
 def export_run(
@@ -50,13 +50,13 @@ def export_run(
         The checkpoint that was exported.
 
     Raises:
-        UserError: whatever the user can put right; nothing is left at ``output`` then.
+        UserError: anything the user can correct; nothing is left at ``output``.
     """
     check_output(output)
     checkpoint = open_verified(run, tag)
     config = run_config(checkpoint)
     sizes = sizes_of(config)
-    families_of(sizes)  # before reading gigabytes
+    families_of(sizes)  # fail before reading gigabytes
     if config.method.name == "cola":
         raise UserError(
             f"{run} was trained with method cola, which has a nonlinearity between its factors: "
@@ -88,7 +88,7 @@ def _tokenizer(config: RunConfig, given: str | None) -> Tokenizer | None:
 def _facts(
     run: Path, checkpoint: Checkpoint, config: RunConfig, sizes: DecoderConfig, dtype: str
 ) -> dict[str, Any]:
-    """The rows of the model card."""
+    """Rows of the model card's table."""
     perplexity, when = _perplexity(run, checkpoint)
     return {
         "start": config.model.from_pretrained or f"random weights, {config.model.preset}",
@@ -113,18 +113,18 @@ def _facts(
 
 def _restarts(restarts: RestartsConfig) -> str:
     parts = [
-        f"{what} every {period} updates"
-        for what, period in (
+        f"{name} every {period} updates"
+        for name, period in (
             ("refactorization", restarts.refactorize_period),
             ("momentum reset", restarts.reset_period),
         )
         if period
     ]
-    return ", ".join(parts) or "none by the clock"
+    return ", ".join(parts) or "none at fixed intervals"
 
 
 def _described(values: dict[str, Any]) -> str:
-    """``low_rank (rank 128, alpha 32.0)``: the name and the values that are set."""
+    """For example ``low_rank (rank 128, alpha 32.0)``: the name and all values that are set."""
     rest = {key: value for key, value in values.items() if key != "name" and value is not None}
     listed = ", ".join(f"{key} {_short(value)}" for key, value in rest.items())
     return f"{values['name']} ({listed})" if listed else str(values["name"])
@@ -135,12 +135,12 @@ def _short(value: Any) -> str:
 
 
 def _perplexity(run: Path, checkpoint: Checkpoint) -> tuple[float | None, int | None]:
-    """Validation perplexity and the update it was measured at; the last one not after the save."""
+    """Newest validation perplexity up to the checkpoint, and the update it was measured at."""
     if checkpoint.validation_loss is not None:
         return perplexity_of(checkpoint.validation_loss), checkpoint.update
     try:
         evaluations = read_run(run).series("eval")
     except UserError:
-        return None, None  # the card says "not known"
+        return None, None  # shown as "not known"
     before = [event for event in evaluations if event["update"] <= checkpoint.update]
     return (before[-1]["perplexity"], before[-1]["update"]) if before else (None, None)

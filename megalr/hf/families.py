@@ -1,4 +1,4 @@
-"""Which transformers architecture a decoder is, and which decoder a transformers folder holds."""
+"""The mapping between decoders and transformers architectures, in both directions."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
 
 EXPORTED = ("llama", "mistral", "qwen2", "gpt2")
 IMPORTED = ("llama", "mistral", "qwen2")
-"""``model_type`` of the architectures that can be written and read."""
+"""``model_type`` of the architectures that can be exported and imported."""
 
 
 def families_of(config: DecoderConfig) -> tuple[str, ...]:
-    """``model_type`` of the architectures that compute what the decoder computes, best first.
+    """``model_type`` of the architectures that compute the same function, preferred ones first.
 
     Raises:
-        UserError: a combination that none of them has.
+        UserError: no architecture has this combination.
     """
     llama_block = config.norm == "rms" and config.positions == "rope" and config.gated_mlp
     biases = config.attention_bias, config.output_bias
     if llama_block and biases == (False, False):
         return ("llama",) if config.sliding_window is None else ("mistral",)
     if llama_block and biases == (True, False):
-        # LLaMA's biases include one on o, which is zero then.
+        # LLaMA's attention biases include one on o; it is written as zero.
         return ("qwen2", "llama") if config.sliding_window is None else ("qwen2",)
     if llama_block and biases == (True, True) and config.sliding_window is None:
         return ("llama",)
     gpt2_block = config.norm == "layer" and config.positions == "learned" and not config.gated_mlp
-    whole = config.kv_heads == config.num_heads and config.sliding_window is None
-    if gpt2_block and biases == (True, True) and whole:
+    plain_attention = config.kv_heads == config.num_heads and config.sliding_window is None
+    if gpt2_block and biases == (True, True) and plain_attention:
         return ("gpt2",)
     raise UserError(
         f"a decoder with norm {config.norm}, positions {config.positions}, gated_mlp "
         f"{config.gated_mlp}, attention_bias {config.attention_bias}, output_bias "
         f"{config.output_bias}, num_kv_heads {config.kv_heads} and sliding_window "
-        f"{config.sliding_window} is none of transformers' {', '.join(EXPORTED)}: it cannot be "
-        "exported"
+        f"{config.sliding_window} matches none of transformers' architectures "
+        f"{', '.join(EXPORTED)}: it cannot be exported"
     )
 
 
@@ -53,13 +53,13 @@ def transformers_config(
     eos_id: int | None = None,
     pad_id: int | None = None,
 ) -> Any:
-    """transformers' configuration of the decoder, a ``PretrainedConfig``.
+    """The ``PretrainedConfig`` of the decoder.
 
     Args:
-        config: the decoder; vocabulary and MLP width are given without padding.
+        config: the decoder; vocabulary and MLP width exclude padding.
         family: one of :func:`families_of`.
-        max_positions: longest sequence the model is meant for (tokens).
-        eos_id, pad_id: ids of the tokenizer; None where it has none.
+        max_positions: longest trained sequence (tokens).
+        eos_id, pad_id: special ids of the tokenizer; None if it has none.
     """
     import transformers
 
@@ -95,17 +95,17 @@ def transformers_config(
         "rope_theta": config.rope_theta,
     }
     if family == "mistral":
-        made: Any = transformers.MistralConfig(sliding_window=config.sliding_window, **common)
+        result: Any = transformers.MistralConfig(sliding_window=config.sliding_window, **common)
     elif family == "qwen2":
         window: dict[str, Any] = {}
         if config.sliding_window is not None:  # in all layers, from the first on
             window = {"sliding_window": config.sliding_window, "max_window_layers": 0}
-        made = transformers.Qwen2Config(use_sliding_window=bool(window), **window, **common)
+        result = transformers.Qwen2Config(use_sliding_window=bool(window), **window, **common)
     else:
         common |= {"attention_bias": config.attention_bias, "mlp_bias": config.output_bias}
-        made = transformers.LlamaConfig(**common)
-    made.rope_theta = config.rope_theta  # readers that know no rope_parameters find it here
-    return made
+        result = transformers.LlamaConfig(**common)
+    result.rope_theta = config.rope_theta  # for readers that do not know rope_parameters
+    return result
 
 
 def pretrained_sizes(folder: Path) -> dict[str, Any]:

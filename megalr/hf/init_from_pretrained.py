@@ -1,7 +1,7 @@
-"""The start of a run from a pretrained model (model.from_pretrained) instead of random weights.
+"""Initialization of a run from a pretrained model (model.from_pretrained).
 
-The folder is read before the first checkpoint only. What a later start needs of it is kept in the
-run's folder: its sizes in config.yaml, and the supports that SLTrain chose.
+The folder is read only until the run has a checkpoint. Later starts find what they need in the
+run's own folder: the sizes in config.yaml and the sparse supports that SLTrain chose.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ from megalr.sharding.tensor_shard import shard_of
 from megalr.tensor_parallel.mesh import Mesh
 
 SUPPORTS = "sltrain_supports.safetensors"
-"""File of a run's folder: where the sparse parts of an imported SLTrain model have entries."""
+"""File in a run's folder with the positions of the sparse entries of an imported SLTrain model."""
 
 
 @dataclass(frozen=True)
 class Imported:
-    """What was read from a pretrained model.
+    """Result of an import.
 
     Attributes:
-        folder: where it lies.
-        relative_error: ``|W - W_model| / |W|`` (Frobenius) of every matrix of the blocks.
-        supports: positions of SLTrain's sparse parts by matrix; None for other methods.
+        folder: the pretrained model's folder.
+        relative_error: ``|W - W_model| / |W|`` (Frobenius) of every block matrix.
+        supports: positions of SLTrain's sparse entries by matrix; None for other methods.
         seconds: wall-clock time.
     """
 
@@ -81,10 +81,10 @@ class Imported:
 def initial_model(
     config: RunConfig, device: torch.device, mesh: Mesh, resuming: bool
 ) -> tuple[Decoder, Imported | None]:
-    """This rank's part of the run's decoder as the run starts, and what was imported into it.
+    """This rank's shard of the initial decoder, and the import's result if there was one.
 
-    Every rank must call it. When ``resuming``, the weights are to come from the checkpoint and
-    nothing is imported.
+    Collective. When ``resuming``, the weights will come from the checkpoint and nothing is
+    imported.
 
     Raises:
         UserError: a method, rank or layout that does not fit the model, or a pretrained model that
@@ -99,19 +99,19 @@ def initial_model(
     if mesh.tensor_size == 1:
         decoder = build_model(config, device)
         return decoder, import_weights(folder, decoder, device)
-    # A GPU may not have room for the whole model: it is put together on the CPU, then cut.
+    # A GPU may not have room for the whole model: assemble it on the CPU, then shard it.
     whole = build_model(config, torch.device("cpu"))
     imported = import_weights(folder, whole, device)
     decoder = build_model(config, device, mesh, imported.supports)
-    take_part(decoder, whole)
+    load_shard(decoder, whole)
     return decoder, imported
 
 
 def with_pretrained_sizes(config: RunConfig) -> RunConfig:
     """The configuration with the model's sizes filled in from ``model.from_pretrained``, if given.
 
-    Every rank must call it. A run that was begun keeps the sizes that it began with, so that its
-    folder may be gone then.
+    Collective. An existing run keeps the sizes it started with, so the pretrained model's folder
+    may be gone by then.
 
     Raises:
         UserError: a folder that cannot be read, or sizes that contradict it.
@@ -123,7 +123,7 @@ def with_pretrained_sizes(config: RunConfig) -> RunConfig:
 
 
 def _sizes(config: RunConfig) -> dict[str, Any]:
-    """Values of section ``model`` that the configuration leaves open."""
+    """Values of section ``model`` that the configuration does not set."""
     given = config.model.model_dump()
     saved = _saved_model(config)
     if saved is not None:
@@ -140,21 +140,21 @@ def _sizes(config: RunConfig) -> dict[str, Any]:
 
 
 def _saved_model(config: RunConfig) -> dict[str, Any] | None:
-    """Section ``model`` of the run in the folder, if it began with the same pretrained model."""
+    """Section ``model`` of the run in ``run.dir``, if it started from the same pretrained model."""
     path = Path(config.run.dir) / CONFIG
     try:
         model = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
         same = model["from_pretrained"] == config.model.from_pretrained
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
-        return None  # no run there, or one that the check of the folder will name
+        return None  # no run there, or one that check_run_folder will report
     return model if same else None
 
 
 def check_pretrained_tokenizer(config: RunConfig, data: TokenDataset) -> None:
-    """Raise UserError if the data was made with another tokenizer than the pretrained model's.
+    """Raise UserError unless the data was made with the pretrained model's tokenizer.
 
-    Called on one rank, before the first checkpoint. A folder without tokenizer files says nothing:
-    then only the size of the vocabulary is checked.
+    Called on one rank, before the first checkpoint. If the folder has no tokenizer, only the
+    vocabulary's size is checked.
     """
     folder = Path(str(config.model.from_pretrained))
     size = config.model.vocab_size
@@ -169,7 +169,7 @@ def check_pretrained_tokenizer(config: RunConfig, data: TokenDataset) -> None:
 
 
 def check_same_pieces(data: TokenDataset, folder: Path) -> None:
-    """Raise UserError unless every id means the same in ``data`` and in the model of ``folder``."""
+    """Raise UserError unless the tokenizers of ``data`` and of the model in ``folder`` agree."""
     mine = open_tokenizer(data.tokenizer_path).piece_ids()
     theirs = open_tokenizer(folder).piece_ids()
     for piece, number in sorted(mine.items(), key=lambda item: item[1]):
@@ -182,44 +182,44 @@ def check_same_pieces(data: TokenDataset, folder: Path) -> None:
 
 
 def import_weights(folder: Path, decoder: Decoder, device: torch.device) -> Imported:
-    """Set the weights of a whole decoder from the folder; every rank must call it.
+    """Load the folder's weights into an unsharded decoder. Collective.
 
-    The decompositions are shared out over the ranks and their results broadcast, so that all ranks
-    hold the same bits.
+    The decompositions are distributed over the ranks and their results broadcast, so all ranks hold
+    identical bits.
 
     Args:
-        folder: with the pretrained model.
-        decoder: of its sizes, not cut by tensor parallelism; on any device.
-        device: where this rank computes.
+        folder: the pretrained model.
+        decoder: of its sizes, not sharded by tensor parallelism; on any device.
+        device: where this rank computes the decompositions.
 
     Raises:
-        UserError: files that are damaged or do not fit the configuration.
+        UserError: files that are damaged or do not match the configuration.
     """
     started = time.perf_counter()
     weights = run_on_all(lambda: _checked_weights(decoder, folder))
     world = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if dist.is_initialized() else 0
     errors: dict[str, float] = {}
-    trouble: UserError | None = None
+    failure: UserError | None = None
     try:
         load_plain(decoder, weights)
     except UserError as error:
-        trouble = error
+        failure = error
     for number, (layer, names) in enumerate(named_linears(decoder)):
         shared = isinstance(layer, FactorizedLinear) and not isinstance(layer, LoRALinear)
         owner = number % world
-        if trouble is None and (not shared or owner == rank):
+        if failure is None and (not shared or owner == rank):
             try:
                 errors |= load_linear(layer, names, weights, device)
             except UserError as error:
-                trouble = error
+                failure = error
         if shared and world > 1:
             _broadcast(layer, owner, device)
-    raise_on_any_rank(trouble)
+    raise_on_any_rank(failure)
     if world > 1:
         found: list[dict[str, float]] = [{}] * world
         dist.all_gather_object(found, errors)
-        errors = {name: error for part in found for name, error in part.items()}
+        errors = {name: error for own in found for name, error in own.items()}
     order = [name for layer in decoder.linears() for name in layer.shape.names]
     return Imported(
         folder=str(folder),
@@ -230,12 +230,12 @@ def import_weights(folder: Path, decoder: Decoder, device: torch.device) -> Impo
 
 
 def trial_import(folder: Path, rank: int, density: float | None) -> Imported:
-    """Factorize a pretrained model in this process, to see what is lost; for choosing a rank.
+    """Factorize a pretrained model in this process and report the error, to choose a rank.
 
     Args:
-        folder: with the pretrained model.
+        folder: the pretrained model.
         rank: of the factors.
-        density: of SLTrain's sparse part; None: method low_rank.
+        density: of SLTrain's sparse part; None selects method low_rank.
 
     Raises:
         UserError: a model that cannot be read, a rank or density out of range.
@@ -261,7 +261,7 @@ def _checked_weights(decoder: Decoder, folder: Path) -> Weights:
 
 
 def _broadcast(layer: GroupedLinear, owner: int, device: torch.device) -> None:
-    """Give all ranks the owner's tensors of a layer."""
+    """Broadcast a layer's tensors from its owner."""
     for tensor in (*layer.parameters(), *layer.buffers()):
         values = tensor.detach().to(device)
         dist.broadcast(values, owner)
@@ -280,8 +280,8 @@ def _supports_of(decoder: Decoder) -> SparseIndices | None:
 
 
 @torch.no_grad()
-def take_part(decoder: nn.Module, whole: nn.Module) -> None:
-    """Set this rank's part of a decoder cut by tensor parallelism from the whole one."""
+def load_shard(decoder: nn.Module, whole: nn.Module) -> None:
+    """Copy this rank's tensor-parallel shard from the unsharded decoder ``whole``."""
     full = dict(whole.named_parameters())
     for name, parameter in decoder.named_parameters():
         shard = shard_of(parameter)
@@ -289,7 +289,7 @@ def take_part(decoder: nn.Module, whole: nn.Module) -> None:
 
 
 def write_supports(folder: Path, supports: SparseIndices | None) -> None:
-    """Write them (if any) into the run's folder, whole or not at all; called on one rank.
+    """Write the supports (if any) into the run's folder, atomically; called on one rank.
 
     Raises:
         UserError: the folder cannot be written.
@@ -307,7 +307,7 @@ def write_supports(folder: Path, supports: SparseIndices | None) -> None:
 
 
 def read_supports(config: RunConfig, folder: Path) -> SparseIndices | None:
-    """What :func:`write_supports` wrote; None if the run's supports follow from its seed.
+    """The supports of an imported SLTrain model; None for runs whose supports follow from the seed.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -319,6 +319,6 @@ def read_supports(config: RunConfig, folder: Path) -> SparseIndices | None:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{path}: cannot be read ({error}); it says where the sparse entries of this run lie: "
-            "put it back, the checkpoints are of no use without it"
+            f"{path}: cannot be read ({error}); it holds the positions of this run's sparse "
+            "entries: restore it, the checkpoints cannot be used without it"
         ) from error

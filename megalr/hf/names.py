@@ -1,4 +1,4 @@
-"""Which tensor of a transformers model is which tensor of the decoder.
+"""Correspondence between transformers' tensor names and the decoder's parameters.
 
 LLaMA, Mistral and Qwen2 share their names; GPT-2 has its own and stores matrices transposed.
 """
@@ -19,7 +19,7 @@ MLP = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 
 
 def block_linears(block: Block, number: int) -> list[tuple[GroupedLinear, list[str]]]:
-    """The groups of matrices of a block, each with its matrices' LLaMA names (no ``.weight``)."""
+    """The linear layers of a block, each with its matrices' LLaMA names (without ``.weight``)."""
     prefix = f"model.layers.{number}"
     return [
         (layer, [f"{prefix}.{part}.{names[name.rsplit('.', 1)[1]]}" for name in layer.shape.names])
@@ -33,9 +33,9 @@ def block_linears(block: Block, number: int) -> list[tuple[GroupedLinear, list[s
 
 
 def plain_tensors(decoder: Decoder) -> Iterator[tuple[str, torch.Tensor]]:
-    """LLaMA name and tensor of all that is no matrix of a block, without padding, as stored.
+    """LLaMA name and tensor of everything but the block matrices, without padding, as stored.
 
-    The tensors are views: writing to them sets the decoder's weights.
+    The tensors are views: writing to them changes the decoder.
     """
     V = decoder.config.vocab_size
     yield "model.embed_tokens.weight", decoder.embedding.weight.detach()[:V]
@@ -53,13 +53,13 @@ def plain_tensors(decoder: Decoder) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def dense_tensors(decoder: Decoder, family: str | None = None) -> Tensors:
-    """Name and tensor of all weights of the transformers model, dense, without padding, float32.
+    """Name and tensor of every weight of the transformers model, dense, without padding, float32.
 
-    Factorized matrices are multiplied out in float32, one at a time as the iterator proceeds.
+    Factors are multiplied out in float32, one matrix at a time as the iterator advances.
     ``family``: one of ``families_of(decoder.config)``; None: the first.
 
     Raises:
-        UserError: no transformers model computes what this decoder computes.
+        UserError: no transformers architecture computes this decoder's function.
     """
     chosen = family or families_of(decoder.config)[0]
     return _gpt2_tensors(decoder) if chosen == "gpt2" else _llama_tensors(decoder, chosen)
@@ -116,9 +116,9 @@ def dense_state_dict(decoder: Decoder) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def load_dense_state_dict(decoder: Decoder, state: Mapping[str, torch.Tensor]) -> None:
-    """Set all weights from a dense state dict under transformers' LLaMA names.
+    """Load all weights from a dense state dict with transformers' LLaMA names.
 
-    Dense layers take the matrices as they are, factorized ones their best rank-r approximation.
+    Dense layers take the matrices exactly, factorized ones their best rank-r approximation.
     """
     for name, tensor in plain_tensors(decoder):
         tensor.copy_(state[name])

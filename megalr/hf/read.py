@@ -1,4 +1,4 @@
-"""A folder of transformers read into a decoder, dense or factorized by truncated SVD."""
+"""Reading a transformers folder into a decoder, dense or factorized by truncated SVD."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from megalr.layers.sltrain import SLTrainLinear
 from megalr.models.decoder import Decoder
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-LEFT_OUT = "rotary_emb.inv_freq"
-"""End of the names of tensors that older versions wrote and that follow from the configuration."""
+DERIVED = "rotary_emb.inv_freq"
+"""Name suffix of tensors that older versions stored although the configuration determines them."""
 
 
 class Weights:
-    """The tensors of a folder's ``*.safetensors``, read from the disk when they are asked for.
+    """The tensors of a folder's ``*.safetensors``, read on demand.
 
     Raises:
-        UserError: no such files, or damaged ones.
+        UserError: missing or damaged files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -81,12 +81,12 @@ class Weights:
 
 
 def check_weights(decoder: Decoder, weights: Weights) -> None:
-    """Raise UserError unless the folder holds the decoder's tensors, in its sizes, and no others.
+    """Raise UserError unless the folder holds exactly the decoder's tensors, with its shapes.
 
-    ``decoder`` is whole (not cut by tensor parallelism).
+    ``decoder`` is not sharded by tensor parallelism.
     """
     expected = dict(_expected_shapes(decoder))
-    found = {name for name in weights.names() if not name.endswith(LEFT_OUT)}
+    found = {name for name in weights.names() if not name.endswith(DERIVED)}
     missing = sorted(expected.keys() - found)
     tied = {"lm_head.weight"} if decoder.config.tie_embeddings else set()
     foreign = sorted(found - expected.keys() - tied)
@@ -114,7 +114,7 @@ def _expected_shapes(decoder: Decoder) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def named_linears(decoder: Decoder) -> list[tuple[GroupedLinear, list[str]]]:
-    """The groups of matrices of all blocks with their matrices' names in the folder."""
+    """The linear layers of all blocks with their matrices' names in the folder."""
     return [
         pair
         for number, block in enumerate(decoder.blocks())
@@ -124,7 +124,7 @@ def named_linears(decoder: Decoder) -> list[tuple[GroupedLinear, list[str]]]:
 
 @torch.no_grad()
 def load_plain(decoder: Decoder, weights: Weights) -> None:
-    """Set all that is no matrix of a block (embedding, head, norms, biases), exactly."""
+    """Load everything but the block matrices (embedding, head, norms, biases), exactly."""
     for name, tensor in plain_tensors(decoder):
         tensor.copy_(weights[name])
 
@@ -133,13 +133,13 @@ def load_plain(decoder: Decoder, weights: Weights) -> None:
 def load_linear(
     layer: GroupedLinear, names: list[str], weights: Weights, device: torch.device
 ) -> Mapping[str, float]:
-    """Set the matrices of one whole group from the folder, as near as its kind can come.
+    """Load the matrices of one linear layer from the folder, as closely as its kind allows.
 
     Dense and LoRA layers take them exactly; factors are the truncated SVD, computed in float64 on
-    ``device``; SLTrain's sparse part takes the largest entries of what the factors leave.
+    ``device``; SLTrain's sparse part takes the largest entries of the residual.
 
     Returns:
-        ``|W - W_layer| / |W|`` (Frobenius) by the matrices' logical names.
+        ``|W - W_layer| / |W|`` (Frobenius) by matrix name.
     """
     errors = {}
     for index, name in enumerate(names):

@@ -1,4 +1,4 @@
-"""The decoder of a finished checkpoint, whole and in one process, without an engine."""
+"""The unsharded decoder of a finished checkpoint, in one process and without an engine."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from megalr.preprocessing.tokenizer import Tokenizer, open_tokenizer
 
 
 def open_verified(run: Path, tag: str | None) -> Checkpoint:
-    """A finished checkpoint of a run whose files have the checksums of the day they were written.
+    """A finished checkpoint of a run, opened after its files' checksums were verified.
 
     Args:
         run: the run's folder.
         tag: name of the checkpoint; None: the newest finished one.
 
     Raises:
-        UserError: no such run or checkpoint; it is unfinished, damaged or of something else.
+        UserError: no such run or checkpoint; it is unfinished, damaged or not megalr's.
     """
     checkpoint = open_checkpoint(run, tag)
     files = checkpoint.manifest.files
@@ -39,7 +39,7 @@ def open_verified(run: Path, tag: str | None) -> Checkpoint:
 
 
 def run_config(checkpoint: Checkpoint) -> RunConfig:
-    """The run's configuration when the checkpoint was saved.
+    """The run's configuration at the time the checkpoint was saved.
 
     Raises:
         UserError: this version of megalr does not accept it.
@@ -54,7 +54,7 @@ def run_config(checkpoint: Checkpoint) -> RunConfig:
 
 
 def load_decoder(run: Path, checkpoint: Checkpoint) -> Decoder:
-    """The run's decoder on the CPU, float32, with the masters of the checkpoint; for evaluation.
+    """The run's decoder on the CPU, float32, in eval mode, with the checkpoint's master weights.
 
     Raises:
         UserError: the checkpoint does not hold this decoder's parameters.
@@ -67,8 +67,8 @@ def load_decoder(run: Path, checkpoint: Checkpoint) -> Decoder:
     different = sorted(parameters.keys() ^ set(checkpoint.names()))
     if different:
         raise UserError(
-            f"checkpoint {checkpoint.folder} is of another model: {different[0]} is in one of the "
-            "two only; use the version of megalr that wrote it"
+            f"checkpoint {checkpoint.folder} is of another model: {different[0]} is in only one "
+            "of the two; use the version of megalr that wrote it"
         )
     try:
         with torch.no_grad():
@@ -89,10 +89,10 @@ def _fitting(checkpoint: Checkpoint, name: str, shape: torch.Size) -> torch.Tens
 
 
 def tokenizer_of(config: RunConfig) -> Tokenizer:
-    """The tokenizer that the run's training data was made with, from the data's folder.
+    """The tokenizer of the run's training data, from the data's folder.
 
     Raises:
-        UserError: the folder is not there any more, or its tokenizer cannot be opened.
+        UserError: the folder is gone, or its tokenizer cannot be opened.
     """
     folder = Path(config.data.train[0].path)
     return open_tokenizer(folder / load_manifest(folder).tokenizer.path)

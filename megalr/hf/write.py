@@ -1,4 +1,4 @@
-"""A decoder as a folder that ``transformers.AutoModelForCausalLM`` loads."""
+"""Writing a decoder as a folder that ``transformers.AutoModelForCausalLM`` loads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SIZE = re.compile(r"\d+(\.\d+)?[KMGT]B")
 PROBE = "The Cat's 123 ids, é\u4e2d! w5 w6"
 """Text that a tokenizer loaded from the folder must cut up as the original does."""
 FOREIGN = ("config.json", "generation_config.json", "*.index.json", "preprocessor_config.json")
-"""What a tokenizer's folder may hold of another model."""
+"""Files of another model that may lie in a tokenizer's folder; they are not copied."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class ExportOptions:
     Attributes:
         dtype: name in ``DTYPES``; the product of factors is rounded to it once.
         max_shard_size: largest weight file, a number with a unit ("5GB").
-        max_positions: longest sequence the model is meant for (tokens).
+        max_positions: longest trained sequence (tokens).
 
     Raises:
-        UserError: no such size.
+        UserError: a malformed size.
     """
 
     dtype: str
@@ -67,21 +67,21 @@ def write_model(
     tokenizer: Tokenizer | None,
     card: str,
 ) -> None:
-    """Write weights, configurations, tokenizer and ``card`` (README.md); all of it or nothing.
+    """Write weights, configurations, tokenizer and ``card`` (README.md) atomically.
 
-    Everything goes to a temporary folder beside ``output``, which takes its name at the end.
+    Everything is written to a temporary folder beside ``output``, which is renamed at the end.
 
     Args:
-        decoder: whole (not cut by tensor parallelism), on the CPU, weights from the masters.
+        decoder: not sharded by tensor parallelism, on the CPU, with the master weights.
         output: new or empty folder.
         options: see ExportOptions.
-        tokenizer: copied into the folder and named in the configuration; None for none.
+        tokenizer: copied into the folder, its special ids recorded in config.json; or None.
         card: Markdown.
 
     Raises:
-        UserError: ``output`` holds something, no transformers model computes this decoder, weights
-            that are not finite (in ``options.dtype``), a vocabulary smaller than the tokenizer's,
-            a tokenizer that transformers does not load as it is, a disk that refuses.
+        UserError: ``output`` is not empty, no transformers architecture computes this decoder,
+            weights are not finite (in ``options.dtype``), the vocabulary is smaller than the
+            tokenizer's, transformers would load another tokenizer, or the disk cannot be written.
     """
     check_output(output)
     if tokenizer is not None and tokenizer.vocab_size > decoder.config.vocab_size:
@@ -121,10 +121,10 @@ def _copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 def _choose_family(
     decoder: Decoder, options: ExportOptions, tokenizer: Tokenizer | None, folder: Path
 ) -> str:
-    """The first architecture for which transformers takes the tokenizer in ``folder`` as it is.
+    """The first architecture with which transformers loads the tokenizer in ``folder`` unchanged.
 
-    For some architectures AutoTokenizer puts its own class in the place of the one that the
-    tokenizer's files name, and the ids are others, without an error.
+    For some architectures AutoTokenizer replaces the class that the tokenizer's files name by its
+    own, which yields other ids without an error.
     """
     families = families_of(decoder.config)
     if tokenizer is None:
@@ -142,7 +142,7 @@ def _choose_family(
 
 
 def _tokenizer_difference(tokenizer: Tokenizer, folder: Path) -> str | None:
-    """How the tokenizer that transformers loads from ``folder`` differs; None if it does not."""
+    """How the tokenizer that transformers loads from ``folder`` differs; None if it agrees."""
     from transformers import AutoTokenizer
 
     try:
@@ -204,7 +204,7 @@ def transformers_model(
 
 
 def _publish(temporary: Path, output: Path) -> None:
-    """Have the system write all files to the disk, then give the folder its name."""
+    """Flush all files to the disk, then rename the folder."""
     os.chmod(temporary, 0o777 & ~_umask())  # mkdtemp makes it private
     for path in (*temporary.iterdir(), temporary):
         descriptor = os.open(path, os.O_RDONLY)

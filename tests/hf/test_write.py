@@ -83,7 +83,10 @@ def test_what_cannot_be_written_is_refused_and_nothing_is_left(tmp_path: Path) -
         assert list(tmp_path.iterdir()) == []
 
     refused(lively(factorized("cola")), "CoLA layer, whose function is not a matrix")
-    refused(lively(full_rank(), gated_mlp=False), "is none of transformers' llama, mistral")
+    refused(
+        lively(full_rank(), gated_mlp=False),
+        "matches none of transformers' architectures llama, mistral",
+    )
     large = lively(full_rank())
     large.embedding.weight.data[3, 5] = 1e5
     refused(large, "embed_tokens.weight: its weights are too large for float16", "float16")
