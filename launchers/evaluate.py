@@ -4,7 +4,7 @@ python launchers/evaluate.py --run runs/NAME [--tag update_1000] [--data data/ot
 torchrun --nproc_per_node 4 -- launchers/evaluate.py --model out/ --data data/c4
 python launchers/evaluate.py --model out/ --tasks lambada_openai,piqa
 
-Prints one line of JSON on standard output and a line for people on standard error.
+Prints one line of JSON on standard output and a readable line on standard error.
 """
 
 from __future__ import annotations
@@ -46,25 +46,25 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--run", type=Path, help="folder of a run")
-    what.add_argument("--model", type=Path, help="folder with a model of transformers")
+    what.add_argument("--model", type=Path, help="folder with a transformers model")
     add("--tag", help="checkpoint of --run, for example update_1000 (default: the newest)")
     add("--data", nargs="+", default=[], help="preprocessed folders (default: the run's)")
     add("--split", default="validation", choices=("validation", "train"), help="of the folders")
     add("--sequence_length", type=positive, help="positions of a sample (default: the run's)")
     add("--packing", choices=("true", "false"), help="windows or documents (default: the run's)")
-    add("--tokens", type=natural, help="evaluate on at most so many targets; 0: all")
-    add("--micro_batch_size", type=positive, help="sequences a rank evaluates at a time")
-    add("--dtype", choices=DTYPES, help="to compute in (default: the run's, the model's)")
+    add("--tokens", type=natural, help="largest number of targets; 0: all")
+    add("--micro_batch_size", type=positive, help="sequences per forward pass and rank")
+    add("--dtype", choices=DTYPES, help="compute dtype (default: the run's, the model's)")
     add("--tasks", help="lm-eval's tasks for --model, separated by commas")
     add("--num_fewshot", type=natural, help="of --tasks: examples before a question")
     add("--limit", type=positive, help="of --tasks: questions of each task")
-    add("--include_path", type=Path, help="of --tasks: folder with tasks of your own")
+    add("--include_path", type=Path, help="of --tasks: folder with further tasks")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it
     return parser.parse_args()
 
 
 def evaluate_tasks(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Results of lm-eval and a line for people."""
+    """Results of lm-eval and a readable summary."""
     from megalr.evaluation.lm_eval import run_tasks
 
     results = run_tasks(
@@ -79,7 +79,7 @@ def evaluate_tasks(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def evaluate_perplexity(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Perplexity, loss and what they were measured on, and a line for people."""
+    """The evaluation as plain values, and a readable summary."""
     from megalr.distributed.process_group import start_distributed
     from megalr.evaluation.offline import Request, evaluate_model, evaluate_run
 
@@ -112,7 +112,7 @@ def main() -> None:
     if arguments.tasks is not None and arguments.model is None:
         raise UserError("--tasks needs --model: export the run with tools/export_hf.py first")
     evaluated = evaluate_tasks if arguments.tasks is not None else evaluate_perplexity
-    with contextlib.redirect_stdout(sys.stderr):  # libraries print there; JSON has it for itself
+    with contextlib.redirect_stdout(sys.stderr):  # standard output holds the JSON line only
         found, line = evaluated(arguments)
     from megalr.distributed.agreement import is_rank0
 

@@ -1,4 +1,4 @@
-"""EleutherAI's lm-eval on an exported model."""
+"""EleutherAI's lm-evaluation-harness on an exported model."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ def run_tasks(
     limit: int | None = None,
     include_path: Path | None = None,
 ) -> dict[str, Any]:
-    """Results of lm-eval's tasks for the model in a folder of transformers, on one process.
+    """Run lm-eval tasks on a transformers folder, in one process.
 
     Args:
         model: the folder, with its tokenizer.
-        tasks: names of tasks.
-        batch_size: sequences at a time.
-        few_shot: examples before each question; None: what each task says.
-        limit: questions of each task; None: all.
+        tasks: task names.
+        batch_size: sequences per forward pass.
+        few_shot: examples before each question; None: the task's default.
+        limit: questions per task; None: all.
         include_path: folder with further tasks.
 
     Returns:
-        Plain values: by task, its metrics.
+        The metrics of each task, as plain values.
 
     Raises:
-        UserError: several processes, lm-eval is not installed, a task it does not know, a model or
-            data set that it cannot load.
+        UserError: several processes, lm-eval is not installed, an unknown task, or a model or data
+            set that it cannot load.
     """
     if any(os.environ.get(name, "1") != "1" for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE")):
         raise UserError("--tasks runs on one process: start it with plain python")
@@ -52,7 +52,7 @@ def run_tasks(
     if unknown:
         raise UserError(
             f"--tasks {', '.join(unknown)}: lm-eval knows no such task; `lm-eval ls tasks` lists "
-            "them, --include_path adds a folder of your own"
+            "them, --include_path adds a folder"
         )
     try:
         found = lm_eval.simple_evaluate(

@@ -1,4 +1,4 @@
-"""Evaluation outside a run: of a checkpoint, or of a model of transformers, on any data set."""
+"""Evaluation of a checkpoint or of a transformers folder on any data set, outside a run."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ from megalr.hf.write import DTYPES
 from megalr.layers.head import IGNORE
 
 LONGEST = 2048
-"""Sequence length for a model that does not say that it is meant for shorter ones (tokens)."""
-LOGITS_AT_ONCE = 2**26
-"""Logits that are converted to float32 at a time."""
+"""Sequence length for a model whose configuration does not limit it to less (tokens)."""
+LOGITS_PER_CHUNK = 2**26
+"""Logits converted to float32 at a time."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be evaluated on what; None takes what the run or the model says.
+    """Options of an evaluation; None takes the run's or the model's value.
 
     Attributes:
         data: preprocessed folders; empty: the validation data of the run.
         split: ``validation`` (all shards of a folder without that split) or ``train``.
         sequence_length: positions of a sample (tokens).
-        packing: samples are windows of the token stream, or documents.
-        tokens: evaluate on at most so many targets; 0: on all.
-        micro_batch_size: sequences that a rank evaluates at a time.
-        dtype: key of ``megalr.hf.write.DTYPES`` to compute in.
+        packing: whether samples are windows of the token stream rather than documents.
+        tokens: largest number of targets; 0: all.
+        micro_batch_size: sequences per forward pass and rank.
+        dtype: compute dtype, a key of ``megalr.hf.write.DTYPES``.
     """
 
     data: tuple[str, ...] = ()
@@ -62,16 +62,16 @@ class Request:
 def evaluate_run(
     run: Path, tag: str | None, request: Request, device: torch.device
 ) -> dict[str, Any]:
-    """Perplexity of a checkpoint; every rank must call it.
+    """Perplexity of a checkpoint. Collective.
 
-    With an empty request it is what the run itself reported after that update: same data, same
-    batches, same precision.
+    An empty request repeats the run's own evaluation after that update: same data, batches and
+    precision.
 
     Returns:
-        Plain values: the numbers of an Evaluation, and what was evaluated how.
+        Plain values: the fields of an Evaluation, and how it was measured.
 
     Raises:
-        UserError: a checkpoint or data that cannot be read, or that do not belong together.
+        UserError: a checkpoint or data that cannot be read, or that do not match.
     """
     tag = run_on_rank0(lambda: open_verified(run, tag).folder.name)
     checkpoint = run_on_all(lambda: open_checkpoint(run, tag))
@@ -88,27 +88,27 @@ def evaluate_run(
         or config.evaluation.micro_batch_size
         or config.train.micro_batch_size
     )
-    what = {
+    facts = {
         "model": str(run),
         "checkpoint": checkpoint.folder.name,
         "update": checkpoint.update,
         "training_tokens": checkpoint.tokens,
         "method": config.method.name,
     }
-    return what | _measure(decoder, data, micro, limit, dtype, notes, device)
+    return facts | _measure(decoder, data, micro, limit, dtype, notes, device)
 
 
 def evaluate_model(folder: Path, request: Request, device: torch.device) -> dict[str, Any]:
-    """Perplexity of a model in a folder of transformers, computed by transformers.
+    """Perplexity of a model in a transformers folder, computed by transformers. Collective.
 
-    Every rank must call it. ``sequence_length`` is by default what the model is meant for, at most
-    LONGEST; samples are packed, all targets are evaluated.
+    ``sequence_length`` defaults to the model's longest, at most LONGEST; samples are packed and all
+    targets are evaluated.
 
     Returns:
         Plain values, as :func:`evaluate_run`.
 
     Raises:
-        UserError: a model or data that cannot be read, or that do not belong together.
+        UserError: a model or data that cannot be read, or that do not match.
     """
     if not request.data:
         raise UserError("--model needs --data FOLDER: a model does not know its validation data")
@@ -125,13 +125,13 @@ def evaluate_model(folder: Path, request: Request, device: torch.device) -> dict
     notes = run_on_all(lambda: _check_tokenizer_of_model(folder, data))
     dtype = str(model.dtype).removeprefix("torch.")
     wrapped = SummedLoss(model).to(device)
-    what = {"model": str(folder), "architecture": type(model).__name__}
+    facts = {"model": str(folder), "architecture": type(model).__name__}
     micro = request.micro_batch_size or 8
-    return what | _measure(wrapped, data, micro, request.tokens or None, dtype, notes, device)
+    return facts | _measure(wrapped, data, micro, request.tokens or None, dtype, notes, device)
 
 
 class SummedLoss(nn.Module):
-    """A causal language model of transformers with the interface of the Decoder's loss."""
+    """A transformers causal language model behind the interface of Decoder's loss."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ class SummedLoss(nn.Module):
         """Sum of -log p(label) over all targets, float32; labels as the Decoder takes them."""
         logits = self.model(input_ids=input_ids, use_cache=False).logits.flatten(0, 1)  # (B S, V)
         total = torch.zeros((), dtype=torch.float32, device=logits.device)
-        rows = max(1, LOGITS_AT_ONCE // logits.shape[1])
+        rows = max(1, LOGITS_PER_CHUNK // logits.shape[1])
         for part, targets in zip(logits.split(rows), labels.flatten().split(rows), strict=True):
             total += F.cross_entropy(part.float(), targets, ignore_index=IGNORE, reduction="sum")
         return total
@@ -199,7 +199,7 @@ def _open(paths: Any, split: str, length: int, packing: bool) -> TokenDataset:
 
 
 def _check_tokenizer_of_run(config: RunConfig, data: TokenDataset) -> list[str]:
-    """UserError if the data cannot belong to the run's model; what could not be checked."""
+    """Notes on checks that were not possible; UserError if the data does not match the run."""
     if config.model.vocab_size is not None:
         check_vocabulary(data, config.model.vocab_size)
     folder = Path(config.data.train[0].path)

@@ -22,9 +22,9 @@ class Evaluation:
         loss: mean negative log likelihood of a target token, over all ranks (nats).
         perplexity: exp(loss).
         perplexity_published: the figure that the published code of these methods reports:
-            mean over ranks of (sum of batch means) / (batches + 1), exponentiated. It is too
-            low by a factor n / (n + 1) in the loss and depends on the micro-batch; it is here only
-            to compare with printed numbers.
+            mean over ranks of (sum of batch means) / (batches + 1), exponentiated. Its loss is too
+            low by a factor of n / (n + 1) and depends on the batch shape; it is reported only for
+            comparison with printed numbers.
         tokens: targets evaluated.
         eval_seconds: wall-clock time.
     """
@@ -43,12 +43,12 @@ def evaluate(
     device: torch.device,
     group: dist.ProcessGroup | None = None,
 ) -> Evaluation:
-    """Token-weighted loss of ``model(input_ids, labels)`` over ``batches`` of every rank.
+    """Token-weighted loss of ``model(input_ids, labels)`` over the batches of all ranks.
 
-    Every rank must bring the same number of batches (ZeRO-3 gathers weights in each); rows that
-    only fill up a batch have no targets and weigh nothing. The order of the sum over batches is
-    fixed, so equal weights give equal numbers. ``group``: the ranks whose batches differ, the
-    data-parallel group; None stands for all ranks.
+    Every rank must have the same number of batches (ZeRO 3 gathers weights in each); padding rows
+    have no targets and no weight. The order of summation over batches is fixed, so equal weights
+    give equal numbers. ``group``: the data-parallel group, whose ranks have different batches;
+    None: all ranks.
     """
     started = time.perf_counter()
     was_training = model.training
