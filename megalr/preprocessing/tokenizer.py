@@ -1,4 +1,4 @@
-"""Tokenizers: text to ids and back, and which files make one tokenizer."""
+"""Tokenizers: text to ids and back, and the files that define one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megalr.errors import UserError
 Ids = NDArray[np.int32]
 SENTENCEPIECE_NAME = "spiece.model"
 CONFIG_NAME = "tokenizer_config.json"
-MARKER = "sentencepiece_model"  # key of our tokenizer_config.json: ids come from this file
+MARKER = "sentencepiece_model"  # key of tokenizer_config.json that names the .model file
 HUGGINGFACE_FILES = (
     "*.json",
     "*.model",
@@ -28,7 +28,7 @@ HUGGINGFACE_FILES = (
 
 
 class Tokenizer(Protocol):
-    """Ids are below ``vocab_size``; ``eos_id`` is None where the vocabulary has no EOS."""
+    """Ids are below ``vocab_size``; ``eos_id`` is None if the vocabulary has no EOS."""
 
     kind: str
     path: Path
@@ -38,19 +38,19 @@ class Tokenizer(Protocol):
     fingerprint: str
 
     def encode(self, texts: list[str], append_eos: bool) -> tuple[Ids, Ids]:
-        """Ids of all texts, concatenated, and the number of ids of each; both int32."""
+        """Concatenated ids of all texts and the number of ids of each text; both int32."""
         ...
 
     def decode(self, ids: list[int]) -> str:
-        """The text of some ids."""
+        """The text of ``ids``."""
         ...
 
     def piece_ids(self) -> dict[str, int]:
-        """The id of every piece of the vocabulary."""
+        """Every piece of the vocabulary with its id."""
         ...
 
     def copy_to(self, folder: Path) -> None:
-        """Write the tokenizer's files into ``folder`` so that open_tokenizer reads them there."""
+        """Write the tokenizer's files into ``folder`` so that open_tokenizer can read them."""
         ...
 
 
@@ -168,8 +168,8 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path)
     if not path.exists():
         raise UserError(
-            f"{path}: no such tokenizer; give a SentencePiece *.model file or a folder with the "
-            f"files of a Hugging Face tokenizer"
+            f"{path}: no such tokenizer; give a SentencePiece *.model file or the folder of a "
+            f"Hugging Face tokenizer"
         )
     if path.is_file():
         if path.suffix != ".model":

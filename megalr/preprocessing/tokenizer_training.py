@@ -19,13 +19,13 @@ from megalr.preprocessing.tokenizer import (
     open_tokenizer,
 )
 
-LONGEST_SENTENCE = 4096  # bytes; SentencePiece leaves out longer ones, so they are cut
-SMALLEST_VOCABULARY = 3 + 256  # pad, eos, unk and the bytes
+LONGEST_SENTENCE = 4096  # bytes; SentencePiece skips longer ones, so they are split
+SMALLEST_VOCABULARY = 3 + 256  # pad, eos, unk and the 256 bytes
 
 
 @dataclass(frozen=True)
 class SampledText:
-    """How much text the training saw."""
+    """Amount of text used for training."""
 
     files: int
     documents: int
@@ -45,7 +45,7 @@ def train_tokenizer(
     Ids: pad 0, eos 1, unk 2, no bos, then 256 bytes, then pieces. Text is not normalised and no
     white space is dropped: decoding the ids of a text gives the text back, byte for byte. At most
     ``sample_bytes`` of text are read, the same share from the head of every input file, which
-    bounds time and memory (about 20 bytes for each byte of text).
+    bounds time and memory (about 20 bytes of memory per byte of text).
 
     Raises UserError for unusable inputs, an occupied output folder, and a vocabulary size that is
     too small for the characters or too large for the text.
@@ -59,11 +59,11 @@ def train_tokenizer(
         )
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output}: exists and is not empty; choose another --output or delete it")
-    parts = plan_splits(inputs, split_bytes=1 << 60)
-    for part in parts.values():
-        if holds_tokens(part):
-            raise UserError(f"{part.file}: holds tokens; a tokenizer is trained on text")
-    sample = _Sample(list(parts.values()), reading, sample_bytes)
+    splits = plan_splits(inputs, split_bytes=1 << 60)
+    for split in splits.values():
+        if holds_tokens(split):
+            raise UserError(f"{split.file}: holds tokens; a tokenizer is trained on text")
+    sample = _Sample(list(splits.values()), reading, sample_bytes)
     temporary = output.with_name(f".{output.name}.partial")
     with disk_errors(output):
         shutil.rmtree(temporary, ignore_errors=True)
@@ -96,21 +96,21 @@ def train_tokenizer(
             shutil.rmtree(temporary, ignore_errors=True)
     tokenizer = open_tokenizer(output)
     assert isinstance(tokenizer, SentencePieceTokenizer)
-    return tokenizer, SampledText(len(parts), sample.documents, sample.text_bytes)
+    return tokenizer, SampledText(len(splits), sample.documents, sample.text_bytes)
 
 
 class _Sample:
-    """Sentences of the head of every input."""
+    """Iterates over sentences from the head of every input."""
 
-    def __init__(self, parts: list[InputSplit], reading: ReadOptions, sample_bytes: int) -> None:
-        self._parts, self._reading = parts, reading
-        self._share = max(1, sample_bytes // len(parts))
+    def __init__(self, splits: list[InputSplit], reading: ReadOptions, sample_bytes: int) -> None:
+        self._splits, self._reading = splits, reading
+        self._share = max(1, sample_bytes // len(splits))
         self.documents = self.text_bytes = 0
 
     def __iter__(self) -> Iterator[bytes]:
-        for part in self._parts:
+        for split in self._splits:
             left = self._share
-            for texts in DocumentReader(part, self._reading):
+            for texts in DocumentReader(split, self._reading):
                 for text in texts:
                     encoded = text.encode()
                     yield from sentences(encoded[:left])
@@ -124,19 +124,19 @@ class _Sample:
 
 
 def sentences(text: bytes) -> Iterator[bytes]:
-    """The lines of a text, long ones cut at spaces into pieces of at most 4096 bytes."""
+    """The lines of a text; long ones are split at spaces into at most 4096 bytes each."""
     for line in text.splitlines():
         while len(line) > LONGEST_SENTENCE:
-            cut = line.rfind(b" ", 1, LONGEST_SENTENCE)
-            cut = LONGEST_SENTENCE if cut < 0 else cut
-            yield _whole_characters(line[:cut])
-            line = line[cut:]
+            end = line.rfind(b" ", 1, LONGEST_SENTENCE)
+            end = LONGEST_SENTENCE if end < 0 else end
+            yield _complete_characters(line[:end])
+            line = line[end:]
         if line.strip():
-            yield _whole_characters(line)
+            yield _complete_characters(line)
 
 
-def _whole_characters(text: bytes) -> bytes:
-    """Without a character that a cut left incomplete at either end."""
+def _complete_characters(text: bytes) -> bytes:
+    """The text without partial characters at either end."""
     return text.decode("utf-8", errors="ignore").encode()
 
 
