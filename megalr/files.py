@@ -49,27 +49,41 @@ class DiskFull(UserError):
 def publish(temporary: Path, path: Path) -> None:
     """Give a completely written and synced file its final name, durably."""
     with disk_errors(path):
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _publish(temporary, path)
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Flush a folder's entries to the disk."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def write_atomic(path: Path, content: bytes, job: str = "single") -> None:
-    """Write a small file so that readers see the old content or the new, never a mixture."""
-    temporary = temporary_path(path, job)
+    """Write a small file so that readers see the old content or the new, never a part."""
     with disk_errors(path):
-        try:
-            with open(temporary, "wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    publish(temporary, path)
+        replace_file(path, content, job)
+
+
+def replace_file(path: Path, content: bytes, job: str = "single") -> None:
+    """As :func:`write_atomic`, but raises OSError."""
+    temporary = temporary_path(path, job)
+    try:
+        with open(temporary, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _publish(temporary, path)
 
 
 def sha256_of_file(path: Path, start: int = 0, stop: int | None = None) -> str:

@@ -1,4 +1,4 @@
-"""Finding the checkpoint to continue from; every function is called by all ranks together."""
+"""Finding the checkpoint to resume from. Collective."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megalr.checkpoint import retain as names
-from megalr.checkpoint.manifest import Damaged, Manifest, check_files, read_manifest
+from megalr.checkpoint import directory
+from megalr.checkpoint.manifest import CheckpointManifest, Damaged, check_files, read_manifest
 from megalr.distributed.agreement import run_on_rank0
 from megalr.errors import AgreedError, UserError
 from megalr.files import system_errors, system_message
@@ -19,13 +19,13 @@ from megalr.files import system_errors, system_message
 
 @dataclass(frozen=True)
 class Found:
-    """The checkpoint to continue from.
+    """The checkpoint to resume from.
 
     Attributes:
-        tag: its name; None: there is none, the run begins.
-        damaged: newer ones that cannot be used, each with what is wrong.
-        unfinished: names of those whose writing was cut short; they never counted.
-        seconds: the time that looking took.
+        tag: its name; None if there is none and the run starts from the beginning.
+        damaged: newer ones that cannot be used, each with the reason.
+        unfinished: names of those whose writing was interrupted.
+        seconds: duration of the search.
     """
 
     tag: str | None
@@ -35,17 +35,17 @@ class Found:
 
 
 def find_checkpoint(folder: Path, verify: bool) -> Found:
-    """The newest checkpoint of a run that is as it was written; the ranks share the reading.
+    """The newest intact checkpoint of a run; the ranks share the reading.
 
     Args:
         folder: the run's folder.
-        verify: compare checksums as well, not only sizes.
+        verify: compare checksums, not only sizes.
 
     Raises:
-        UserError: there are checkpoints, and none of them is good.
+        UserError: there are checkpoints, but none is intact.
     """
     started = time.perf_counter()
-    root = folder / names.CHECKPOINTS
+    root = folder / directory.CHECKPOINTS
     known, unfinished = run_on_rank0(lambda: _list(root))
     damaged: list[str] = []
     for tag in reversed(known):
@@ -63,12 +63,12 @@ def find_checkpoint(folder: Path, verify: bool) -> Found:
 
 def _list(root: Path) -> tuple[list[str], list[str]]:
     with system_errors():
-        names.recover(root)
-        return names.tags(root), names.unfinished(root)
+        directory.recover(root)
+        return directory.tags(root), directory.unfinished(root)
 
 
 def _problem(folder: Path, verify: bool) -> str | None:
-    """What is wrong with a checkpoint; None if it is good. The same on all ranks."""
+    """Why a checkpoint cannot be used; None if it is intact. The same on all ranks."""
     manifest, problem = run_on_rank0(lambda: try_manifest(folder))
     if manifest is None or problem is not None:
         return problem
@@ -83,7 +83,7 @@ def _problem(folder: Path, verify: bool) -> str | None:
     return next((problem for problem in found if problem is not None), None)
 
 
-def try_manifest(folder: Path) -> tuple[Manifest | None, str | None]:
+def try_manifest(folder: Path) -> tuple[CheckpointManifest | None, str | None]:
     try:
         return read_manifest(folder), None
     except Damaged as error:
@@ -91,22 +91,22 @@ def try_manifest(folder: Path) -> tuple[Manifest | None, str | None]:
 
 
 def tidy(folder: Path, found: Found) -> None:
-    """Before a run goes on: say what was passed over, remove leftovers, set ``latest``.
+    """Before a run continues: warn of what was passed over, remove leftovers, set ``latest``.
 
     Raises:
         UserError: the folder cannot be written.
     """
 
     def work() -> None:
-        root = folder / names.CHECKPOINTS
+        root = folder / directory.CHECKPOINTS
         for text in found.damaged:
             print(f"warning: passed over a damaged checkpoint, {text}", file=sys.stderr, flush=True)
         for tag in found.unfinished:
             print(f"warning: {tag} was never finished; removed", file=sys.stderr, flush=True)
         try:
-            names.clean(root)
+            directory.clean(root)
             if found.tag is not None:
-                names.point_latest(root, found.tag)
+                directory.point_latest(root, found.tag)
         except OSError as error:
             raise UserError(f"{root} cannot be written: {system_message(error)}") from error
 

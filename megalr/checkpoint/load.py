@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megalr.checkpoint import retain as names
+from megalr.checkpoint.directory import CHECKPOINTS
 from megalr.checkpoint.find import try_manifest
 from megalr.checkpoint.manifest import Damaged
 from megalr.checkpoint.reader import open_source
-from megalr.checkpoint.source import MASTER, SavedState, Source, whole
+from megalr.checkpoint.source import MASTER, SavedState, StateSource, whole
 from megalr.distributed.agreement import run_on_all, run_on_rank0
 from megalr.engine.checkpoint_layout import frozen_parameters, frozen_piece, layout_of
 from megalr.engine.state import EngineState
@@ -57,7 +57,7 @@ def load_checkpoint(engine: Any, folder: Path, tag: str) -> Loaded:
         UserError: it cannot be loaded into this engine; the reason is named.
     """
     started = time.perf_counter()
-    root = folder / names.CHECKPOINTS
+    root = folder / CHECKPOINTS
     manifest, problem = run_on_rank0(lambda: try_manifest(root / tag))
     if manifest is None:
         raise AgreedError(f"checkpoint {root / tag} is damaged ({problem}): choose another one")
@@ -80,7 +80,7 @@ def load_checkpoint(engine: Any, folder: Path, tag: str) -> Loaded:
 
 
 @torch.no_grad()
-def load_source(engine: Any, source: Source) -> None:
+def load_source(engine: Any, source: StateSource) -> None:
     """Load what this rank holds: masters, frozen weights, optimizer state, the engine's counters.
 
     Not collective: once all ranks have agreed that it worked, ``EngineState.refresh_weights``
@@ -111,7 +111,7 @@ def load_source(engine: Any, source: Source) -> None:
     engine.skipped_steps = saved["skipped_steps"]
 
 
-def _check_model(engine: Any, state: EngineState, source: Source) -> None:
+def _check_model(engine: Any, state: EngineState, source: StateSource) -> None:
     """Refuse a saved state of other parameters; decided from what every rank knows."""
     expected = {state.name(p): (_full_shape(p, state.shape(p)), True) for p in state.parameters()}
     for name, parameter in frozen_parameters(engine, state):
@@ -138,7 +138,7 @@ def _full_shape(parameter: nn.Parameter, shape: tuple[int, ...]) -> tuple[int, .
 
 
 def _part(
-    source: Source, name: str, parameter: nn.Parameter, key: str, start: int, stop: int
+    source: StateSource, name: str, parameter: nn.Parameter, key: str, start: int, stop: int
 ) -> Tensor:
     """Elements [start, stop) of what this tensor-parallel rank has of a parameter."""
     shard = shard_of(parameter)
@@ -148,7 +148,7 @@ def _part(
 
 
 def _flat_state(
-    state: EngineState, source: Source, flat: Tensor, parameters: list[nn.Parameter]
+    state: EngineState, source: StateSource, flat: Tensor, parameters: list[nn.Parameter]
 ) -> dict[str, Any]:
     """The base optimizer's state of one flat tensor."""
     held = [(p, slot) for p in parameters if (slot := state.slot(p)) and slot.flat is flat]
@@ -172,7 +172,7 @@ def _flat_state(
 
 
 def _counters(
-    state: EngineState, source: Source, flat: Tensor, parameters: list[nn.Parameter]
+    state: EngineState, source: StateSource, flat: Tensor, parameters: list[nn.Parameter]
 ) -> dict[str, Any]:
     """The counters that all parameters of a flat tensor share.
 
@@ -199,7 +199,7 @@ def _counters(
     }
 
 
-def _whole_tensor_states(state: EngineState, source: Source, flat: Tensor) -> dict[str, Any]:
+def _whole_tensor_states(state: EngineState, source: StateSource, flat: Tensor) -> dict[str, Any]:
     """What the optimizer keeps for whole tensors: averages on all ranks, matrices on owners."""
     if not isinstance(state.base, ShardedOptimizer):
         return {}
@@ -223,7 +223,7 @@ def _whole_tensor_states(state: EngineState, source: Source, flat: Tensor) -> di
     return result
 
 
-def _load_frozen(source: Source, name: str, parameter: nn.Parameter) -> None:
+def _load_frozen(source: StateSource, name: str, parameter: nn.Parameter) -> None:
     """Set a frozen weight, or under ZeRO-3 this rank's piece of it."""
     if not hasattr(parameter, "ds_id"):
         whole_part = _part(source, name, parameter, MASTER, 0, parameter.numel())

@@ -1,7 +1,7 @@
-"""The manifest of a checkpoint: which files belong to it, how long they are, their checksums.
+"""The manifest of a checkpoint: its files with their sizes and checksums. Written last.
 
-It is written last. The checksum is CRC-32 (zlib): it finds every flipped bit and every torn block,
-at several times the speed of a cryptographic one.
+The checksum is CRC-32 (zlib): it detects flipped bits and torn blocks at several times the speed
+of a cryptographic hash.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ _BLOCK = 1 << 22  # bytes read at a time
 
 
 class Damaged(ValueError):
-    """A checkpoint, or a file of it, is not what was written; the message says how."""
+    """A checkpoint or one of its files is not as it was written; the message says how."""
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """Length (bytes) and CRC-32 of a file."""
+    """Size (bytes) and CRC-32 of a file."""
 
     size: int
     crc32: int
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """What was written into a checkpoint.
+class CheckpointManifest:
+    """Contents of a checkpoint.
 
     Attributes:
         update: updates done when it was saved.
-        layout: how the run was spread over ranks
+        layout: how the state is distributed over ranks
             (:func:`megalr.engine.checkpoint_layout.layout_of`).
-        validation_loss: of the model that was saved, if it was evaluated at that update.
-        files: record of every file by its path relative to the folder.
+        validation_loss: of the saved model; None if it was not evaluated at that update.
+        files: record of every file, by path relative to the folder.
     """
 
     update: int
@@ -50,7 +50,7 @@ class Manifest:
 
 
 def record_of(path: Path, durable: bool = False) -> FileRecord:
-    """Read a file and return its record; ``durable`` also has the system write it to the disk."""
+    """Read a file and return its record; ``durable``: also flush it to the disk."""
     size = checksum = 0
     with path.open("rb", buffering=0) as file:
         block = memoryview(bytearray(_BLOCK))
@@ -62,23 +62,23 @@ def record_of(path: Path, durable: bool = False) -> FileRecord:
     return FileRecord(size, checksum)
 
 
-def manifest_text(manifest: Manifest) -> str:
+def manifest_text(manifest: CheckpointManifest) -> str:
     """The manifest as JSON."""
     return json.dumps({"format": _FORMAT, **asdict(manifest)}, indent=1) + "\n"
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path) -> CheckpointManifest:
     """The manifest of a checkpoint's folder.
 
     Raises:
-        Damaged: there is none, or it is not one.
+        Damaged: there is none, or it is invalid.
     """
     try:
         values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if values["format"] != _FORMAT:
             raise Damaged(f"{MANIFEST} has format {values['format']}, this version reads {_FORMAT}")
         files = {name: FileRecord(**record) for name, record in values["files"].items()}
-        return Manifest(
+        return CheckpointManifest(
             int(values["update"]), dict(values["layout"]), values["validation_loss"], files
         )
     except FileNotFoundError:
@@ -94,9 +94,9 @@ def read_manifest(folder: Path) -> Manifest:
 def check_files(
     folder: Path, files: Mapping[str, FileRecord], names: Iterable[str], checksums: bool
 ) -> str | None:
-    """What is wrong with the first of ``names`` that is not as recorded; None if all are.
+    """Describe the first of ``names`` that does not match its record; None if all match.
 
-    Sizes are always compared; with ``checksums`` the files are read as well.
+    Sizes are always compared; ``checksums`` also reads the files.
     """
     for name in names:
         path, record = folder / name, files[name]

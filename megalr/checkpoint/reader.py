@@ -1,7 +1,7 @@
 """Read a finished checkpoint of any ZeRO stage and tensor-parallel size in one process.
 
 ``open_checkpoint("runs/NAME")`` gives an object with the run's configuration, the counters, and
-every parameter whole, in float32, read from the files when it is asked for.
+every parameter whole, in float32, read from the files on access.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalr.checkpoint.manifest import Damaged, Manifest, check_files, read_manifest
-from megalr.checkpoint.retain import CHECKPOINTS, tags
-from megalr.checkpoint.source import MASTER, SavedState, Source, TensorState, whole
+from megalr.checkpoint.directory import CHECKPOINTS, tags
+from megalr.checkpoint.manifest import CheckpointManifest, Damaged, check_files, read_manifest
+from megalr.checkpoint.source import MASTER, SavedState, StateSource, TensorState, whole
 from megalr.checkpoint.torch_files import follow, load_mapped
 from megalr.checkpoint.universal import UniversalFolder, is_universal
 from megalr.config.schema import RunConfig
@@ -30,11 +30,11 @@ class Checkpoint:
 
     Attributes:
         folder: its folder.
-        manifest: what was written.
+        manifest: its files, layout and validation loss.
         source: masters and optimizer states by parameter.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, source: Source) -> None:
+    def __init__(self, folder: Path, manifest: CheckpointManifest, source: StateSource) -> None:
         self.folder = folder
         self.manifest = manifest
         self.source = source
@@ -56,7 +56,7 @@ class Checkpoint:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What the training loop had to remember; plain values."""
+        """State of the training loop; plain values."""
         return self.source.saved.state
 
     @property
@@ -83,16 +83,16 @@ class Checkpoint:
 
 
 def open_checkpoint(run_dir: Path | str, tag: str | None = None) -> Checkpoint:
-    """Open a finished checkpoint of a run; no torch.distributed, no engine, files read on demand.
+    """Open a finished checkpoint of a run without torch.distributed or an engine.
 
     Args:
         run_dir: the run's folder (``runs/NAME``).
-        tag: name of the checkpoint (``update_1000`` or ``update_1000_universal``); None: the
+        tag: name of the checkpoint (``update_1000`` or ``update_1000_universal``); None for the
             newest finished one.
 
     Raises:
-        UserError: there is no such run or checkpoint, it is unfinished, or a file has not the size
-            that the manifest says (checksums are not computed here).
+        UserError: there is no such run or checkpoint, it is unfinished, or the size of a file is
+            not the recorded one (checksums are not computed here).
     """
     root = Path(run_dir) / CHECKPOINTS
     known = tags(root)
@@ -114,13 +114,13 @@ def open_checkpoint(run_dir: Path | str, tag: str | None = None) -> Checkpoint:
         raise UserError(f"checkpoint {folder} is damaged ({error}): {remedy}") from error
 
 
-def open_source(folder: Path) -> Source:
+def open_source(folder: Path) -> StateSource:
     """The saved state in a checkpoint's folder, plain or universal; raises Damaged."""
     return UniversalFolder(folder) if is_universal(folder) else ShardedFiles(folder)
 
 
 class ShardedFiles:
-    """The files that the ranks of a run wrote, put together by their descriptions."""
+    """The files written by the ranks of a run, assembled by their descriptions."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -1,4 +1,4 @@
-"""Write a checkpoint once more in DeepSpeed's universal layout, without an engine."""
+"""Convert a checkpoint to DeepSpeed's universal layout, without an engine."""
 
 from __future__ import annotations
 
@@ -7,22 +7,17 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from megalr.checkpoint.directory import publish, saving_path, universal_tag
 from megalr.checkpoint.manifest import (
     MANIFEST,
+    CheckpointManifest,
     Damaged,
     FileRecord,
-    Manifest,
     check_files,
     manifest_text,
     record_of,
 )
 from megalr.checkpoint.reader import Checkpoint
-from megalr.checkpoint.retain import (
-    publish,
-    saving_path,
-    universal_tag,
-    write_atomically,
-)
 from megalr.checkpoint.source import STATE
 from megalr.checkpoint.universal import (
     is_universal,
@@ -31,9 +26,10 @@ from megalr.checkpoint.universal import (
     write_tensor_state,
 )
 from megalr.errors import UserError
+from megalr.files import replace_file
 
 UNIVERSAL_LAYOUT = {"universal": True}
-"""Stands in the manifest of a universal folder for the layout: no engine's own files fit."""
+"""Layout in the manifest of a universal folder: equal to that of no engine."""
 
 
 def write_universal(
@@ -41,8 +37,8 @@ def write_universal(
 ) -> Path:
     """Write ``<tag>_universal`` beside a checkpoint; one parameter is in memory at a time.
 
-    ``progress`` is told (parameters done, parameters) after each. The folder gets its name when
-    everything is in it, its manifest written last.
+    ``progress`` is called with (parameters done, parameters) after each. The folder is published
+    by a rename once it is complete, with the manifest written last.
 
     Returns:
         The folder.
@@ -67,12 +63,14 @@ def write_universal(
         for logical in source.logical_tensors():
             written += write_tensor_state(source, logical, saving)
         written += write_index(source, saving)
-        write_atomically(saving / STATE, source.saved.text())
+        replace_file(saving / STATE, source.saved.text().encode())
         files: dict[str, FileRecord] = {
             name: record_of(saving / name, durable=True) for name in [*written, STATE]
         }
-        manifest = Manifest(checkpoint.update, UNIVERSAL_LAYOUT, checkpoint.validation_loss, files)
-        write_atomically(saving / MANIFEST, manifest_text(manifest))
+        manifest = CheckpointManifest(
+            checkpoint.update, UNIVERSAL_LAYOUT, checkpoint.validation_loss, files
+        )
+        replace_file(saving / MANIFEST, manifest_text(manifest).encode())
         publish(root, tag)
     except Damaged as error:
         raise UserError(f"checkpoint {folder} is damaged ({error}): choose another one") from error

@@ -1,7 +1,7 @@
-"""Saving a checkpoint and deleting superseded ones; every function is called by all ranks together.
+"""Saving a checkpoint. Collective.
 
-A checkpoint is written under a name that never counts. Only when every rank has written its files
-and the manifest lists all of them, it gets its own name, by one rename. See docs/checkpoints.md.
+A checkpoint is written under a temporary name. Once every rank has written its files and the
+manifest lists them all, one rename publishes it. See docs/checkpoints.md.
 """
 
 from __future__ import annotations
@@ -18,36 +18,35 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megalr.checkpoint import retain as names
+from megalr.checkpoint import directory
 from megalr.checkpoint.manifest import (
     MANIFEST,
-    Damaged,
+    CheckpointManifest,
     FileRecord,
-    Manifest,
     manifest_text,
-    read_manifest,
     record_of,
 )
+from megalr.checkpoint.retain import delete_superseded
 from megalr.checkpoint.source import STATE, SavedState
 from megalr.config.schema import RunConfig
 from megalr.distributed.agreement import is_rank0, raise_on_any_rank, run_on_rank0
 from megalr.engine.checkpoint_files import write_engine_files, write_fragments
 from megalr.engine.checkpoint_layout import layout_of
 from megalr.errors import AgreedError, UserError
-from megalr.files import system_errors, system_message
+from megalr.files import replace_file, system_errors, system_message
 
 
 @dataclass(frozen=True)
 class SaveReport:
-    """What a save did; the fields of the ``checkpoint`` event.
+    """Result of a save: the fields of the ``checkpoint`` event.
 
     Attributes:
         path: the checkpoint's folder relative to the run's.
-        save_seconds: all of it, training standing still.
-        checksum_seconds: the part for checksums and for flushing files to the disk, slowest rank.
-        bytes: of all files.
+        save_seconds: total time, during which training pauses.
+        checksum_seconds: of it, checksums and flushing files to the disk; slowest rank.
+        bytes: size of all files.
         deleted: older checkpoints that were deleted.
-        delete_error: why deleting them failed; None: it did not.
+        delete_error: why deleting failed; None if it did not.
     """
 
     path: str
@@ -69,30 +68,30 @@ def save_checkpoint(
 
     Args:
         engine: DeepSpeed's engine; it writes weights, masters and optimizer state of every rank.
-        config: the run; ``checkpoint`` says which older ones are kept.
+        config: of the run; ``checkpoint`` configures retention.
         update: updates done.
-        state: what the loop has to remember; it must survive JSON.
-        validation_loss: of the model being saved; None if it was not evaluated.
+        state: of the training loop; must survive JSON.
+        validation_loss: of the saved model; None if it was not evaluated at this update.
 
     Raises:
         UserError: the file system refused (disk full, no permission). Older checkpoints are whole,
             and nothing of this one is left.
     """
     started = time.perf_counter()
-    root = Path(config.run.dir) / names.CHECKPOINTS
-    tag = names.tag_of(update)
-    saving = names.saving_path(root, tag)
+    root = Path(config.run.dir) / directory.CHECKPOINTS
+    tag = directory.tag_of(update)
+    saving = directory.saving_path(root, tag)
     with _one_line(root / tag):
         run_on_rank0(lambda: _prepare(saving))
         records, hashing = _write_files(engine, root, saving)
         loss = None if validation_loss is None or math.isnan(validation_loss) else validation_loss
         saved = SavedState(update, config.model_dump(mode="json"), _counters(engine), state)
-        text = saved.text()  # on every rank: a value that JSON cannot hold must stop all of them
-        manifest = Manifest(update, layout_of(engine), loss, records)
+        text = saved.text()  # on every rank: a value that JSON cannot hold must fail on all
+        manifest = CheckpointManifest(update, layout_of(engine), loss, records)
         size = run_on_rank0(lambda: _finish(root, tag, text, manifest))
     deleted, error = run_on_rank0(lambda: delete_superseded(root, config, update))
     seconds = time.perf_counter() - started
-    path = f"{names.CHECKPOINTS}/{tag}"
+    path = f"{directory.CHECKPOINTS}/{tag}"
     return SaveReport(path, seconds, hashing, size, deleted, error)
 
 
@@ -125,12 +124,12 @@ def _write_files(engine: Any, root: Path, saving: Path) -> tuple[dict[str, FileR
 
 @contextlib.contextmanager
 def _one_line(path: Path) -> Iterator[None]:
-    """Remove what a failed save left and say that nothing is lost."""
+    """Remove the files of a failed save; the error says that nothing is lost."""
     try:
         yield
     except AgreedError as error:
-        if is_rank0():  # what cannot be removed now is removed at the next start
-            shutil.rmtree(names.saving_path(path.parent, path.name), ignore_errors=True)
+        if is_rank0():  # leftovers are removed at the next start
+            shutil.rmtree(directory.saving_path(path.parent, path.name), ignore_errors=True)
         raise AgreedError(
             f"checkpoint {path} could not be written ({error}): free space or fix the path and "
             "start again; the previous checkpoint is whole"
@@ -152,37 +151,14 @@ def _counters(engine: Any) -> dict[str, int]:
     }
 
 
-def _finish(root: Path, tag: str, state_text: str, manifest: Manifest) -> int:
-    """Write state and manifest, give the checkpoint its name; bytes of all files. Rank 0 only."""
-    saving = names.saving_path(root, tag)
+def _finish(root: Path, tag: str, state_text: str, manifest: CheckpointManifest) -> int:
+    """Write state and manifest, publish; returns the size of all files in bytes. Rank 0 only."""
+    saving = directory.saving_path(root, tag)
     with system_errors():
-        names.write_atomically(saving / STATE, state_text)
+        replace_file(saving / STATE, state_text.encode())
         files = {**manifest.files, STATE: record_of(saving / STATE)}
         manifest = dataclasses.replace(manifest, files=files)
-        names.write_atomically(saving / MANIFEST, manifest_text(manifest))
-        names.publish(root, tag)
-        names.point_latest(root, tag)
+        replace_file(saving / MANIFEST, manifest_text(manifest).encode())
+        directory.publish(root, tag)
+        directory.point_latest(root, tag)
     return sum(record.size for record in files.values())
-
-
-def delete_superseded(root: Path, config: RunConfig, update: int) -> tuple[list[str], str | None]:
-    """Delete what retention no longer keeps after the save at ``update``; rank 0 only.
-
-    Checkpoints of later updates are none of this run's: they were damaged when it began, so they
-    must not count among the newest. A failure is returned, it does not end the run.
-    """
-    known = []
-    for tag in names.tags(root):
-        with contextlib.suppress(Damaged):
-            manifest = read_manifest(root / tag)
-            if manifest.update <= update and not names.is_universal_tag(tag):
-                known.append(names.Kept(tag, manifest.update, manifest.validation_loss))
-    keep = config.checkpoint
-    deleted: list[str] = []
-    for tag in names.superseded(known, keep.keep_last, keep.keep_every, keep.keep_best):
-        try:
-            names.discard(root, tag)
-        except OSError as error:
-            return deleted, f"{tag}: {system_message(error)}"
-        deleted.append(tag)
-    return deleted, None

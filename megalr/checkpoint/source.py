@@ -1,4 +1,4 @@
-"""What can be asked of a saved state, whatever the shape it was saved in."""
+"""Interface to a saved training state, independent of the layout it was saved in."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megalr.config.schema import RunConfig
 
 STATE = "state.json"
 MASTER = "fp32"
-"""Key of the master weights among the per-element tensors of a parameter, as DeepSpeed names it."""
+"""Key of a parameter's master weights among its per-element tensors; DeepSpeed's name."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class SavedState:
 
     Attributes:
         update: updates done.
-        config: the resolved configuration of the run when it was saved.
+        config: resolved configuration of the run when it was saved.
         engine: the engine's own counters.
-        state: what the training loop has to remember; plain values.
+        state: of the training loop; plain values.
     """
 
     update: int
@@ -46,7 +46,7 @@ class SavedState:
 
     @classmethod
     def read(cls, folder: Path) -> SavedState:
-        """Read it from a checkpoint's folder; raises Damaged."""
+        """Read the file from a checkpoint's folder; raises Damaged."""
         try:
             values = json.loads((folder / STATE).read_text(encoding="utf-8"))
             return cls(**values)
@@ -65,19 +65,19 @@ class SavedState:
 
 @dataclass
 class TensorState:
-    """What an optimizer keeps for one logical tensor as a whole.
+    """Optimizer state that belongs to one logical tensor as a whole.
 
     Attributes:
-        averages: one number each (Stable-SPAM), 0-dim tensors by name.
-        matrix: states of a whole matrix (projector, moments in its space, ...), by name.
+        averages: scalars by name (Stable-SPAM), 0-dim tensors.
+        matrix: states of a whole matrix by name (projector, moments in its space, ...).
     """
 
     averages: dict[str, Tensor] = field(default_factory=dict)
     matrix: dict[str, Any] = field(default_factory=dict)
 
 
-class Source(Protocol):
-    """Masters and optimizer states by parameter, in the shapes of one unsharded model."""
+class StateSource(Protocol):
+    """Masters and optimizer states by parameter, in the shapes of the unsharded model."""
 
     saved: SavedState
 
@@ -100,13 +100,13 @@ class Source(Protocol):
         """Elements [start, stop) of the flattened master (``fp32``) or of a per-element state."""
 
     def logical_tensors(self) -> list[str]:
-        """Names of the logical tensors for which the optimizer keeps something as a whole."""
+        """Names of the logical tensors that have a :class:`TensorState`."""
 
     def tensor_state(self, logical: str) -> TensorState:
-        """What the optimizer keeps for a logical tensor as a whole."""
+        """The :class:`TensorState` of a logical tensor; empty if it has none."""
 
 
-def whole(source: Source, name: str, key: str = MASTER) -> Tensor:
+def whole(source: StateSource, name: str, key: str = MASTER) -> Tensor:
     """The whole tensor of a parameter, in the shape of the parameter."""
     shape = source.shape(name)
     return source.elements(name, key, 0, torch.Size(shape).numel()).view(shape)

@@ -1,4 +1,4 @@
-"""Opening the tensors of DeepSpeed's files without reading them, and without running their code."""
+"""Memory-map files written by ``torch.save`` without executing code in them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from megalr.checkpoint.manifest import Damaged
 
 
 def load_mapped(path: Path) -> Any:
-    """Unpickle a file written by ``torch.save``; tensors stay on the disk until they are used.
+    """Open a file written by ``torch.save``; tensors stay on the disk until they are used.
 
-    Only tensors, plain values and the three plain classes that DeepSpeed writes are accepted.
+    Accepts only tensors, plain values and the three plain classes that DeepSpeed writes.
 
     Raises:
-        Damaged: it cannot be read as such a file.
+        Damaged: it is not such a file.
     """
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -31,7 +31,7 @@ def load_mapped(path: Path) -> Any:
 
 
 def follow(values: Any, keys: list[Any]) -> Any:
-    """What the keys lead to; None where a key is missing."""
+    """The value at a path of keys; None if a key is missing."""
     for key in keys:
         if isinstance(values, dict):
             values = values.get(key)

@@ -1,8 +1,8 @@
-"""DeepSpeed's universal layout: one folder a parameter, whole tensors, no trace of any rank.
+"""DeepSpeed's universal layout: one folder per parameter, whole tensors, independent of ranks.
 
 ``<tag>_universal/zero/<parameter>/{fp32,exp_avg,exp_avg_sq,...}.pt`` hold ``{"param": tensor}`` as
-DeepSpeed's own converter writes them, ``step.pt`` and other counters the value itself. What an
-optimizer keeps for a logical tensor as a whole is in ``tensors/<logical tensor>.pt``.
+DeepSpeed's own converter does; ``step.pt`` and other counters hold the value itself. Optimizer
+state of a whole logical tensor is in ``tensors/<logical tensor>.pt``.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from megalr.checkpoint.manifest import Damaged
-from megalr.checkpoint.source import MASTER, SavedState, Source, TensorState, whole
+from megalr.checkpoint.source import MASTER, SavedState, StateSource, TensorState, whole
 from megalr.checkpoint.torch_files import load_mapped
 from megalr.errors import UserError
 
 PARAM = "param"
 INDEX = "universal.pt"
-"""Shapes, counters and names of states of every parameter."""
+"""File with the shapes, counters and state names of every parameter."""
 
 
 def is_universal(folder: Path) -> bool:
@@ -29,7 +29,7 @@ def is_universal(folder: Path) -> bool:
     return (folder / INDEX).is_file()
 
 
-def write_parameter(source: Source, name: str, folder: Path) -> list[str]:
+def write_parameter(source: StateSource, name: str, folder: Path) -> list[str]:
     """Write one parameter; returns the files' paths relative to ``folder``. Raises OSError."""
     target = folder / "zero" / name
     target.mkdir(parents=True, exist_ok=True)
@@ -41,17 +41,17 @@ def write_parameter(source: Source, name: str, folder: Path) -> list[str]:
     return [str(path.relative_to(folder)) for path in sorted(target.iterdir())]
 
 
-def write_tensor_state(source: Source, logical: str, folder: Path) -> list[str]:
-    """Write what is kept for a logical tensor as a whole; returns as :func:`write_parameter`."""
+def write_tensor_state(source: StateSource, logical: str, folder: Path) -> list[str]:
+    """Write the state of a logical tensor as a whole; returns as :func:`write_parameter`."""
     target = folder / "tensors"
     target.mkdir(parents=True, exist_ok=True)
     state = source.tensor_state(logical)
     path = target / f"{logical}.pt"
-    torch.save({"averages": _own(state.averages), "matrix": _own(state.matrix)}, path)
+    torch.save({"averages": _cloned(state.averages), "matrix": _cloned(state.matrix)}, path)
     return [str(path.relative_to(folder))]
 
 
-def write_index(source: Source, folder: Path) -> list[str]:
+def write_index(source: StateSource, folder: Path) -> list[str]:
     """Write the table of contents; returns as :func:`write_parameter`."""
     parameters = {
         name: {
@@ -66,12 +66,12 @@ def write_index(source: Source, folder: Path) -> list[str]:
     return [INDEX]
 
 
-def _own(values: dict[str, Any]) -> dict[str, Any]:
+def _cloned(values: dict[str, Any]) -> dict[str, Any]:
     return {k: v.clone() if isinstance(v, Tensor) else v for k, v in values.items()}
 
 
 class UniversalFolder:
-    """A universal folder as a source; see :class:`megalr.checkpoint.source.Source`."""
+    """A universal folder as a source; see :class:`megalr.checkpoint.source.StateSource`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -126,10 +126,10 @@ class _Masters(Mapping[str, Tensor]):
 
 
 def read_universal(folder: Path | str) -> Mapping[str, Tensor]:
-    """All parameters of a universal folder by name: whole, float32, read when they are asked for.
+    """All parameters of a universal folder by name: whole, float32, read on access.
 
     Raises:
-        UserError: it is no universal folder that tools/reshape_checkpoint.py wrote.
+        UserError: it is not a universal folder written by tools/reshape_checkpoint.py.
     """
     path = Path(folder)
     if not is_universal(path):

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from megalr.checkpoint.retain import CHECKPOINTS, tags, write_atomically
+from megalr.checkpoint.directory import CHECKPOINTS, tags
 from megalr.config.loading import dump_config
 from megalr.config.resuming import (
     KEYS_FREE_ON_RESUME,
@@ -20,6 +20,7 @@ from megalr.config.resuming import (
 )
 from megalr.config.schema import RunConfig
 from megalr.errors import UserError
+from megalr.files import replace_file
 
 CONFIG = "config.yaml"
 DS_CONFIG = "ds_config.json"
@@ -85,8 +86,8 @@ def write_run_folder(config: RunConfig, ds_config: dict[str, Any]) -> None:
     folder = Path(config.run.dir)
     try:
         (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / CONFIG, dump_config(config))
-        write_atomically(folder / DS_CONFIG, json.dumps(ds_config, indent=2) + "\n")
+        replace_file(folder / CONFIG, dump_config(config).encode())
+        replace_file(folder / DS_CONFIG, (json.dumps(ds_config, indent=2) + "\n").encode())
     except OSError as error:
         raise UserError(f"run.dir {folder} cannot be written: {error.strerror}") from error
 

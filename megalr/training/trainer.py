@@ -21,9 +21,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megalr.checkpoint.directory import CHECKPOINTS
 from megalr.checkpoint.find import find_checkpoint
 from megalr.checkpoint.load import load_checkpoint
-from megalr.checkpoint.retain import CHECKPOINTS
 from megalr.checkpoint.save import save_checkpoint
 from megalr.config.schema import RunConfig
 from megalr.data.loader import MicroBatch, UpdateBatch, UpdateLoader

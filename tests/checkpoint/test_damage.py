@@ -1,4 +1,4 @@
-"""A damaged checkpoint is passed over, a full disk loses nothing, nothing happens in silence."""
+"""A damaged checkpoint is passed over, a full disk loses nothing, and everything is reported."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from megalr.checkpoint.find import find_checkpoint
-from megalr.checkpoint.save import delete_superseded
+from megalr.checkpoint.retain import delete_superseded
 from megalr.config.schema import RunConfig
 from megalr.errors import UserError
 from tests.ranks import RankFailed, run_distributed
@@ -94,7 +94,7 @@ def test_a_run_resumes_past_damage_and_says_so(saved: Path, data: Path, tmp_path
     assert resumed["update"] == 4 and resumed["path"] == "checkpoints/update_4"
     assert resumed["damaged"][0].startswith("update_6: ") and resumed["unfinished"] == ["update_8"]
     assert losses(folder) == expected
-    assert find_checkpoint(folder, verify=True).tag == "update_6"  # written anew
+    assert find_checkpoint(folder, verify=True).tag == "update_6"  # written again
     assert not list(checkpoints.glob(".*"))
     assert (checkpoints / "latest").read_text() == "update_6"
 

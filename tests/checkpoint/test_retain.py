@@ -6,18 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from megalr.checkpoint import retain as names
+from megalr.checkpoint import directory
 from megalr.checkpoint.manifest import (
     MANIFEST,
+    CheckpointManifest,
     Damaged,
     FileRecord,
-    Manifest,
     check_files,
     manifest_text,
     read_manifest,
     record_of,
 )
-from megalr.checkpoint.retain import Kept, superseded
+from megalr.checkpoint.retain import Candidate, superseded
 
 
 def _write(root: Path, name: str, update: int) -> Path:
@@ -27,7 +27,7 @@ def _write(root: Path, name: str, update: int) -> Path:
     (folder / "a.pt").write_bytes(b"a" * 100)
     (folder / "b.pt").write_bytes(b"b" * 50)
     files = {file: record_of(folder / file) for file in ("a.pt", "b.pt")}
-    (folder / MANIFEST).write_text(manifest_text(Manifest(update, {}, 1.5, files)))
+    (folder / MANIFEST).write_text(manifest_text(CheckpointManifest(update, {}, 1.5, files)))
     return folder
 
 
@@ -46,41 +46,41 @@ def test_the_newest_the_periodic_and_the_best_ones_are_kept(
     keep: tuple[int, int, int], kept: set[int]
 ) -> None:
     losses = {1: 2.0, 2: None, 3: 1.0, 4: 2.0, 5: None, 6: 3.0}  # 1 and 4 are equal: the older
-    known = [Kept(f"update_{update}", update, loss) for update, loss in losses.items()]
+    known = [Candidate(f"update_{update}", update, loss) for update, loss in losses.items()]
     gone = {int(tag.removeprefix("update_")) for tag in superseded(known[::-1], *keep)}
     assert set(losses) - gone == kept
 
 
 def test_a_checkpoint_has_its_name_only_when_it_is_complete(tmp_path: Path) -> None:
-    assert names.tags(tmp_path / "none") == []
+    assert directory.tags(tmp_path / "none") == []
     for name in ("update_10", "update_9", "update_9_universal", ".saving-update_11", "update_x"):
         _write(tmp_path, name, 9)
-    assert names.tags(tmp_path) == ["update_9_universal", "update_9", "update_10"]
-    assert names.unfinished(tmp_path) == ["update_11"]
-    names.recover(tmp_path)  # it lacks nothing but the name
-    assert names.tags(tmp_path)[-1] == "update_11" and names.unfinished(tmp_path) == []
+    assert directory.tags(tmp_path) == ["update_9_universal", "update_9", "update_10"]
+    assert directory.unfinished(tmp_path) == ["update_11"]
+    directory.recover(tmp_path)  # it lacks nothing but the name
+    assert directory.tags(tmp_path)[-1] == "update_11" and directory.unfinished(tmp_path) == []
 
     half = _write(tmp_path, ".saving-update_12", 12)
     (half / MANIFEST).unlink()
     _write(tmp_path, ".trash-update_1", 1)
-    names.recover(tmp_path)
-    assert names.unfinished(tmp_path) == ["update_12"]
-    names.clean(tmp_path)
+    directory.recover(tmp_path)
+    assert directory.unfinished(tmp_path) == ["update_12"]
+    directory.clean(tmp_path)
     assert not half.exists() and not (tmp_path / ".trash-update_1").exists()
 
     new = _write(tmp_path, ".saving-update_10", 10)
     (new / "a.pt").write_bytes(b"new")
-    names.publish(tmp_path, "update_10")  # in place of an older one of that name
+    directory.publish(tmp_path, "update_10")  # in place of an older one of that name
     assert (tmp_path / "update_10" / "a.pt").read_bytes() == b"new"
-    names.discard(tmp_path, "update_10")
-    assert names.tags(tmp_path) == ["update_9_universal", "update_9", "update_11"]
+    directory.discard(tmp_path, "update_10")
+    assert directory.tags(tmp_path) == ["update_9_universal", "update_9", "update_11"]
     assert not list(tmp_path.glob(".trash-*"))
 
 
 def test_every_kind_of_damage_is_named(tmp_path: Path) -> None:
     folder = _write(tmp_path, "update_3", 3)
     manifest = read_manifest(folder)
-    assert manifest == Manifest(3, {}, 1.5, manifest.files)
+    assert manifest == CheckpointManifest(3, {}, 1.5, manifest.files)
     assert manifest.files["b.pt"] == FileRecord(50, record_of(folder / "b.pt").crc32)
 
     def problem(checksums: bool = True) -> str | None:
