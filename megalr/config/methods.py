@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from megalr.config.base import AsTuple, Section
-from megalr.config.projected import ALL_PROJECTIONS, ProjectedMethods, Projection
+from megalr.config.base import Section
+from megalr.config.projected import Factorized, ProjectedMethods
 
 
 class FullRankMethod(Section):
@@ -20,26 +20,7 @@ class FullRankMethod(Section):
     name: Literal["full_rank"] = "full_rank"
 
 
-class _Factorized(Section):
-    """What the methods with factors have in common."""
-
-    rank: int = Field(ge=1, examples=[128])
-    """Rank r of the factors: B is (out, r), A is (r, in)."""
-    targets: Annotated[tuple[Projection, ...], AsTuple] = Field(
-        default=ALL_PROJECTIONS, min_length=1, examples=[["q", "k", "v", "o"]]
-    )
-    """Projections of every layer that are factorised; the others stay whole. q, k, v are stored
-    together, and so are gate, up: name all of a group or none."""
-
-    @field_validator("targets")
-    @classmethod
-    def _no_target_twice(cls, targets: tuple[Projection, ...]) -> tuple[Projection, ...]:
-        if len(set(targets)) != len(targets):
-            raise ValueError("must not name a projection twice")
-        return targets
-
-
-class _Scaled(_Factorized):
+class _Scaled(Factorized):
     """Methods whose product of factors is scaled by alpha / rank."""
 
     alpha: float = Field(default=32.0, gt=0, examples=[32])
@@ -90,7 +71,7 @@ class ReloraMethod(_Scaled):
     """Share of the entries that a reset zeroes; 0.999 random and 0.8 by magnitude are published."""
 
 
-class ColaMethod(_Factorized):
+class ColaMethod(Factorized):
     """CoLA: a SiLU between the factors, y = B silu(A x); there is no matrix W."""
 
     name: Literal["cola"] = "cola"

@@ -14,7 +14,7 @@ from megalr.config.base import Betas, Section
 ADAMW_EPS = 1e-8
 
 
-class _Adam(Section):
+class AdamSection(Section):
     """What every optimizer has: all of them keep Adam's moments of some tensors."""
 
     lr: float = Field(gt=0, examples=[1.5e-3])
@@ -32,7 +32,7 @@ class _Adam(Section):
         return betas
 
 
-class AdamWOptimizer(_Adam):
+class AdamWOptimizer(AdamSection):
     """AdamW as in torch.optim.AdamW: bias-corrected moments, decoupled weight decay."""
 
     name: Literal["adamw"] = "adamw"
@@ -40,7 +40,7 @@ class AdamWOptimizer(_Adam):
     """Added to the root of the bias-corrected second moment."""
 
 
-class SPAMOptimizer(_Adam):
+class SPAMOptimizer(AdamSection):
     """SPAM: Adam with spike clipping, periodic reset of the moments and an optional mask."""
 
     name: Literal["spam"] = "spam"
@@ -61,7 +61,7 @@ class SPAMOptimizer(_Adam):
     matrices get no weight decay, as in the published code."""
 
 
-class StableSPAMOptimizer(_Adam):
+class StableSPAMOptimizer(AdamSection):
     """Stable-SPAM: spikes rescaled, gradient norms stabilized, moments reset now and then."""
 
     name: Literal["stable_spam"] = "stable_spam"
@@ -84,8 +84,15 @@ class StableSPAMOptimizer(_Adam):
     """published: the old moments make one more step at a reset, bias corrections of the averages
     restart with it, and annealing is periodic, as in the published code."""
 
+    @field_validator("gamma1")
+    @classmethod
+    def _decays_or_beta(cls, gamma1: float) -> float:
+        if -1 < gamma1 < 0:
+            raise ValueError("must be in [0, 1), or -1")
+        return gamma1
 
-class MuonOptimizer(_Adam):
+
+class MuonOptimizer(AdamSection):
     """Muon: orthogonalized momentum for target matrices, AdamW for everything else."""
 
     name: Literal["muon"] = "muon"

@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
 from megalr.config.base import AsTuple, Section
 
@@ -15,14 +15,30 @@ Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]
 ALL_PROJECTIONS: tuple[Projection, ...] = ("q", "k", "v", "o", "gate", "up", "down")
 
 
+def _none_twice(targets: tuple[Projection, ...]) -> tuple[Projection, ...]:
+    if len(set(targets)) != len(targets):
+        raise ValueError("must not name a projection twice")
+    return targets
+
+
+Targets = Annotated[tuple[Projection, ...], AsTuple, AfterValidator(_none_twice)]
+
+
+def _not_full(value: Any) -> Any:
+    if value == "full":
+        raise ValueError("cannot be full: the scaling of rows or columns needs one projected side")
+    return value
+
+
+OneSide = Annotated[Literal["std", "reverse_std", "left", "right"], BeforeValidator(_not_full)]
+
+
 class _Projected(Section):
     """What all of them have."""
 
     rank: int = Field(ge=1, examples=[128])
     """Rank r of the subspace in which moments are kept, at most the smaller side of a matrix."""
-    targets: Annotated[tuple[Projection, ...], AsTuple] = Field(
-        default=ALL_PROJECTIONS, min_length=1, examples=[["q", "k", "v", "o"]]
-    )
+    targets: Targets = Field(default=ALL_PROJECTIONS, min_length=1, examples=[["q", "k", "v", "o"]])
     """Projections of every layer that get the rule; all other tensors get plain Adam. q, k, v are
     stored together, and so are gate, up: name all of a group or none."""
     eps: float = Field(default=1e-6, gt=0, examples=[1e-6])
@@ -65,9 +81,7 @@ class FiraMethod(_SingularVectors):
     name: Literal["fira"] = "fira"
     scale: float = Field(default=0.25, gt=0, examples=[0.25])
     """Factor of the update inside the subspace; alpha in the paper."""
-    proj_type: Literal["std", "reverse_std", "left", "right"] = Field(
-        default="std", examples=["std"]
-    )
+    proj_type: OneSide = Field(default="std", examples=["std"])
     """Side that is projected. std: the shorter one; reverse_std: the longer."""
     limiter: bool = Field(default=True, examples=[True])
     """Whether the norm of the residual may grow by at most 1 % from one update to the next."""
@@ -82,9 +96,7 @@ class _ApolloOptions(_SingularVectors):
     proj: Literal["random", "svd"] = Field(default="random", examples=["random"])
     """random: a Gaussian projection, drawn again from its seed and never stored. svd: leading
     singular vectors, found as basis says."""
-    proj_type: Literal["std", "reverse_std", "left", "right"] = Field(
-        default="std", examples=["std"]
-    )
+    proj_type: OneSide = Field(default="std", examples=["std"])
     """Side that is projected. std: the shorter one; reverse_std: the longer."""
     limiter: bool = Field(default=True, examples=[True])
     """Whether the norm of an update may grow by at most 1 % from one update to the next."""
@@ -128,17 +140,20 @@ class GoLoreMethod(_SingularVectors):
     """Factor of the projected gradient and of the update."""
 
 
-class LOROMethod(Section):
+class Factorized(Section):
+    """Options of the methods whose weight matrices are stored as factors."""
+
+    rank: int = Field(ge=1, examples=[128])
+    """Rank r of the factors: B is (out, r), A is (r, in)."""
+    targets: Targets = Field(default=ALL_PROJECTIONS, min_length=1, examples=[["q", "k", "v", "o"]])
+    """Projections of every layer that are factorized; the others stay whole. q, k, v are stored
+    together, and so are gate, up: name all of a group or none."""
+
+
+class LOROMethod(Factorized):
     """LORO: W = B A trained by Riemannian steps on the manifold of rank-r matrices."""
 
     name: Literal["loro"] = "loro"
-    rank: int = Field(ge=1, examples=[128])
-    """Rank r of the factors: B is (out, r), A is (r, in)."""
-    targets: Annotated[tuple[Projection, ...], AsTuple] = Field(
-        default=ALL_PROJECTIONS, min_length=1, examples=[["q", "k", "v", "o"]]
-    )
-    """Projections of every layer that are factorised; the others stay whole. q, k, v are stored
-    together, and so are gate, up: name all of a group or none."""
     eps: float = Field(default=1e-6, gt=0, examples=[1e-6])
     """Added to the root of the second moment, before the bias correction, for all tensors;
     takes the place of optimizer.eps."""
@@ -150,6 +165,13 @@ class LOROMethod(Section):
     """Which tensors' moments restart."""
     lr_scaler: float = Field(default=-1.0, examples=[-1.0])
     """Learning rate of approximate steps relative to the optimizer's; -1 = rank / hidden size."""
+
+    @field_validator("lr_scaler")
+    @classmethod
+    def _positive_or_rank(cls, lr_scaler: float) -> float:
+        if lr_scaler <= 0 and lr_scaler != -1:
+            raise ValueError("must be above 0, or -1")
+        return lr_scaler
 
 
 ProjectedMethods = (

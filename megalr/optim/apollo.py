@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch.optim.optimizer import ParamsT
 
-from megalr.errors import UserError
+from megalr.config.base import Section
+from megalr.config.optimizers import AdamWOptimizer
+from megalr.config.projected import ApolloMethod, ApolloMiniMethod
 from megalr.optim.galore import channel_factors
 from megalr.optim.matrix import (
-    COMPAT,
     MatrixOptimizer,
     adam_directions,
-    check_choice,
     limit_growth,
     stacked,
 )
@@ -37,56 +36,7 @@ class Apollo(MatrixOptimizer):
     device, so CPU and GPU draw differently). ``compat="published"`` drops the limiter's guard.
     """
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float = 1e-2,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
-        *,
-        rank: int | None = None,
-        update_proj_gap: int = 200,
-        scale: float = 1.0,
-        scale_type: str = "channel",
-        scale_front: bool = False,
-        proj: str = "random",
-        proj_type: str = "std",
-        basis: str = "auto",
-        stagger: bool = False,
-        limiter: bool = True,
-        compat: str = "none",
-        state_dtype: torch.dtype | None = None,
-        seed: int = 0,
-    ) -> None:
-        options = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "rank": rank,
-            "update_proj_gap": update_proj_gap,
-            "scale": scale,
-            "scale_type": scale_type,
-            "scale_front": scale_front,
-            "proj": proj,
-            "proj_type": proj_type,
-            "basis": basis,
-            "stagger": stagger,
-            "limiter": limiter,
-            "compat": compat,
-        }
-        super().__init__(params, options, state_dtype, seed)
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        check_choice("scale_type", group["scale_type"], ("channel", "tensor"))
-        check_choice("proj", group["proj"], ("random", "svd"))
-        check_choice("compat", group["compat"], COMPAT)
-        if group["scale"] < 0:
-            raise UserError(f"scale must be >= 0, got {group['scale']}")
-        if side_of((1, 1), group["proj_type"]) == "full":
-            raise UserError("APOLLO needs a one-sided projection: proj_type cannot be full")
+    declared: ClassVar[tuple[type[Section], ...]] = (AdamWOptimizer, ApolloMethod)
 
     def _has_projector(self, own: dict[str, Any]) -> bool:
         return "projector" in own or "seed" in own
@@ -139,25 +89,4 @@ class Apollo(MatrixOptimizer):
 class ApolloMini(Apollo):
     """APOLLO-Mini: rank 1 and one scale a matrix (docs/methods.md); scale 128 as published."""
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float = 1e-2,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
-        *,
-        scale: float = 128.0,
-        scale_type: str = "tensor",
-        **options: Any,
-    ) -> None:
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            scale=scale,
-            scale_type=scale_type,
-            **options,
-        )
+    declared = (AdamWOptimizer, ApolloMiniMethod)

@@ -25,29 +25,17 @@ Design, and how it lives under ZeRO
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.optim.optimizer import ParamsT
 
+from megalr.config.base import Section
 from megalr.errors import UserError
+from megalr.optim.options import check_options, with_defaults
 from megalr.sharding.fragment import FlatLayout, LogicalTensor, trivial_layout
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
-
-
-def check_hyperparameters(
-    lr: float, betas: tuple[float, float], eps: float, weight_decay: float
-) -> None:
-    """Refuse values with which Adam's formulas have no meaning."""
-    if lr < 0:
-        raise UserError(f"optimizer.lr must be >= 0, got {lr}")
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise UserError(f"optimizer.betas must be two numbers in [0, 1), got {betas}")
-    if eps < 0:
-        raise UserError(f"optimizer.eps must be >= 0, got {eps}")
-    if weight_decay < 0:
-        raise UserError(f"optimizer.weight_decay must be >= 0, got {weight_decay}")
 
 
 def scalar_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -66,18 +54,29 @@ def _to_device(value: Any, device: torch.device) -> Any:
 class ShardedOptimizer(torch.optim.Optimizer):
     """Base of the optimizers: a torch optimizer whose rules work on logical tensors.
 
-    ``state_dtype`` (None: fp32, or fp64 for fp64 parameters) is the dtype of the moments.
+    Options are keyword arguments, or keys of a parameter group; ``declared`` names the sections of
+    the configuration that give their meaning, default and limits. ``state_dtype`` (None: fp32, or
+    fp64 for fp64 parameters) is the dtype of the moments; ``seed`` starts the random numbers of
+    rules that draw any.
     """
+
+    declared: ClassVar[tuple[type[Section], ...]]
+    """Sections of the configuration that declare the options."""
+    marks: ClassVar[dict[str, Any]] = {}
+    """Options beyond those of the sections, or with another default: those that differ between the
+    groups of a run or follow from it."""
 
     def __init__(
         self,
         params: ParamsT,
-        defaults: dict[str, Any],
+        *,
         state_dtype: torch.dtype | None = None,
+        seed: int = 0,
+        **options: Any,
     ) -> None:
-        self.state_dtype = state_dtype
+        self.state_dtype, self.seed = state_dtype, seed
         self._layouts: dict[torch.Tensor, FlatLayout] = {}
-        super().__init__(params, defaults)
+        super().__init__(params, with_defaults(self.declared, self.marks, options))
 
     # -- groups and layouts -----------------------------------------------------------------
 
@@ -94,7 +93,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Refuse options that have no meaning for the group's tensors."""
-        check_hyperparameters(group["lr"], group["betas"], group["eps"], group["weight_decay"])
+        check_options(self.declared, group)
 
     def attach_layouts(self, layouts: Mapping[torch.Tensor, FlatLayout]) -> None:
         """Say what the flat tensors in ``param_groups`` hold (they replace the parameters)."""

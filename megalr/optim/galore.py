@@ -5,15 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.optim.optimizer import ParamsT
 
-from megalr.errors import UserError
+from megalr.config.optimizers import AdamWOptimizer
+from megalr.config.projected import FiraMethod, GaLoreMethod
 from megalr.optim import adam_h
 from megalr.optim.matrix import (
-    COMPAT,
     MatrixOptimizer,
     adam_directions,
-    check_choice,
     limit_growth,
     stacked,
 )
@@ -35,46 +33,7 @@ class GaLore(MatrixOptimizer):
     matrices in 8 bits (:mod:`megalr.optim.quantized`): 2 l r bytes and a scale a 256 elements.
     """
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float = 1e-2,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
-        *,
-        rank: int | None = None,
-        update_proj_gap: int = 200,
-        scale: float = 0.25,
-        proj_type: str = "std",
-        basis: str = "auto",
-        stagger: bool = False,
-        limiter: bool = False,
-        state_bits: int = 32,
-        state_dtype: torch.dtype | None = None,
-        seed: int = 0,
-    ) -> None:
-        options = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "rank": rank,
-            "update_proj_gap": update_proj_gap,
-            "scale": scale,
-            "proj_type": proj_type,
-            "basis": basis,
-            "stagger": stagger,
-            "limiter": limiter,
-            "state_bits": state_bits,
-        }
-        super().__init__(params, options, state_dtype, seed)
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        side_of((1, 1), group["proj_type"])
-        if group["state_bits"] not in (8, 32):
-            raise UserError(f"state_bits must be 8 or 32, got {group['state_bits']}")
+    declared = (AdamWOptimizer, GaLoreMethod)
 
     def _refresh(
         self,
@@ -125,46 +84,7 @@ class Fira(MatrixOptimizer):
     remembered norm of zero. State: s r + 2 l r + 1 elements.
     """
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float = 1e-2,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
-        *,
-        rank: int | None = None,
-        update_proj_gap: int = 200,
-        scale: float = 0.25,
-        proj_type: str = "std",
-        basis: str = "auto",
-        stagger: bool = False,
-        limiter: bool = True,
-        compat: str = "none",
-        state_dtype: torch.dtype | None = None,
-        seed: int = 0,
-    ) -> None:
-        options = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "rank": rank,
-            "update_proj_gap": update_proj_gap,
-            "scale": scale,
-            "proj_type": proj_type,
-            "basis": basis,
-            "stagger": stagger,
-            "limiter": limiter,
-            "compat": compat,
-        }
-        super().__init__(params, options, state_dtype, seed)
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        check_choice("compat", group["compat"], COMPAT)
-        if side_of((1, 1), group["proj_type"]) == "full":
-            raise UserError("Fira's scaling needs a one-sided projection: proj_type cannot be full")
+    declared = (AdamWOptimizer, FiraMethod)
 
     def _refresh(
         self,

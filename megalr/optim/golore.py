@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch.optim.optimizer import ParamsT
 
+from megalr.config.optimizers import AdamWOptimizer
+from megalr.config.projected import GoLoreMethod
 from megalr.errors import UserError
 from megalr.optim.matrix import MatrixOptimizer, adam_directions, stacked
 from megalr.optim.projection import (
@@ -33,47 +34,12 @@ class GoLore(MatrixOptimizer):
     not averaged over ranks) do not exist here. State: s r + 2 l r elements.
     """
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
-        *,
-        rank: int | None = None,
-        update_proj_gap: int = 200,
-        total_updates: int,
-        rand_ratio: float = 0.8,
-        kappa: float = 1.0,
-        basis: str = "auto",
-        stagger: bool = False,
-        state_dtype: torch.dtype | None = None,
-        seed: int = 0,
-    ) -> None:
-        options = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "rank": rank,
-            "update_proj_gap": update_proj_gap,
-            "total_updates": total_updates,
-            "rand_ratio": rand_ratio,
-            "kappa": kappa,
-            "basis": basis,
-            "stagger": stagger,
-        }
-        super().__init__(params, options, state_dtype, seed)
+    declared = (AdamWOptimizer, GoLoreMethod)
+    marks: ClassVar[dict[str, Any]] = {"rank": None, "total_updates": None}
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        if not 0 <= group["rand_ratio"] <= 1:
-            raise UserError(
-                f"rand_ratio must be in [0, 1], got {group['rand_ratio']}: it is the part of the "
-                "run that uses singular vectors"
-            )
-        if group["total_updates"] < 1:
+        if (group["total_updates"] or 0) < 1:
             raise UserError(f"total_updates must be >= 1, got {group['total_updates']}")
 
     def _refresh(

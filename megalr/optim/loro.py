@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.optim.optimizer import ParamsT
 
+from megalr.config.optimizers import AdamWOptimizer
+from megalr.config.projected import LOROMethod
 from megalr.errors import UserError
 from megalr.optim import adam_h
 from megalr.optim.base import ShardedOptimizer
-from megalr.optim.matrix import check_choice
+from megalr.optim.options import check_options, with_defaults
 from megalr.sharding.exchange import buckets, collect, distribute
 from megalr.sharding.fragment import FlatLayout, LogicalTensor, piece_view
 
-REFRESH = ("all", "factors", "none")
+OWN_OPTIONS = ("exact_every", "refresh_every", "refresh", "lr_scaler")
 Located = tuple[torch.Tensor, FlatLayout, LogicalTensor]
 """A logical tensor, the entry of ``param_groups`` that holds it, and that entry's layout."""
 
@@ -37,30 +39,18 @@ class LORO(ShardedOptimizer):
     Tensors outside pairs get plain ADAM-H at the same learning rate. State: 2 (m + n) r elements.
     """
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float = 1e-2,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
-        *,
-        hidden_size: int,
-        exact_every: int = 500,
-        refresh_every: int | None = None,
-        refresh: str = "all",
-        lr_scaler: float = -1.0,
-        state_dtype: torch.dtype | None = None,
-    ) -> None:
-        self.hidden_size, self.exact_every, self.refresh = hidden_size, exact_every, refresh
-        self.refresh_every = exact_every if refresh_every is None else refresh_every
-        self.lr_scaler = lr_scaler
-        check_choice("refresh", refresh, REFRESH)
-        for name, value in (("exact_every", exact_every), ("refresh_every", self.refresh_every)):
-            if value < 1:
-                raise UserError(f"{name} must be >= 1 update, got {value}")
-        options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, options, state_dtype)
+    declared = (AdamWOptimizer,)
+    marks: ClassVar[dict[str, Any]] = {"eps": LOROMethod.model_fields["eps"].default}
+
+    def __init__(self, params: ParamsT, *, hidden_size: int, **options: Any) -> None:
+        # The method's own options hold for all pairs; groups have those of Adam.
+        own = {name: options.pop(name) for name in OWN_OPTIONS if name in options}
+        own = with_defaults((LOROMethod,), {}, own)
+        check_options((LOROMethod,), own)
+        self.hidden_size, self.lr_scaler = hidden_size, own["lr_scaler"]
+        self.exact_every, self.refresh = own["exact_every"], own["refresh"]
+        self.refresh_every = own["refresh_every"] or self.exact_every
+        super().__init__(params, **options)
 
     def _pairs(self) -> list[tuple[Located, Located]]:
         """(B, A) of every pair among the entries that ``param_groups`` shows now."""

@@ -7,54 +7,29 @@ as in the published code.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch.optim.optimizer import ParamsT
 
-from megalr.errors import UserError
 from megalr.optim import adam_h
 from megalr.optim.base import ShardedOptimizer, require_matrix
-from megalr.optim.projection import BASES, leading_bases, mixed_seed, refresh_due
+from megalr.optim.projection import leading_bases, mixed_seed, refresh_due
 from megalr.sharding.exchange import Item, update_matrices
 from megalr.sharding.fragment import LogicalTensor
-
-COMPAT = ("none", "published")
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuse a value that is not among the choices."""
-    if value not in choices:
-        raise UserError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 class MatrixOptimizer(ShardedOptimizer):
     """ADAM-H on low-rank images of whole matrices; subclasses give the rule of one matrix.
 
-    Options of every group: lr, betas, eps, weight_decay, rank (None: not projected),
-    update_proj_gap (updates between projector refreshes), stagger (refresh the matrices at
-    different updates).
+    ``rank`` (None: not projected) marks the groups of matrices.
     """
 
-    def __init__(
-        self,
-        params: ParamsT,
-        options: Mapping[str, Any],
-        state_dtype: torch.dtype | None,
-        seed: int,
-    ) -> None:
-        self.seed = seed
-        super().__init__(params, dict(options), state_dtype)
+    marks: ClassVar[dict[str, Any]] = {"rank": None}
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         if group["rank"] is None:
             return
-        if group["update_proj_gap"] < 1:
-            raise UserError(f"update_proj_gap must be >= 1 update, got {group['update_proj_gap']}")
-        if "basis" in group:
-            check_choice("basis", group["basis"], BASES)
         for parameter in group["params"]:
             for tensor in self.layout(parameter).tensors:
                 require_matrix(tensor, group["rank"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,9 @@ from megalr.optim.base import ShardedOptimizer
 from megalr.optim.galore import Fira, GaLore
 from megalr.optim.golore import GoLore
 from megalr.optim.loro import LORO
+from megalr.optim.matrix import MatrixOptimizer
 from megalr.optim.muon import Muon
+from megalr.optim.options import option_names
 from megalr.optim.spam import SPAM
 from megalr.optim.stable_spam import StableSPAM
 
@@ -86,99 +87,63 @@ def make_optimizer(
     method that brings its own rule together with another optimizer than adamw, for ranks beyond a
     matrix, and for targets that split a stacked parameter.
     """
-    if method.name in _METHODS:
+    if method.name in METHOD_RULES:
         if optimizer.name != "adamw":
             raise UserError(
                 f"method.name={method.name} brings its own update rule: optimizer.name must be "
                 f"adamw, got {optimizer.name}"
             )
-        return _METHODS[method.name](optimizer, method, groups, facts)
-    if optimizer.name in _OPTIMIZERS:
-        return _OPTIMIZERS[optimizer.name](optimizer, groups, facts)
-    return None
+        rule, section = METHOD_RULES[method.name], method
+        options = {"lr": optimizer.lr, "betas": optimizer.betas}
+    elif optimizer.name in OPTIMIZER_RULES:
+        rule, section, options = OPTIMIZER_RULES[optimizer.name], optimizer, {}
+    else:
+        return None
+    options |= {name: getattr(section, name) for name in option_names(type(section))}
+    options.pop("weight_decay", None)  # the groups have it
+    groups = _completed(rule, groups, options, section, facts)
+    return rule(groups, **options, state_dtype=facts.state_dtype, seed=facts.seed)
 
 
-def _given(section: Any, *names: str) -> dict[str, Any]:
-    return {name: getattr(section, name) for name in names}
+def _completed(
+    rule: type[ShardedOptimizer],
+    groups: Groups,
+    options: dict[str, Any],
+    section: Any,
+    facts: RunFacts,
+) -> Groups:
+    """The groups with what marks them for the rule; facts of the run are added to ``options``."""
+    marks: dict[str, Any] = {}
+    if issubclass(rule, MatrixOptimizer):
+        groups = split_targets(groups, section.targets)
+        marks["rank"] = options.pop("rank")
+    elif rule is SPAM:
+        groups = split_targets(groups, None)
+        marks["density"] = options.pop("density")
+    elif rule is Muon:
+        groups = split_targets(groups, None)
+        marks["use_muon"] = True
+    elif rule is LORO:  # the rank is that of the model's factors
+        options.pop("rank")
+        options["hidden_size"] = facts.hidden_size
+    elif rule is StableSPAM and options["total_T"] is None:
+        options["total_T"] = facts.total_updates
+    if rule is GoLore:
+        options["total_updates"] = facts.total_updates
+    chosen = ("targets", "factors") if rule is Muon else ("targets",)
+    return [{**g, **marks} if g["name"] in chosen else g for g in groups]
 
 
-def _spam(settings: Any, groups: Groups, facts: RunFacts) -> ShardedOptimizer:
-    density = {"density": settings.density}
-    groups = [
-        {**g, **density} if g["name"] == "targets" else g for g in split_targets(groups, None)
-    ]
-    names = ("lr", "betas", "eps", "threshold", "update_gap", "warmup_epoch", "grad_accu_steps")
-    return SPAM(
-        groups,
-        **_given(settings, *names, "compat"),
-        state_dtype=facts.state_dtype,
-        seed=facts.seed,
-    )
-
-
-def _stable_spam(settings: Any, groups: Groups, facts: RunFacts) -> ShardedOptimizer:
-    names = ("lr", "betas", "eps", "gamma1", "gamma2", "gamma3", "eta", "update_gap", "compat")
-    return StableSPAM(
-        groups,
-        **_given(settings, *names),
-        total_T=facts.total_updates if settings.total_T is None else settings.total_T,
-        state_dtype=facts.state_dtype,
-    )
-
-
-def _muon(settings: Any, groups: Groups, facts: RunFacts) -> ShardedOptimizer:
-    groups = [
-        {**g, "use_muon": g["name"] in ("targets", "factors")} for g in split_targets(groups, None)
-    ]
-    names = ("lr", "betas", "eps", "momentum", "adam_lr_ratio", "ns_method")
-    return Muon(groups, **_given(settings, *names), state_dtype=facts.state_dtype)
-
-
-def _projected(
-    make: Callable[..., ShardedOptimizer], *names: str
-) -> Callable[[Any, Any, Groups, RunFacts], ShardedOptimizer]:
-    """A builder of a projected optimizer: ``names`` of the method are options of its targets."""
-
-    def build(optimizer: Any, method: Any, groups: Groups, facts: RunFacts) -> ShardedOptimizer:
-        options = _given(method, "rank", "update_proj_gap", "stagger", "basis", *names)
-        groups = [
-            {**g, **options} if g["name"] == "targets" else g
-            for g in split_targets(groups, method.targets)
-        ]
-        extra = {"total_updates": facts.total_updates} if make is GoLore else {}
-        return make(
-            groups,
-            **_given(optimizer, "lr", "betas"),
-            eps=method.eps,
-            state_dtype=facts.state_dtype,
-            seed=facts.seed,
-            **extra,
-        )
-
-    return build
-
-
-def _loro(optimizer: Any, method: Any, groups: Groups, facts: RunFacts) -> ShardedOptimizer:
-    return LORO(
-        groups,
-        **_given(optimizer, "lr", "betas"),
-        **_given(method, "eps", "exact_every", "refresh_every", "refresh", "lr_scaler"),
-        hidden_size=facts.hidden_size,
-        state_dtype=facts.state_dtype,
-    )
-
-
-_APOLLO = ("scale", "scale_type", "scale_front", "proj", "proj_type", "limiter", "compat")
-_METHODS: dict[str, Callable[[Any, Any, Groups, RunFacts], ShardedOptimizer]] = {
-    "galore": _projected(GaLore, "scale", "proj_type", "limiter", "state_bits"),
-    "fira": _projected(Fira, "scale", "proj_type", "limiter", "compat"),
-    "apollo": _projected(Apollo, *_APOLLO),
-    "apollo_mini": _projected(ApolloMini, *_APOLLO),
-    "golore": _projected(GoLore, "rand_ratio", "kappa"),
-    "loro": _loro,
+METHOD_RULES: dict[str, type[ShardedOptimizer]] = {
+    "galore": GaLore,
+    "fira": Fira,
+    "apollo": Apollo,
+    "apollo_mini": ApolloMini,
+    "golore": GoLore,
+    "loro": LORO,
 }
-_OPTIMIZERS: dict[str, Callable[[Any, Groups, RunFacts], ShardedOptimizer]] = {
-    "spam": _spam,
-    "stable_spam": _stable_spam,
-    "muon": _muon,
+OPTIMIZER_RULES: dict[str, type[ShardedOptimizer]] = {
+    "spam": SPAM,
+    "stable_spam": StableSPAM,
+    "muon": Muon,
 }

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch.optim.optimizer import ParamsT
 
+from megalr.config.optimizers import MuonOptimizer
 from megalr.errors import UserError
 from megalr.optim import adam_h
 from megalr.optim.base import ShardedOptimizer
-from megalr.optim.matrix import check_choice
 from megalr.optim.orthogonal import muon_update
 from megalr.sharding.exchange import update_matrices
 from megalr.sharding.fragment import LogicalTensor
@@ -29,37 +28,11 @@ class Muon(ShardedOptimizer):
     global norm, and matrices stacked in one parameter are orthogonalized one by one.
     """
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float = 0.02,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-10,
-        weight_decay: float = 0.0,
-        *,
-        use_muon: bool = False,
-        momentum: float = 0.95,
-        ns_method: str = "gram",
-        adam_lr_ratio: float = 0.015,
-        state_dtype: torch.dtype | None = None,
-    ) -> None:
-        options = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "use_muon": use_muon,
-            "momentum": momentum,
-            "ns_method": ns_method,
-            "adam_lr_ratio": adam_lr_ratio,
-        }
-        super().__init__(params, options, state_dtype)
+    declared = (MuonOptimizer,)
+    marks: ClassVar[dict[str, Any]] = {"use_muon": False}
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        check_choice("ns_method", group["ns_method"], ("gram", "standard"))
-        if not 0 <= group["momentum"] < 1:
-            raise UserError(f"momentum must be in [0, 1), got {group['momentum']}")
         for parameter in group["params"]:
             for tensor in self.layout(parameter).tensors:
                 if group["use_muon"] and len(tensor.shape) != 2:

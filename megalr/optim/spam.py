@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch.optim.optimizer import ParamsT
 
-from megalr.errors import UserError
+from megalr.config.optimizers import SPAMOptimizer
 from megalr.optim import adam_h
 from megalr.optim.base import ShardedOptimizer
-from megalr.optim.matrix import COMPAT, check_choice
 from megalr.optim.projection import mixed_seed
 from megalr.sharding.fragment import FlatLayout
 
@@ -36,49 +34,8 @@ class SPAM(ShardedOptimizer):
     tokens' embeddings), and applies no weight decay to groups that have a density.
     """
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
-        *,
-        threshold: float = 5000.0,
-        update_gap: int = 500,
-        warmup_epoch: int = 150,
-        density: float | None = None,
-        grad_accu_steps: int = 20,
-        compat: str = "none",
-        state_dtype: torch.dtype | None = None,
-        seed: int = 0,
-    ) -> None:
-        self.seed = seed
-        options = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "threshold": threshold,
-            "update_gap": update_gap,
-            "warmup_epoch": warmup_epoch,
-            "density": density,
-            "grad_accu_steps": grad_accu_steps,
-            "compat": compat,
-        }
-        super().__init__(params, options, state_dtype)
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        check_choice("compat", group["compat"], COMPAT)
-        if group["threshold"] < 0:
-            raise UserError(f"threshold must be >= 0 (0: no clipping), got {group['threshold']}")
-        for name in ("update_gap", "warmup_epoch", "grad_accu_steps"):
-            if group[name] < 0:
-                raise UserError(f"{name} must be >= 0 updates, got {group[name]}")
-        density = group["density"]
-        if density is not None and not 0 < density <= 1:
-            raise UserError(f"density must be in (0, 1], got {density}")
+    declared = (SPAMOptimizer,)
+    marks: ClassVar[dict[str, Any]] = {"density": None}
 
     def _update(
         self,

@@ -9,12 +9,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.optim.optimizer import ParamsT
 
-from megalr.errors import UserError
+from megalr.config.optimizers import StableSPAMOptimizer
 from megalr.optim import adam_h
 from megalr.optim.base import ShardedOptimizer, scalar_dtype
-from megalr.optim.matrix import COMPAT, check_choice
 from megalr.sharding.exchange import reduce_over_ranks
 from megalr.sharding.fragment import FlatLayout, Piece, piece_view
 
@@ -56,48 +54,7 @@ class StableSPAM(ShardedOptimizer):
     per_tensor_states = ("max_average", "norm_average", "squared_norm_average")
     """States with one number for each logical tensor of a flat storage, in the layout's order."""
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        *,
-        gamma1: float = 0.85,
-        gamma2: float = 0.999,
-        gamma3: float = 0.999,
-        total_T: int | None = None,
-        eta: float = 0.5,
-        update_gap: int = 500,
-        compat: str = "none",
-        state_dtype: torch.dtype | None = None,
-    ) -> None:
-        options = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "gamma1": gamma1,
-            "gamma2": gamma2,
-            "gamma3": gamma3,
-            "total_T": total_T,
-            "eta": eta,
-            "update_gap": update_gap,
-            "compat": compat,
-        }
-        super().__init__(params, options, state_dtype)
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        check_choice("compat", group["compat"], COMPAT)
-        for name in ("gamma1", "gamma2", "gamma3"):
-            if not (0 <= group[name] < 1 or (name == "gamma1" and group[name] == -1)):
-                raise UserError(f"{name} must be in [0, 1), got {group[name]}")
-        if group["total_T"] is not None and group["total_T"] < 1:
-            raise UserError(f"total_T must be >= 1 update or null, got {group['total_T']}")
-        if group["update_gap"] < 0:
-            raise UserError(f"update_gap must be >= 0 updates, got {group['update_gap']}")
+    declared = (StableSPAMOptimizer,)
 
     def _update(
         self,

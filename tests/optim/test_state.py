@@ -298,6 +298,15 @@ BAD = [
     (lambda p: LORO(p, hidden_size=8, exact_every=0), "exact_every must be >= 1 update, got 0"),
     (lambda p: GaLore(p, lr=-1), "optimizer.lr must be >= 0, got -1"),
     (lambda p: GaLore(p, betas=(0.9, 1.0)), "optimizer.betas must be two numbers in [0, 1)"),
+    (lambda p: GaLore(p, lr=float("nan")), "optimizer.lr must be >= 0, got nan"),
+    (lambda p: GaLore(p, rank=2, state_bits=16), "method.state_bits must be one of 8, 32, got 16"),
+    (lambda p: Apollo(p, rank=2, scale=0.0), "method.scale must be > 0, got 0.0"),
+    (lambda p: GoLore(p, rank=2), "total_updates must be >= 1, got None"),
+    (lambda p: StableSPAM(p, gamma1=-0.5), "optimizer.gamma1 must be in [0, 1), or -1, got -0.5"),
+    (lambda p: LORO(p, hidden_size=8, lr_scaler=0.0), "lr_scaler must be above 0, or -1, got 0.0"),
+    (lambda p: SPAM(p, update_gap=1.5), "optimizer.update_gap must be a valid integer"),
+    (lambda p: SPAM(p, density=2.0, eps=-1), "optimizer.eps must be > 0, got -1; optimizer.dens"),
+    (lambda p: SPAM([{"params": p, "threshold": -1}]), "optimizer.threshold must be >= 0, got -1"),
 ]
 
 
@@ -306,6 +315,11 @@ def test_options_without_a_meaning_are_refused_with_the_value_seen(make, message
     with pytest.raises(UserError) as refused:
         make([torch.nn.Parameter(torch.randn(7, 5))])
     assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_misspelt_option_is_an_error_of_the_caller():
+    with pytest.raises(TypeError, match="unknown options: rnk; known: lr, betas"):
+        GaLore([torch.nn.Parameter(torch.randn(7, 5))], rnk=2)
 
 
 def test_a_vector_in_a_projected_group_is_refused():
