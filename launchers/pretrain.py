@@ -21,7 +21,7 @@ DEFAULT_DEEPSPEED = {"zero_optimization": {"stage": 1}}
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line; what is not an option is an override ``section.key=value``."""
+    """The command line; positional arguments are overrides ``section.key=value``."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -48,8 +48,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
-    # Overrides right after --config or --allow are taken for their values, which hold no "=", but
-    # for a file in a folder such as lr=0.1/.
+    # argparse takes overrides right after --config or --allow for values of these options. Values
+    # contain no "=", except for a file in a folder such as lr=0.1/.
     files = [text for text in arguments.config if "=" not in text or Path(text).is_file()]
     arguments.overrides += [text for text in arguments.config if text not in files]
     arguments.config = [Path(text) for text in files]
@@ -59,12 +59,12 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Parse, then run; 0 when finished, 75 when stopped on request (docs/health.md)."""
+    """Parse, then run; returns 0 if finished, 75 if stopped on request (docs/health.md)."""
     arguments = parse_arguments()
     request = StopRequest()
     if not arguments.print_config:
         request.listen()
-    # After listening, because these take a second.
+    # Imported after listen() because they take a second.
     from megalr.config.loading import dump_config, load_run_config
     from megalr.config.resuming import check_allowed
     from megalr.engine.config import read_deepspeed_json

@@ -25,7 +25,7 @@ TIME = re.compile(r"\d+|(\d+-)?\d+(:\d+){1,2}|\d+-\d+")
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line; what is not an option is an override ``section.key=value``."""
+    """The command line; positional arguments are overrides ``section.key=value``."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -50,7 +50,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Check, fill, submit or print."""
     arguments = parse_arguments()
-    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed speaks when it is imported
+    with contextlib.redirect_stdout(sys.stderr):  # importing DeepSpeed prints
         _check(arguments)
     script = fill(TEMPLATE.read_text(encoding="utf-8"), arguments)
     if arguments.dry_run:
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def fill(template: str, arguments: argparse.Namespace) -> str:
-    """The script with this header and this run."""
+    """The batch script with this header and this run."""
     header = {
         "job-name": arguments.name or arguments.recipe.stem,
         "nodes": arguments.nodes,
@@ -103,7 +103,7 @@ def _last_option(lines: list[str]) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Refuse what would only fail after hours in the queue."""
+    """Refuse a run that would fail after hours in the queue."""
     from megalr.models.config import PRESETS
 
     for name in ("nodes", "gpus", "cpus"):

@@ -31,14 +31,14 @@ def labelled(runs: Sequence[Run]) -> list[tuple[str, Run]]:
 
 
 def config_differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """(dotted key, value per run as text) for every key on which the runs do not agree."""
+    """(dotted key, value per run as text) for every key whose value differs between the runs."""
     keys = list(dict.fromkeys(key for run in runs for key in run.config))
     rows = [(key, [_text(run.config.get(key, "—")) for run in runs]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
 def summary(run: Run) -> dict[str, Any]:
-    """The final numbers of a run, by their names in the report."""
+    """Final numbers of a run, by their names in the report."""
     start, step, evaluation = run.last("start"), run.last("step"), run.last("eval")
     speeds = [e["tokens_per_second"] for e in run.series("step") if "tokens_per_second" in e]
     restarts = [e for e in run.events if e["event"] == "restart"]
@@ -92,7 +92,7 @@ PANELS: tuple[tuple[str, str, str, str, str], ...] = (
 
 
 def curves(runs: Sequence[Run], panels: int = 2) -> Figure:
-    """The first ``panels`` of ``PANELS``, two in a row, one line a run; restarts are marked."""
+    """The first ``panels`` of ``PANELS``, two per row, one line per run; restarts are marked."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter

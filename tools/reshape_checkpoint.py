@@ -1,7 +1,7 @@
-"""Write a checkpoint of a run in DeepSpeed's universal layout: whole tensors, no trace of ranks.
+"""Convert a checkpoint to DeepSpeed's universal layout: whole tensors, independent of ranks.
 
-launchers/pretrain.py continues on another number of ranks or ZeRO stage by itself; this makes a
-folder ``<checkpoint>_universal`` that can be taken elsewhere alone, or read by other programs.
+launchers/pretrain.py resumes on another number of ranks or ZeRO stage without it. The folder
+``<checkpoint>_universal`` is self-contained and can be read by other programs.
 """
 
 from __future__ import annotations

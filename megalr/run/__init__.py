@@ -1,5 +1,5 @@
 """A run's folder on disk: its files, its lock, its environment and its metrics.
 
 In: configuration and events. Out: a folder that a later start, a report or an export can read.
-Must not know the engine or the training loop.
+Must not know: the engine's internals, the training loop.
 """

@@ -1,4 +1,4 @@
-"""What the run runs on: the report at the head of the log, and that all ranks run the same."""
+"""Software and hardware of a run: report at the head of the log, equality across ranks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _INFINIBAND = Path("/sys/class/infiniband")
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """Versions of what the numbers depend on, and the device's name."""
+    """Versions of everything the results depend on, and the device's name."""
     import deepspeed
 
     nccl = "none"
@@ -45,7 +45,7 @@ def versions(device: torch.device) -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's."""
+    """Name of the GPU, or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return platform.processor() or platform.machine()
@@ -70,40 +70,40 @@ def commit() -> str:
         number = _git(folder, "rev-parse", "--short=12", "HEAD")
         changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):
-        return "none"  # no git here, or a repository of someone else
+        return "none"  # git is not installed, or the repository belongs to another user
     return number + ("+changes" if changed else "")
 
 
 def report(device: torch.device) -> str:
-    """The lines that open a run's log; every rank must call it, rank 0 prints it.
+    """The lines that open a run's log. Collective; meant to be printed by rank 0.
 
     Versions, hosts with their ranks and devices, network interfaces and fabric of rank 0's host,
-    and the environment variables that steer communication.
+    and the environment variables that configure communication.
     """
     own = (host_name(), device_name(device))
     everyone = [own] * dist.get_world_size()
     if dist.get_world_size() > 1:
         dist.all_gather_object(everyone, own)
-    words = versions(device)
-    del words["device"]
+    software = versions(device)
+    del software["device"]
     hosts = list(dict.fromkeys(host for host, _ in everyone))
-    where = [
+    connection = [
         f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}",
         f"backend {dist.get_backend()}",
     ]
     if "SLURM_JOB_ID" in os.environ:
         restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
-        where.append(f"SLURM job {os.environ['SLURM_JOB_ID']} (requeued {restarts} times)")
+        connection.append(f"SLURM job {os.environ['SLURM_JOB_ID']} (requeued {restarts} times)")
     variables = [
         f"{name}={value}"
         for name, value in sorted(os.environ.items())
         if name.startswith(_SHOWN_PREFIXES)
     ]
     lines = [
-        "  ".join(f"{name} {value}" for name, value in words.items()),
+        "  ".join(f"{name} {value}" for name, value in software.items()),
         f"ranks {len(everyone)} on {len(hosts)} hosts: "
         + "; ".join(_host_line(host, everyone) for host in hosts),
-        "meeting at " + ", ".join(where),
+        "meeting at " + ", ".join(connection),
         "network: " + "; ".join(_interfaces() + _fabric()),
         "variables: " + (" ".join(variables) or "none"),
     ]
@@ -111,17 +111,15 @@ def report(device: torch.device) -> str:
 
 
 def check_ranks_agree(config: RunConfig, ds_config: dict[str, Any], fingerprint: str) -> None:
-    """Refuse to start unless all ranks have rank 0's code, configuration and data.
-
-    Every rank must call it.
+    """Refuse to start unless all ranks have rank 0's code, configuration and data. Collective.
 
     Args:
         config: this rank's run.
         ds_config: this rank's resolved DeepSpeed configuration.
-        fingerprint: of this rank's training data.
+        fingerprint: that of this rank's training data.
 
     Raises:
-        AgreedError: the first rank that differs, with its host, what differs and both values.
+        AgreedError: names the first rank that differs, its host, the keys and both values.
     """
     import deepspeed
 
@@ -160,7 +158,7 @@ def _difference(main: dict[str, Any], own: dict[str, Any]) -> UserError | None:
 
 
 def _differing(main: dict[str, Any], own: dict[str, Any]) -> Sequence[tuple[str, Any, Any]]:
-    """(dotted key, rank 0's value, this rank's) of what is not equal."""
+    """(dotted key, rank 0's value, this rank's value) of every difference."""
     found: list[tuple[str, Any, Any]] = []
     for key in dict.fromkeys([*main, *own]):
         theirs, ours = main.get(key, "(not set)"), own.get(key, "(not set)")
@@ -180,7 +178,7 @@ def _host_line(host: str, everyone: Sequence[tuple[str, str]]) -> str:
 
 
 def _interfaces() -> list[str]:
-    """Name and IPv4 address of every interface of this host but the loopback."""
+    """Name and IPv4 address of every network interface of this host except the loopback."""
     return [
         f"{name} {entry.address}"
         for name, entries in sorted(psutil.net_if_addrs().items())

@@ -1,4 +1,4 @@
-"""The folder of a run: what it holds, whether this run may use it."""
+"""The folder of a run: its files, and whether a configuration may use it."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ CONFIG = "config.yaml"
 DS_CONFIG = "ds_config.json"
 METRICS = "metrics.jsonl"
 RUN_LOCK = ".lock"
-"""Kept locked by rank 0 of a running job."""
+"""Locked by rank 0 while a job runs."""
 LAUNCHER_FILES = (RUN_LOCK, "logs", "stop", ".slurm")
-"""What a launcher may put into the folder before the run begins."""
+"""Names that a launcher may create in the folder before the run begins."""
 
 
 def check_run_folder(config: RunConfig, allowed: Sequence[str] = ()) -> list[Difference]:
-    """Check the folder against the run, writing nothing.
+    """Check whether a run may use its folder. Writes nothing; called on one rank.
 
-    Called on one rank. ``run.resume`` decides: ``never`` refuses a folder with a run in it,
-    ``must`` one without a checkpoint, ``auto`` continues if the configuration is the same but for
-    the keys that are free on resume and those that match ``allowed``. A run that ended before its
-    first update (out of memory, say) leaves its folder to any other.
+    ``run.resume``: ``never`` refuses a folder that holds a run, ``must`` one without a checkpoint,
+    ``auto`` continues if the configuration is the same except for the keys that are free on resume
+    and those that match ``allowed``. The folder of a run that ended before its first update (out
+    of memory, say) may be used by any other.
 
     Returns:
-        What differs because ``allowed`` lets it.
+        The differences that ``allowed`` permits.
 
     Raises:
-        UserError: the folder holds something else, or another run (the differing keys are named).
+        UserError: the folder holds something else, or another run (names the differing keys).
     """
     folder = Path(config.run.dir)
     saved = folder / CONFIG
@@ -59,7 +59,7 @@ def check_run_folder(config: RunConfig, allowed: Sequence[str] = ()) -> list[Dif
         )
     if saved.exists():
         if not tags(folder / CHECKPOINTS) and not has_updates(folder):
-            return []  # it ended before its first update: nobody's
+            return []  # ended before its first update: free for any run
         return _compare(saved, config, allowed)
     if folder.exists() and any(path.name not in LAUNCHER_FILES for path in folder.iterdir()):
         raise UserError(
@@ -69,16 +69,15 @@ def check_run_folder(config: RunConfig, allowed: Sequence[str] = ()) -> list[Dif
 
 
 def has_updates(folder: Path) -> bool:
-    """Whether the metrics in a run's folder tell of an update."""
+    """Whether an update was logged in a run's folder."""
     metrics = folder / METRICS
     return metrics.is_file() and b'"event": "step"' in metrics.read_bytes()
 
 
 def write_run_folder(config: RunConfig, ds_config: dict[str, Any]) -> None:
-    """Make the folder and write the resolved configurations into it; called on one rank.
+    """Create the folder and write the resolved configurations into it; called on one rank.
 
-    Only once everything that can be wrong with the run has been found: a folder claimed by a run
-    that never began would refuse its corrected configuration.
+    To be called after all checks of the run.
 
     Raises:
         UserError: the folder cannot be written.

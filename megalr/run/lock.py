@@ -1,4 +1,4 @@
-"""One job at a time in a run's folder."""
+"""A lock on a run's folder: one job at a time."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from megalr.file_lock import describe_process, lock_file
 from megalr.run.folder import RUN_LOCK
 
 OWN_JOB_SECONDS = 180.0
-"""How long a requeued job waits for what is left of itself: the file system may take that long to
-notice that a node, and with it the lock, is gone."""
+"""How long a requeued job waits for the lock of its previous start: the file system may take that
+long to release the lock of a lost node."""
 
 _POLL_SECONDS = 2.0
 
 
 @contextmanager
 def run_folder_lock(folder: Path) -> Iterator[None]:
-    """Keep other jobs out of ``folder`` inside the ``with``; every rank must enter it.
+    """Keep other jobs out of ``folder`` inside the ``with``. Collective.
 
-    Rank 0 makes the folder if need be and locks a file in it. The system releases the lock when the
-    process ends, however it ends. A folder in which nothing was written is removed again.
+    Rank 0 creates the folder if needed and locks a file in it. The system releases the lock when
+    the process ends, however it ends. A folder that is still empty on exit is removed.
 
     Raises:
         AgreedError: another job uses the folder (its host, process and SLURM job are named), the
@@ -47,9 +47,9 @@ def _acquire(folder: Path) -> IO[str]:
     while True:
         file = _open(folder)
         if lock_file(file):
-            if _is_still_there(folder, file):
+            if _is_current(folder, file):
                 break
-            file.close()  # the job before removed it between our opening and our locking
+            file.close()  # the previous job removed the file between open and lock
             continue
         file.seek(0)
         holder = file.read().strip()
@@ -82,7 +82,7 @@ def _open(folder: Path) -> IO[str]:
         ) from error
 
 
-def _is_still_there(folder: Path, file: IO[str]) -> bool:
+def _is_current(folder: Path, file: IO[str]) -> bool:
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(folder / RUN_LOCK))
     except FileNotFoundError:
@@ -90,7 +90,7 @@ def _is_still_there(folder: Path, file: IO[str]) -> bool:
 
 
 def _release(folder: Path, file: IO[str]) -> None:
-    with suppress(OSError):  # a full or vanished disk must not hide what ended the run
+    with suppress(OSError):  # must not hide the error that ended the run
         (folder / RUN_LOCK).unlink()
         if not any(folder.iterdir()):
             folder.rmdir()

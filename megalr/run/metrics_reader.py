@@ -18,7 +18,7 @@ Event = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder tells: its name, its configuration (dotted keys), its events in order."""
+    """Contents of a run folder: name, configuration (dotted keys), events in order."""
 
     name: str
     folder: Path
@@ -30,7 +30,7 @@ class Run:
         return next((e for e in reversed(self.events) if e["event"] == event), {})
 
     def series(self, event: str) -> list[Event]:
-        """Events of a kind by update; where an update was repeated, the newest counts."""
+        """Events of a kind by update; the newest of a repeated update."""
         newest = {e["update"]: e for e in self.events if e["event"] == event}
         return [newest[update] for update in sorted(newest)]
 

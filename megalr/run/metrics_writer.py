@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard, Weights & Biases, and lines on the console."""
+"""Output of a run: metrics.jsonl, TensorBoard, Weights & Biases, lines on the console."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from megalr.run.folder import METRICS
 class MetricsWriter:
     """Writes the events of a run; on ranks other than 0 every call does nothing.
 
-    ``metrics.jsonl`` holds one JSON object a line: ``event``, ``update`` (updates done), ``time``
-    (Unix seconds) and the event's numbers, whose names carry their unit. A line is written in one
-    go and flushed, so that a killed run leaves only whole lines but perhaps the last.
+    ``metrics.jsonl`` holds one JSON object per line: ``event``, ``update`` (updates done), ``time``
+    (Unix seconds) and the event's numbers, whose names carry their unit. A line is written at once
+    and flushed, so that a killed run leaves whole lines, except perhaps the last.
 
     Args:
         folder: the run's folder.
         active: whether this rank writes.
         total_updates: length of the run, for the progress bar.
-        tensorboard: also write numbers of ``step`` and ``eval`` events there.
-        wandb_project: also send them to this project; None for no.
-        config: the resolved configuration, given to Weights & Biases.
+        tensorboard: also write the numbers of ``step``, ``eval`` and ``restart`` events there.
+        wandb_project: also send them to this Weights & Biases project; None: do not.
+        config: resolved configuration, for Weights & Biases.
 
     Raises:
-        UserError: Weights & Biases is asked for and not installed; the files cannot be written.
+        UserError: Weights & Biases is requested but not installed; the files cannot be written.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class MetricsWriter:
             self._bar = tqdm(total=total_updates, unit="update", dynamic_ncols=True)
 
     def write(self, event: str, update: int, **numbers: Any) -> None:
-        """Record one event and show it on the console; UserError when the disk refuses."""
+        """Record one event and show it on the console; UserError if the disk refuses."""
         if self._file is None:
             return
         record = {"event": event, "update": update, "time": round(time.time(), 3), **numbers}
@@ -96,12 +96,12 @@ class MetricsWriter:
             print(line, flush=True)
 
     def close(self) -> None:
-        """Flush and close everything; harmless when called twice."""
-        for part in (self._file, self._board, self._bar):
-            if part is not None:
-                # What a full disk keeps from being flushed has been reported by write().
+        """Flush and close everything; idempotent."""
+        for output in (self._file, self._board, self._bar):
+            if output is not None:
+                # write() has reported a full disk
                 with contextlib.suppress(OSError):
-                    part.close()
+                    output.close()
         if self._wandb is not None:
             self._wandb.finish()
         self._file = self._board = self._bar = self._wandb = None
@@ -142,7 +142,7 @@ def _start_wandb(project: str, folder: Path, config: dict[str, Any]) -> Any:
 
 
 def _drop_unfinished_line(path: Path) -> None:
-    """Cut a last line that a killed run left without its end, so that every line stays JSON."""
+    """Remove a last line that a killed run left unfinished, so that every line is JSON."""
     if not path.exists():
         return
     data = path.read_bytes()
@@ -152,7 +152,7 @@ def _drop_unfinished_line(path: Path) -> None:
 
 
 def _brief(numbers: dict[str, Any]) -> str:
-    """``loss 3.512  tokens_per_second 1.25e+06`` for numbers and short words."""
+    """Numbers and short strings on one line: ``loss 3.512  tokens_per_second 1.25e+06``."""
     parts = []
     for key, value in numbers.items():
         if isinstance(value, float):
@@ -163,19 +163,19 @@ def _brief(numbers: dict[str, Any]) -> str:
 
 
 class Stopwatch:
-    """Seconds of the loop without what is measured apart (evaluation, saving, restarts)."""
+    """Seconds of the loop without separately measured parts (evaluation, saving, restarts)."""
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
-        self._apart = 0.0
+        self._excluded = 0.0
 
     def exclude(self, seconds: float) -> None:
-        """Take these seconds, just spent, out of the running interval."""
-        self._apart += seconds
+        """Exclude these seconds, just spent, from the current interval."""
+        self._excluded += seconds
 
     def lap(self) -> float:
-        """Seconds since the last lap without the excluded ones; starts the next interval."""
+        """Seconds since the last lap minus the excluded ones; starts the next interval."""
         now = time.perf_counter()
-        seconds = now - self._started - self._apart
-        self._started, self._apart = now, 0.0
+        seconds = now - self._started - self._excluded
+        self._started, self._excluded = now, 0.0
         return seconds

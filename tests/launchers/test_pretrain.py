@@ -96,7 +96,7 @@ def test_print_config_prints_the_resolved_run_and_stops(data: Path, tmp_path: Pa
     assert not (tmp_path / "run").exists()
 
 
-def test_files_and_overrides_after_config_are_told_apart(data: Path, tmp_path: Path) -> None:
+def test_files_and_overrides_after_config_are_distinguished(data: Path, tmp_path: Path) -> None:
     (tmp_path / "lr=0.1").mkdir()
     config = _config(tmp_path / "lr=0.1", data)
     code, output = _start(

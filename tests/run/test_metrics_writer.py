@@ -99,7 +99,7 @@ def _run_with_a_slow_loader(*arguments: Any) -> None:
         run(*arguments)
 
 
-def test_every_event_is_documented_with_its_fields_and_waiting_for_data_is_told(
+def test_every_event_is_documented_with_its_fields_and_waiting_for_data_is_reported(
     data: Path, tmp_path: Path
 ) -> None:
     documented = _documented()

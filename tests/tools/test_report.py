@@ -92,7 +92,7 @@ def test_page_is_self_contained_and_escapes_what_it_shows(tmp_path: Path) -> Non
     assert not re.search(r'(src|href)="(?!data:)', page)
 
 
-def test_runs_of_the_same_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+def test_runs_of_the_same_name_are_distinguished_by_their_folders(tmp_path: Path) -> None:
     runs = [read_run(make_run(tmp_path / x / "run", rank)) for x, rank in (("a", 8), ("b", 16))]
     write_html(runs, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
