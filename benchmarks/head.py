@@ -26,7 +26,7 @@ from megalr.errors import exit_cleanly
 from megalr.layers.head import Head
 
 SHAPES = {"60m": (32768, 512), "350m": (16384, 1024), "1b": (16384, 2048)}
-"""Tokens and hidden size at the micro-batches of docs/performance.md."""
+"""Tokens and hidden size at the micro-batches of benchmarks/lab/performance.md."""
 
 VOCABULARY = 32000
 CHECKED_TOKENS = 512

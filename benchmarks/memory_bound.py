@@ -2,11 +2,11 @@
 
     python benchmarks/memory_bound.py --output results
 
-Work, at the micro-batches of docs/performance.md: the residual sum with its RMSNorm, forward and
-backward (torch: compiled); the gradient of the embedding for ids that are as often as words are
-(the n-th in proportion to 1 / (n + 2)); the sum of two chunks' gradients of the head's weight, and
-both gradients of the head times a factor. "ms" is device time, from CUDA graphs, "TB/s" what that
-is at the bytes that must be moved, "error" the relative Frobenius error against float64.
+Work, at the micro-batches of benchmarks/lab/performance.md: the residual sum with its RMSNorm,
+forward and backward (torch: compiled); the gradient of the embedding for ids that are as often as
+words are (the n-th in proportion to 1 / (n + 2)); the sum of two chunks' gradients of the head's
+weight, and both gradients of the head times a factor. "ms" is device time, from CUDA graphs, "TB/s"
+what that is at the bytes that must be moved, "error" the relative Frobenius error against float64.
 """
 
 from __future__ import annotations

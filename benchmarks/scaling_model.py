@@ -1,7 +1,7 @@
 """Time, memory and communication of an update on 8 to 4,096 GPUs, predicted, and how far to trust.
 
     python benchmarks/scaling_model.py --check                 predictions beside measurements
-    python benchmarks/scaling_model.py --output docs           docs/scaling.md's tables, scaling.svg
+    python benchmarks/scaling_model.py --output benchmarks/lab   scaling.md's tables, scaling.svg
 
 Three numbers of the GPU are fitted to the recorded runs of one GPU in ``benchmarks/results``; what
 was recorded on several GPUs is compared and not fitted. The cluster's links are options.

@@ -1,4 +1,4 @@
-"""README.md and docs/ against the code: links, keys, command lines, recorded numbers."""
+"""The documentation against the code: links, keys, command lines, recorded numbers, style."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from megalr.config.schema import RunConfig
 from megalr.models.config import PRESETS
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "benchmarks" / "LOG.md"]
+USER_PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DEVELOPER_PAGES = sorted((ROOT / "docs" / "dev").glob("*.md"))
+LAB = [ROOT / "benchmarks" / "README.md", *sorted((ROOT / "benchmarks").glob("lab/*.md"))]
+PAGES = [*USER_PAGES, *DEVELOPER_PAGES, *LAB]
 PROGRAMS = {
     path.relative_to(ROOT).as_posix(): path
     for folder in ("tools", "launchers", "benchmarks")
@@ -37,7 +40,19 @@ NO_KEYS = {
     "checkpoint.tag_validation",
     "train.updatess",  # a mistake that is shown
 }
-a_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+a_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+a_user_page = pytest.mark.parametrize("page", USER_PAGES, ids=lambda page: page.stem)
+LABEL = re.compile(r"\bG\d{1,2}\b")
+"""A machine of benchmarks/lab/machines.md."""
+COMMIT = re.compile(r"\b(?=[a-f]*\d)(?=\d*[a-f])[0-9a-f]{7,40}\b")
+STYLE = re.compile(
+    r"\b(anew|for ever|in silence|told|hear[sd]? of|speaks|left out|stands? still|so many"
+    r"|of our own|is none of|the latter tells)\b"
+    r"|\b(tokens|numbers?|bytes|bits|samples|sequences|documents|elements|FLOPs?|[GMkK]i?B|lines?"
+    r"|scalars?|milliseconds) an? (?!few\b|lot\b)\w+",
+    re.IGNORECASE,
+)
+"""Phrases of which plain English has better ones ("tokens per second", not "tokens a second")."""
 
 
 def anchors(page: Path) -> set[str]:
@@ -61,8 +76,30 @@ def test_links_and_named_files_are_there(page: Path) -> None:
 
 def test_readme_leads_to_every_page() -> None:
     text = PAGES[0].read_text(encoding="utf-8")
-    for page in (ROOT / "docs").glob("*.md"):
-        assert f"](docs/{page.name})" in text
+    for page in (*(ROOT / "docs").glob("*.md"), *DEVELOPER_PAGES):
+        assert f"]({page.relative_to(ROOT).as_posix()})" in text
+    measurements, *lab = LAB
+    for page in lab:
+        assert f"](lab/{page.name})" in measurements.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page, lines", [("README.md", 120), ("docs/performance.md", 150)])
+def test_pages_that_are_read_first_stay_short(page: str, lines: int) -> None:
+    assert len((ROOT / page).read_text(encoding="utf-8").splitlines()) <= lines
+
+
+@a_user_page
+def test_user_pages_name_no_machine_and_no_commit(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    text = re.sub(r"^\[environment\].*$", "", text, flags=re.M)  # what a run prints
+    assert not LABEL.findall(text)
+    assert not COMMIT.findall(text)
+
+
+@a_user_page
+def test_user_pages_are_plain_english(page: Path) -> None:
+    text = page.read_text(encoding="utf-8").replace("first_batch_left_out", "")
+    assert [match[0] for match in STYLE.finditer(text)] == []
 
 
 @a_page
@@ -153,6 +190,10 @@ def recorded() -> dict[str, dict[str, Any]]:
         ("docs/performance.md", "## Measured", 1),
         ("docs/results.md", "### Every method at 350M", 2),
         ("docs/results.md", "### Every method at 1B", 2),
+        ("benchmarks/lab/headline.md", "## Tables", 1),
+        ("benchmarks/lab/performance.md", "## Measured", 1),
+        ("benchmarks/lab/results.md", "### Every method at 350M", 2),
+        ("benchmarks/lab/results.md", "### Every method at 1B", 2),
     ],
 )
 def test_tables_of_speed_are_those_of_the_recorded_runs(

@@ -1,4 +1,4 @@
-"""``health.*``: what a run does about bad updates and about standing still."""
+"""``health.*``: what a run does about bad updates and stalls."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class HealthConfig(Section):
     """Skipped updates, spikes of the loss, rollbacks, and the watchdog."""
 
     max_skipped: int = Field(default=10, ge=1, examples=[10])
-    """After so many skipped updates in a row the run goes back to its newest checkpoint and leaves
-    out the batches since (updates). An update is skipped, always and on all ranks, when its loss or
+    """After this many skipped updates in a row the run returns to its newest checkpoint and drops
+    the batches since (updates). An update is skipped, always and on all ranks, when its loss or
     gradient is not finite."""
     max_rollbacks: int = Field(default=3, ge=0, examples=[3])
     """Times that a run may go back to a checkpoint; one more ends it with an error."""
@@ -27,7 +27,7 @@ class HealthConfig(Section):
         default="log", examples=["skip"]
     )
     """What a spike does. log: a line in the metrics. skip: the update is not made (judged by the
-    loss alone) and counts for max_skipped. reset: all moments of the optimizer start anew.
+    loss alone) and counts for max_skipped. reset: all moments of the optimizer are reset.
     rollback: as max_skipped does. All but log make the host wait for the device in every update."""
     stall_seconds: float = Field(default=1200.0, ge=0, examples=[1200])
     """The run ends, with the stacks of all ranks in the folder stacks, when no update, evaluation

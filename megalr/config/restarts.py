@@ -31,7 +31,7 @@ class RestartsConfig(Section):
     start_after: int = Field(default=0, ge=0, examples=[1000])
     """No restart before more than this many updates are done (updates)."""
     stop_before: int = Field(default=0, ge=0, examples=[1000])
-    """No restart in the last so many updates of the run (updates)."""
+    """No restart in this many last updates of the run (updates)."""
     reset_scope: Literal["all", "factors"] = Field(default="all", examples=["factors"])
     """Parameters whose moments are reset: all, or only the factors of factorised matrices."""
     reset_moments: Annotated[tuple[Moment, ...], AsTuple] = Field(
@@ -39,8 +39,8 @@ class RestartsConfig(Section):
     )
     """Moments that are set to zero: the average of gradients (first), of their squares (second)."""
     reset_counter: Literal["zero", "one", "keep"] = Field(default="zero", examples=["zero"])
-    """What a reset makes of the optimizer's step counter, which bias correction uses: zero starts
-    it anew (as a new optimizer does), one is Stable-SPAM's choice, keep is SPAM's and ReLoRA's."""
+    """What a reset makes of the optimizer's step counter, which bias correction uses: zero restarts
+    it (as a new optimizer does), one is Stable-SPAM's choice, keep is SPAM's and ReLoRA's."""
     lr_recovery: Literal["none", "linear", "cosine"] = Field(default="none", examples=["linear"])
     """How the learning rate comes back after a reset: at once, or rising to the schedule's value
     along a line or half a cosine."""

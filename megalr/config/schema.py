@@ -218,7 +218,7 @@ class TrainConfig(Section):
     bottleneck: for low_rank and cola with all targets. elementwise: not for lora and relora. With
     ZeRO stage 3: none or full."""
     kernels: Literal["auto", "torch"] = Field(default="auto", examples=["torch"])
-    """auto: kernels of our own where there is one for the device, dtype and shape (loss, causal
+    """auto: custom kernels where there is one for the device, dtype and shape (loss, causal
     attention of short sequences, residual sums with RMSNorm, SwiGLU with the product that follows,
     gradients of embedding and head, AdamW of bf16 states). torch: their plain PyTorch twins
     only."""
@@ -250,7 +250,7 @@ class EvaluationConfig(Section):
     smaller set is a part of the larger, so few tokens on the way and many at the end cost little
     and give a figure to print."""
     micro_batch_size: int | None = Field(default=None, ge=1, examples=[64])
-    """Sequences a rank evaluates at a time; null = train.micro_batch_size."""
+    """Sequences that a rank evaluates at a time; null = train.micro_batch_size."""
 
     def limit(self, last: bool) -> int | None:
         """Target tokens at most of the evaluation after the last update, or of another."""
@@ -265,7 +265,7 @@ class CheckpointConfig(Section):
     keep_last: int = Field(default=2, ge=1, examples=[2])
     """Newest checkpoints kept; older ones are deleted unless the next two keys keep them."""
     keep_every: int = Field(default=0, ge=0, examples=[10000])
-    """Checkpoints at multiples of this are kept for ever (updates); 0 = none."""
+    """Checkpoints at multiples of this are kept permanently (updates); 0 = none."""
     keep_best: int = Field(default=0, ge=0, examples=[1])
     """Checkpoints with the lowest validation loss that are kept; only those count that were
     evaluated at their update (evaluation.every)."""

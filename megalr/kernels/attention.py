@@ -3,7 +3,7 @@
 :func:`attention` is the operator for GPUs, forward and backward one Triton kernel each (see
 attention_triton); :func:`plain_attention` is the same in plain PyTorch, for all other cases;
 :func:`applies` says which. In an H200's step of a 1B model, rotations and
-conversions around sdpa take nearly as long as attention itself (docs/performance.md).
+conversions around sdpa take nearly as long as attention itself (benchmarks/lab).
 
 Shapes: B batch, S sequence, H heads, K key/value heads (K divides H: head h reads key head
 h * K // H), D head width.

@@ -1,7 +1,7 @@
 """The gradient of a table of embeddings: rows of equal ids are summed, in a fixed order.
 
 torch sorts 64-bit ids in eight passes, of which ids of a vocabulary need two, and sums in two
-kernels that take 0.2 to 0.5 ms at the shapes of docs/performance.md.
+kernels that take 0.2 to 0.5 ms at the shapes of benchmarks/lab/performance.md.
 """
 
 from __future__ import annotations
