@@ -1,7 +1,7 @@
 # make quickstart   venv, text, tokenizer, shards, a 2-process DeepSpeed run, evaluation, loss curve
 # make test         venv, the tests but those of real clusters and kill loops
 # make test-all     all of them; SLURM, pdsh and network namespaces where they are installed
-# make lint         ruff and mypy
+# make lint         ruff, mypy, the order of imports between rooms, the rules of tests/rules.py
 #
 # PYTHON=python3.12 chooses the interpreter of the venv; INPUT='path/*.json.gz' gives the quickstart
 # your own text; ARGS='...' goes to pytest or, as section.key=value, to the quickstart's training.
@@ -37,3 +37,5 @@ lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy megalr
+	$(VENV)/bin/lint-imports
+	$(VENV)/bin/python -m tests.rules

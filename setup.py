@@ -42,6 +42,7 @@ setup(
             "pytest-timeout>=2.3",
             "ruff>=0.6",
             "mypy>=1.11",
+            "import-linter>=2.15",
             "types-PyYAML",
             "pandas>=2.0",
         ],
