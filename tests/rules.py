@@ -148,10 +148,10 @@ def sizes(sources: list[Source]) -> Iterator[str]:
     for source in sources:
         rooms[source.room] += bool(source.room)
         small = source.lines < SHORTEST_FILE and not source.path.endswith("__init__.py")
-        if (small or source.lines > LONGEST_FILE) and source.room:
-            if source.path not in FILE_SIZES:
-                limits = f"{SHORTEST_FILE} to {LONGEST_FILE}"
-                yield f"megalr/{source.path} has {source.lines} lines, not {limits}"
+        outside = source.room and (small or source.lines > LONGEST_FILE)
+        if outside and source.path not in FILE_SIZES:
+            limits = f"{SHORTEST_FILE} to {LONGEST_FILE}"
+            yield f"megalr/{source.path} has {source.lines} lines, not {limits}"
         for name, length in _functions(source.tree):
             if length > LONGEST_FUNCTION and f"{source.path}:{name}" not in LONG_FUNCTIONS:
                 yield f"megalr/{source.path}: {name} has {length} lines without its docstring"
@@ -191,11 +191,12 @@ def method_names(sources: list[Source]) -> Iterator[str]:
     for source in sources:
         if any(source.path.startswith(place) for place in METHOD_PLACES):
             continue
-        docstrings = _docstrings(source.tree)
-        for node in ast.walk(source.tree):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                if METHODS.fullmatch(node.value) and id(node) not in docstrings:
-                    yield f"megalr/{source.path}:{node.lineno} names {node.value}: ask the layer"
+        tree = source.tree
+        docstrings = _docstrings(tree)
+        for node in ast.walk(tree):
+            text = node.value if isinstance(node, ast.Constant) else None
+            if isinstance(text, str) and METHODS.fullmatch(text) and id(node) not in docstrings:
+                yield f"megalr/{source.path}:{node.lineno} names {text}: ask the layer"
 
 
 def _docstrings(tree: ast.Module) -> set[int]:
