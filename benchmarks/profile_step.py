@@ -34,7 +34,7 @@ from megalr.engine.build import build_engine
 from megalr.engine.config import resolve_deepspeed_config
 from megalr.errors import exit_cleanly
 from megalr.models.build import build_model
-from megalr.training.step import Updater
+from megalr.training.step import train_step
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,13 +48,12 @@ def updater_of(case: Case, folder: Path, device: torch.device) -> Callable[[], N
     ds_user = {"zero_optimization": {"stage": stage_of(case)}}
     ds_config = resolve_deepspeed_config(config, ds_user, "profile", 1)
     engine = build_engine(config, ds_config, build_model(config, device))
-    updater = Updater(engine, device, None)
     ids = torch.randint(3, 32000, (case.micro_batch, 257))
     # Contiguous as the loader's: a view would be copied to memory that the host waits for.
     inputs, labels = ids[:, :-1].contiguous().pin_memory(), ids[:, 1:].contiguous().pin_memory()
     batch = UpdateBatch(0, [(inputs, labels)], labels.numel(), (case.micro_batch,))
     number = iter(range(1, 1000))
-    return lambda: updater.make(batch, next(number), 1e-4) and None
+    return lambda: train_step(engine, batch, next(number), 1e-4) and None
 
 
 def milliseconds(work: Callable[[], None], repeats: int) -> float:

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine around a decoder, and the few facts about it that the loop relies on."""
+"""The DeepSpeed engine around a decoder, and the few facts about it that the loop asks for."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megalr.config.schema import RunConfig
 from megalr.engine.config import is_unwrapped
 from megalr.engine.cuda_graph import MicroBatchGraph, ScaledLoss
 from megalr.engine.flat_layouts import attach_layouts
 from megalr.engine.patches import batch_parameters
-from megalr.engine.unwrapped_step import as_deepspeed_takes_it, install_clip_and_skip
+from megalr.engine.unwrapped_step import install_clip_and_skip, without_accumulation_dtype
 from megalr.errors import UserError
 from megalr.models.build import build_decoder, sizes_of
 from megalr.models.decoder import Decoder
@@ -28,7 +29,7 @@ from megalr.tensor_parallel.mesh import Mesh
 
 
 def compile_blocks(decoder: Decoder) -> None:
-    """Compile every block, the last norm and the loss by themselves: equal blocks are one."""
+    """Compile each block, the last norm and the loss separately; equal blocks share one program."""
     for block in decoder.blocks():
         block.compile(dynamic=False)
     decoder.norm.compile(dynamic=False)
@@ -36,11 +37,11 @@ def compile_blocks(decoder: Decoder) -> None:
 
 
 def import_deepspeed() -> Any:
-    """The module ``deepspeed``, with what it would only disturb a run with turned off.
+    """The module ``deepspeed``, quiet and without its CPU shared-memory all-reduce.
 
-    Imported here because it takes seconds and ``--help`` should not. Its CPU shared-memory
-    all-reduce is used for inference only; compiling it takes a minute at the first start of a
-    machine, and a process killed meanwhile leaves a lock that every later start waits for
+    Imported here because it takes seconds and ``--help`` should not. That all-reduce is used for
+    inference only; compiling it takes a minute at the first start on a machine, and a process
+    killed meanwhile leaves a lock file for which every later start waits
     (docs/dev/deepspeed-notes.md).
     """
     import deepspeed
@@ -68,21 +69,21 @@ def build_engine(config: RunConfig, ds_config: dict[str, Any], decoder: Decoder)
         decoder.use_kernels(fuse_across_modules=stage != 3)
     if config.train.compile:
         compile_blocks(decoder)
-    plain = is_unwrapped(config.train.precision, stage)
-    if plain and config.train.precision == "paper_bf16":
+    unwrapped = is_unwrapped(config.train.precision, stage)
+    if unwrapped and config.train.precision == "paper_bf16":
         decoder.bfloat16()  # else DeepSpeed does it
     optimizer = _optimizer_of(config, decoder)
     if config.train.cuda_graphs:
         _check_graphs(ds_config, decoder)
-        # Capture is not possible on the default stream, and what the engine makes must live on
-        # the stream of the capture.
+        # Capture is not possible on the default stream, and the engine's tensors must live on the
+        # stream of the capture.
         torch.cuda.set_stream(torch.cuda.Stream())
     # DeepSpeed keeps the mesh of an earlier engine of this process and uses it when given none.
     deepspeed.utils.groups.mpu = None
     engine, _, _, _ = deepspeed.initialize(
         model=decoder,
         optimizer=optimizer,
-        config=as_deepspeed_takes_it(ds_config) if plain else ds_config,
+        config=without_accumulation_dtype(ds_config) if unwrapped else ds_config,
         mpu=mesh if decoder.plan.parallel else None,
         dist_init_required=False,
     )
@@ -90,7 +91,7 @@ def build_engine(config: RunConfig, ds_config: dict[str, Any], decoder: Decoder)
     # at learning rate 0, but Adam's counter and moments must start from nothing.
     engine.basic_optimizer.state.clear()
     attach_layouts(engine)
-    if plain:
+    if unwrapped:
         install_clip_and_skip(engine)
     batch_parameters(engine)
     if decoder.plan.parallel and hasattr(engine.optimizer, "fp32_groups"):
@@ -98,7 +99,7 @@ def build_engine(config: RunConfig, ds_config: dict[str, Any], decoder: Decoder)
     graph = None
     if config.train.cuda_graphs:
         shape = config.train.micro_batch_size, config.data.sequence_length
-        graph = MicroBatchGraph(decoder, shape, _gradients_are_used_up(engine))
+        graph = MicroBatchGraph(decoder, shape, _gradients_are_consumed(engine))
     decoder.forward = ScaledLoss(decoder, graph)  # type: ignore[method-assign]
     return engine
 
@@ -116,20 +117,20 @@ def _optimizer_of(config: RunConfig, decoder: Decoder) -> torch.optim.Optimizer:
 
 
 def check_run(config: RunConfig, stage: int | None = None) -> None:
-    """Refuse what the model, the optimizer and the engine would refuse, without weights or GPUs.
+    """Reject what the model, the optimizer or the engine would reject, without weights or GPUs.
 
-    For use before a job waits in a queue. A run from a pretrained model is not looked at: its sizes
+    For use before a job waits in a queue. A run from a pretrained model is not checked: its sizes
     are in a folder that may be elsewhere. ``stage``: of ZeRO, if it is known.
 
     Raises:
-        UserError: as :func:`build_model` and :func:`build_engine`, but for CUDA graphs.
+        UserError: as :func:`build_model` and :func:`build_engine`, except for CUDA graphs.
     """
     if config.model.from_pretrained is not None:
         return
     sizes = sizes_of(config)
     mesh = Mesh(tensor_size=config.parallel.tensor)
     plan = make_plan(sizes, config.method, mesh, config.parallel.layout)
-    with torch.device("meta"):  # one layer: all are alike
+    with torch.device("meta"):  # one layer: all are equal
         decoder = build_decoder(
             replace(sizes, num_layers=1),
             config.method,
@@ -144,7 +145,7 @@ def check_run(config: RunConfig, stage: int | None = None) -> None:
 
 
 def _check_stage(config: RunConfig, stage: int) -> None:
-    """What does not go together with ZeRO stage 3."""
+    """Reject what cannot be combined with ZeRO stage 3."""
     if stage != 3:
         return
     if config.parallel.tensor > 1:
@@ -178,11 +179,11 @@ def _check_graphs(ds_config: dict[str, Any], decoder: Decoder) -> None:
         raise UserError(f"train.cuda_graphs is true but {reason}: leave it out")
 
 
-def _gradients_are_used_up(engine: Any) -> bool:
-    """Whether the engine has used ``.grad`` up when the next micro-batch comes.
+def _gradients_are_consumed(engine: Any) -> bool:
+    """Whether the engine no longer needs ``.grad`` when the next micro-batch starts.
 
-    BF16_Optimizer adds every micro-batch to its own float32 buffer; the other wrappers add up in
-    ``.grad`` itself, which is used up only if there is nothing to add.
+    BF16_Optimizer adds every micro-batch to its own float32 buffer; the other wrappers accumulate
+    in ``.grad`` itself, which is consumed only if an update has one micro-batch.
     """
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
@@ -190,21 +191,25 @@ def _gradients_are_used_up(engine: Any) -> bool:
 
 
 def set_learning_rate(engine: Any, learning_rate: float) -> None:
-    """Use this learning rate in every group from the next update on."""
+    """Set the learning rate of every group from the next update on."""
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
 
 
-def gradient_norm(engine: Any) -> torch.Tensor | float:
-    """Global norm of the averaged gradient of the last update, before clipping."""
-    norm = engine.get_global_grad_norm()
-    return float("nan") if norm is None else norm
+def data_parallel_size(engine: Any) -> int:
+    """Number of ranks with different batches; the engine averages gradients over them."""
+    return engine.dp_world_size
+
+
+def data_parallel_group(engine: Any) -> dist.ProcessGroup:
+    """The ranks with different batches."""
+    return engine.seq_data_parallel_group
 
 
 def _mark_gradients(decoder: Decoder) -> None:
-    """Mark gradients of cut parameters as DeepSpeed expects the parameters to be marked.
+    """Mark the gradients of sharded parameters as DeepSpeed expects parameters to be marked.
 
-    bf16 without ZeRO takes the norm of gradients and looks for the mark on them
+    bf16 without ZeRO takes the norm of the gradients and looks for the mark on them
     (docs/dev/deepspeed-notes.md).
     """
 

@@ -1,4 +1,7 @@
-"""What :mod:`megalr.engine.patches` puts in place of methods of ``BF16_Optimizer``."""
+"""Replacements for methods of ``BF16_Optimizer`` (bf16 with ZeRO 1 or without ZeRO).
+
+Version, gain, test and rule for removal: :mod:`megalr.engine.patches`.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from megalr.engine.skip_step import step_with_found_inf, supports_device_skip
+from megalr.engine.skip_step import step_or_skip
 
-_RELIED_ON = (
+_ATTRIBUTES = (
     "bf16_groups fp32_groups_gradients fp32_groups_gradients_flat fp32_groups_has_gradients "
     "fp32_groups_gradient_flat_partition fp32_groups_flat_partition update_hp_grads clear_hp_grads "
     "clear_lp_grads get_grads_for_norm get_grads_for_reduction update_lp_params clip_grad "
@@ -23,15 +26,15 @@ _RELIED_ON = (
 
 def batch_bf16(engine: Any, optimizer: Any) -> None:
     """Replace methods of the engine's ``BF16_Optimizer`` if it is used in the usual way."""
-    usual = (
-        all(hasattr(optimizer, name) for name in _RELIED_ON.split())
+    as_expected = (
+        all(hasattr(optimizer, name) for name in _ATTRIBUTES.split())
         and not optimizer._uses_muon
         and not optimizer.immediate_grad_update
         and optimizer.norm_type == 2
         and optimizer.grad_acc_dtype == torch.float32
         and getattr(optimizer, "autoep_folding_tp_group", None) is None
     )
-    if not usual:
+    if not as_expected:
         return
     # Sums in the shapes of the gradients: a batched copy wants equal shapes.
     sums = [
@@ -40,11 +43,11 @@ def batch_bf16(engine: Any, optimizer: Any) -> None:
             optimizer.fp32_groups_gradients, optimizer.bf16_groups, strict=True
         )
     ]
-    one_by_one = optimizer.update_hp_grads
+    original = optimizer.update_hp_grads
 
     def update_hp_grads(self: Any, clear_lp_grads: bool = False) -> None:
         if clear_lp_grads:
-            one_by_one(clear_lp_grads)
+            original(clear_lp_grads)
             return
         for number, group in enumerate(self.bf16_groups):
             _add_gradients(self, number, group, sums[number])
@@ -61,9 +64,9 @@ def batch_bf16(engine: Any, optimizer: Any) -> None:
 def _add_gradients(optimizer: Any, number: int, group: list[Any], sums: list[Tensor]) -> None:
     """``sums += .grad`` for a group's parameters, bf16 onto float32.
 
-    The first micro-batch of an update, which finds zeros, is written over them (one kernel for
-    some hundred tensors, and no reading of the sums); later ones are gathered into one bf16 tensor
-    and added to the flat sums in one more.
+    The first micro-batch of an update is written over the sums, which are zero (one kernel for some
+    hundred tensors, and the sums are not read); later ones are gathered into one bf16 tensor and
+    added to the flat sums by one more kernel.
     """
     has_gradient = optimizer.fp32_groups_has_gradients[number]
     used = [index for index, parameter in enumerate(group) if parameter.grad is not None]
@@ -85,8 +88,8 @@ def _reduce_on_one_rank(optimizer: Any, rounds_to: torch.dtype | None) -> None:
     """Leave the engine nothing to reduce where there is one data-parallel rank.
 
     It would flatten all sums, convert them to ``communication_data_type`` and copy them back twice
-    (28 bytes a parameter) to add up nothing. What is left of that is the rounding to that type,
-    where the sums are not of that type already: of several micro-batches.
+    (28 bytes per parameter) to add up nothing. The rounding to that type stays where several
+    micro-batches were added up: the sums of one are of that type already.
     """
 
     def get_grads_for_reduction(self: Any) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
@@ -102,38 +105,31 @@ def _reduce_on_one_rank(optimizer: Any, rounds_to: torch.dtype | None) -> None:
 def _bf16_step(optimizer: Any, closure: None = None) -> None:
     """``BF16_Optimizer.step``: norm, clipping, update, new weights.
 
-    The host waits for the norm, but not where the optimizer can leave the step out by itself: then
-    ``skipped`` tells on the device, and weights that have not changed are written once more. The
-    sums are not cleared here: the engine calls ``zero_grad``, which does so, right afterwards.
+    After a step that the device has skipped the unchanged weights are written once more. The sums
+    are not cleared here: the engine calls ``zero_grad``, which does so, right afterwards.
     """
     if closure is not None:
         raise NotImplementedError("BF16_Optimizer does not support a closure")
     norm = _bf16_norm(optimizer)
-    bad = (~torch.isfinite(norm)).float()  # the same on all ranks, as the norm is
-    optimizer._global_grad_norm = norm.nan_to_num(
-        nan=math.inf, posinf=math.inf
-    )  # as DeepSpeed tells it
-    optimizer.overflow, optimizer.skipped = False, bad
-    own = optimizer.fp32_groups_gradient_flat_partition  # the rank updates with nothing else
-    base = optimizer.optimizer
-    waits = not supports_device_skip(base)
-    if waits:
-        norm = norm.cpu()
-        optimizer.overflow = optimizer.skipped = not math.isfinite(norm)
-        if optimizer.overflow:
-            optimizer.clear_hp_grads()
-            optimizer.clear_lp_grads()
-            return
-        if optimizer.clip_grad > 0:
-            factor = optimizer.clip_grad / (norm + 1e-6)
-            if factor < 1:
-                torch._foreach_mul_(own, factor.item())
-    for master, gradient in zip(optimizer.fp32_groups_flat_partition, own, strict=True):
-        master.grad = gradient
-    if waits:
-        base.step()
-    else:
-        step_with_found_inf(base, bad, norm, optimizer.clip_grad, base.step)
+    # Infinite instead of NaN, as DeepSpeed reports it.
+    optimizer._global_grad_norm = norm.nan_to_num(nan=math.inf, posinf=math.inf)
+    gradients = optimizer.fp32_groups_gradient_flat_partition  # all that this rank updates with
+
+    def clip(norm: Tensor) -> None:
+        factor = optimizer.clip_grad / (norm + 1e-6)
+        if factor < 1:
+            torch._foreach_mul_(gradients, factor.item())
+
+    def step() -> None:
+        for master, gradient in zip(optimizer.fp32_groups_flat_partition, gradients, strict=True):
+            master.grad = gradient
+        optimizer.optimizer.step()
+
+    step_or_skip(optimizer, norm, optimizer.clip_grad, clip, step)
+    if optimizer.overflow:
+        optimizer.clear_hp_grads()
+        optimizer.clear_lp_grads()
+        return
     optimizer._lazy_init_hp_params_optimizer_state()
     optimizer.update_lp_params()
 
@@ -141,8 +137,8 @@ def _bf16_step(optimizer: Any, closure: None = None) -> None:
 def _bf16_norm(optimizer: Any) -> Tensor:
     """Euclidean norm of all gradients, float32 of shape () on the device.
 
-    Without tensor parallelism that of the flat sums, whose padding and unused parts are zero; with
-    it every parameter once, over the ranks of its group.
+    Without tensor parallelism the norm of the flat sums, whose padding and unused parts are zero;
+    with it every parameter counts once, over the ranks of its group.
     """
     if optimizer.mpu is None:
         return get_total_norm(optimizer.fp32_groups_gradients_flat)

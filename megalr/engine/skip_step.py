@@ -1,23 +1,69 @@
-"""How an update is left out on all ranks: by a gradient that no engine accepts.
+"""How a bad update is skipped on all ranks: all of it but the counting (megalr/training/health.py).
 
-Every wrapper that DeepSpeed puts around an optimizer looks for a non-finite gradient, on all ranks
-together, and then makes no update (docs/dev/deepspeed-notes.md); the host waits for it. Where
-there is no wrapper :mod:`megalr.engine.unwrapped_step` does the same. torch's fused AdamW skips a
-step inside its kernel: there the host need not wait, and a GPU goes on while Python prepares the
-next update.
+An update is bad if its loss or gradient is not finite on some rank, or if the loop rejects it.
+
+1. :func:`poison_nonfinite` turns a loss that is not finite into a gradient that is not. The loop
+   rejects an update by making its loss NaN.
+2. The gradient norm, the same on all ranks, is then not finite, and nothing is changed. DeepSpeed's
+   wrappers test it in their own ``step``. Where megalr makes the step (fp32 and paper_bf16 without
+   ZeRO, ``BF16_Optimizer``) :func:`step_or_skip` tests it. The host waits for the answer, except
+   with a fused AdamW, which skips inside its kernel, so a GPU goes on while Python prepares the
+   next update.
+3. :func:`step_outcome` gives the norm and whether the step was skipped: a bool, or a
+   :class:`DeferredSkip` while only the device knows.
+
+DeepSpeed's side of this is in docs/dev/deepspeed-notes.md.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
+
+
+class HostCopy:
+    """Numbers of any shape on their way from the device to the host.
+
+    ``read`` waits for what was launched before the copy; ``Tensor.item`` would also wait for
+    everything launched since.
+    """
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+        self._values.copy_(values, non_blocking=True)
+        self._event = torch.cuda.Event() if values.is_cuda else None
+        if self._event is not None:
+            self._event.record()
+
+    def read(self) -> torch.Tensor:
+        """The numbers, on the host."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._values
+
+
+class DeferredSkip:
+    """Whether a step was skipped by the device, which the host does not know yet.
+
+    The engine took the step for made; reading adds it to the engine's ``skipped_steps``.
+    """
+
+    def __init__(self, engine: Any, flag: torch.Tensor) -> None:
+        self._engine = engine
+        self._copy = HostCopy(flag)
+
+    def read(self) -> bool:
+        """The answer; waits for that update. Call it once."""
+        skipped = bool(self._copy.read())
+        self._engine.skipped_steps += skipped
+        return skipped
 
 
 def poison_nonfinite(loss: torch.Tensor) -> torch.Tensor:
-    """``loss`` times 1, or times NaN if it is not finite; a tensor of its own.
+    """``loss`` times 1, or times NaN if it is not finite; a new tensor.
 
     So a non-finite loss gives a non-finite gradient, even where the derivative alone would be
     finite, without the host having to look. A finite loss and its gradient stay bitwise.
@@ -26,49 +72,72 @@ def poison_nonfinite(loss: torch.Tensor) -> torch.Tensor:
     return loss * (1 + (value - value))
 
 
-def not_finite_anywhere(value: torch.Tensor) -> torch.Tensor:
-    """1 if the number ``value`` is inf or nan on some rank, else 0; float32, the same on all ranks.
+def step_or_skip(
+    optimizer: Any,
+    norm: torch.Tensor,
+    limit: float,
+    clip: Callable[[torch.Tensor], None],
+    step: Callable[[], Any],
+) -> None:
+    """Clip and step, or change nothing if the gradient norm is not finite.
 
-    Every rank must call it. The host does not wait for the device.
+    The clipped gradient is g / max(1, (norm + 1e-6) / limit). Sets ``optimizer.overflow``, which
+    the engine reads after the step: whether the host knows that the step was skipped. Sets
+    ``optimizer.skipped`` for :func:`step_outcome`: the same, or 1 or 0 on the device, shape ().
+
+    Args:
+        optimizer: the engine's; a wrapper has the run's optimizer in its attribute ``optimizer``.
+        norm: of the whole gradient, float32, shape (), the same on all ranks.
+        limit: largest norm; 0: no clipping.
+        clip: multiplies the gradients by min(1, limit / (norm + 1e-6)), given the norm on the host.
+        step: the optimizer's own step.
     """
-    bad = (~torch.isfinite(value)).float()
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(bad, op=dist.ReduceOp.MAX)
-    return bad
+    base = getattr(optimizer, "optimizer", optimizer)
+    if _skips_on_device(base):
+        skipped = (~torch.isfinite(norm)).float()
+        base.found_inf = skipped
+        base.grad_scale = ((norm + 1e-6) / limit).clamp(min=1.0) if limit else None
+        optimizer.overflow, optimizer.skipped = False, skipped
+        step()
+        return
+    norm = norm.cpu()  # the host waits here
+    optimizer.overflow = optimizer.skipped = not math.isfinite(norm)
+    if optimizer.overflow:
+        return
+    if limit:
+        clip(norm)
+    step()
 
 
-def supports_device_skip(base: torch.optim.Optimizer) -> bool:
-    """Whether ``step`` of the optimizer can be told on the device to change nothing.
+def _skips_on_device(base: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer's step can be skipped inside its kernel (``found_inf``).
 
-    Not before its first step, which would make moments even so.
+    Not the first one, which would create moments even if it is skipped.
     """
     fused = isinstance(base, torch.optim.AdamW) and all(g["fused"] for g in base.param_groups)
     return fused and bool(base.state)
 
 
-def step_with_found_inf(
-    base: torch.optim.Optimizer,
-    bad: torch.Tensor,
-    norm: torch.Tensor,
-    limit: float,
-    make_step: Callable[[], Any],
-) -> None:
-    """A step of a fused AdamW that changes nothing where ``bad`` is 1, clipped inside its kernel.
+def step_outcome(engine: Any) -> tuple[torch.Tensor | float, DeferredSkip | bool]:
+    """Norm of the averaged gradient of the last step before clipping, and whether it was skipped.
 
-    The gradient is g / max(1, (norm + 1e-6) / limit), and g with a limit of 0. ``bad`` and
-    ``norm`` are numbers on the device, which nobody waits for.
+    Call it once after each step. The norm may be on the device; NaN if the engine has none. Of a
+    step that was skipped nothing is left.
     """
-    base.found_inf = bad  # type: ignore[attr-defined]
-    scale = ((norm + 1e-6) / limit).clamp(min=1.0) if limit else None
-    base.grad_scale = scale  # type: ignore[attr-defined]
-    make_step()
+    norm = engine.get_global_grad_norm()
+    norm = float("nan") if norm is None else norm
+    if not engine.was_step_applied():
+        _drop_offloaded_gradients(engine.optimizer)
+        return norm, True
+    skipped = getattr(engine.optimizer, "skipped", False)
+    return norm, DeferredSkip(engine, skipped) if isinstance(skipped, torch.Tensor) else skipped
 
 
-def drop_offloaded_gradients(optimizer: Any) -> None:
+def _drop_offloaded_gradients(optimizer: Any) -> None:
     """Drop the gradients of a step that DeepSpeed's ZeRO-1 or 2 has skipped with CPU offload.
 
-    It drops them itself without offload. With it and bf16 their sums stay, the next micro-batches
-    are added, and no step is ever made again (docs/dev/deepspeed-notes.md).
+    Without offload it drops them itself. With it and bf16 their sums stay, the next micro-batches
+    are added to them, and no step is ever made again (docs/dev/deepspeed-notes.md).
     """
     if getattr(optimizer, "cpu_offload", False):
         for group in getattr(optimizer, "averaged_gradients", {}):

@@ -13,26 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-
-class HostCopy:
-    """Numbers on their way from the device to the host, any shape.
-
-    ``read`` waits for what was launched before they started; ``Tensor.item`` would wait for all
-    that was launched since as well.
-    """
-
-    def __init__(self, values: torch.Tensor) -> None:
-        self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
-        self._values.copy_(values, non_blocking=True)
-        self._event = torch.cuda.Event() if values.is_cuda else None
-        if self._event is not None:
-            self._event.record()
-
-    def read(self) -> torch.Tensor:
-        """The numbers, on the host."""
-        if self._event is not None:
-            self._event.synchronize()
-        return self._values
+from megalr.engine.skip_step import DeferredSkip, HostCopy
 
 
 @dataclass
@@ -60,20 +41,20 @@ class StepResult:
     learning_rate: float
     loss_sum: torch.Tensor
     norm: torch.Tensor | float = float("nan")
-    skipped: HostCopy | bool = False
+    skipped: DeferredSkip | bool = False
     spike: bool = False
     loss: float | None = None
 
     @property
     def known(self) -> bool:
         """Whether the host knows if the update was left out."""
-        return not isinstance(self.skipped, HostCopy)
+        return not isinstance(self.skipped, DeferredSkip)
 
     @property
     def applied(self) -> bool:
         """Whether weights and moments were changed; the host waits for the answer if need be."""
-        if isinstance(self.skipped, HostCopy):
-            self.skipped = bool(self.skipped.read())
+        if isinstance(self.skipped, DeferredSkip):
+            self.skipped = self.skipped.read()
         return not self.skipped
 
 

@@ -42,7 +42,7 @@ from megalr.training.device import CompileClock, peak_flops, peak_memory_gib, wa
 from megalr.training.due import Due
 from megalr.training.health import Health
 from megalr.training.progress import TrainProgress
-from megalr.training.step import Updater
+from megalr.training.step import train_step
 from megalr.training.step_log import LogWindow, PendingLog, PendingMetrics, StepResult
 
 
@@ -108,8 +108,7 @@ class Trainer:
         self._interval = LogWindow()
         self._due = Due(config, validation is not None, restarts, relora)
         self._copies = dist.get_world_size() // engine.dp_world_size  # ranks with the same batch
-        refuse = self._loss_spikes if self.health.decides_before_step else None
-        self._updater = Updater(engine, device, refuse)
+        self._reject = self._loss_spikes if self.health.decides_before_step else None
         self._flops_per_token = flops_per_token(engine.module, config.data.sequence_length)
         self._peak_flops = peak_flops(device, config.train.precision)
         self._go_on_from(TrainProgress())
@@ -179,7 +178,7 @@ class Trainer:
         """One optimizer step on the global batch, or none if that is bad; counted either way."""
         factor = self.restarts.learning_rate_factor(self.update)
         rate = self.config.optimizer.lr * factor
-        made = self._updater.make(batch, self.update + 1, rate)
+        made = train_step(self.engine, batch, self.update + 1, rate, self._reject)
         self._interval.made.append(made)
         self.tokens += batch.num_targets
         self.update += 1
@@ -207,9 +206,7 @@ class Trainer:
 
     def check(self, made: StepResult) -> str | None:
         """Count an update, report it if it is bad; the reason if the run must go back for it."""
-        told = made.known  # to the engine as well
         if not made.applied:
-            self.engine.skipped_steps += not told
             self.metrics.write(
                 "skip",
                 made.update,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +20,7 @@ from megalr.engine.config import resolve_deepspeed_config
 from megalr.engine.patches import batch_parameters
 from megalr.engine.state import EngineState
 from megalr.models.build import build_model
-from megalr.training.step import Updater
+from megalr.training.step import train_step
 from tests.ranks import run_distributed
 from tests.training.runs import settings, zero
 
@@ -43,7 +45,6 @@ def _train(values: dict[str, Any], stage: int, batched: bool) -> dict[str, Any]:
         engine = engines.build_engine(config, ds_config, build_model(config, torch.device("cpu")))
     replaced = {"update_hp_grads", "scaled_global_norm"} & vars(engine.optimizer).keys()
     assert bool(replaced) == batched
-    updater = Updater(engine, torch.device("cpu"), None)
     parameters = list(engine.module.parameters())
     state = EngineState(engine)
     seen: dict[str, Any] = {"weights": [], "masters": [], "moments": [], "norms": [], "steps": []}
@@ -61,7 +62,9 @@ def _train(values: dict[str, Any], stage: int, batched: bool) -> dict[str, Any]:
         engine.optimizer.clip_grad = 0.01 if number == CLIPPED else 1e6
         last = dist.get_rank() == dist.get_world_size() - 1
         factor[0] = float("nan") if last and number == BAD else 1.0
-        made = updater.make(_batch(number, engine.gradient_accumulation_steps()), number, 0.01)
+        made = train_step(
+            engine, _batch(number, engine.gradient_accumulation_steps()), number, 0.01
+        )
         seen["norms"].append(float(made.norm))
         seen["steps"].append(made.applied)
         seen["weights"].append([p.detach().clone() for p in parameters])
@@ -153,3 +156,24 @@ def _replaced_in_unknown_wrappers() -> list[set[str]]:
         batch_parameters(SimpleNamespace(optimizer=wrapper))
         replaced.append(set(vars(wrapper)) - before)
     return replaced
+
+
+def test_another_version_of_deepspeed_keeps_its_own_code() -> None:
+    assert run_distributed(_replaced_in_another_version, 1) == [(set(), True)]
+
+
+def _replaced_in_another_version() -> tuple[set[str], bool]:
+    """Attributes set on a wrapper under another version of DeepSpeed; whether it was said."""
+    import deepspeed
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    wrapper = DeepSpeedZeroOptimizer.__new__(DeepSpeedZeroOptimizer)
+    wrapper.cpu_offload = False
+    before = set(vars(wrapper))
+    output = io.StringIO()
+    with (
+        patch.object(deepspeed, "__version__", "0.20.0"),
+        contextlib.redirect_stdout(output),
+    ):
+        batch_parameters(SimpleNamespace(optimizer=wrapper))
+    return set(vars(wrapper)) - before, "note: DeepSpeed 0.20.0 is not 0.19.8" in output.getvalue()

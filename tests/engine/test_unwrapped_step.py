@@ -18,7 +18,7 @@ from megalr.engine.unwrapped_step import install_clip_and_skip
 from megalr.models.build import build_model
 from megalr.models.decoder import Decoder
 from megalr.optim import SPAM
-from megalr.training.step import Updater
+from megalr.training.step import train_step
 from tests.ranks import run_distributed
 from tests.training.runs import events, losses, run, settings, zero
 
@@ -46,13 +46,12 @@ def _updates(world: int, train: dict[str, Any]) -> dict[str, Any]:
     decoder = build_model(config, torch.device("cpu"))
     engine = build_engine(config, resolve_deepspeed_config(config, zero(0), "test", world), decoder)
     assert engine.optimizer is engine.basic_optimizer
-    updater = Updater(engine, torch.device("cpu"), None)
     rank = torch.distributed.get_rank()
     made = []
     for update in range(UPDATES):
         micro = [_micro_batch(update, rank, number) for number in range(MICRO_BATCHES)]
         batch = UpdateBatch(update, micro, world * MICRO_BATCHES * 48, (0,))
-        made.append(updater.make(batch, update + 1, RATE))
+        made.append(train_step(engine, batch, update + 1, RATE))
     assert all(m.applied for m in made) and engine.skipped_steps == 0
     states = engine.basic_optimizer.state
     found = {

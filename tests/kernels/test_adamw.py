@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from megalr.engine.skip_step import step_with_found_inf, supports_device_skip
+from megalr.engine.skip_step import step_or_skip
 from megalr.kernels.adamw import AdamW
 from megalr.optim.build import build_optimizer
 from megalr.optim.methods import RunFacts
@@ -63,6 +63,11 @@ def _twin(optimizer: AdamW, parameters: Parameters) -> tuple[torch.optim.AdamW, 
     twin = torch.optim.AdamW(copies, fused=True)
     twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     return twin, copies
+
+
+def _not_called(norm: torch.Tensor) -> None:
+    """Clipping is the kernel's, not the caller's."""
+    raise AssertionError("gradients were clipped outside the kernel")
 
 
 def _numbers(optimizer: torch.optim.Optimizer, p: torch.nn.Parameter) -> list[torch.Tensor]:
@@ -165,15 +170,15 @@ def test_nothing_changes_where_the_gradient_is_not_finite() -> None:
     before = [_numbers(optimizer, p) for p in parameters]
     parameters[3].grad[5, 5] = torch.nan
     norm = torch.tensor(torch.nan, device=DEVICE)
-    assert supports_device_skip(optimizer)
-    step_with_found_inf(optimizer, torch.ones((), device=DEVICE), norm, 1.0, optimizer.step)
+    step_or_skip(optimizer, norm, 1.0, _not_called, optimizer.step)
+    assert optimizer.skipped == 1.0 and not optimizer.overflow
     assert optimizer._tables
     for p, old in zip(parameters, before, strict=True):
         for found, expected in zip(_numbers(optimizer, p), old, strict=True):
             torch.testing.assert_close(found, expected, rtol=0, atol=0)
     _new_gradients(parameters, 3)
     norm = torch.tensor(4.0, device=DEVICE)
-    step_with_found_inf(optimizer, torch.zeros((), device=DEVICE), norm, 2.0, optimizer.step)
+    step_or_skip(optimizer, norm, 2.0, _not_called, optimizer.step)
     for p, old in zip(parameters, before, strict=True):
         expected = _exact(optimizer.param_groups[0], old, p.grad, (4.0 + 1e-6) / 2)
         _check(_numbers(optimizer, p), expected, ROUNDING)
@@ -260,9 +265,9 @@ def test_without_triton_it_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     for update, bad in enumerate((0.0, 0.0, 1.0, 0.0)):
         for either, tensors in ((optimizer, parameters), (twin, copies)):
             _new_gradients(tensors, update)
-            if supports_device_skip(either):
-                norm = torch.tensor(4.0)
-                step_with_found_inf(either, torch.tensor(bad), norm, 1.0, either.step)
+            if either.state:
+                norm = torch.tensor(float("nan") if bad else 4.0)
+                step_or_skip(either, norm, 1.0, _not_called, either.step)
             else:
                 assert either.step(lambda: 3.0) == 3.0
     assert len(calls) == 4 and not optimizer._tables

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megalr.config.schema import RunConfig
 from megalr.engine.config import resolve_deepspeed_config
-from megalr.engine.unwrapped_step import as_deepspeed_takes_it
+from megalr.engine.unwrapped_step import without_accumulation_dtype
 from megalr.models.build import build_decoder
 from megalr.models.config import DecoderConfig
 from megalr.models.decoder import Decoder
@@ -124,7 +124,7 @@ def engine_of(
     decoder = make_decoder(method)
     if kind == "paper_bf16 stage 0":  # as build_engine does; DeepSpeed casts for the others
         decoder.bfloat16()
-        resolved = as_deepspeed_takes_it(resolved)
+        resolved = without_accumulation_dtype(resolved)
     engine, *_ = deepspeed.initialize(
         model=decoder,
         optimizer=make_optimizer(decoder) if optimizer is None else optimizer(decoder),

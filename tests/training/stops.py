@@ -21,7 +21,7 @@ from megalr.distributed import watchdog
 from megalr.distributed.signals import STOP_SIGNALS, StopRequest
 from megalr.training import pretrain
 from megalr.training import trainer as loop
-from megalr.training.step import Updater
+from megalr.training.step import train_step
 from megalr.training.step_log import StepResult
 from megalr.training.trainer import Trainer
 
@@ -56,15 +56,15 @@ def run_until_signal(
 def _at(point: str, act: Any) -> Iterator[None]:
     """Call ``act(updates done or being made)`` whenever the run comes to ``point``."""
     build_engine, save_checkpoint = pretrain.build_engine, loop.save_checkpoint
-    until_stopped, make = Trainer._until_stopped, Updater.make
+    until_stopped = Trainer._until_stopped
 
     def start(*arguments: Any) -> Any:
         act(0)
         return build_engine(*arguments)
 
-    def in_step(self: Updater, batch: UpdateBatch, update: int, learning_rate: float) -> StepResult:
+    def in_step(engine: Any, batch: UpdateBatch, update: int, *rest: Any) -> StepResult:
         act(update)
-        return make(self, batch, update, learning_rate)
+        return train_step(engine, batch, update, *rest)
 
     def in_evaluation(self: Trainer, batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
         for seen, batch in enumerate(until_stopped(self, batches)):
@@ -78,7 +78,7 @@ def _at(point: str, act: Any) -> Iterator[None]:
 
     patches = {
         "start": (pretrain, "build_engine", start),
-        "step": (Updater, "make", in_step),
+        "step": (loop, "train_step", in_step),
         "evaluation": (Trainer, "_until_stopped", in_evaluation),
         "saving": (loop, "save_checkpoint", in_saving),
     }

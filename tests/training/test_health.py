@@ -19,10 +19,10 @@ from megalr.distributed import watchdog as watchdog_module
 from megalr.distributed.signals import STOP_SIGNALS, StopRequest
 from megalr.distributed.stop_vote import StopVote
 from megalr.distributed.watchdog import Watchdog
-from megalr.engine.skip_step import poison_nonfinite
+from megalr.engine.skip_step import HostCopy, poison_nonfinite
 from megalr.errors import AgreedError
 from megalr.training.health import Health, SpikeWindow
-from megalr.training.step_log import HostCopy, LogWindow, PendingMetrics, StepResult
+from megalr.training.step_log import LogWindow, PendingMetrics, StepResult
 
 
 def _spikes_by_numpy(values: np.ndarray, window: int, threshold: float) -> list[int]:
