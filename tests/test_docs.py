@@ -20,7 +20,7 @@ from megalr.models.config import PRESETS
 
 ROOT = Path(__file__).parents[1]
 USER_PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-DEVELOPER_PAGES = sorted((ROOT / "docs" / "dev").glob("*.md"))
+DEVELOPER_PAGES = [ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs" / "dev").glob("*.md"))]
 LAB = [ROOT / "benchmarks" / "README.md", *sorted((ROOT / "benchmarks").glob("lab/*.md"))]
 PAGES = [*USER_PAGES, *DEVELOPER_PAGES, *LAB]
 PROGRAMS = {
@@ -81,6 +81,13 @@ def test_readme_leads_to_every_page() -> None:
     measurements, *lab = LAB
     for page in lab:
         assert f"](lab/{page.name})" in measurements.read_text(encoding="utf-8")
+
+
+def test_every_room_has_a_row_in_the_architecture() -> None:
+    text = (ROOT / "docs" / "dev" / "architecture.md").read_text(encoding="utf-8")
+    rooms = {f"megalr/{path.parent.name}" for path in ROOT.glob("megalr/*/__init__.py")}
+    section = text.split("## Rooms\n")[1].split("\n## ")[0]
+    assert set(re.findall(r"^\| `(megalr/\w+)` \|", section, re.MULTILINE)) == rooms
 
 
 @pytest.mark.parametrize("page, lines", [("README.md", 120), ("docs/performance.md", 150)])
