@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megalr.checkpoint import directory
 from megalr.checkpoint.manifest import CheckpointManifest, Damaged, check_files, read_manifest
+from megalr.checkpoint.torch_files import load_mapped
 from megalr.distributed.agreement import run_on_rank0
 from megalr.errors import AgreedError, UserError
 from megalr.files import system_errors, system_message
@@ -72,15 +73,33 @@ def _problem(folder: Path, verify: bool) -> str | None:
     manifest, problem = run_on_rank0(lambda: try_manifest(folder))
     if manifest is None or problem is not None:
         return problem
-    if not verify:
-        return run_on_rank0(lambda: check_files(folder, manifest.files, manifest.files, False))
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     largest_first = sorted(manifest.files, key=lambda name: -manifest.files[name].size)
-    found: list[Any] = [check_files(folder, manifest.files, largest_first[rank::world], True)]
+    found: list[Any] = [_check_share(folder, manifest, largest_first[rank::world], verify)]
     if world > 1:
         mine, found = found[0], [None] * world
         dist.all_gather_object(found, mine)
     return next((problem for problem in found if problem is not None), None)
+
+
+def _check_share(
+    folder: Path, manifest: CheckpointManifest, names: list[str], verify: bool
+) -> str | None:
+    """Why the first unusable one of these files cannot be used; None if all can.
+
+    Tensor files are opened as well (their tensors stay unread): one that would have to run code is
+    as unusable as a damaged one.
+    """
+    problem = check_files(folder, manifest.files, names, verify)
+    if problem is not None:
+        return problem
+    try:
+        for name in names:
+            if name.endswith(".pt"):
+                load_mapped(folder / name)
+    except Damaged as error:
+        return str(error)
+    return None
 
 
 def try_manifest(folder: Path) -> tuple[CheckpointManifest | None, str | None]:

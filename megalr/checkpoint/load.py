@@ -23,6 +23,7 @@ from megalr.checkpoint.manifest import Damaged
 from megalr.checkpoint.reader import open_source
 from megalr.checkpoint.source import MASTER, SavedState, StateSource, whole
 from megalr.distributed.agreement import run_on_all, run_on_rank0
+from megalr.engine.checkpoint_files import read_engine_files
 from megalr.engine.checkpoint_layout import frozen_parameters, frozen_piece, layout_of
 from megalr.engine.state import EngineState
 from megalr.errors import AgreedError, UserError
@@ -71,8 +72,7 @@ def load_checkpoint(engine: Any, folder: Path, tag: str) -> Loaded:
         run_on_all(lambda: load_source(engine, open_source(root / tag)), Damaged)
         EngineState(engine).refresh_weights()
     else:
-        path, _ = engine.load_checkpoint(str(root), tag=tag)
-        if path is None:
+        if not read_engine_files(engine, root, tag):
             raise AgreedError(f"checkpoint {root / tag} could not be loaded by DeepSpeed")
     for group, given in zip(EngineState(engine).base.param_groups, options, strict=True):
         group.update({key: value for key, value in given.items() if key != "params"})

@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megalr.checkpoint.manifest import Damaged
+from megalr.engine.unpickle import unpickle
+
+_FOREIGN_CLASS = re.compile(r"GLOBAL ([\w.]+)")
 
 
 def load_mapped(path: Path) -> Any:
     """Open a file written by ``torch.save``; tensors stay on the disk until they are used.
 
-    Accepts only tensors, plain values and the three plain classes that DeepSpeed writes.
+    Accepts only tensors, plain values and the plain classes that DeepSpeed writes.
 
     Raises:
         Damaged: it is not such a file.
     """
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
     try:
-        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        raise Damaged(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+        return unpickle(path, mmap=True)
+    except pickle.UnpicklingError as error:
+        found = _FOREIGN_CLASS.search(str(error))
+        reason = (
+            f"holds {found[1]}, which is neither a tensor nor a plain value; not loaded because "
+            "that could run code"
+            if found
+            else "is not a file of tensors"
+        )
+        raise Damaged(f"{path.name} {reason}") from error
+    except (OSError, RuntimeError, EOFError, ValueError, AttributeError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise Damaged(f"{path.name} cannot be read: {reason}") from error
 
 
 def follow(values: Any, keys: list[Any]) -> Any:

@@ -1,4 +1,4 @@
-"""The engine's own files of a checkpoint, written so that no rank fails alone."""
+"""The engine's own files of a checkpoint: no rank fails alone writing, no code runs reading."""
 
 from __future__ import annotations
 
@@ -9,6 +9,21 @@ import torch
 import torch.distributed as dist
 
 from megalr.engine.checkpoint_layout import describe, fragments_file
+from megalr.engine.unpickle import unpickle
+
+
+def read_engine_files(engine: Any, root: Path, tag: str) -> bool:
+    """Have the engine load its own files of ``root/tag``; False if it found none. Collective."""
+
+    def load(path: str, map_location: Any = None) -> Any:
+        return unpickle(path)  # to the CPU, as for every map_location that the engine passes
+
+    engine.checkpoint_engine.load = load
+    try:
+        path, _ = engine.load_checkpoint(str(root), tag=tag)
+    finally:
+        del engine.checkpoint_engine.load
+    return path is not None
 
 
 def write_engine_files(

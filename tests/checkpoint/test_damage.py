@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import pickle
 import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
 from megalr.checkpoint.find import find_checkpoint
+from megalr.checkpoint.manifest import manifest_text, read_manifest, record_of
 from megalr.checkpoint.retain import delete_superseded
 from megalr.config.schema import RunConfig
+from megalr.engine.checkpoint_files import read_engine_files
 from megalr.errors import UserError
 from tests.ranks import RankFailed, run_distributed
 from tests.training.runs import events, losses, run, settings, zero
@@ -102,6 +109,51 @@ def test_a_run_resumes_past_damage_and_says_so(saved: Path, data: Path, tmp_path
         _remove(checkpoints / tag)
     with pytest.raises(RankFailed, match="has no good checkpoint"):  # not from scratch
         run_distributed(run, 2, values, zero(1))
+
+
+class _Planted:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("kind", ["*model_states.pt", "*_pp_rank_1_*_optim_states.pt"])
+def test_code_planted_in_a_checkpoint_does_not_run_and_an_older_one_is_taken(
+    kind: str, saved: Path, data: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(saved, tmp_path / "run")
+    expected = losses(folder)
+    newest = folder / "checkpoints" / "update_6"
+    path = next(newest.glob(kind))
+    content = torch.load(path, weights_only=False)
+    torch.save({**content, "more": _Planted(tmp_path / "ran")}, path)
+    manifest = read_manifest(newest)
+    files = {**manifest.files, path.name: record_of(path)}
+    text = manifest_text(dataclasses.replace(manifest, files=files))
+    (newest / "manifest.json").write_text(text)
+
+    run_distributed(run, 2, settings(folder, data, **SECTIONS), zero(1))
+    (resumed,) = events(folder, "resume")
+    assert resumed["path"] == "checkpoints/update_4" and not (tmp_path / "ran").exists()
+    (problem,) = resumed["damaged"]
+    assert f"{path.name} holds posix.mkdir" in problem and "could run code" in problem
+    assert losses(folder) == expected
+
+
+def test_the_engine_itself_refuses_planted_code(tmp_path: Path) -> None:
+    path = tmp_path / "mp_rank_00_model_states.pt"
+    torch.save({"module": _Planted(tmp_path / "ran")}, path)
+    engine = SimpleNamespace(checkpoint_engine=TorchCheckpointEngine(None))
+    engine.load_checkpoint = lambda root, tag: (engine.checkpoint_engine.load(str(path)), {})
+    with pytest.raises(pickle.UnpicklingError, match=r"posix.mkdir"):
+        read_engine_files(engine, tmp_path, "tag")
+    assert not (tmp_path / "ran").exists()
+    torch.load(path, weights_only=False)  # as DeepSpeed does
+    assert (tmp_path / "ran").exists()
 
 
 def test_the_best_and_the_periodic_checkpoints_stay(data: Path, tmp_path: Path) -> None:
