@@ -10,7 +10,7 @@ has every attribute that they use; otherwise DeepSpeed's own code runs.
 file           follows                           recorded gain
 ============== ================================= ================================================
 patch_bf16.py  ``BF16_Optimizer`` 0.19.8         60M, bf16: an update beside the CUDA graph takes
-                                                 1.4 ms instead of 3.6 (benchmarks/LOG.md)
+                                                 1.4 ms instead of 3.6 (benchmarks/lab)
 patch_zero.py  ``DeepSpeedZeroOptimizer`` 0.19.8 none recorded
 ============== ================================= ================================================
 
