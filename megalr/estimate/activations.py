@@ -1,28 +1,29 @@
-"""Bytes that forward keeps for backward, and what head and backward need besides.
+"""Bytes of activations saved for backward, and the temporary memory of head and backward.
 
-Counted per token and block in elements of the compute precision, h hidden width, f MLP width, r
-rank, with equal numbers of heads:
+Elements per token and block in the compute precision; h hidden width, f MLP width, r rank, as many
+key/value heads as query heads:
 
 =================================  =====================  =====================
-kept by a block                    factors                one stacked GEMM
+saved by a block                   factors                one stacked GEMM
 =================================  =====================  =====================
 its input, both norms' outputs,
 the input of the second norm       4 h                    4 h
-q and k turned, v, output          4 h                    6 h: v is a part of
+rotated q and k, v, output         4 h                    6 h: v is a part of
                                                           the stack q, k, v
-the same, attention by our kernel  4 h                    4 h: q, k, v as they
-                                                          are in the stack
+the same, custom attention kernel  4 h                    4 h: q, k, v stay
+                                                          in the stack
 bottlenecks                        7 r                    0
 the same in CoLA, whose
 nonlinearity keeps its input       14 r
 gate, up and their product         3 f                    3 f
-without torch.compile also silu    f                      f
-gate and up alone, SwiGLU inside
+silu too without torch.compile     f                      f
+gate and up only, SwiGLU inside
 the operator of ``down``           2 f                    2 f
 =================================  =====================  =====================
 
-These are the tensors that torch's autograd keeps of a block (tests/estimate/test_activations.py
-counts them).
+These are the tensors that torch's autograd saves for a block; tests/estimate/test_activations.py
+counts them in real blocks. A formula, because the estimate is made where no GPU, Triton or compiled
+block is at hand, in milliseconds.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ from megalr.models.config import DecoderConfig
 from megalr.tensor_parallel.plan import Plan
 
 LIBRARIES = 80 * 2**20
-"""Bytes of workspace of the GPU libraries inside the allocator: what is left of recorded peaks."""
+"""Bytes of library workspaces inside the allocator: the part of recorded peaks that no tensor
+explains."""
 
 TWO_PRODUCTS = ("low_rank", "loro", "cola")
 """Methods whose factorized layers are layers.linear.BottleneckLinear."""
@@ -46,12 +48,12 @@ TWO_PRODUCTS = ("low_rank", "loro", "cola")
 
 @dataclass(frozen=True)
 class Kernels:
-    """Which kernels of our own a run uses.
+    """Which custom kernels a run uses.
 
     Attributes:
-        attention: kernels.attention, which keeps q, k, v as projected.
-        swiglu: kernels.swiglu, which keeps gate and up but not their product.
-        loss: kernels.loss, which makes no float32 array of logits.
+        attention: kernels.attention, which saves q, k, v as projected.
+        swiglu: kernels.swiglu, which saves gate and up but not their product.
+        loss: kernels.loss, which materializes no float32 logits.
     """
 
     attention: bool = False
@@ -68,7 +70,7 @@ class Shape:
         element: bytes of a number of the compute precision.
         compiled: ``train.compile``.
         recompute: ``train.activation_checkpointing``, one of models.recompute.LEVELS.
-        kernels: what ``train.kernels`` comes to.
+        kernels: which custom kernels ``train.kernels`` selects.
     """
 
     tokens: int
@@ -83,9 +85,9 @@ class ActivationBytes:
     """Bytes of one micro-batch.
 
     Attributes:
-        kept: by all blocks for backward.
-        work: the larger of what the head and what the backward pass of a block need for a moment.
-        again: what one block computes again in backward, a part of ``work``.
+        kept: saved by all blocks for backward.
+        work: temporary memory, the larger of the head's and of a block's backward pass.
+        again: recomputed by one block in backward, a part of ``work``.
     """
 
     kept: int
@@ -96,14 +98,14 @@ class ActivationBytes:
 def kernels_of(
     config: RunConfig, sizes: DecoderConfig, plan: Plan, stage: int, hopper: bool
 ) -> Kernels:
-    """What ``train.kernels`` comes to on CUDA GPUs with Triton.
+    """The custom kernels that ``train.kernels`` selects on CUDA GPUs with Triton.
 
     Args:
         config: of the run.
         sizes: its model, padded.
         plan: tensor parallelism.
-        stage: of ZeRO; stage 3 has weights in the forward pass of their own layer only.
-        hopper: whether the GPUs are those that the attention kernels are made for (H100, H200).
+        stage: of ZeRO; stage 3 gathers a layer's weights for that layer's forward pass only.
+        hopper: whether the GPUs are those that the attention kernels are written for (H100, H200).
     """
     if config.train.kernels == "torch":
         return Kernels()
@@ -137,7 +139,7 @@ def activation_bytes(
     if shape.recompute != "none":
         kept = shape.tokens * shape.element * kept_elements(sizes, method, plan, groups, shape)
         kept += shape.tokens * 4 * heads if shape.recompute in ("elementwise", "mlp") else 0
-    # What a block computes again in backward; the rest of it has been kept.
+    # Recomputed by a block in backward; the rest has been saved.
     again = max(0, block - kept)
     f = groups[2].local_rows[0]
     backward = shape.tokens * (3 * f + 2 * residual) * shape.element + again
@@ -150,7 +152,7 @@ def activation_bytes(
 def block_elements(
     sizes: DecoderConfig, method: Any, plan: Plan, groups: list[MatrixGroup], shape: Shape
 ) -> float:
-    """Elements a token that a block keeps, as in the table above."""
+    """Elements per token that a block saves, as in the table above."""
     t = plan.mesh.tensor_size
     h, kv = sizes.hidden_size / t, sizes.kv_heads * sizes.head_dim / t
     f = groups[2].local_rows[0]
@@ -158,12 +160,12 @@ def block_elements(
     count = 4 * residual + 2 * h + 2 * kv
     stacked = not groups[0].factorized or method.name == "sltrain"
     if stacked and not shape.kernels.attention:
-        # q, k, v come from one GEMM: v keeps the whole stack alive beside the turned q and k.
+        # q, k, v come from one GEMM: v keeps the whole stack alive beside the rotated q and k.
         count += h + kv
     if shape.kernels.swiglu:
         count += 2 * f
     elif sizes.gated_mlp:
-        count += (3 if shape.compiled else 4) * f  # not compiled, silu(gate) is kept as well
+        count += (3 if shape.compiled else 4) * f  # not compiled, silu(gate) is saved as well
     else:
         count += 2 * f
     if method.name != "sltrain":
@@ -178,10 +180,10 @@ def block_elements(
 def kept_elements(
     sizes: DecoderConfig, method: Any, plan: Plan, groups: list[MatrixGroup], shape: Shape
 ) -> float:
-    """Elements a token that a block keeps where something is recomputed (models.recompute)."""
+    """Elements per token that a block saves under recomputation (models.recompute)."""
     t = plan.mesh.tensor_size
     residual = sizes.hidden_size / (t if plan.sharded_residual else 1)
-    # q, k, v and what attention gives
+    # q, k, v and the output of attention
     attention = 2 * (sizes.hidden_size + sizes.kv_heads * sizes.head_dim) / t
     between = 0 if method.name == "sltrain" else _bottleneck_elements(method, groups)
     if shape.recompute == "full":
@@ -193,18 +195,18 @@ def kept_elements(
     projections = (2 if sizes.gated_mlp else 1) * groups[2].local_rows[0]
     count = 2 * residual + attention + projections + between
     if method.name in DENSE_INSIDE:
-        # Products with the frozen matrix are kept as well as those that are added to them.
+        # Both products are saved: with the frozen matrix and with the factors.
         count += sum(sum(group.local_rows) for group in groups[:3] if group.factorized)
     return count
 
 
 def _bottleneck_elements(method: Any, groups: list[MatrixGroup]) -> int:
-    """Numbers a token between the factors of a block: 7 r."""
+    """Elements per token between the factors of a block: 7 r."""
     return sum(len(g.rows) for g in groups if g.factorized) * getattr(method, "rank", 0)
 
 
 def _dense_transient(method: Any, groups: list[MatrixGroup]) -> int:
-    """Elements of W, then of its gradient, that SLTrain forms in backward: of a group at a time."""
+    """Elements of W, then of its gradient, that SLTrain forms in backward, one group at a time."""
     if method.name != "sltrain":
         return 0
     return max(sum(g.local_rows) * g.local_n for g in groups if g.factorized)
@@ -215,13 +217,13 @@ def head_bytes(sizes: DecoderConfig, plan: Plan, shape: Shape) -> float:
     rows, h = sizes.padded_vocab_size // plan.mesh.tensor_size, sizes.hidden_size
     chunk = chunk_length(shape.tokens, rows, shape.element)
     chunks, logits = -(-shape.tokens // chunk), chunk * rows
-    # The weight's gradient: the chunk's own product and the sum of those before, which is float32
-    # from the second on.
+    # The weight's gradient: this chunk's product and the sum over earlier chunks, which is float32
+    # from the second chunk on.
     before = {1: 0, 2: shape.element}.get(chunks, 4)
     weight = rows * h * (before + shape.element)
-    # In plain PyTorch the loss keeps four float32 arrays of the chunk's size at a time.
+    # The PyTorch reference holds four float32 arrays of the chunk's size at a time.
     one_array = shape.compiled or shape.kernels.loss
     arrays = logits * (shape.element if one_array else shape.element + 16)
-    # With two chunks their sum is formed when the logits are gone.
+    # With two chunks their sum is formed after the logits are freed.
     adding = rows * h * (4 + 2 * shape.element) if chunks > 1 else 0
     return max(arrays + weight, adding) + 3 * shape.tokens * h * shape.element

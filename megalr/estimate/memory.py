@@ -1,9 +1,8 @@
-"""Memory of one rank before a run: states, activations, buffers, and the peak that they make."""
+"""Peak memory of one rank, from the configuration alone: states, activations and buffers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from megalr.config.schema import RunConfig
@@ -12,8 +11,8 @@ from megalr.errors import UserError
 from megalr.estimate.activations import ActivationBytes, Shape, activation_bytes, kernels_of
 from megalr.estimate.states import StateBytes, state_bytes
 from megalr.estimate.tensors import Stored, plan_of, stored_tensors
-from megalr.hf.families import pretrained_sizes
-from megalr.models.config import DecoderConfig, decoder_config
+from megalr.models.build import sizes_of
+from megalr.models.config import DecoderConfig
 
 GIB = 2**30
 
@@ -23,12 +22,11 @@ class MemoryEstimate:
     """Bytes on one rank.
 
     Attributes:
-        states: what ZeRO and the optimizer keep.
-        activations: what a micro-batch needs.
-        accumulation: micro-batches of an update.
-        graphs: whether forward and backward run as a CUDA graph, which never gives back what they
-            needed.
-        embedding: gradients of the tables of embeddings, which are made when all blocks are done.
+        states: weights, gradients, masters, moments and ZeRO's buffers.
+        activations: of one micro-batch.
+        accumulation: micro-batches per update.
+        graphs: whether forward and backward run as a CUDA graph, which keeps its memory pool.
+        embedding: gradients of the embedding tables, computed after those of all blocks.
     """
 
     states: StateBytes
@@ -39,7 +37,7 @@ class MemoryEstimate:
 
     @property
     def fixed(self) -> int:
-        """Bytes that are there all the time from the first update on."""
+        """Bytes that stay allocated from the first update on."""
         s = self.states
         return s.weights + s.frozen + s.masters + s.gradients + s.moments + s.buckets
 
@@ -50,13 +48,13 @@ class MemoryEstimate:
 
     @property
     def graph(self) -> int:
-        """Bytes that a CUDA graph of forward and backward never gives back.
+        """Bytes of the memory pool of a CUDA graph of forward and backward, which stays allocated.
 
-        Gradients take the place of the activations that backward has used up, but not where blocks
-        are computed again: those ask for as much room before every block, and what the gradients
-        before it have left is in pieces. The embedding's gradient comes after all of them. All
-        gradients are there at the end, with ZeRO 2 as well, and where they add up in ``.grad`` a
-        second time outside of it.
+        Gradients reuse the memory of activations that backward has consumed. Where blocks are
+        recomputed they cannot: every block needs the same room again, and what earlier gradients
+        leave free is fragmented. The embedding's gradient comes last. At the end the pool holds all
+        gradients, under ZeRO 2 as well, and a second copy exists outside it where gradients
+        accumulate in ``.grad``.
         """
         s, a = self.states, self.activations
         adds_up = self.accumulation > 1 and s.wrapper != "BF16_Optimizer"
@@ -66,22 +64,23 @@ class MemoryEstimate:
 
     @property
     def reserved_at_start(self) -> int:
-        """Bytes that the allocator holds before the first update if nobody is short of memory.
+        """Bytes that the allocator has reserved before the first update while memory is plentiful.
 
-        The float32 model as it was drawn is free then, but in pieces too small for activations:
-        they stay reserved until the capture of the graph gives them back, as they would be given
-        back wherever the device is full. A run needs :attr:`peak` only.
+        The float32 weights of the initialization are free by then, but fragmented, so activations
+        cannot use that memory; it stays reserved until the graph capture empties the cache (a full
+        device would do the same). A run needs :attr:`peak` only.
         """
         s = self.states
         return self.fixed - s.moments + self.graph + s.drawn
 
     @property
     def peak(self) -> int:
-        """Bytes that the allocator needs at once in training.
+        """Largest number of bytes allocated at one time.
 
-        Activations and the copies of the update do not exist together, except under a CUDA graph:
-        there it is what is reserved from the device, ``peak_memory_gib`` of metrics.jsonl. On many
-        ranks with ZeRO it may be the model as it is drawn, whole and in float32 on every one.
+        Activations and the temporary copies of the update do not exist together, except under a
+        CUDA graph; there the peak is the reserved memory, ``peak_memory_gib`` in metrics.jsonl.
+        With ZeRO on many ranks it can be the initialization, which draws the whole model in float32
+        on every rank.
         """
         s = self.states
         if self.graphs:
@@ -116,21 +115,8 @@ class MemoryEstimate:
         return "\n".join(lines)
 
 
-def sizes_of(config: RunConfig) -> DecoderConfig:
-    """The decoder's sizes as the run gives them, or the folder of its pretrained model.
-
-    Raises:
-        UserError: a folder that cannot be read, or an architecture that is not ours.
-    """
-    values = {key: value for key, value in config.model.model_dump().items() if value is not None}
-    folder = values.pop("from_pretrained", None)
-    if folder is not None:
-        values = {**pretrained_sizes(Path(folder)), **values}
-    return decoder_config(values.pop("preset", None), values)
-
-
 def data_parallel_size(gpus: int, tensor: int) -> int:
-    """Ranks that see different data.
+    """Number of data-parallel ranks.
 
     Raises:
         UserError: ``tensor`` does not divide ``gpus``.
@@ -148,12 +134,12 @@ def estimate_memory(
     """Memory of one rank of a run on CUDA GPUs with Triton.
 
     Args:
-        config: the run.
+        config: the run; the sizes of a pretrained model must have been filled in.
         ds_user: the user's DeepSpeed JSON.
         source: its name in messages.
         gpus: ranks of the run.
-        hopper: whether the GPUs are those that our attention kernels are made for (H100, H200);
-            other kernels of our own run on any.
+        hopper: whether the GPUs are those that the custom attention kernels are written for (H100,
+            H200); the other custom kernels run on any.
 
     Raises:
         UserError: settings that do not go together, batches or layouts that do not divide.
@@ -181,6 +167,6 @@ def estimate_memory(
 
 
 def _table_numbers(sizes: DecoderConfig, tensors: list[Stored]) -> int:
-    """Numbers of the tables whose gradients are made last: not of one that is the head as well."""
+    """Elements of the embedding tables whose gradients come last; a tied table does not count."""
     tables = ("positions",) if sizes.tie_embeddings else ("positions", "embedding")
     return sum(tensor.numel for tensor in tensors if tensor.name in tables)

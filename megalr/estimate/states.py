@@ -1,8 +1,8 @@
 """Bytes of weights, gradients, masters and optimizer state on one rank, by ZeRO stage.
 
-Which buffers exist is decided by the class that DeepSpeed wraps the optimizer in (the table in
-docs/dev/deepspeed-notes.md); sizes follow from the tensors. Checked against the buffers of live
-engines in tests/estimate.
+The class in which DeepSpeed wraps the optimizer decides which buffers exist (table in
+docs/dev/deepspeed-notes.md); their sizes follow from the tensors. tests/estimate compares them with
+the buffers of live engines.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ class StateBytes:
     Attributes:
         wrapper: DeepSpeed's class around the optimizer; "none" where it works on the weights
             themselves (float32 or paper_bf16 without ZeRO).
-        weights: what the model computes with.
-        frozen: weights without gradient, and positions of sparse entries.
+        weights: the parameters of the forward pass.
+        frozen: weights without gradient, and indices of sparse entries.
         masters: float32 (paper_bf16: bfloat16) copies that the optimizer updates.
         gradients: accumulated gradients that exist between micro-batches.
         moments: the optimizer's state.
         buckets: buffers of ZeRO's reductions and gathers.
-        step_gradients: the ``.grad`` of the parameters, which backward fills; they stay until the
-            update where there are further micro-batches.
-        update: what exists only while the engine reduces and steps.
-        drawn: the whole model in float32, as it is drawn before the engine makes its own copies.
+        step_gradients: ``.grad`` of the parameters, written by backward; with several micro-batches
+            they stay until the update.
+        update: temporary memory while the engine reduces gradients and steps.
+        drawn: the whole model in float32, as initialized before the engine makes its copies.
         on_host: bytes of masters, gradients and moments in host memory (offload); not counted in
             the fields above.
     """
@@ -59,12 +59,12 @@ class StateBytes:
 
 @dataclass(frozen=True)
 class Numbers:
-    """What the sizes of gradient buffers follow from.
+    """The quantities that determine the sizes of gradient buffers.
 
     Attributes:
-        weight, master, added: bytes of a weight, of a master weight, of a summed gradient.
+        weight, master, added: bytes per element of weights, masters and accumulated gradients.
         ranks: data-parallel ranks.
-        accumulation: micro-batches of an update.
+        accumulation: micro-batches per update.
         graphs: ``train.cuda_graphs``.
     """
 
@@ -77,7 +77,7 @@ class Numbers:
 
 
 def wrapper_of(precision: str, stage: int, accumulation: str, offload: bool) -> str:
-    """The class that wraps the optimizer; ``accumulation`` is the dtype gradients add up in."""
+    """The class that wraps the optimizer; ``accumulation``: dtype of accumulated gradients."""
     if stage == 0:
         return "none" if is_unwrapped(precision, stage) else "FP16_UnfusedOptimizer"
     if stage == 3:
@@ -88,7 +88,8 @@ def wrapper_of(precision: str, stage: int, accumulation: str, offload: bool) -> 
 
 
 def group_sizes(tensors: list[Stored], layers: int, split_targets: bool) -> dict[str, int]:
-    """Elements of each parameter group; dense targets are a group only for some optimizers."""
+    """Elements of each parameter group; dense targets are a group of their own only for some
+    optimizers."""
     sizes: dict[str, int] = {}
     for tensor in tensors:
         if tensor.group in TRAINED:
@@ -173,8 +174,8 @@ def state_bytes(
 
 
 def _directions(groups: dict[str, int]) -> int:
-    """Elements that LORO's step needs besides its states: directions of all groups stay until its
-    end, and a group's denominators are there beside its own."""
+    """Temporary elements of LORO's step: the directions of all groups live until its end, together
+    with the denominators of one group."""
     most = before = 0
     for size in groups.values():
         most = max(most, before + 2 * size)
@@ -198,8 +199,7 @@ def _gradient_bytes(
 ) -> tuple[int, int, int, int]:
     """Bytes of (accumulated gradients, buckets, ``.grad``, what exists only in the update).
 
-    What megalr replaces of DeepSpeed's wrappers is counted (training.batched, training.plain). On
-    one rank nothing is reduced.
+    As patched by megalr (engine.patches, engine.unwrapped_step). On one rank nothing is reduced.
     """
     weight, added, alone = size.weight, size.added, size.ranks == 1
     if wrapper == "none":
@@ -209,8 +209,8 @@ def _gradient_bytes(
         return 0, 0, weight * held, max(weight * min(held, ALLREDUCE_ELEMENTS), 4 * held)
     group = max(flat.values())
     if wrapper == "BF16_Optimizer":
-        # Of several micro-batches a group's gradients are gathered in bf16 before they are added,
-        # and one rank alone rounds a group's sums. Several ranks reduce buckets of whole flat
+        # With several micro-batches a group's gradients are gathered in bf16 before they are added,
+        # and a single rank rounds a group's sums. Several ranks reduce buckets of whole flat
         # groups: a float32 copy and one in bf16.
         gathered = weight * group if size.accumulation > 1 else 0
         return (
@@ -223,14 +223,14 @@ def _gradient_bytes(
     copies = 2 if zero["overlap_comm"] and stage < 3 else 1
     flat_share = size.master * group // size.ranks
     if stage == 1 and added == weight:
-        # Gradients are gathered into buckets that take their place, and each is flattened again
-        # to be reduced. A graph's gradients stay beside them.
+        # Gradients are gathered into buckets that replace them, and each bucket is flattened again
+        # for the reduction. The gradients of a CUDA graph stay beside them.
         buckets = 2 * min(bucket, held) + (held if size.graphs else 0)
         return 0, 0, weight * held, (0 if alone else weight * buckets) + flat_share
     if stage == 1:
         return 0, copies * added * bucket, (weight + added) * held, added * share + flat_share
     if stage == 2:
-        # A full bucket is flattened to be reduced, and in float32 to be added to the sums.
+        # A full bucket is flattened for the reduction, and in float32 for the accumulation.
         moving = min(bucket, held) * (weight + (added if added != weight else 0))
         return added * share, copies * weight * bucket + moving, 0, flat_share
     return added * share, weight * bucket, 0, size.master * share
@@ -248,7 +248,7 @@ def _largest_bucket(flat: dict[str, int]) -> int:
 
 
 def _gathered(tensors: list[Stored], zero: dict[str, Any], weight: int) -> int:
-    """Whole weights of stage 3 at a time: a block or the head, and what it fetches ahead."""
+    """Gathered weights of stage 3: one block or the head, and the prefetched parameters."""
     block = sum(t.numel for t in tensors if t.block and t.group in (*TRAINED, "frozen"))
     single = max(t.numel for t in tensors if not t.block)
     ahead = int(zero["stage3_prefetch_bucket_size"])
@@ -258,7 +258,7 @@ def _gathered(tensors: list[Stored], zero: dict[str, Any], weight: int) -> int:
 def moment_bytes(config: RunConfig, tensors: list[Stored], layers: int) -> int:
     """Bytes of the optimizer's state of the whole model (one tensor-parallel rank), unpadded.
 
-    The formulas of docs/methods.md; scalars a tensor are left out.
+    The formulas of docs/methods.md, without the scalars kept per tensor.
     """
     element = 2 if config.train.precision == "paper_bf16" else 4
     bytes_ = 0.0

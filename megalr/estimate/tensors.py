@@ -1,6 +1,6 @@
-"""What a rank stores of a model: every tensor's size, worked out from the configuration alone.
+"""The tensors of a model that one rank stores, and their sizes, from the configuration alone.
 
-Nothing is built: a 13B model takes a millisecond. tests/estimate compares the sizes with the
+No module is built, so a 13B model takes a millisecond. tests/estimate compares the sizes with the
 parameters of the decoder itself.
 """
 
@@ -18,14 +18,14 @@ from megalr.tensor_parallel.mesh import Mesh
 from megalr.tensor_parallel.plan import SINGLE, Plan
 
 DENSE_INSIDE = ("lora", "relora")
-"""Factorized methods that keep a frozen dense matrix beside the factors."""
+"""Factorized methods with a frozen dense matrix beside the factors."""
 
 
 def plan_of(sizes: DecoderConfig, method: Any, tensor: int, layout: str) -> Plan:
     """The plan of ``tensor`` ranks, without their process groups.
 
     Raises:
-        UserError: the model cannot be cut so.
+        UserError: the model cannot be sharded that way.
     """
     return make_plan(sizes, method, Mesh(tensor_size=tensor), layout)
 
@@ -38,7 +38,7 @@ class MatrixGroup:
         name: qkv, o, into or down.
         n: columns, the same for all.
         rows: rows of each matrix.
-        local_n, local_rows: what one tensor-parallel rank holds of a dense matrix.
+        local_n, local_rows: columns and rows of a dense matrix on one tensor-parallel rank.
         factorized: whether the method stores factors.
         used: ``(m, n)`` of each matrix without padding.
     """
@@ -84,13 +84,13 @@ def matrix_groups(sizes: DecoderConfig, method: Any, plan: Plan) -> list[MatrixG
     def group(name: str, members: tuple[str, ...], n: int, rows: tuple[int, ...]) -> MatrixGroup:
         target = targets is None or set(members) <= set(targets)
         reads_residual = name in ("qkv", "into")
-        cut_columns = plan.sharded_residual or not reads_residual
+        shard_columns = plan.sharded_residual or not reads_residual
         shard_rows = plan.sharded_residual or reads_residual
         return MatrixGroup(
             name,
             n,
             rows,
-            n // t if cut_columns else n,
+            n // t if shard_columns else n,
             tuple(m // t for m in rows) if shard_rows else rows,
             method.name in FACTORIZED and target,
             target,
@@ -108,7 +108,7 @@ def matrix_groups(sizes: DecoderConfig, method: Any, plan: Plan) -> list[MatrixG
 
 
 def stored_tensors(sizes: DecoderConfig, method: Any, plan: Plan = SINGLE) -> list[Stored]:
-    """Every tensor that one tensor-parallel rank stores, before ZeRO cuts anything.
+    """Every tensor that one tensor-parallel rank stores, before ZeRO partitions them.
 
     Raises:
         UserError: a plan that does not fit the model.
@@ -147,7 +147,7 @@ def _stored_of_group(group: MatrixGroup, method: Any, plan: Plan) -> Iterator[St
     if method.name in DENSE_INSIDE:
         yield Stored(f"{group.name}.weight", dense, "frozen", True)
     if method.name == "sltrain":
-        # Positions are drawn over the whole matrix; a rank holds its share of them on average.
+        # Indices are drawn over the whole matrix; a rank holds its share of them on average.
         entries = sum(int(method.density * m * n) for m, n in group.used) / plan.mesh.tensor_size
         yield Stored(f"{group.name}.values", math.ceil(entries), "matrices", True)
         yield Stored(f"{group.name}.support", math.ceil(entries), "indices", True)

@@ -20,9 +20,9 @@ from megalr.estimate.activations import (
     kept_elements,
     kernels_of,
 )
-from megalr.estimate.memory import estimate_memory, sizes_of
+from megalr.estimate.memory import estimate_memory
 from megalr.estimate.tensors import matrix_groups, plan_of
-from megalr.models.build import build_decoder
+from megalr.models.build import build_decoder, sizes_of
 from megalr.tensor_parallel.plan import SINGLE, Plan
 from tests.models.settings import ALL_TARGETS, factorized, full_rank, low_rank, tiny
 from tests.models.stand_ins import kernels_on_the_cpu

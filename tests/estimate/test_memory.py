@@ -16,9 +16,11 @@ from megalr.config.loading import load_run_config
 from megalr.config.schema import RunConfig
 from megalr.engine.config import resolve_deepspeed_config
 from megalr.errors import UserError
-from megalr.estimate.memory import data_parallel_size, estimate_memory, sizes_of
+from megalr.estimate.memory import data_parallel_size, estimate_memory
 from megalr.estimate.states import state_bytes, wrapper_of
 from megalr.estimate.tensors import stored_tensors
+from megalr.hf.init_from_pretrained import with_pretrained_sizes
+from megalr.models.build import sizes_of
 from tests.ranks import run_distributed
 from tests.training.runs import settings, zero
 from tests.training.test_methods import METHODS
@@ -370,7 +372,7 @@ def test_a_pretrained_model_gives_its_sizes(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **sizes}))
     config = _config("llama_9m", {"name": "full_rank"}, 2, 2)
     values = config.model_dump() | {"model": {"from_pretrained": str(tmp_path)}}
-    found = sizes_of(RunConfig.model_validate(values))
+    found = sizes_of(with_pretrained_sizes(RunConfig.model_validate(values)))
     assert (found.hidden_size, found.intermediate_size, found.num_layers) == (64, 160, 3)
     assert (found.num_heads, found.kv_heads, found.vocab_size) == (4, 2, 320)
 
