@@ -1,4 +1,7 @@
-"""What :mod:`megalr.engine.patches` puts in place of methods of ``DeepSpeedZeroOptimizer``."""
+"""Replacements for methods of ``DeepSpeedZeroOptimizer`` (ZeRO 1 and 2 without offload).
+
+Version, gain, test and rule for removal: :mod:`megalr.engine.patches`.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_RELIED_ON = (
+_ATTRIBUTES = (
     "averaged_gradients params_in_partition dp_process_group model_parallel_rank clip_grad "
     "bit16_groups_flat round_robin_bit16_groups round_robin_bit16_offsets loss_scale "
     "scaled_global_norm _model_parallel_all_reduce _update_model_bit16_weights "
     "unscale_and_clip_grads allreduce_and_copy_with_multiple_ranks allreduce_bucket unflatten "
     "overlap_comm reduction_stream"
 )
-_TO_REDUCE = (
+_BUCKET_ATTRIBUTES = (
     "partition_gradients overlap_comm contiguous_gradients reduce_scatter ipg_buckets "
     "use_grad_accum_attribute reduce_gradients reduce_ipg_grads copy_grads_in_partition dtype "
     "overlapping_partition_gradients_reduce_epilogue reduce_bucket_size communication_data_type "
@@ -26,18 +29,18 @@ _TO_REDUCE = (
 
 
 def batch_zero(optimizer: Any) -> None:
-    """Replace methods of a ``DeepSpeedZeroOptimizer`` of stage 1 or 2, as many as can be."""
+    """Replace methods of a ``DeepSpeedZeroOptimizer`` of stage 1 or 2, as its options allow."""
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
     _test_gradients_once(optimizer)
-    if not _has(optimizer, _RELIED_ON) or isinstance(optimizer.optimizer, MuonWithAuxAdam):
+    if not _has(optimizer, _ATTRIBUTES) or isinstance(optimizer.optimizer, MuonWithAuxAdam):
         return
     optimizer.scaled_global_norm = MethodType(_zero_norm, optimizer)
     _clip_where_needed(optimizer)
     _keep_weights_in_place(optimizer)
     optimizer.allreduce_and_copy_with_multiple_ranks = MethodType(_sum_over_ranks, optimizer)
-    usual = (
-        _has(optimizer, _TO_REDUCE)
+    as_expected = (
+        _has(optimizer, _BUCKET_ATTRIBUTES)
         and optimizer.contiguous_gradients
         and optimizer.reduce_scatter
         and not optimizer.partition_gradients
@@ -47,7 +50,7 @@ def batch_zero(optimizer: Any) -> None:
         and len(optimizer.ipg_buckets) == 1
         and getattr(optimizer, "autoep_folding_tp_group", None) is None
     )
-    if usual:
+    if as_expected:
         _reduce_in_buckets(optimizer)
 
 
@@ -127,8 +130,8 @@ def _clip_where_needed(optimizer: Any) -> None:
 
 
 def _keep_weights_in_place(optimizer: Any) -> None:
-    """Make parameters views of the flat weights again only if one of them is none any more."""
-    anew = optimizer._update_model_bit16_weights
+    """Make parameters views of the flat weights again only if one of them no longer is."""
+    relink = optimizer._update_model_bit16_weights
 
     def _update_model_bit16_weights(self: Any, group: int) -> None:
         start = self.bit16_groups_flat[group].data_ptr()
@@ -137,7 +140,7 @@ def _keep_weights_in_place(optimizer: Any) -> None:
             self.round_robin_bit16_groups[group], self.round_robin_bit16_offsets[group], strict=True
         )
         if any(p.data_ptr() != start + offset * size for p, offset in places):
-            anew(group)
+            relink(group)
 
     optimizer._update_model_bit16_weights = MethodType(_update_model_bit16_weights, optimizer)
 
