@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from megalr.errors import UserError
+from megalr.files import disk_errors
 
 GUARD_NAME = ".lock"
 
@@ -28,8 +29,8 @@ class JobLock:
         self._folder = folder
         self.name = f"{share}-of-{shares}"
         self._file: IO[str] | None = None
-        with open(folder / GUARD_NAME, "a+") as guard:
-            lock_file(guard, wait=True)  # two jobs that start together look one after the other
+        with disk_errors(folder), open(folder / GUARD_NAME, "a+") as guard:
+            lock_file(guard, wait=True)  # two jobs that start together check one after the other
             self._file = self._acquire(shares)
 
     def _acquire(self, shares: int) -> IO[str]:
@@ -47,8 +48,7 @@ class JobLock:
         file = open(own, "a+")  # noqa: SIM115
         lock_file(file)
         file.truncate(0)
-        file.write(describe_process())
-        file.flush()
+        os.write(file.fileno(), describe_process().encode())  # nothing buffered on a full disk
         return file
 
     def release(self) -> None:

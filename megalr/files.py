@@ -12,17 +12,21 @@ from typing import BinaryIO
 
 from megalr.errors import UserError
 
+LONGEST_NAME = 255  # bytes, on the usual file systems
 CHUNK = 1 << 20  # bytes read at a time when a file is hashed
 
 
 def temporary_path(path: Path, job: str) -> Path:
     """Name under which job ``job`` writes ``path``: same folder, so that a rename is atomic."""
-    return path.with_name(f".{path.name}.{job}.partial")
+    name = path.name
+    if len(os.fsencode(name)) + len(job) > LONGEST_NAME - len("...partial"):
+        name = f"{name[:80]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}"
+    return path.with_name(f".{name}.{job}.partial")
 
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn the system's write errors (disk full, quota, read-only, no permission) into one line."""
+    """Turn the system's errors while writing (disk full, no permission, ...) into one line."""
     try:
         yield
     except OSError as error:
@@ -39,7 +43,11 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise UserError(
                 f"{path}: is a file where a folder is needed; choose another"
             ) from error
-        raise
+        if error.errno == errno.ENAMETOOLONG:
+            raise UserError(
+                f"{path}: the name is too long for this file system; choose a shorter one"
+            ) from error
+        raise UserError(f"{path}: cannot write ({system_message(error)})") from error
 
 
 class DiskFull(UserError):

@@ -4,72 +4,98 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any
 
+from pydantic import Field
+
+from megalr.data.megatron_index import token_dtype
+from megalr.data.records import (
+    CHECKSUM_KEY,
+    EXACT,
+    Count,
+    FileName,
+    Flag,
+    InnerPath,
+    OptionalSha256,
+    Sha256,
+    Text,
+    checksum,
+    parse_record,
+    read_json,
+    take_checksum,
+)
 from megalr.errors import UserError
 from megalr.files import write_atomic
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "megalr-data"
 FORMAT_VERSION = 1
-Record = TypeVar("Record")
+LARGEST_VOCABULARY = 1 << 31
+TokenizerKind = Annotated[str, Field(strict=True, pattern="^(sentencepiece|huggingface)$")]
+InputUnit = Annotated[str, Field(strict=True, pattern="^(file|bytes|hub)$")]
+SplitName = Annotated[str, Field(strict=True, pattern="^(train|validation)$")]
 
 
 @dataclass(frozen=True)
 class TokenizerInfo:
     """The tokenizer that made the ids. ``path`` is relative to the manifest's folder."""
 
-    path: str
-    kind: str
-    fingerprint: str
-    vocab_size: int
-    eos_id: int | None
-    pad_id: int
+    __pydantic_config__ = EXACT
+    path: InnerPath
+    kind: TokenizerKind
+    fingerprint: Sha256
+    vocab_size: Annotated[int, Field(strict=True, ge=1, le=LARGEST_VOCABULARY)]
+    eos_id: Count | None
+    pad_id: Count
 
 
 @dataclass(frozen=True)
 class SourceInfo:
     """The input of a shard: a file, or ``[start, stop)`` of it in units of ``part_unit``."""
 
-    file: str
-    bytes: int
-    sha256: str
-    part_unit: str = "file"
-    start: int = 0
-    stop: int = 0
+    __pydantic_config__ = EXACT
+    file: FileName
+    bytes: Count
+    sha256: OptionalSha256
+    part_unit: InputUnit = "file"
+    start: Count = 0
+    stop: Count = 0
 
 
 @dataclass(frozen=True)
 class ShardEntry:
     """One ``.bin``/``.idx`` pair. ``name`` is its prefix relative to the manifest's folder."""
 
-    name: str
-    split: str
-    documents: int
-    tokens: int
-    max_id: int
-    bin_bytes: int
-    idx_bytes: int
-    bin_sha256: str
-    idx_sha256: str
+    __pydantic_config__ = EXACT
+    name: InnerPath
+    split: SplitName
+    documents: Count
+    tokens: Count
+    max_id: Annotated[int, Field(strict=True, ge=-1, lt=LARGEST_VOCABULARY)]
+    bin_bytes: Count
+    idx_bytes: Count
+    bin_sha256: Sha256
+    idx_sha256: Sha256
     source: SourceInfo
-    text_bytes: int = 0
-    bad_lines: int = 0
-    empty_documents: int = 0
+    text_bytes: Count = 0
+    bad_lines: Count = 0
+    empty_documents: Count = 0
 
 
 @dataclass(frozen=True)
 class DataManifest:
     """A data set: the tokenizer, whether documents end in its EOS, and the shards in order."""
 
+    __pydantic_config__ = EXACT
     tokenizer: TokenizerInfo
-    append_eos: bool
-    dtype: str
+    append_eos: Flag
+    dtype: Text
     shards: tuple[ShardEntry, ...]
-    program_version: str = ""
+    program_version: Text = ""
     settings: dict[str, Any] = field(default_factory=dict)
 
     def split(self, name: str) -> tuple[ShardEntry, ...]:
@@ -87,6 +113,7 @@ class DataManifest:
         shards = record.pop("shards")
         content = {"format": FORMAT, "format_version": FORMAT_VERSION, **record}
         content["totals"] = self.totals()
+        content[CHECKSUM_KEY] = checksum({**content, "shards": shards})
         lines = ",\n  ".join(json.dumps(shard) for shard in shards)  # one shard a line
         text = json.dumps(content, indent=1)[:-2] + f',\n "shards": [\n  {lines}\n ]\n}}\n'
         write_atomic(folder / MANIFEST_NAME, text.encode(), job)
@@ -102,38 +129,8 @@ def _total(shards: Iterable[ShardEntry]) -> dict[str, int]:
     return total
 
 
-def _build(kind: type[Record], record: Any, place: str) -> Record:
-    if not isinstance(record, dict):
-        raise UserError(f"{place}: expected an object, found {type(record).__name__}")
-    wanted = {item.name for item in fields(kind)}  # type: ignore[arg-type]
-    unknown = sorted(set(record) - wanted)
-    if unknown:
-        raise UserError(f"{place}: unknown key '{unknown[0]}'")
-    try:
-        return kind(**record)
-    except TypeError as error:
-        raise UserError(f"{place}: {error}; the file is incomplete") from error
-
-
-def entry_from_json(record: Any, place: str) -> ShardEntry:
-    """A shard entry from parsed JSON; UserError names ``place`` when something is missing."""
-    entry = _build(ShardEntry, record, place)
-    source = _build(SourceInfo, entry.source, f"{place}: source")
-    return ShardEntry(**{**entry.__dict__, "source": source})
-
-
-def read_json(path: Path) -> Any:
-    """Parsed JSON of a file, or a UserError with the place of the mistake."""
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); the file is damaged") from None
-
-
 def load_manifest(path: str | Path) -> DataManifest:
-    """Read the manifest of a data folder (or the manifest file itself) and check its structure."""
+    """Read the manifest of a data folder (or the manifest file itself) and check its contents."""
     path = Path(path)
     path = path / MANIFEST_NAME if path.is_dir() else path
     if not path.is_file():
@@ -141,21 +138,59 @@ def load_manifest(path: str | Path) -> DataManifest:
             f"{path}: no such file; a data set is a folder that tools/preprocess_c4.py has finished"
         )
     record = read_json(path)
-    if not isinstance(record, dict) or record.pop("format", None) != FORMAT:
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise UserError(f"{path}: not a manifest of this program")
-    if (version := record.pop("format_version", None)) != FORMAT_VERSION:
+    if (version := record.get("format_version")) != FORMAT_VERSION:
         raise UserError(f"{path}: manifest version {version}, this program reads {FORMAT_VERSION}")
+    unchanged = take_checksum(record)
+    del record["format"], record["format_version"]
     totals = record.pop("totals", None)
-    manifest = _build(DataManifest, record, str(path))
-    shards = tuple(
-        entry_from_json(shard, f"{path}: shard {number}")
-        for number, shard in enumerate(manifest.shards)
-    )
-    tokenizer = _build(TokenizerInfo, manifest.tokenizer, f"{path}: tokenizer")
-    manifest = DataManifest(**{**manifest.__dict__, "shards": shards, "tokenizer": tokenizer})
+    manifest = parse_record(DataManifest, record, str(path))
     if manifest.totals() != totals:
         raise UserError(f"{path}: the totals do not match the shards; the file was edited")
+    _check_consistent(manifest, str(path))
+    if not unchanged:
+        raise UserError(f"{path}: does not match its own checksum; the file was edited or damaged")
     return manifest
+
+
+def _check_consistent(manifest: DataManifest, place: str) -> None:
+    tokenizer = manifest.tokenizer
+    size = tokenizer.vocab_size
+    for name, token in (("eos_id", tokenizer.eos_id), ("pad_id", tokenizer.pad_id)):
+        if token is not None and token >= size:
+            raise UserError(f"{place}: {name} is {token}, outside the vocabulary of {size}")
+    if manifest.append_eos and tokenizer.eos_id is None:
+        raise UserError(f"{place}: append_eos is true and the tokenizer has no eos_id")
+    dtype = token_dtype(size)
+    if manifest.dtype != dtype.name:
+        raise UserError(
+            f"{place}: dtype is {manifest.dtype!r}, a vocabulary of {size} needs {dtype.name}"
+        )
+    for number, shard in enumerate(manifest.shards):
+        check_entry(shard, size, f"{place}: shard {number}")
+    names = Counter(shard.name for shard in manifest.shards)
+    for name, count in names.most_common(1):
+        if count > 1:
+            raise UserError(f"{place}: lists the shard '{name}' {count} times; the file was edited")
+
+
+def check_entry(shard: ShardEntry, vocab_size: int, place: str) -> None:
+    """UserError if the counts of a shard contradict each other or the vocabulary."""
+    if shard.max_id >= vocab_size or (shard.max_id < 0) != (shard.tokens == 0):
+        raise UserError(
+            f"{place}: max_id is {shard.max_id} with {shard.tokens} tokens of a vocabulary of "
+            f"{vocab_size}"
+        )
+    if shard.bin_bytes != shard.tokens * token_dtype(vocab_size).itemsize:
+        raise UserError(
+            f"{place}: bin_bytes is {shard.bin_bytes}, {shard.tokens} tokens need "
+            f"{shard.tokens * token_dtype(vocab_size).itemsize}"
+        )
+    if shard.source.start > shard.source.stop:
+        raise UserError(
+            f"{place}: the source runs from {shard.source.start} back to {shard.source.stop}"
+        )
 
 
 def check_sizes(folder: Path, shards: Iterable[ShardEntry]) -> None:

@@ -8,16 +8,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
+from megalr.data.records import EXACT, Count, FileName, OptionalSha256
 from megalr.errors import UserError
 from megalr.files import sha256_of_file
-from megalr.preprocessing.hub import hub_values
+from megalr.preprocessing.columns import arrow_values, parquet_values
+from megalr.preprocessing.hub import hub_rows
 from megalr.preprocessing.input_splits import InputSplit, input_kind
 from megalr.preprocessing.streams import HashingReader, damage_reported, decompressed
+from megalr.preprocessing.unexpected import foreign_encoding, likely_format
 
 BATCH_BYTES = 1 << 20  # text of a batch; one longer document is a batch by itself
+FIELDS_SHOWN = 20
 REASONS_KEPT = 5  # bad records described in full per file
-PARQUET_ROWS = 256  # rows read at a time
 EARLY_CHECK = 10_000  # records after which too many bad ones end the file early
+HEAD_BYTES = 4096  # of the first record, kept to explain why a file cannot be read
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -36,19 +40,26 @@ class ReadOptions:
 class ReadReport:
     """Counts so far: bytes of the input file, records, and skipped records."""
 
-    input_bytes: int = 0
-    records: int = 0
-    bad: int = 0
-    empty: int = 0
-    reasons: list[str] = field(default_factory=list)
-    sha256: str = ""
+    __pydantic_config__ = EXACT
+    input_bytes: Count = 0
+    records: Count = 0
+    bad: Count = 0
+    empty: Count = 0
+    reasons: list[FileName] = field(default_factory=list)
+    sha256: OptionalSha256 = ""
 
 
 class _BadRecord(Exception):
-    """Why a record has no usable text."""
+    """Why a record has no usable text; ``fields``: those of a record without the text field."""
+
+    def __init__(self, reason: str, fields: Sequence[str] = ()) -> None:
+        super().__init__(reason)
+        self.fields = list(fields)
 
 
 def _checked(text: object, text_key: str) -> str:
+    if isinstance(text, bytes):
+        return _decoded(text, f"of '{text_key}'")
     if not isinstance(text, str):
         raise _BadRecord(f"'{text_key}' is {type(text).__name__}, not a string")
     try:
@@ -58,29 +69,37 @@ def _checked(text: object, text_key: str) -> str:
     return text
 
 
-def _parse_json(line: bytes, text_key: str) -> str:
+def _decoded(text: bytes, where: str = "") -> str:
     try:
-        record = json.loads(line.decode("utf-8"))
+        return text.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise _BadRecord(f"invalid UTF-8 at byte {error.start} of the line") from None
+        raise _BadRecord(f"invalid UTF-8 at byte {error.start} {where}".rstrip()) from None
+
+
+def _text_of(record: object, text_key: str) -> str:
+    """The text of a record with fields: parsed JSON or a row of the hub."""
+    if not isinstance(record, dict):
+        raise _BadRecord(f"a JSON {type(record).__name__} where an object is expected")
+    if text_key not in record:
+        raise _BadRecord(f"no field '{text_key}'", list(record))
+    return _checked(record[text_key], text_key)
+
+
+def _parse_json(line: bytes, text_key: str) -> str:
+    text = _decoded(line, "of the line")
+    try:
+        record = json.loads(text)
     except json.JSONDecodeError as error:
         raise _BadRecord(f"invalid JSON: {error.msg} (column {error.colno})") from None
     except RecursionError:
         raise _BadRecord("invalid JSON: nested too deeply") from None
     except ValueError:
         raise _BadRecord("invalid JSON: a number with thousands of digits") from None
-    if not isinstance(record, dict):
-        raise _BadRecord(f"a JSON {type(record).__name__} where an object is expected")
-    if text_key not in record:
-        raise _BadRecord(f"no field '{text_key}'")
-    return _checked(record[text_key], text_key)
+    return _text_of(record, text_key)
 
 
 def _parse_text(line: bytes, _: str) -> str:
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise _BadRecord(f"invalid UTF-8 at byte {error.start}") from None
+    return _decoded(line)
 
 
 class DocumentReader:
@@ -95,39 +114,53 @@ class DocumentReader:
     ) -> None:
         self.input_split, self.options = input_split, options
         self.report = report or ReadReport()
+        self._head = b""
+        self._fields: list[str] = []
 
     def __iter__(self) -> Iterator[list[str]]:
-        if self.input_split.unit == "hub":
-            yield from self._texts(
-                hub_values(
-                    str(self.input_split.file),
-                    self.input_split.number,
-                    self.input_split.count,
-                    self.options.text_key,
-                ),
-                _checked,
-            )
+        source, key = self.input_split, self.options.text_key
+        if source.unit == "hub":
+            rows = hub_rows(str(source.file), source.number, source.count)
+            yield from self._texts(rows, _text_of)
             self._check_bad(at_end=True)
             return
-        kind = input_kind(self.input_split.file)
-        with damage_reported(self.input_split.file):
-            if kind == "parquet":
-                yield from self._texts(self._parquet_values(), _checked)
+        kind = input_kind(source.file)
+        with damage_reported(source.file):
+            if kind in ("parquet", "arrow"):
+                read = parquet_values if kind == "parquet" else arrow_values
+                yield from self._texts(read(source.file, key), _checked)
+                self.report.sha256 = sha256_of_file(source.file)
             else:
                 parse = _parse_json if kind == "json" else _parse_text
-                yield from self._texts(self._line_batches(kind), parse)
+                records = self._check_encoding(self._line_batches(kind))
+                yield from self._texts(records, parse, lines=True)
         self._check_bad(at_end=True)
 
+    def _check_encoding(self, batches: Iterable[list[bytes]]) -> Iterator[list[bytes]]:
+        """The batches; UserError if the file is in another encoding than UTF-8."""
+        for batch in batches:
+            if not self._head and batch and self.input_split.start == 0:
+                self._head = batch[0][:HEAD_BYTES].removeprefix(BYTE_ORDER_MARK)
+                if encoding := foreign_encoding(self._head):
+                    raise UserError(
+                        f"{self.input_split.file}: is {encoding} text, UTF-8 is expected; convert "
+                        f"it (iconv -f {encoding} -t UTF-8)"
+                    )
+            yield batch
+
     def _texts(
-        self, batches: Iterable[Sequence[Any]], parse: Callable[[Any, str], str]
+        self,
+        batches: Iterable[Sequence[Any]],
+        parse: Callable[[Any, str], str],
+        lines: bool = False,
     ) -> Iterator[list[str]]:
-        """Documents among records; bad and empty ones are counted, blank lines are not."""
+        """Documents among records; bad and empty ones are counted, blank ``lines`` are not."""
         number = 0
         for records in batches:
             texts = []
             for record in records:
                 number += 1
-                if isinstance(record, bytes):
+                if lines:
                     if number == 1 and self.input_split.start == 0:
                         record = record.removeprefix(BYTE_ORDER_MARK)
                     if not record.strip():
@@ -137,6 +170,7 @@ class DocumentReader:
                     text = parse(record, self.options.text_key)
                 except _BadRecord as error:
                     self._bad(number, str(error))
+                    self._fields = self._fields or error.fields
                     continue
                 if text.strip():
                     texts.append(text)
@@ -180,25 +214,6 @@ class DocumentReader:
                 yield lines
         self.report.sha256 = digest.hexdigest()
 
-    def _parquet_values(self) -> Iterator[list[object]]:
-        import pyarrow
-        from pyarrow import parquet
-
-        path, key = self.input_split.file, self.options.text_key
-        try:
-            file = parquet.ParquetFile(path)
-        except pyarrow.ArrowInvalid as error:
-            raise UserError(f"{path}: damaged or not a parquet file ({error})") from None
-        with file:
-            if key not in file.schema_arrow.names:
-                raise UserError(
-                    f"{path}: no column '{key}', it has {file.schema_arrow.names}; choose one "
-                    f"with --text_key"
-                )
-            for batch in file.iter_batches(PARQUET_ROWS, columns=[key]):
-                yield batch.column(0).to_pylist()
-        self.report.sha256 = sha256_of_file(path)
-
     def _bad(self, number: int, reason: str) -> None:
         self.report.bad += 1
         if len(self.report.reasons) < REASONS_KEPT:
@@ -213,8 +228,17 @@ class DocumentReader:
         if report.bad > allowed:
             raise UserError(
                 f"{self.input_split.file}: {report.bad} of {report.records} records are bad, "
-                f"--max_bad_lines allows {allowed:.0f} ({'; '.join(report.reasons)})"
+                f"--max_bad_lines allows {allowed:.0f} ({'; '.join(report.reasons)}){self._hint()}"
             )
+
+    def _hint(self) -> str:
+        """The likely cause of many bad records, for the end of an error message."""
+        if found := likely_format(self._head):
+            return f"; the file looks like {found}"
+        if self._fields:
+            shown = ", ".join(map(repr, self._fields[:FIELDS_SHOWN]))
+            return f"; the fields of the first such record are {shown}: choose one with --text_key"
+        return ""
 
 
 def _by_line(stream: BinaryIO) -> Iterator[list[bytes]]:

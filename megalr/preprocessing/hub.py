@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,21 +41,14 @@ def hub_shards(name: str) -> int:
     return int(_open(name).num_shards)
 
 
-def hub_values(name: str, number: int, count: int, text_key: str) -> Iterator[list[object]]:
-    """Values of the text field of file ``number`` of ``count`` of the data set, in lists."""
-    rows = _open(name).shard(num_shards=count, index=number)
-    values: list[object] = []
-    stream = iter(rows)
+def hub_rows(name: str, number: int, count: int) -> Iterator[list[dict[str, Any]]]:
+    """Rows of file ``number`` of ``count`` of the data set, in lists."""
+    source = iter(_open(name).shard(num_shards=count, index=number))
     while True:
         try:
-            row = next(stream)
-        except StopIteration:
-            break
-        except Exception as error:
+            rows = list(itertools.islice(source, ROWS))
+        except Exception as error:  # as in _open
             raise UserError(_unreachable(name, error)) from None
-        values.append(row.get(text_key))
-        if len(values) == ROWS:
-            yield values
-            values = []
-    if values:
-        yield values
+        if not rows:
+            return
+        yield rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -11,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megalr.data.manifest import MANIFEST_NAME, DataManifest, read_json
+from megalr.data.manifest import MANIFEST_NAME, DataManifest, ShardEntry
 from megalr.data.megatron_index import token_dtype
+from megalr.data.records import read_json
 from megalr.errors import UserError
 from megalr.file_lock import JobLock
 from megalr.files import disk_errors, temporary_path, write_atomic
@@ -24,6 +26,7 @@ from megalr.preprocessing.split_worker import (
     Progress,
     SplitResult,
     WorkSettings,
+    finished_path,
     load_finished,
 )
 from megalr.preprocessing.tokenizer import Tokenizer, describe, open_tokenizer, require_eos
@@ -73,7 +76,8 @@ class PreprocessJob:
         self.tokenizer: Tokenizer = open_tokenizer(settings.tokenizer)
         if settings.append_eos:
             require_eos(self.tokenizer)
-        self.input_splits: dict[str, InputSplit] = plan_splits(inputs, split_bytes)
+        suffixes = [settings.shard_suffix(split) for split in settings.splits]
+        self.input_splits: dict[str, InputSplit] = plan_splits(inputs, split_bytes, suffixes)
         for input_split in self.input_splits.values():
             folders = (
                 input_split.file.parent,
@@ -113,17 +117,9 @@ class PreprocessJob:
 
     def _prepare(self) -> None:
         output = self.settings.output
-        job_file = output / JOB_NAME
-        if job_file.exists():
-            self._check_same(read_json(job_file), job_file)
-        else:
-            content = json.dumps(self._record, indent=1) + "\n"
-            write_atomic(job_file, content.encode(), self.token)
-        others = sorted(
-            path.stem
-            for path in (output / FINISHED_FOLDER).glob("*.json")
-            if path.stem not in self.input_splits
-        )
+        finished = sorted(path.stem for path in (output / FINISHED_FOLDER).glob("*.json"))
+        self._prepare_settings(output / JOB_NAME, bool(finished))
+        others = [name for name in finished if name not in self.input_splits]
         if others:
             raise UserError(
                 f"{output}: holds shards of inputs that this command does not name ({others[0]} "
@@ -138,6 +134,19 @@ class PreprocessJob:
                     os.rename(temporary, output / TOKENIZER_FOLDER)
                 except OSError:  # another share was first
                     _delete(temporary)
+
+    def _prepare_settings(self, job_file: Path, any_finished: bool) -> None:
+        """Check the settings of an earlier start, or replace them if it finished nothing."""
+        if job_file.exists():
+            if any_finished:
+                self._check_same(read_json(job_file), job_file)
+                return
+            with contextlib.suppress(UserError):  # damaged: it is replaced
+                if read_json(job_file) == self._record:
+                    return
+            _delete(self.settings.output / TOKENIZER_FOLDER)
+        content = json.dumps(self._record, indent=1) + "\n"
+        write_atomic(job_file, content.encode(), self.token)
 
     def _remove_unfinished(self) -> None:
         """Delete unfinished files of this share, and of jobs with another number of shares."""
@@ -208,13 +217,13 @@ class PreprocessJob:
     def _write_manifest(self) -> Path | None:
         """Write the manifest if the input splits of all shares are finished."""
         output = self.settings.output
-        shards = []
+        shards: list[ShardEntry] = []
         for name in self.input_splits:
-            if not (output / FINISHED_FOLDER / f"{name}.json").exists():
+            if not finished_path(output, name).exists():
                 return None
-            settings, result = load_finished(output, name)
-            self._check_same(settings, output / FINISHED_FOLDER / f"{name}.json")
-            shards += list(result.shards)
+            settings, result = load_finished(output, name, self.settings, self.tokenizer.vocab_size)
+            self._check_same(settings, finished_path(output, name))
+            shards += result.shards
         if sum(shard.documents for shard in shards) == 0:
             raise UserError(f"{output}: the inputs hold no document; check --input and --text_key")
         manifest = DataManifest(

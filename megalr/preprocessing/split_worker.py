@@ -8,12 +8,21 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
-from megalr.data.manifest import ShardEntry, SourceInfo, entry_from_json, read_json
+from megalr.data.manifest import ShardEntry, SourceInfo, check_entry
+from megalr.data.records import (
+    CHECKSUM_KEY,
+    EXACT,
+    checksum,
+    parse_record,
+    read_json,
+    take_checksum,
+)
 from megalr.errors import UserError
 from megalr.files import sha256_of_file, write_atomic
 from megalr.preprocessing.documents import DocumentReader, ReadOptions, ReadReport
@@ -41,6 +50,15 @@ class WorkSettings:
     validation_fraction: float = 0.0
     split: str = "train"
     reading: ReadOptions = field(default_factory=ReadOptions)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits into which the documents go, the main one first."""
+        return (self.split, "validation") if self.validation_fraction > 0 else (self.split,)
+
+    def shard_suffix(self, split: str) -> str:
+        """Added to the name of an input split for its shard of ``split``."""
+        return "" if split == self.split else f".{split}"
 
     def record(self, fingerprint: str) -> dict[str, Any]:
         """The settings that all runs into one folder share; ``fingerprint``: the tokenizer's."""
@@ -86,7 +104,7 @@ class SplitWorker:
 
     def process(self, name: str, input_split: InputSplit, progress: Progress) -> SplitResult:
         """Write the shards of one input split, unless an earlier run did and they are intact."""
-        previous = finished_split(self.settings.output, name, input_split, self._record)
+        previous = finished_split(name, input_split, self.settings, self.tokenizer)
         if previous is not None:
             return previous
         report = ReadReport()
@@ -95,7 +113,7 @@ class SplitWorker:
                 split: stack.enter_context(
                     ShardWriter(self._prefix(name, split), self.tokenizer.vocab_size, self.job)
                 )
-                for split in self._splits()
+                for split in self.settings.splits
             }
             text_bytes = dict.fromkeys(writers, 0)
             consumed = 0
@@ -135,14 +153,10 @@ class SplitWorker:
 
     @property
     def _divides(self) -> bool:
-        return self.settings.validation_fraction > 0
-
-    def _splits(self) -> list[str]:
-        return [self.settings.split, "validation"] if self._divides else [self.settings.split]
+        return len(self.settings.splits) > 1
 
     def _prefix(self, name: str, split: str) -> Path:
-        suffix = "" if split == self.settings.split else f".{split}"
-        return self.settings.output / f"{name}{suffix}"
+        return self.settings.output / f"{name}{self.settings.shard_suffix(split)}"
 
     def _batches(self, input_split: InputSplit, report: ReadReport) -> Iterator[_Batch]:
         if holds_tokens(input_split):
@@ -180,11 +194,12 @@ class SplitWorker:
             text_bytes[split] += int(batch.text_bytes[held_out == chosen].sum())
 
     def _save(self, result: SplitResult) -> None:
-        content = {
+        content: dict[str, Any] = {
             "settings": self._record,
             "shards": [asdict(shard) for shard in result.shards],
             "report": asdict(result.report),
         }
+        content[CHECKSUM_KEY] = checksum(content)
         path = finished_path(self.settings.output, result.name)
         write_atomic(path, (json.dumps(content, indent=1) + "\n").encode(), self.job)
 
@@ -203,34 +218,67 @@ def finished_path(output: Path, name: str) -> Path:
     return output / FINISHED_FOLDER / f"{name}.json"
 
 
-def load_finished(output: Path, name: str) -> tuple[dict[str, Any], SplitResult]:
-    """Settings and result that an earlier run recorded for an input split; nothing is verified."""
+@dataclass(frozen=True)
+class _FinishedRecord:
+    """Contents of ``finished/NAME.json``."""
+
+    __pydantic_config__ = EXACT
+    settings: dict[str, Any]
+    shards: Annotated[tuple[ShardEntry, ...], Field(min_length=1)]
+    report: ReadReport
+
+
+def load_finished(
+    output: Path, name: str, settings: WorkSettings, vocab_size: int
+) -> tuple[dict[str, Any], SplitResult]:
+    """Settings and result that an earlier run recorded for an input split.
+
+    The record is checked to be consistent; the files are not looked at. UserError otherwise.
+    """
     path = finished_path(output, name)
     content = read_json(path)
-    try:
-        shards = tuple(entry_from_json(shard, str(path)) for shard in content["shards"])
-        result = SplitResult(name, shards, ReadReport(**content["report"]), reused=True)
-        return content["settings"], result
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged record of a finished file ({error})") from None
+    unchanged = take_checksum(content)
+    found = parse_record(_FinishedRecord, content, str(path))
+    for number, shard in enumerate(found.shards):
+        check_entry(shard, vocab_size, f"{path}: shard {number}")
+        if shard.name != name + settings.shard_suffix(shard.split):
+            raise UserError(f"{path}: shard {number} is '{shard.name}' of '{shard.split}'")
+    report = found.report
+    documents = sum(shard.documents for shard in found.shards)
+    if documents + report.bad + report.empty != report.records:
+        raise UserError(
+            f"{path}: {report.records} records were read, but {documents} documents, {report.bad} "
+            f"bad and {report.empty} empty ones are recorded"
+        )
+    skipped = [(shard.bad_lines, shard.empty_documents) for shard in found.shards]
+    if skipped != [(report.bad, report.empty)] + [(0, 0)] * (len(skipped) - 1):
+        raise UserError(f"{path}: the shards' counts of skipped records differ from the report's")
+    if any(shard.source.sha256 != report.sha256 for shard in found.shards):
+        raise UserError(f"{path}: the checksums of the input differ")
+    if not unchanged:
+        raise UserError(f"{path}: does not match its own checksum; the file was edited or damaged")
+    return found.settings, SplitResult(name, found.shards, report, reused=True)
 
 
 def finished_split(
-    output: Path, name: str, input_split: InputSplit, settings: dict[str, Any]
+    name: str, input_split: InputSplit, settings: WorkSettings, tokenizer: Tokenizer
 ) -> SplitResult | None:
     """The result of an earlier run if its source has the same size and every file its checksum."""
+    output = settings.output
     if not finished_path(output, name).exists():
         return None
     try:
-        recorded, result = load_finished(output, name)
+        recorded, result = load_finished(output, name, settings, tokenizer.vocab_size)
     except UserError:
         return None  # damaged: the input split is processed again
     source = result.shards[0].source
-    if recorded != settings or (source.bytes, source.start, source.stop) != (
-        input_split.size,
-        input_split.start,
-        input_split.stop,
-    ):
+    if recorded != settings.record(tokenizer.fingerprint) or (
+        source.bytes,
+        source.start,
+        source.stop,
+    ) != (input_split.size, input_split.start, input_split.stop):
+        return None
+    if tuple(shard.split for shard in result.shards) != settings.splits:
         return None
     for shard in result.shards:
         prefix = output / shard.name

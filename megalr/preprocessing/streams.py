@@ -9,11 +9,14 @@ import io
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from megalr.errors import UserError
+from megalr.files import system_message
 
 BUFFER = 1 << 18
+ZSTD_CHUNK = 1 << 15  # compressed bytes at a time: bounds the text of a very repetitive file
+REASON_LENGTH = 200  # characters of a library's message that are shown
 
 
 class HashingReader(io.RawIOBase):
@@ -45,24 +48,64 @@ class HashingReader(io.RawIOBase):
         super().close()
 
 
+class _ZstdReader(io.RawIOBase):
+    """The text of zstandard frames; raises EOFError where the last frame is truncated.
+
+    zstandard's own stream reader ends without an error there, and Arrow's refuses windows above
+    128 MiB (``zstd --long=28`` and more). Memory: the window that the file states, at most 2 GiB.
+    """
+
+    def __init__(self, source: BinaryIO) -> None:
+        self._source = source
+        self._frame: Any = None  # None between two frames
+        self._input = self._output = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: object) -> int:
+        view = memoryview(buffer)  # type: ignore[arg-type]
+        while not self._output:
+            self._input = self._input or self._source.read(ZSTD_CHUNK)
+            if not self._input:
+                if self._frame is not None:
+                    raise EOFError
+                return 0
+            if self._frame is None:
+                self._frame = _zstd_decompressor().decompressobj()
+            self._output = self._frame.decompress(self._input)
+            self._input = b""
+            if self._frame.eof:
+                self._input, self._frame = self._frame.unused_data, None
+        count = min(len(view), len(self._output))
+        view[:count] = self._output[:count]
+        self._output = self._output[count:]
+        return count
+
+
+def _zstd_decompressor() -> Any:
+    import zstandard
+
+    return zstandard.ZstdDecompressor(max_window_size=1 << 31)
+
+
 def decompressed(raw: io.RawIOBase, path: Path) -> BinaryIO:
     """A buffered stream of the text of ``path``: gzip, zstandard or plain, by its suffix."""
     buffered = io.BufferedReader(raw, BUFFER)
-    if path.suffix == ".gz":
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
         return io.BufferedReader(gzip.GzipFile(fileobj=buffered), BUFFER)
-    if path.suffix == ".zst":
-        import pyarrow
-
-        # Arrow, because it raises on a truncated stream where zstandard's own reader just ends.
-        return io.BufferedReader(
-            pyarrow.CompressedInputStream(pyarrow.PythonFile(buffered, "r"), "zstd"), BUFFER
-        )
+    if suffix == ".zst":
+        return io.BufferedReader(_ZstdReader(buffered), BUFFER)
     return buffered
 
 
 @contextlib.contextmanager
 def damage_reported(path: Path) -> Iterator[None]:
-    """Turn what the decompressors raise on a damaged file into one line that names it."""
+    """Turn the readers' exceptions on a damaged or unreadable file into one line that names it."""
+    import pyarrow
+    import zstandard
+
     try:
         yield
     except EOFError:
@@ -71,13 +114,14 @@ def damage_reported(path: Path) -> Iterator[None]:
         ) from None
     except (gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}: damaged gzip data ({error}); fetch the file again") from None
+    except zstandard.ZstdError as error:
+        raise UserError(f"{path}: damaged zstandard data ({error}); fetch the file again") from None
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except PermissionError:
         raise UserError(f"{path}: no permission to read it") from None
-    except OSError as error:
-        if path.suffix != ".zst" or error.errno is not None:
-            raise
-        raise UserError(
-            f"{path}: damaged or truncated zstandard data ({error}); fetch the file again"
-        ) from None
+    except (pyarrow.ArrowException, OSError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise UserError(f"{path}: cannot be read ({system_message(error)})") from None
+        reason = " ".join(str(error).split())[:REASON_LENGTH]
+        raise UserError(f"{path}: damaged or truncated ({reason}); fetch the file again") from None

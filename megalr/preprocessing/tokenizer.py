@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from megalr.data.manifest import TokenizerInfo, read_json
+from megalr.data.manifest import TokenizerInfo
+from megalr.data.records import read_json
 from megalr.errors import UserError
 
 Ids = NDArray[np.int32]

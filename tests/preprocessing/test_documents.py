@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import struct
 from pathlib import Path
 
 import pyarrow
@@ -177,6 +178,7 @@ def test_a_bad_line_of_a_later_part_says_where_the_part_begins(tmp_path: Path) -
 
 
 def test_the_plan_names_missing_empty_and_unknown_inputs(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "a.docx").write_text("x")
     (tmp_path / "link.jsonl").symlink_to("gone.jsonl")
@@ -185,7 +187,7 @@ def test_the_plan_names_missing_empty_and_unknown_inputs(tmp_path: Path) -> None
         ("none*.jsonl", "no such input file"),
         ("empty.jsonl", "the file is empty"),
         ("a.docx", "unknown kind of input"),
-        ("", "is a folder"),
+        ("folder", "is a folder without a file of a known kind"),
     ]:
         with pytest.raises(UserError, match=message):
             plan_splits([str(tmp_path / pattern)], 1 << 30)
@@ -243,3 +245,128 @@ def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(UserError, match=r"hub:allenai/c4: .*\(Couldn't reach .*local files"):
         plan_splits(["hub:allenai/c4"], 1 << 30)
+
+
+TEXT_TYPES = {
+    "string": pyarrow.string(),
+    "large_string": pyarrow.large_string(),
+    "binary": pyarrow.binary(),
+    "large_binary": pyarrow.large_binary(),
+    "string_view": pyarrow.string_view(),
+    "binary_view": pyarrow.binary_view(),
+    "dictionary": pyarrow.dictionary(pyarrow.int16(), pyarrow.string()),
+    "dictionary of large_string": pyarrow.dictionary(pyarrow.int32(), pyarrow.large_string()),
+}
+
+
+def _write_table(path: Path, column: pyarrow.Array) -> Path:
+    table = pyarrow.table({"url": ["x"] * len(column), "text": column})
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(table, path, row_group_size=3)
+    else:
+        new = pyarrow.ipc.new_stream if "stream" in path.name else pyarrow.ipc.new_file
+        with pyarrow.OSFile(str(path), "wb") as sink, new(sink, table.schema) as writer:
+            writer.write_table(table)
+    return path
+
+
+@pytest.mark.parametrize("kind", TEXT_TYPES)
+@pytest.mark.parametrize("name", ["a.parquet", "stream.arrow", "file.arrow"])
+def test_text_columns_of_every_arrow_type_are_read(tmp_path: Path, name: str, kind: str) -> None:
+    texts = ["eins", None, "zwei é", "", "eins", "x" * 3000]
+    encoded = [text if text is None else text.encode() for text in texts]
+    column = pyarrow.array(texts, pyarrow.string())
+    if "dictionary" in kind:
+        column = column.dictionary_encode().cast(TEXT_TYPES[kind])
+    else:
+        column = pyarrow.array(encoded if "binary" in kind else texts, TEXT_TYPES[kind])
+    path = _write_table(tmp_path / name, column)
+    found, report = _read(path, max_bad_lines=1)
+    assert found == ["eins", "zwei é", "eins", "x" * 3000]
+    assert (report.records, report.bad, report.empty) == (6, 1, 1)
+    assert report.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "binary", "dictionary"])
+@pytest.mark.parametrize("name", ["a.parquet", "stream.arrow", "file.arrow"])
+def test_invalid_utf8_in_a_column_is_one_bad_record(tmp_path: Path, name: str, kind: str) -> None:
+    raw = pyarrow.array([b"one", b"\xe9t\xe9", b"two"])
+    column = raw
+    if kind != "binary":
+        strings = pyarrow.StringArray.from_buffers(3, *raw.buffers()[1:])  # not checked by Arrow
+        column = strings if kind == "string" else strings.cast(pyarrow.large_string())
+    if kind == "dictionary":
+        indices = pyarrow.array([0, 1, 2], pyarrow.int8())
+        column = pyarrow.DictionaryArray.from_arrays(indices, column)
+    path = _write_table(tmp_path / name, column)
+    if (name, kind) == ("a.parquet", "dictionary"):  # Arrow itself refuses these
+        with pytest.raises(UserError, match=r"a\.parquet: .*Invalid UTF8"):
+            _read(path, max_bad_lines=1)
+        return
+    found, report = _read(path, max_bad_lines=1)
+    assert found == ["one", "two"]
+    assert report.reasons == ["line 2: invalid UTF-8 at byte 0 of 'text'"]
+
+
+@pytest.mark.parametrize("codec", ["none", "snappy", "gzip", "zstd"])
+def test_damaged_pages_of_a_sound_parquet_file_are_one_line(tmp_path: Path, codec: str) -> None:
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": prose(2000)})
+    pyarrow.parquet.write_table(table, path, compression=codec, use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    content[100 : len(content) // 2] = b"\xff" * (len(content) // 2 - 100)
+    path.write_bytes(bytes(content))
+    with pytest.raises(UserError, match=r"a\.parquet: ") as caught:
+        _read(path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600 + len(str(path))
+
+
+def test_a_zstandard_file_with_a_window_of_256_mib_is_read(tmp_path: Path) -> None:
+    texts = prose(200)
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=28)
+    stream = zstandard.ZstdCompressor(compression_params=parameters).compressobj()  # no size known
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(stream.compress(lines) + stream.flush())
+    assert zstandard.get_frame_parameters(path.read_bytes()[:18]).window_size == 1 << 28
+    assert _read(path)[0] == texts
+    skippable = b"\x50\x2a\x4d\x18" + struct.pack("<I", 3) + b"abc"  # as pzstd writes them
+    path.write_bytes(skippable + path.read_bytes() + skippable)
+    assert _read(path)[0] == texts
+
+
+@pytest.mark.parametrize("name", ["A.JSONL", "A.JSON.GZ", "A.JSONL.ZST", "A.PARQUET"])
+def test_upper_case_suffixes_mean_the_same(tmp_path: Path, name: str) -> None:
+    lower = _write(tmp_path / name.lower(), prose(20))
+    assert _read(lower.rename(tmp_path / name))[0] == prose(20)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_text_in_another_encoding_is_named(tmp_path: Path, name: str, encoding: str) -> None:
+    path = tmp_path / name
+    path.write_text("".join(f'{{"text": "{text}"}}\n' for text in ("a", "b")), encoding=encoding)
+    with pytest.raises(UserError, match=rf"{name}: is UTF-(16|32) text, UTF-8 is expected"):
+        _read(path, max_bad_lines=1000)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (json.dumps([{"text": "a"}, {"text": "b"}]).encode(), "looks like a JSON array"),
+        (json.dumps([{"text": "a"}], indent=1).encode(), "looks like a JSON array"),
+        (json.dumps({"text": "a"}, indent=1).encode(), "JSON over several lines"),
+        (gzip.compress(b'{"text": "a"}\n'), "gzip data: add .gz"),
+        (zstandard.compress(b'{"text": "a"}\n'), "zstandard data: add .zst"),
+        (
+            b'{"body": "a", "title": "b"}\n',
+            "fields of the first such record are 'body', 'title'",
+        ),
+    ],
+)
+def test_the_likely_cause_of_many_bad_records_is_named(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=rf"a\.jsonl: .*{message}"):
+        _read(tmp_path / "a.jsonl")

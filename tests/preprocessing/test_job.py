@@ -375,3 +375,85 @@ def test_an_output_that_cannot_be_a_folder_is_refused(tmp_path: Path) -> None:
     for output in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match="is a file where a folder is needed"):
             preprocess([path], output)
+
+
+def test_no_document_is_lost_when_names_collide(tmp_path: Path) -> None:
+    large = write_jsonl(tmp_path / "a.jsonl", prose(300))
+    small = write_jsonl(tmp_path / "a-part-00000-of-00003.jsonl", prose(50, seed=1))
+    summary = preprocess(
+        [large, small], tmp_path / "data", split_bytes=-(-large.stat().st_size // 3)
+    )
+    manifest = load_manifest(tmp_path / "data")
+    assert summary.documents == 350
+    assert manifest.totals()["train"]["documents"] == 350
+    texts = {text for n in (0, 1) for text in prose(300 if n == 0 else 50, seed=n)}
+    tokenizer = open_tokenizer(tiny_tokenizer())
+    found = {
+        tokenizer.decode(ids[:-1])
+        for shard in manifest.shards
+        for ids in documents_of(tmp_path / "data" / shard.name)
+    }
+    assert found == texts
+
+
+def test_settings_may_change_until_something_is_finished(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"body": prose(20), "n": [1] * 20}), path)
+    with pytest.raises(UserError, match=r"no column 'text', it has \['body', 'n'\].*--text_key"):
+        preprocess([path], tmp_path / "data")
+    summary = preprocess([path], tmp_path / "data", reading=ReadOptions(text_key="body"))
+    assert summary.documents == 20
+    preprocess([path], tmp_path / "fresh", reading=ReadOptions(text_key="body"))
+    assert contents(tmp_path / "data") == contents(tmp_path / "fresh")
+    with pytest.raises(UserError, match="was started with text_key = 'body', now it is 'text'"):
+        preprocess([path], tmp_path / "data")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_names_of_240_characters_are_preprocessed(tmp_path: Path, workers: int) -> None:
+    inputs = [write_jsonl(tmp_path / f"{letter * 234}.jsonl", prose(20)) for letter in "ab"]
+    inputs.append(write_jsonl(tmp_path / f"{'c' * 249}.jsonl", prose(20)))
+    output = tmp_path / "data"
+    assert preprocess(inputs, output, workers, validation_fraction=0.2).documents == 60
+    assert len(list(output.glob("*.validation.idx"))) == 3
+    assert not list(output.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENAMETOOLONG])
+def test_every_error_of_the_disk_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", prose(20))
+
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    for name in ("os.fsync", "os.replace", "os.write"):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, fail)
+            with pytest.raises(UserError, match=str(tmp_path / "data")) as caught:
+                preprocess([path], tmp_path / "data")
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "data" / "manifest.json").exists()
+    assert preprocess([path], tmp_path / "data").documents == 20
+
+
+def test_a_record_that_loses_documents_is_not_taken(
+    inputs: list[Path], finished: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "data"
+    shutil.copytree(finished, output)
+    (output / "manifest.json").unlink()
+    record = sorted((output / "finished").iterdir())[0]
+    content = json.loads(record.read_text())
+    del content["sha256"]  # as older versions wrote it
+    record.write_text(json.dumps(content))
+    assert preprocess(inputs, output).reused == 3
+    content["report"]["records"] += 1
+    record.write_text(json.dumps(content))
+    (output / "manifest.json").unlink()
+    assert preprocess(inputs, output).reused == 2  # the doubtful one was read again
+    assert contents(output) == contents(finished)
