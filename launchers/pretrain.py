@@ -6,6 +6,8 @@ Also started by torchrun, by mpirun, or by plain python for one process.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import sys
 from pathlib import Path
 
 from megalr.distributed.signals import StopRequest
@@ -82,16 +84,20 @@ def main() -> int:
         if launched_number(LOCAL_RANK_VARIABLES) == 0:
             raise
         raise AgreedError(str(error)) from error
+    source = str(arguments.deepspeed_config or "default DeepSpeed config")
     if arguments.print_config:
-        from megalr.engine.build import check_run
+        with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs to stdout
+            from megalr.engine.build import check_run
+            from megalr.engine.config import describe_deepspeed
 
-        check_run(config)
+            stage, described = describe_deepspeed(config, ds_user, source)
+            check_run(config, stage)
         print(dump_config(config), end="")
+        print(described)
         return 0
     from megalr.distributed.peer_errors import name_lost_peers
     from megalr.training.pretrain import pretrain
 
-    source = str(arguments.deepspeed_config or "default DeepSpeed config")
     with name_lost_peers(config.run.timeout_seconds):
         return pretrain(config, ds_user, source, request, arguments.allow)
 

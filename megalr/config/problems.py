@@ -18,6 +18,11 @@ def nearest(word: str, candidates: Iterable[str]) -> str | None:
     return found[0] if found else None
 
 
+def printable(key: str) -> str:
+    """A key as text of one line and bounded length."""
+    return key if key.isprintable() and len(key) <= MAX_VALUE_LENGTH else shown(key)
+
+
 def shown(value: Any) -> str:
     """The value as text of bounded length, constants as YAML and JSON write them."""
     if value is None or isinstance(value, bool):

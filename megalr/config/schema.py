@@ -48,17 +48,17 @@ class ModelConfig(Section):
     """Name of the model: llama_9m, llama_20m, llama_60m, llama_130m, llama_350m, llama_1b,
     llama_3b, llama_7b or llama_13b; required without from_pretrained. The keys below replace single
     values of it; null keeps the preset's."""
-    hidden_size: int | None = Field(default=None, ge=1, examples=[512])
+    hidden_size: int | None = Field(default=None, ge=1, le=1_000_000, examples=[512])
     """Width of the residual stream."""
-    intermediate_size: int | None = Field(default=None, ge=1, examples=[1376])
+    intermediate_size: int | None = Field(default=None, ge=1, le=10_000_000, examples=[1376])
     """Width of the MLP."""
-    num_layers: int | None = Field(default=None, ge=1, examples=[8])
+    num_layers: int | None = Field(default=None, ge=1, le=100_000, examples=[8])
     """Number of decoder layers."""
-    num_heads: int | None = Field(default=None, ge=1, examples=[8])
+    num_heads: int | None = Field(default=None, ge=1, le=100_000, examples=[8])
     """Number of query heads of each layer."""
-    num_kv_heads: int | None = Field(default=None, ge=1, examples=[8])
+    num_kv_heads: int | None = Field(default=None, ge=1, le=100_000, examples=[8])
     """Number of key and value heads of each layer; a divisor of num_heads."""
-    vocab_size: int | None = Field(default=None, ge=2, examples=[32000])
+    vocab_size: int | None = Field(default=None, ge=2, le=2_000_000_000, examples=[32000])
     """Number of token ids; must cover every id in the data."""
     norm_eps: float | None = Field(default=None, gt=0, examples=[1e-6])
     """Added to the variance in RMSNorm."""
@@ -170,7 +170,7 @@ class DataConfig(Section):
     )
     """Validation data: one preprocessed folder or a list of them; null = the documents that
     preprocessing held out in the training folder, if any; no evaluation otherwise."""
-    sequence_length: int = Field(default=256, ge=2, examples=[256])
+    sequence_length: int = Field(default=256, ge=2, le=100_000_000, examples=[256])
     """Positions of a sample (tokens)."""
     packing: bool = Field(default=True, examples=[True])
     """true: samples are windows of the token stream, no position is wasted. false: one document a
@@ -189,11 +189,11 @@ class DataConfig(Section):
 class TrainConfig(Section):
     """The loop: how long, in which batches, in which precision."""
 
-    updates: int = Field(ge=1, examples=[11000])
+    updates: int = Field(ge=1, le=1_000_000_000_000, examples=[11000])
     """Optimizer steps of the whole run."""
-    global_batch_size: int = Field(ge=1, examples=[512])
+    global_batch_size: int = Field(ge=1, le=1_000_000_000, examples=[512])
     """Sequences that one update sees, over all ranks."""
-    micro_batch_size: int = Field(ge=1, examples=[32])
+    micro_batch_size: int = Field(ge=1, le=1_000_000_000, examples=[32])
     """Sequences that one data-parallel rank sends through the model at a time."""
     gradient_accumulation: int | None = Field(default=None, ge=1, examples=[4])
     """Micro-batches that a rank adds up before an update; null = global_batch_size /

@@ -23,9 +23,13 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader with the scalars of YAML 1.2's core schema; ints may be written 10_000."""
 
 
-def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
+def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int | float:
+    """The integer; one beyond all floats is infinite, as a float of that size is."""
     text = loader.construct_scalar(node).replace("_", "")
-    return int(text, 16) if text.lower().lstrip("+-").startswith("0x") else int(text)
+    value = int(text, 16) if text.lower().lstrip("+-").startswith("0x") else int(text)
+    if abs(value) < 10**300:
+        return value
+    return math.inf if value > 0 else -math.inf
 
 
 def _construct_float(loader: _Loader, node: yaml.ScalarNode) -> float:
@@ -52,6 +56,11 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
 
 COMMAND_LINE = "command line"
 LARGEST_FLOAT = 3.4e38
+MAX_BYTES = 1_000_000
+MAX_DEPTH = 32
+MAX_VALUES = 100_000
+"""Values in a text once its aliases are expanded; a list of aliases of lists of aliases multiplies
+them."""
 
 
 @dataclass
@@ -102,7 +111,7 @@ def _wrong_numbers(value: Any) -> Iterator[tuple[float, str]]:
         for item in value.values() if isinstance(value, dict) else value:
             yield from _wrong_numbers(item)
     elif isinstance(value, int) and abs(value) >= 2**63:
-        yield math.copysign(math.inf, value) if abs(value) > 1e300 else value, "must be below 2^63"
+        yield value, "must be below 2^63"
     elif isinstance(value, float) and not math.isfinite(value):
         yield value, "must be a finite number"
     elif isinstance(value, float) and abs(value) > LARGEST_FLOAT:
@@ -131,6 +140,7 @@ def _parse(text: str, key: str, label: str) -> tuple[Source, Any]:
     try:
         node = _compose(text)
         if node is not None:
+            _count(node, {}, label)
             return source, _construct(node, key, label, source)
     except yaml.MarkedYAMLError as error:
         mark, what = error.problem_mark, error.problem
@@ -139,8 +149,53 @@ def _parse(text: str, key: str, label: str) -> tuple[Source, Any]:
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{label}: not valid YAML: {str(error).splitlines()[0]}") from error
     except RecursionError as error:
-        raise UserError(f"{label}: not a configuration: an alias contains itself") from error
+        raise UserError(f"{label}: not a configuration: nested too deeply") from error
     return source, None
+
+
+def _count(node: yaml.Node, counts: dict[int, int], label: str, depth: int = 0) -> int:
+    """Values below a node, itself included, with aliases expanded.
+
+    ``counts`` holds the nodes that were seen, 0 for those that are not finished.
+
+    Raises UserError when that are too many, or nested too deeply, or without end.
+    """
+    if counts.get(id(node)) == 0:
+        raise UserError(f"{label}: not a configuration: an alias contains itself")
+    if depth > MAX_DEPTH:
+        raise UserError(f"{label}: not a configuration: nested more than {MAX_DEPTH} deep")
+    if id(node) not in counts:
+        counts[id(node)] = 0
+        children: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            children = [child for pair in node.value for child in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            children = node.value
+        total = 1 + sum(_count(child, counts, label, depth + 1) for child in children)
+        if total > MAX_VALUES:
+            raise UserError(f"{label}: not a configuration: more than {MAX_VALUES} values")
+        counts[id(node)] = total
+    return counts[id(node)]
+
+
+def read_text(path: Path, what: str) -> str:
+    """The text of a file of at most ``MAX_BYTES``.
+
+    Raises UserError, with ``what`` the file is, when it cannot be read, is larger or is not UTF-8.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read {what}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{str(path)!r}: cannot read {what}: {error}") from error
+    if len(data) > MAX_BYTES:
+        raise UserError(f"{path}: larger than {MAX_BYTES:,} bytes: this is not {what}")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from error
 
 
 def read_file(path: Path) -> Source:
@@ -148,13 +203,7 @@ def read_file(path: Path) -> Source:
 
     Raises UserError when the file cannot be read or is not such YAML.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the configuration: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from error
-    source, value = _parse(text, "", str(path))
+    source, value = _parse(read_text(path, "the configuration"), "", str(path))
     if not isinstance(value, dict | NoneType):
         raise UserError(
             f"{path}: {value!r:.60}: must hold sections such as `train:` with keys below"

@@ -10,9 +10,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megalr.config.problems import shown
+from megalr.config.problems import printable, shown
 from megalr.config.schema import RunConfig
-from megalr.engine.config_checks import combination_problems, lay_over, nested_problems
+from megalr.config.yaml_source import MAX_DEPTH, read_text
+from megalr.engine.config_checks import combination_problems, lay_over, model_problems
 from megalr.errors import UserError
 
 NEVER = 1_000_000_000
@@ -38,22 +39,39 @@ def read_deepspeed_json(path: Path | str) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise UserError(f"{path}: given twice: {', '.join(twice)}; keep one of them")
+            raise UserError(
+                f"{path}: given twice: {', '.join(map(printable, twice))}; keep one of them"
+            )
         return dict(pairs)
 
+    text = read_text(Path(path), "the DeepSpeed JSON")
     try:
-        values = json.loads(Path(path).read_text("utf-8"), object_pairs_hook=no_key_twice)
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the DeepSpeed JSON: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from error
+        values = json.loads(text, object_pairs_hook=no_key_twice)
+        _check_depth(values, path)
+    except RecursionError as error:
+        raise UserError(f"{path}: not a DeepSpeed JSON: nested too deeply") from error
     except json.JSONDecodeError as error:
         raise UserError(
             f"{path}: not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}"
         ) from error
+    except ValueError as error:  # an integer of thousands of digits
+        raise UserError(f"{path}: not a DeepSpeed JSON: {str(error).split(';')[0]}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: {shown(values)}: must be a JSON object")
     return values
+
+
+def _check_depth(values: Any, path: Path | str) -> None:
+    level, depth = [values], 0
+    while level := [
+        item
+        for value in level
+        if isinstance(value, dict | list)
+        for item in (value.values() if isinstance(value, dict) else value)
+    ]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise UserError(f"{path}: not a DeepSpeed JSON: nested more than {MAX_DEPTH} deep")
 
 
 def solve_batch(config: RunConfig, data_parallel_size: int) -> int:
@@ -100,10 +118,10 @@ def resolve_deepspeed_config(
     Raises UserError with one line per problem.
     """
     problems: list[str] = []
-    zero = user.get("zero_optimization", {})
+    zero = user.get("zero_optimization")
     zero = zero if isinstance(zero, dict) else {}
-    stage = zero.get("stage", 0)
-    if stage not in (0, 1, 2, 3):
+    stage = 0 if zero.get("stage") in (None, "auto") else zero["stage"]
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
         problems.append(f"{source}: zero_optimization.stage = {shown(stage)}: must be 0, 1, 2 or 3")
         stage = 0
     accumulation = 1
@@ -112,15 +130,36 @@ def resolve_deepspeed_config(
     except UserError as error:
         problems.append(str(error))
         user = {key: value for key, value in user.items() if key != "gradient_accumulation_steps"}
+    user = {**user, "zero_optimization": {**zero, "stage": stage}} if zero else user
     resolved = _template(config, stage, accumulation)
     resolved["zero_optimization"] |= _offload_template(zero)
-    found = lay_over(resolved, user, config) + nested_problems(user)
+    found = lay_over(resolved, user, config)
+    resolved["steps_per_print"] = min(resolved["steps_per_print"], NEVER)
+    found += model_problems(resolved)
     if not problems and not found:
         found = combination_problems(config, resolved)
     problems += [f"{source}: {problem}" for problem in found]
     if problems:
         raise UserError("\n".join(problems))
     return resolved
+
+
+def describe_deepspeed(config: RunConfig, user: dict[str, Any], source: str) -> tuple[int, str]:
+    """(ZeRO stage, the complete DeepSpeed configuration as lines of YAML comments).
+
+    For use without a launcher: the number of ranks is the one that the accumulation given in the
+    configuration or the JSON implies, else 1.
+
+    Raises UserError as :func:`resolve_deepspeed_config`.
+    """
+    train = config.train
+    given = train.gradient_accumulation or user.get("gradient_accumulation_steps")
+    step = train.micro_batch_size * given if type(given) is int and given > 0 else 0
+    ranks = train.global_batch_size // step if step and train.global_batch_size % step == 0 else 1
+    resolved = resolve_deepspeed_config(config, user, source, ranks)
+    title = f"DeepSpeed configuration on {ranks} data-parallel rank{'s'[: ranks - 1]}:"
+    lines = [title, *json.dumps(resolved, indent=2).splitlines()]
+    return resolved["zero_optimization"]["stage"], "\n".join(f"# {line}" for line in lines)
 
 
 def _template(config: RunConfig, stage: int, accumulation: int) -> dict[str, Any]:

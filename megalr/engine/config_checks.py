@@ -1,18 +1,28 @@
-"""What can be wrong with a user's DeepSpeed JSON, besides not being JSON."""
+"""Checks of a user's DeepSpeed JSON that DeepSpeed does not make, or makes only once it trains.
+
+DeepSpeed ignores unknown keys outside its pydantic models and takes any type there.
+"""
 
 from __future__ import annotations
 
 import copy
-from typing import Any, get_args
+import math
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from megalr.config.problems import nearest, shown
+from megalr.config.problems import nearest, printable, shown
 from megalr.config.schema import RunConfig
-from megalr.engine.config_keys import FIXED_KEYS, OPTIONAL_KEYS, REFUSED_KEYS
-
-_MODEL_SECTIONS = ("zero_optimization", "bf16", "fp16")
-"""Sections that DeepSpeed reads into strict pydantic models; these find misspelt keys."""
+from megalr.engine.config_keys import (
+    ACTIVE_BY_PRESENCE,
+    AT_LEAST_ONE,
+    CHOICES,
+    FIXED_KEYS,
+    OPTIONAL_KEYS,
+    REFUSED_KEYS,
+    deepspeed_defaults,
+    deepspeed_sections,
+)
 
 
 def lay_over(
@@ -20,39 +30,76 @@ def lay_over(
 ) -> list[str]:
     """Write the user's values into ``target``, the values that megalr would write.
 
-    Returns what is wrong: keys that are unknown or refused, and values that contradict the run.
+    Values that ask for nothing (null, "auto", disabled sections, defaults of keys that megalr does
+    not use) are passed over. Returns the problems: keys that are unknown or refused, values of the
+    wrong type or out of range, values that contradict the run.
     """
     problems = []
     for name, value in user.items():
         key = f"{prefix}{name}"
         if key in REFUSED_KEYS:
-            problems.append(f"{key} = {shown(value)}: not possible here: {REFUSED_KEYS[key]}")
-        elif isinstance(target.get(name), dict):
-            if isinstance(value, dict):
-                problems += lay_over(target[name], value, config, f"{key}.")
-            elif value != "auto":
-                problems.append(f"{key} = {shown(value)}: must be an object with keys of its own")
-        elif name in target and value == "auto":
+            problem = "" if _is_neutral(key, value) else f"not possible here: {REFUSED_KEYS[key]}"
+        elif not (name in target or key in FIXED_KEYS or _is_known(key)):
+            problem = f"unknown key; {_hint(name, prefix, target)}"
+        elif value is None or value == "auto":
             continue
+        elif isinstance(target.get(name), dict) or _is_section(key):
+            if value is False and f"{key}.enabled" in FIXED_KEYS:
+                value = {"enabled": False}
+            if isinstance(value, dict):
+                target.setdefault(name, {})
+                problems += lay_over(target[name], value, config, f"{key}.")
+                continue
+            problem = "" if value is False else "must be an object with keys of its own"
         elif key in FIXED_KEYS:
-            problems += _contradiction(key, value, target.get(name), config)
-        elif _contains_auto(value):
-            problems.append(f"{key} = {shown(value)}: 'auto' has no meaning here; give a value")
-        elif key in OPTIONAL_KEYS or prefix.startswith(tuple(f"{s}." for s in _MODEL_SECTIONS)):
-            target[name] = copy.deepcopy(value)  # judged by nested_problems
-        elif name not in target:
-            problems.append(f"{key} = {shown(value)}: unknown key; {_hint(name, prefix, target)}")
-        elif not _same_kind(value, target[name]):
-            problems.append(f"{key} = {shown(value)}: must be like {shown(target[name])}")
+            expected = target.get(name, deepspeed_defaults().get(key))
+            problem = _contradiction(key, value, expected, config)
         else:
-            target[name] = value
+            problem = _value_problem(key, value, target.get(name, deepspeed_defaults().get(key)))
+            if not problem:
+                target[name] = copy.deepcopy(value)
+        if problem:
+            problems.append(f"{printable(key)} = {shown(value)}: {problem}")
     return problems
 
 
-def _contains_auto(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(_contains_auto(item) for item in value.values())
-    return value == "auto"
+def _is_neutral(key: str, value: Any) -> bool:
+    """Whether the value of a refused key asks for nothing."""
+    default = deepspeed_defaults().get(key)
+    if value is None or value == "auto" or (value is False and default is not True):
+        return True
+    if not isinstance(value, dict):
+        return bool(value == default) and _same_kind(value, default)
+    if key in ACTIVE_BY_PRESENCE:
+        return False
+    enabled = value.get("enabled")
+    if enabled is not None:
+        return enabled is False
+    return all(_is_neutral(f"{key}.{name}", item) for name, item in value.items())
+
+
+def _is_known(key: str) -> bool:
+    return key in OPTIONAL_KEYS or key in deepspeed_defaults()
+
+
+def _is_section(key: str) -> bool:
+    return any(known.startswith(f"{key}.") for known in deepspeed_defaults())
+
+
+def _value_problem(key: str, value: Any, example: Any) -> str:
+    """Why a value cannot be passed on; "" if it can, as far as is seen without its model."""
+    if key in CHOICES:
+        return "" if value in CHOICES[key] else f"must be {' or '.join(CHOICES[key])}"
+    if example is not None and not _same_kind(value, example):
+        return f"must be like {shown(example)}"
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if key == "steps_per_print" and value == math.inf:
+            return ""
+        if math.isnan(value) or abs(value) >= 2**63:
+            return "must be a number below 2^63"
+        if key in AT_LEAST_ONE and value < 1:
+            return "must be at least 1"
+    return ""
 
 
 def _same_kind(value: Any, example: Any) -> bool:
@@ -60,13 +107,15 @@ def _same_kind(value: Any, example: Any) -> bool:
         return isinstance(value, bool) and isinstance(example, bool)
     if isinstance(example, int | float):
         return isinstance(value, int | float)
-    return isinstance(value, type(example))
+    return isinstance(value, str if isinstance(example, str) else type(example))
 
 
 def _hint(name: str, prefix: str, target: dict[str, Any]) -> str:
-    known = set(target)
+    known = {key.removeprefix(prefix) for key in deepspeed_defaults() if key.startswith(prefix)}
+    known |= {*target, *(OPTIONAL_KEYS if not prefix else ())}
+    known = {key for key in known if "." not in key and f"{prefix}{key}" not in REFUSED_KEYS}
     if not prefix:
-        known |= {key for key in (*OPTIONAL_KEYS, *REFUSED_KEYS) if "." not in key}
+        known |= {key for key in REFUSED_KEYS if "." not in key}
     close = nearest(name, known)
     if close:
         return f"did you mean {prefix}{close}?"
@@ -75,93 +124,31 @@ def _hint(name: str, prefix: str, target: dict[str, Any]) -> str:
     return f"known: {', '.join(sorted(known))}"
 
 
-def _contradiction(key: str, value: Any, expected: Any, config: RunConfig) -> list[str]:
-    if value == expected:
-        return []
+def _contradiction(key: str, value: Any, expected: Any, config: RunConfig) -> str:
+    if value == expected and _same_kind(value, expected):
+        return ""
     run_key = FIXED_KEYS[key]
     if not run_key:
-        wanted = "its absence" if expected is None else shown(expected)
-        return [f"{key} = {shown(value)}: megalr relies on {wanted}; leave the key out"]
+        return f"megalr relies on {shown(expected)}; leave the key out"
     section, name = run_key.split(".")
     given = getattr(getattr(config, section), name)
     follows = f"{run_key} = {given}" if given is not None else f"{run_key}, computed"
-    return [
-        f"{key} = {shown(value)}: the run asks for {shown(expected)} ({follows}); write 'auto' here"
-    ]
+    return f"the run asks for {shown(expected)} ({follows}); write 'auto' here"
 
 
-def nested_problems(user: dict[str, Any]) -> list[str]:
-    """Misspelt keys and wrong values below the top level, found by DeepSpeed's own models."""
+def model_problems(resolved: dict[str, Any]) -> list[str]:
+    """What DeepSpeed's own models find wrong in the completed sections."""
     problems = []
-    for section, known in OPTIONAL_KEYS.items():
-        values = user.get(section)
-        if isinstance(values, dict):
-            for name in set(values) - set(known):
-                hint = _hint(name, f"{section}.", dict.fromkeys(known))
-                problems.append(f"{section}.{name} = {shown(values[name])}: unknown key; {hint}")
-        elif known and values is not None:
-            problems.append(f"{section} = {shown(values)}: must be an object with keys of its own")
-    if any(isinstance(user.get(section), dict) for section in _MODEL_SECTIONS):
-        problems += _model_problems(user)
-    return problems
-
-
-def _model_problems(user: dict[str, Any]) -> list[str]:
-    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    models: dict[str, type[BaseModel]] = {
-        "zero_optimization": DeepSpeedZeroConfig,
-        "bf16": DeepSpeedBF16Config,
-        "fp16": DeepSpeedFP16Config,
-    }
-    problems = []
-    for section, model in models.items():
-        values = user.get(section)
-        if not isinstance(values, dict):
-            continue
+    for section, model in deepspeed_sections().items():
         try:
-            model(**_unjudged(values, f"{section}."))
+            model(**resolved.get(section, {}))
         except ValidationError as error:
-            problems += [_describe(section, detail, model) for detail in error.errors()]
+            for detail in error.errors():
+                key = ".".join([section, *map(str, detail["loc"])])
+                text = detail["msg"].replace("Input should be", "must be")
+                text = text.removeprefix("Value error, ").removeprefix("Assertion failed, ")
+                problems.append(f"{printable(key)} = {shown(detail['input'])}: {text}")
     return problems
-
-
-def _unjudged(values: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """The values that nobody has spoken about yet: no refused or fixed keys, no "auto"."""
-    kept = {}
-    for name, value in values.items():
-        key = f"{prefix}{name}"
-        settled = key in REFUSED_KEYS or key in FIXED_KEYS or key == "zero_optimization.stage"
-        if not settled and value != "auto":
-            kept[name] = _unjudged(value, f"{key}.") if isinstance(value, dict) else value
-    return kept
-
-
-def _describe(section: str, detail: Any, model: type[BaseModel]) -> str:
-    path = [str(part) for part in detail["loc"]]
-    key = ".".join([section, *path])
-    if detail["type"] == "extra_forbidden":
-        names = {info.alias or name: None for name, info in _fields(model, path[:-1]).items()}
-        names = {name: None for name in names if f"{section}.{name}" not in REFUSED_KEYS}
-        hint = _hint(path[-1], f"{'.'.join([section, *path[:-1]])}.", names)
-        return f"{key} = {shown(detail['input'])}: unknown key; {hint}"
-    text = detail["msg"].replace("Input should be", "must be").removeprefix("Value error, ")
-    return f"{key} = {shown(detail['input'])}: {text}"
-
-
-def _fields(model: type[BaseModel], path: list[str]) -> dict[str, Any]:
-    """The fields of the section at ``path`` below ``model``; optional sections are looked into."""
-    fields: dict[str, Any] = dict(model.model_fields)
-    for name in path:
-        annotation = fields[name].annotation
-        sections = [
-            kind
-            for kind in (annotation, *get_args(annotation))
-            if isinstance(kind, type) and issubclass(kind, BaseModel)
-        ]
-        fields = dict(sections[0].model_fields) if sections else {}
-    return fields
 
 
 def combination_problems(config: RunConfig, resolved: dict[str, Any]) -> list[str]:
@@ -177,11 +164,6 @@ def combination_problems(config: RunConfig, resolved: dict[str, Any]) -> list[st
         problems.append(
             f"data_types.grad_accum_dtype = {shown(accumulate)}: must be {' or '.join(allowed)} "
             f"with train.precision = {precision} and zero_optimization.stage = {stage}"
-        )
-    if resolved["communication_data_type"] not in ("fp32", "bf16"):
-        problems.append(
-            f"communication_data_type = {shown(resolved['communication_data_type'])}: "
-            "must be fp32 or bf16"
         )
     for name, stages in (("offload_optimizer", (1, 2, 3)), ("offload_param", (3,))):
         device = (zero.get(name) or {}).get("device", "none")

@@ -6,78 +6,71 @@ them with what the installed DeepSpeed reads.
 
 from __future__ import annotations
 
-_OTHER_LOOP = "megalr's own training loop does this"
-_OTHER_PARALLELISM = "megalr's model is not cut up by DeepSpeed"
-_METRICS = "use log.tensorboard or log.wandb_project of the run's configuration"
-_NO_EFFECT = "no effect on a megalr run"
-_REMOVED = "DeepSpeed has removed this feature"
-_COPIES = "restarts and export would miss the second copy of the weights that this keeps"
-_NUMERICS = "it changes the numbers that megalr computes"
+from functools import cache
+from typing import Any, get_args
 
-REFUSED_KEYS: dict[str, str] = {
-    "optimizer": "use optimizer.* of the run's configuration",
-    "scheduler": "use schedule.* of the run's configuration",
-    "activation_checkpointing": "use train.activation_checkpointing of the run's configuration",
-    "compile": "use train.compile of the run's configuration",
-    "tensorboard": _METRICS,
-    "wandb": _METRICS,
-    "csv_monitor": "metrics are in metrics.jsonl of the run folder",
-    "comet": _METRICS,
-    "bfloat16": "write bf16",
-    "aio": "offload to NVMe is not supported",
-    "autotuning": _OTHER_LOOP,
-    "data_efficiency": _OTHER_LOOP,
-    "dataloader_drop_last": _OTHER_LOOP,
-    "hybrid_engine": _OTHER_LOOP,
-    "datastates_ckpt": "checkpoints are written through DeepSpeed's standard engine",
-    "pipeline": _OTHER_PARALLELISM,
-    "tensor_parallel": _OTHER_PARALLELISM,
-    "expert_parallel": _OTHER_PARALLELISM,
-    "sequence_parallel_size": _OTHER_PARALLELISM,
-    "seq_parallel_communication_data_type": _OTHER_PARALLELISM,
-    "use_data_before_expert_parallelism": _OTHER_PARALLELISM,
-    "weight_quantization": _NUMERICS,
-    "vocabulary_size": _NO_EFFECT,
-    "disable_allgather": _NO_EFFECT,
-    "amp": _REMOVED,
-    "compression_training": _REMOVED,
-    "curriculum_learning": _REMOVED,
-    "eigenvalue": _REMOVED,
-    "elasticity": _REMOVED,
-    "graph_harvesting": _REMOVED,
-    "nebula": _REMOVED,
-    "progressive_layer_drop": _REMOVED,
-    "quantize_training": _REMOVED,
-    "sparse_attention": _REMOVED,
-    "sparse_gradients": _REMOVED,
-    "zero_optimization.cpu_offload": "write offload_optimizer",
-    "zero_optimization.cpu_offload_param": "write offload_param",
-    "zero_optimization.cpu_offload_use_pin_memory": "write offload_optimizer.pin_memory",
-    "zero_optimization.stage3_gather_fp16_weights_on_model_save": (
-        "write stage3_gather_16bit_weights_on_model_save"
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+_REASONS: dict[str, str] = {
+    "use optimizer.* of the run's configuration": "optimizer",
+    "use schedule.* of the run's configuration": "scheduler",
+    "use train.activation_checkpointing of the run's configuration": "activation_checkpointing",
+    "use train.compile of the run's configuration": "compile",
+    "use train.precision of the run's configuration": "data_types.param_dtype",
+    "use log.tensorboard or log.wandb_project of the run's configuration": (
+        "tensorboard wandb comet"
     ),
-    "zero_optimization.legacy_stage1": _REMOVED,
-    "zero_optimization.mics_shard_size": _REMOVED,
-    "zero_optimization.mics_hierarchical_params_gather": _REMOVED,
-    "zero_optimization.zeropp_loco_param": _REMOVED,
-    "zero_optimization.elastic_checkpoint": "checkpoints change layout by universal checkpoints",
-    "zero_optimization.allgather_partitions": _NO_EFFECT,
-    "zero_optimization.zenflow": _NUMERICS,
-    "zero_optimization.save_muon_momentum_buffer_in_memory": _NO_EFFECT,
-    "zero_optimization.zero_hpz_partition_size": _COPIES,
-    "zero_optimization.zero_quantized_weights": _COPIES,
-    "zero_optimization.zero_quantized_nontrainable_weights": _COPIES,
-    "zero_optimization.zero_quantized_gradients": _NUMERICS,
-    "zero_optimization.offload_optimizer.nvme_path": "offload to NVMe is not supported",
-    "zero_optimization.offload_optimizer.ratio": "the optimizer state is offloaded whole",
-    "zero_optimization.offload_optimizer.super_offload": "the optimizer state is offloaded whole",
-    "zero_optimization.offload_param.nvme_path": "offload to NVMe is not supported",
-    "checkpoint.writer": "checkpoints are written through DeepSpeed's standard engine",
-    "checkpoint.checkpoint_serialization": _NO_EFFECT,
-    "checkpoint.parallel_write": _OTHER_PARALLELISM,
-    "data_types.param_dtype": "use train.precision of the run's configuration",
-    "data_types.buffer_dtype": _NUMERICS,
-    "data_types.keep_in_fp32_modules": _NUMERICS,
+    "metrics are in metrics.jsonl of the run folder": "csv_monitor",
+    "write bf16": "bfloat16",
+    "megalr's own training loop does this": (
+        "autotuning data_efficiency dataloader_drop_last hybrid_engine"
+    ),
+    "checkpoints are written through DeepSpeed's standard engine": (
+        "datastates_ckpt checkpoint.writer"
+    ),
+    "checkpoints change layout by universal checkpoints": "zero_optimization.elastic_checkpoint",
+    "megalr's model is not cut up by DeepSpeed": (
+        "pipeline tensor_parallel expert_parallel sequence_parallel_size "
+        "seq_parallel_communication_data_type use_data_before_expert_parallelism "
+        "checkpoint.parallel_write"
+    ),
+    "it changes the numbers that megalr computes": (
+        "weight_quantization zero_optimization.zenflow zero_optimization.zero_quantized_gradients "
+        "data_types.buffer_dtype data_types.keep_in_fp32_modules"
+    ),
+    "restarts and export would miss the second copy of the weights that this keeps": (
+        "zero_optimization.zero_hpz_partition_size zero_optimization.zero_quantized_weights "
+        "zero_optimization.zero_quantized_nontrainable_weights"
+    ),
+    "no effect on a megalr run": (
+        "vocabulary_size disable_allgather zero_optimization.allgather_partitions "
+        "zero_optimization.save_muon_momentum_buffer_in_memory checkpoint.checkpoint_serialization "
+        "zero_optimization.offload_optimizer.cpuadam_cores_perc"
+    ),
+    "DeepSpeed has removed this feature": (
+        "amp compression_training curriculum_learning eigenvalue elasticity graph_harvesting "
+        "nebula progressive_layer_drop quantize_training sparse_attention sparse_gradients "
+        "zero_optimization.legacy_stage1 zero_optimization.mics_shard_size "
+        "zero_optimization.mics_hierarchical_params_gather zero_optimization.zeropp_loco_param"
+    ),
+    "write offload_optimizer": "zero_optimization.cpu_offload",
+    "write offload_param": "zero_optimization.cpu_offload_param",
+    "write offload_optimizer.pin_memory": "zero_optimization.cpu_offload_use_pin_memory",
+    "write stage3_gather_16bit_weights_on_model_save": (
+        "zero_optimization.stage3_gather_fp16_weights_on_model_save"
+    ),
+    "offload to NVMe is not supported": (
+        "aio zero_optimization.offload_optimizer.nvme_path "
+        "zero_optimization.offload_param.nvme_path"
+    ),
+    "the optimizer state is offloaded whole": (
+        "zero_optimization.offload_optimizer.ratio "
+        "zero_optimization.offload_optimizer.super_offload"
+    ),
+}
+REFUSED_KEYS: dict[str, str] = {
+    key: reason for reason, keys in _REASONS.items() for key in keys.split()
 }
 """Keys that DeepSpeed knows and megalr refuses, with the reason or the remedy."""
 
@@ -109,17 +102,64 @@ FIXED_KEYS: dict[str, str] = {
 """Keys that a JSON may only repeat: the key of the run's configuration they follow from, or ""
 where megalr relies on one value."""
 
-OPTIONAL_KEYS: dict[str, tuple[str, ...]] = {
-    "flops_profiler": (
-        "enabled",
-        "recompute_fwd_factor",
-        "profile_step",
-        "module_depth",
-        "top_modules",
-        "detailed",
-        "output_file",
-    ),
-    "comms_logger": ("enabled", "prof_all", "prof_ops", "verbose", "debug"),
-    "log_level": (),
+OPTIONAL_KEYS = ("flops_profiler", "comms_logger", "log_level")
+"""Keys that are passed on when given but not written otherwise."""
+
+ACTIVE_BY_PRESENCE = ("optimizer", "scheduler", "bfloat16")
+"""Refused sections that ask for something by being there, whatever they hold."""
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "communication_data_type": ("fp32", "bf16"),
+    "checkpoint.tag_validation": ("Ignore", "Warn", "Fail"),
+    "log_level": ("debug", "info", "warning", "error", "critical"),
 }
-"""Keys that are passed on when given but not written otherwise, with the keys below them."""
+"""Values of keys that DeepSpeed reads without checking, or that megalr takes a part of."""
+
+AT_LEAST_ONE = (
+    "steps_per_print",
+    "zero_optimization.allgather_bucket_size",
+    "zero_optimization.sub_group_size",
+)
+"""Numbers that DeepSpeed divides by though it accepts 0."""
+
+
+def deepspeed_sections() -> dict[str, type[BaseModel]]:
+    """DeepSpeed's models of the sections that megalr passes on."""
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    return {
+        "zero_optimization": DeepSpeedZeroConfig,
+        "bf16": DeepSpeedBF16Config,
+        "fp16": DeepSpeedFP16Config,
+        "comms_logger": CommsLoggerConfig,
+    }
+
+
+@cache
+def deepspeed_defaults() -> dict[str, Any]:
+    """Dotted key to DeepSpeed's default, for the keys inside sections."""
+    from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
+    from deepspeed.runtime.config import get_aio_config, get_pipeline_config
+
+    defaults: dict[str, Any] = {"sequence_parallel_size": 1}
+    sections: dict[str, dict[str, Any]] = {
+        "aio": get_aio_config({}),
+        "pipeline": get_pipeline_config({}),
+        "flops_profiler": vars(DeepSpeedFlopsProfilerConfig({})),
+    }
+    for section, values in sections.items():
+        defaults |= {f"{section}.{name}": value for name, value in values.items()}
+    for section, model in deepspeed_sections().items():
+        _add_fields(defaults, model, f"{section}.")
+    return defaults
+
+
+def _add_fields(defaults: dict[str, Any], model: type[BaseModel], prefix: str) -> None:
+    for name, field in model.model_fields.items():
+        key = prefix + (field.alias or name)
+        defaults[key] = None if field.default is PydanticUndefined else field.default
+        for kind in get_args(field.annotation):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                _add_fields(defaults, kind, f"{key}.")
