@@ -49,7 +49,7 @@ def shapes(model: str) -> list[torch.Size]:
         name="low_rank", rank=RANKS[model], alpha=32.0, init="kaiming", targets=TARGETS
     )
     with torch.device("meta"):
-        decoder = build_decoder(decoder_config(model, {}), method, seed=0, drawn=False)
+        decoder = build_decoder(decoder_config(model, {}), method, seed=0, initialize=False)
     return [p.shape for p in decoder.parameters()]
 
 

@@ -28,17 +28,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megalr.files import write_atomic
 from megalr.kernels.attention import (
-    Backward,
-    Forward,
-    backward_choice,
-    forward_choice,
+    BackwardConfig,
+    ForwardConfig,
+    attention_reference,
+    backward_config,
+    forward_config,
     launch_backward,
     launch_forward,
-    plain_attention,
 )
 from megalr.models.decoder import rope_tables
 
-Choice = Forward | Backward
+Choice = ForwardConfig | BackwardConfig
 
 # B, S, H, D
 SHAPES = {
@@ -52,16 +52,16 @@ PARTS = ("o", "dq", "dk", "dv")
 # By head width, the most promising first. Few, so that all shapes take about a minute.
 CHOICES: dict[int, tuple[Choice, ...]] = {
     64: (
-        Forward(64, 64, 4, 1, 128),
-        Forward(64, 32, 4, 1, 96),
-        Forward(64, 64, 4, 1),
-        Forward(64, 32, 4, 1, 128),
-        Forward(128, 64, 4, 1),
-        Backward(64, 64, 4, 1, 3, 168),
-        Backward(64, 64, 4, 1, 2),
-        Backward(32, 64, 4, 1, 4, 128),
-        Backward(64, 64, 4, 2, 2),
-        Backward(128, 128, 8, 1, 1),
+        ForwardConfig(64, 64, 4, 1, 128),
+        ForwardConfig(64, 32, 4, 1, 96),
+        ForwardConfig(64, 64, 4, 1),
+        ForwardConfig(64, 32, 4, 1, 128),
+        ForwardConfig(128, 64, 4, 1),
+        BackwardConfig(64, 64, 4, 1, 3, 168),
+        BackwardConfig(64, 64, 4, 1, 2),
+        BackwardConfig(32, 64, 4, 1, 4, 128),
+        BackwardConfig(64, 64, 4, 2, 2),
+        BackwardConfig(128, 128, 8, 1, 1),
     ),
 }
 
@@ -78,7 +78,7 @@ def work_of(shape: tuple[int, int, int, int], choice: Choice) -> Callable[[], An
     """A launch of the kernel that the choice is for."""
     q, k, v, do, rope = inputs_of(shape)
     D = shape[3]
-    if isinstance(choice, Forward):
+    if isinstance(choice, ForwardConfig):
         return lambda: launch_forward(q, k, v, rope, D, choice)
     B, S, H, _ = shape
     lse = torch.full((B, H, S), 8.0, device="cuda")  # any numbers take the same time
@@ -87,7 +87,7 @@ def work_of(shape: tuple[int, int, int, int], choice: Choice) -> Callable[[], An
 
 def label_of(choice: Choice) -> str:
     """The kind and the numbers of a choice."""
-    return f"{type(choice).__name__.lower()} {astuple(choice)}"
+    return f"{type(choice).__name__.removesuffix('Config').lower()} {astuple(choice)}"
 
 
 def reason(error: BaseException) -> str:
@@ -121,7 +121,9 @@ def plain_work(shape: tuple[int, int, int, int]) -> dict[str, Callable[[], Any]]
     q, k, v, do, rope = inputs_of(shape)
     D = shape[3]
     inputs = [x.requires_grad_() for x in (q, k, v)]
-    compiled = torch.compile(lambda q, k, v: plain_attention(q, k, v, rope, None, D), dynamic=False)
+    compiled = torch.compile(
+        lambda q, k, v: attention_reference(q, k, v, rope, None, D), dynamic=False
+    )
     return {
         "forward": lambda: compiled(*inputs),
         "both": lambda: torch.autograd.grad(compiled(*inputs), inputs, do),
@@ -135,7 +137,7 @@ def errors(shape: tuple[int, int, int, int], choices: list[Choice]) -> dict[str,
 
     def results(dtype: torch.dtype) -> dict[str, torch.Tensor]:
         inputs = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
-        o = plain_attention(*inputs, rope, None, D)
+        o = attention_reference(*inputs, rope, None, D)
         gradients = torch.autograd.grad(o, inputs, do.to(dtype))
         return dict(zip(PARTS, (o.detach(), *gradients), strict=True))
 
@@ -145,7 +147,7 @@ def errors(shape: tuple[int, int, int, int], choices: list[Choice]) -> dict[str,
     o, lse = launch_forward(q, k, v, rope, D)
     for choice in choices:
         try:
-            if isinstance(choice, Forward):
+            if isinstance(choice, ForwardConfig):
                 parts = {"o": launch_forward(q, k, v, rope, D, choice)[0]}
             else:
                 gradients = launch_backward(do, q, k, v, rope, o, lse, D, choice)
@@ -174,7 +176,9 @@ def measured(work: Callable[[], Callable[[], Any]]) -> float | str:
 def choices_of(name: str) -> list[Choice]:
     """What a shape tries."""
     choices = CHOICES[SHAPES[name][3]]
-    kinds = ([c for c in choices if isinstance(c, kind)] for kind in (Forward, Backward))
+    kinds = (
+        [c for c in choices if isinstance(c, kind)] for kind in (ForwardConfig, BackwardConfig)
+    )
     return [c for kind in kinds for c in kind[: 2 if name in SHORT else None]]
 
 
@@ -205,8 +209,8 @@ def measure_shape(
     result["errors"] = found
     print(f"{name} {shape} errors of sdpa {found.get('sdpa')}")
     for kind, default in (
-        (Forward, forward_choice(shape[3], shape[1])),
-        (Backward, backward_choice(shape[3], shape[1])),
+        (ForwardConfig, forward_config(shape[1])),
+        (BackwardConfig, backward_config(shape[1])),
     ):
         times: dict[Choice, float | str] = {}
         for choice in (c for c in futures if isinstance(c, kind)):

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from megalr.errors import exit_cleanly
 from megalr.kernels.embedding import summed_rows
+from megalr.kernels.loss import REFERENCE_OPS, TRITON_OPS, GradientOps
 from megalr.kernels.norm import add_norm
-from megalr.layers.head import FUSED, PLAIN, Arithmetic
 
 EPS = 1e-6
 Work = Callable[[], tuple[Tensor, ...]]
@@ -72,14 +72,14 @@ def head(tokens: int, width: int) -> tuple[dict[str, Work], int, tuple[Tensor, .
     chunks = [torch.randn(VOCABULARY, width, device="cuda").bfloat16() for _ in range(2)]
     factor = torch.tensor(1 / 3, device="cuda")
 
-    def of(way: Arithmetic) -> Work:
+    def of(way: GradientOps) -> Work:
         def work() -> tuple[Tensor, ...]:
-            grads = (grad_x, way.plus(*chunks))
-            return tuple(way.times(x, factor, torch.bfloat16) for x in grads)
+            grads = (grad_x, way.add(*chunks))
+            return tuple(way.scale(x, factor, torch.bfloat16) for x in grads)
 
         return work
 
-    ways = {"torch": of(PLAIN), "megalr": of(FUSED)}
+    ways = {"torch": of(REFERENCE_OPS), "megalr": of(TRITON_OPS)}
     return ways, VOCABULARY * width * (2 + 2 + 4 + 4 + 2) + 4 * tokens * width, ()
 
 

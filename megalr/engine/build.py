@@ -17,9 +17,8 @@ from megalr.engine.flat_layouts import attach_layouts
 from megalr.engine.patches import batch_parameters
 from megalr.engine.unwrapped_step import install_clip_and_skip, without_accumulation_dtype
 from megalr.errors import UserError
-from megalr.models.build import build_decoder, sizes_of
+from megalr.models.build import build_decoder, make_plan, sizes_of
 from megalr.models.decoder import Decoder
-from megalr.models.plans import make_plan
 from megalr.models.recompute import SELECTIVE
 from megalr.optim.build import build_optimizer
 from megalr.optim.groups import parameter_groups
@@ -137,7 +136,7 @@ def check_run(config: RunConfig, stage: int | None = None) -> None:
             config.run.seed,
             config.train.activation_checkpointing,
             plan,
-            drawn=False,
+            initialize=False,
         )
     _optimizer_of(config, decoder)
     if stage is not None:

@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megalr.models.build import FACTORIZED
+from megalr.models.build import FACTORIZED, check_plan, make_plan
 from megalr.models.config import DecoderConfig
-from megalr.models.plans import check_plan, make_plan
 from megalr.tensor_parallel.mesh import Mesh
 from megalr.tensor_parallel.plan import SINGLE, Plan
 

@@ -28,7 +28,7 @@ from megalr.evaluation.perplexity import evaluate
 from megalr.hf.init_from_pretrained import check_same_pieces
 from megalr.hf.trained_run import load_decoder, open_verified, run_config
 from megalr.hf.write import DTYPES
-from megalr.layers.head import IGNORE
+from megalr.kernels.loss import IGNORE
 
 LONGEST = 2048
 """Sequence length for a model whose configuration does not limit it to less (tokens)."""

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megalr.layers.head import IGNORE
+from megalr.kernels.loss import IGNORE
 from megalr.run.metrics_reader import perplexity_of
 
 

@@ -1,4 +1,8 @@
-"""Kernels of our own for GPUs; each has a plain PyTorch twin that computes the same."""
+"""Custom GPU kernels in Triton, each with a PyTorch reference that computes the same.
+
+In: tensors. Out: tensors, through differentiable operators. Must not know layers, models or
+sharding. ``X.py`` holds operator, reference and choice between them, ``X_triton.py`` the kernels.
+"""
 
 import importlib.util
 from functools import cache
@@ -6,22 +10,22 @@ from functools import cache
 import torch
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-"""Whether the kernels can be compiled; torch for CUDA brings Triton."""
+"""Whether the kernels can be compiled; torch for CUDA installs Triton."""
 
 
 def half_on_gpu(x: torch.Tensor) -> bool:
-    """Whether kernels for half precision run on x: on a CUDA device, and there is Triton."""
+    """Whether the half-precision kernels take x: bf16 or fp16 on a CUDA device, with Triton."""
     return HAS_TRITON and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
 
 
-def wide(x: torch.Tensor) -> torch.Tensor:
-    """x in float32 at least, in which the twins compute."""
+def widened(x: torch.Tensor) -> torch.Tensor:
+    """x in float32, or wider if it is: the dtype in which the references compute."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; 1 elsewhere, where Triton's interpreter takes programs one by one."""
+    """Multiprocessors of a GPU; 1 elsewhere, where Triton's interpreter runs one program a time."""
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count

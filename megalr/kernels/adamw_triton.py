@@ -1,8 +1,8 @@
 """Triton kernels of AdamW over many bf16 tensors; launched by kernels.adamw.
 
-Two launches a parameter group: one thread a tensor counts the step and computes the bias
-corrections, then one program a chunk of ``BLOCK`` elements updates them. Programs find their
-tensors in a table of addresses, so the number of tensors costs no launches.
+Two launches per parameter group: one thread per tensor increments the step and computes the bias
+corrections, then one program per chunk of ``BLOCK`` elements updates them. Programs find their
+tensors in a table of addresses, so the number of launches does not grow with that of tensors.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import triton
 import triton.language as tl
 
 BLOCK, WARPS = 2048, 8
-"""Elements of a program, and its warps: 8 elements a thread, one 16-byte load of each of four
-tensors, so 16 KiB of loads under way. Memory of 4.8 TB/s with a latency near 1 us wants 21 KiB of
-loads and 16 KiB of stores under way on each of an H200's 132 multiprocessors. A thread takes 48
+"""Elements of a program, and its warps: 8 elements per thread, one 16-byte load from each of four
+tensors, so 16 KiB of loads in flight. Memory of 4.8 TB/s with a latency near 1 us needs 21 KiB of
+loads and 16 KiB of stores in flight on each of an H200's 132 multiprocessors. A thread uses 48
 registers: five programs at a time, some of which wait for their row of the table."""
 
 COLUMNS = tl.constexpr(6)
-"""Of the table: addresses of weight, gradient, first and second moment, step; elements."""
+"""Columns of the table: addresses of weight, gradient, both moments and step; elements."""
 
 TENSORS = 128
-"""Tensors that a program of the first kernel looks at."""
+"""Tensors that a program of the first kernel handles."""
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def _count_step(
 ):
     """step += 1 - found_inf; 1 - beta1^t and sqrt(1 - beta2^t) at t = step + 1 before that.
 
-    Float64: 1 - 0.999 in float32 would have lost three digits, and there is one of these a tensor.
+    Float64: 1 - 0.999 in float32 would lose three digits, and there is only one per tensor.
     """
     tensor = tl.program_id(0) * TENSORS + tl.arange(0, TENSORS)
     inside = tensor < tensors
@@ -52,17 +52,17 @@ def _count_step(
 
 
 @triton.jit
-def _load(pointers, inside, REPLICATED: tl.constexpr):
-    """Float32 values; WHOLE: no mask, which would hide from the compiler that they lie in line."""
-    if REPLICATED:
+def _load(pointers, inside, FULL: tl.constexpr):
+    """Float32 values; FULL: no mask, which would hide their contiguity from the compiler."""
+    if FULL:
         return tl.load(pointers).to(tl.float32)
     else:
         return tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _store(pointers, values, inside, REPLICATED: tl.constexpr):
-    if REPLICATED:
+def _store(pointers, values, inside, FULL: tl.constexpr):
+    if FULL:
         tl.store(pointers, values.to(pointers.dtype.element_ty))
     else:
         tl.store(pointers, values.to(pointers.dtype.element_ty), mask=inside)
@@ -71,29 +71,29 @@ def _store(pointers, values, inside, REPLICATED: tl.constexpr):
 @triton.jit
 def _update_chunk(
     weights, gradients, firsts, seconds, inside, step_size, inverse2, inverse_scale,
-    decay, beta1, rest1, beta2, rest2, eps, REPLICATED: tl.constexpr,
+    decay, beta1, rest1, beta2, rest2, eps, FULL: tl.constexpr,
 ):  # fmt: skip
     """One chunk, in the order of torch's kernel; moments are used before they are rounded.
 
-    The gradient stays as it is, where torch's kernel would store it unscaled.
+    The gradient is not written, while torch's kernel would store it unscaled.
     """
-    p = _load(weights, inside, REPLICATED)
-    g = _load(gradients, inside, REPLICATED)
-    m = _load(firsts, inside, REPLICATED)
-    v = _load(seconds, inside, REPLICATED)
+    p = _load(weights, inside, FULL)
+    g = _load(gradients, inside, FULL)
+    m = _load(firsts, inside, FULL)
+    v = _load(seconds, inside, FULL)
     g *= inverse_scale
     p -= decay * p
     m = beta1 * m + rest1 * g
     v = beta2 * v + rest2 * g * g
     p -= step_size * m / (tl.sqrt(v) * inverse2 + eps)
-    _store(weights, p, inside, REPLICATED)
-    _store(firsts, m, inside, REPLICATED)
-    _store(seconds, v, inside, REPLICATED)
+    _store(weights, p, inside, FULL)
+    _store(firsts, m, inside, FULL)
+    _store(seconds, v, inside, FULL)
 
 
 @triton.jit
 def _bf16(address):
-    """The pointer of a number; tensors are only taken if they lie on 16 bytes."""
+    """The address as a pointer; only tensors aligned to 16 bytes get here."""
     return tl.multiple_of(address.to(tl.pointer_type(tl.bfloat16)), 16)
 
 
@@ -114,7 +114,7 @@ def _update(
     if found_inf is not None:
         left = tl.where(tl.load(found_inf) == 1.0, 0, left)
     step_size = lr / tl.load(corrections + 2 * tensor)
-    # Reciprocals once a program: divisions by these numbers for every element took registers.
+    # Reciprocals once per program: a division for every element took more registers.
     inverse2 = 1.0 / tl.load(corrections + 2 * tensor + 1)
     inverse_scale = 1.0
     if grad_scale is not None:
@@ -134,13 +134,14 @@ def _update(
 
 @dataclass(frozen=True)
 class Tables:
-    """Where the tensors of a group lie, for the kernels.
+    """Addresses of the n tensors of a group, for the kernels.
 
-    addresses: those of ``table``, on the host, to see that a tensor has moved.
-    sizes: elements of the tensors, on the host.
-    table: ``(n, 6)`` int64, see ``COLUMNS``.
-    chunks: ``(programs, 2)`` int32, tensor and number of the chunk within it.
-    corrections: ``(n, 2)`` float32, memory between the kernels.
+    Attributes:
+        addresses: those of ``table``, on the host, to notice that a tensor has moved.
+        sizes: elements of the tensors, on the host.
+        table: ``(n, 6)`` int64, see ``COLUMNS``.
+        chunks: ``(programs, 2)`` int32, tensor and index of the chunk within it.
+        corrections: ``(n, 2)`` float32, bias corrections from the first kernel to the second.
     """
 
     addresses: list[int]
@@ -153,11 +154,13 @@ class Tables:
 def make_tables(
     addresses: list[int], sizes: list[int], device: torch.device, old: Tables | None
 ) -> Tables:
-    """Tables on ``device`` of n tensors; what still holds is taken from ``old``.
+    """Tables on ``device`` of n tensors; reuses the parts of ``old`` that still apply.
 
     Args:
         addresses: 5 n numbers, for each tensor those of weight, gradient, moments and step.
-        sizes: n numbers of elements.
+        sizes: elements of each tensor.
+        device: of the tables.
+        old: tables of an earlier call.
     """
     where = torch.tensor(addresses, dtype=torch.int64).view(-1, 5)
     count = torch.tensor(sizes, dtype=torch.int64).view(-1, 1)
@@ -169,14 +172,14 @@ def make_tables(
 
 
 def _to(table: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy that the host does not wait for; torch keeps pinned memory until it has been read."""
+    """An asynchronous copy; torch keeps the pinned memory until it has been read."""
     if device.type != "cuda":
         return table
     return table.pin_memory().to(device, non_blocking=True)
 
 
 def _chunks(sizes: torch.Tensor) -> torch.Tensor:
-    """``(programs, 2)`` int32, tensor and number of the chunk, for tensors of ``sizes (n,)``."""
+    """``(programs, 2)`` int32, tensor and index of the chunk, for tensors of ``sizes (n,)``."""
     counts = (sizes + BLOCK - 1) // BLOCK
     tensor = torch.repeat_interleave(counts)
     first = torch.cumsum(counts, 0) - counts
@@ -191,8 +194,11 @@ def update_(
 ) -> None:
     """One update of the tensors in ``tables`` with lr, betas, eps and weight_decay of ``group``.
 
-    ``grad_scale``: float32 on the device, the gradients are divided by it. ``found_inf``: likewise;
-    where it is 1 nothing changes.
+    Args:
+        tables: of the group.
+        group: options of the optimizer.
+        grad_scale: float32 scalar on the device; the gradients are divided by it.
+        found_inf: likewise; if it is 1 nothing changes.
     """
     lr, eps = float(group["lr"]), float(group["eps"])
     beta1, beta2 = (float(beta) for beta in group["betas"])

@@ -1,9 +1,9 @@
-"""Causal attention of short sequences with rotary positions (RoPE) inside, as one operator.
+"""Causal attention of short sequences, rotary positions (RoPE) included, as one operator.
 
-:func:`attention` is the operator for GPUs, forward and backward one Triton kernel each (see
-attention_triton); :func:`plain_attention` is the same in plain PyTorch, for all other cases;
-:func:`applies` says which. In an H200's step of a 1B model, rotations and
-conversions around sdpa take nearly as long as attention itself (benchmarks/lab).
+:func:`attention` is the operator for GPUs, forward and backward one Triton kernel each
+(attention_triton). :func:`attention_reference` is the PyTorch reference, used in all other cases;
+:func:`attention_applies` decides. In a step of a 1B model on an H200, rotations and conversions
+around sdpa take nearly as long as attention itself (benchmarks/lab).
 
 Shapes: B batch, S sequence, H heads, K key/value heads (K divides H: head h reads key head
 h * K // H), D head width.
@@ -24,21 +24,24 @@ from megalr.errors import UserError
 from megalr.kernels import half_on_gpu, multiprocessors
 
 MAX_LENGTH = 512
-"""Longer sequences go to scaled_dot_product_attention, whose kernels are made for them."""
+"""Longer sequences go to scaled_dot_product_attention, whose kernels are designed for them."""
 
 HEAD_WIDTHS = (32, 64)
-"""At 128 (7B) the kernels gain 3 % over torch's attention: not worth a second set of cuts."""
+"""At 128 (7B) the kernels gain 3 % over torch's attention: not worth a second set of tile sizes."""
 
 HOPPER = 9
 """Compute capability (H100, H200). For A100 the backward kernel spills most of its registers."""
 
 
 @dataclass(frozen=True)
-class Forward:
-    """How the forward kernel is cut: queries and keys in a block, warps, pipeline stages.
+class ForwardConfig:
+    """Tile sizes and launch options of the forward kernel.
 
-    registers: the most a thread may use, None for no limit of ours. Fewer means more blocks at once
-    on a multiprocessor.
+    Attributes:
+        queries, keys: rows of a block of queries and of keys.
+        warps, stages: of a program; pipeline stages of its loop.
+        registers: limit per thread, None for the compiler's. Fewer registers let more programs run
+            at once on a multiprocessor.
     """
 
     queries: int
@@ -49,10 +52,12 @@ class Forward:
 
 
 @dataclass(frozen=True)
-class Backward:
-    """How the backward kernel is cut; ``keys`` is a multiple of ``queries``.
+class BackwardConfig:
+    """Tile sizes and launch options of the backward kernel; ``keys`` is a multiple of ``queries``.
 
-    programs: how many a multiprocessor gets; each has its own scratch.
+    Attributes:
+        queries, keys, warps, stages, registers: as in ForwardConfig.
+        programs: programs per multiprocessor; each has its own scratch.
     """
 
     queries: int
@@ -63,35 +68,27 @@ class Backward:
     registers: int | None = None
 
 
-FORWARD = {
-    32: Forward(64, 64, 4, 1, 128),
-    64: Forward(64, 64, 4, 1, 128),
-}
-BACKWARD = {
-    32: Backward(64, 64, 4, 1, 2),
-    64: Backward(64, 64, 4, 1, 2),
-}
-"""By head width, for sequences of more than 64 tokens."""
+def forward_config(S: int) -> ForwardConfig:
+    """The forward kernel's configuration for a sequence length, the same for all head widths."""
+    return ForwardConfig(64, 64, 4, 1, 128) if S > 64 else ForwardConfig(64, 64, 4, 1)
 
 
-def forward_choice(D: int, S: int) -> Forward:
-    """The forward kernel's blocks for a head width and a length."""
-    return FORWARD[D] if S > 64 else Forward(64, 64, 4, 1)
-
-
-def backward_choice(D: int, S: int) -> Backward:
-    """The backward kernel's blocks for a head width and a length."""
-    return BACKWARD[D] if S > 64 else Backward(32, 64, 4, 1, 2)
+def backward_config(S: int) -> BackwardConfig:
+    """The backward kernel's configuration for a sequence length, the same for all head widths."""
+    return BackwardConfig(64, 64, 4, 1, 2) if S > 64 else BackwardConfig(32, 64, 4, 1, 2)
 
 
 def apply_rope(x: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
-    """Rotate ``x (B, H, S, D)`` in float32: (x1, x2) -> (x1 c - x2 s, x2 c + x1 s)."""
+    """Rotate ``x (B, H, S, D)`` by ``tables (2, S, D)`` in float32, in the dtype of x.
+
+    The halves of D become (x1 c - x2 s, x2 c + x1 s) (RoPE, arXiv 2104.09864).
+    """
     first, second = x.float().chunk(2, dim=-1)
     rotated = torch.cat((-second, first), dim=-1)
     return (x.float() * tables[0] + rotated * tables[1]).to(x.dtype)
 
 
-def plain_attention(
+def attention_reference(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -108,7 +105,7 @@ def plain_attention(
         head_dim: D.
 
     Returns:
-        ``(B, S, H * D)``.
+        ``(B, S, H * D)``, in the dtype of q.
     """
     grouped = q.shape[-1] != k.shape[-1]
     # (B, H|K, S, D) each
@@ -123,14 +120,14 @@ def plain_attention(
 
 @torch.compiler.assume_constant_result
 def _capable(index: int | None) -> bool:
-    """Whether the device is a GPU that the configurations above were chosen for."""
+    """Whether the device is a GPU for which the configurations above were tuned."""
     return torch.version.cuda is not None and torch.cuda.get_device_capability(index)[0] == HOPPER
 
 
-def applies(q: torch.Tensor, mask: torch.Tensor | None, head_dim: int) -> bool:
-    """Whether :func:`attention` takes this case; a static fact, so torch.compile does not break.
+def attention_applies(q: torch.Tensor, mask: torch.Tensor | None, head_dim: int) -> bool:
+    """Whether :func:`attention` takes this case; static, so that torch.compile has no graph break.
 
-    That is: half precision, ``q (B, S, H * D)`` with S up to ``MAX_LENGTH`` on a Hopper GPU, and no
+    It takes half precision, ``q (B, S, H * D)`` with S up to ``MAX_LENGTH`` on a Hopper GPU, and no
     mask but the causal one.
     """
     return (
@@ -146,21 +143,21 @@ def applies(q: torch.Tensor, mask: torch.Tensor | None, head_dim: int) -> bool:
 def attention(
     projections: Sequence[torch.Tensor], rope: torch.Tensor | None, head_dim: int
 ) -> torch.Tensor:
-    """Causal attention by the kernels: what :func:`plain_attention` computes without a mask.
+    """Causal attention by the kernels: :func:`attention_reference` without a mask.
 
     Rotation in float32, rounded to the dtype of q; scores and softmax in float32; probabilities
-    rounded for the product with v. The gradients' sums are float32 too, rounded once, after the
-    rotation back (plain autograd rounds before as well). Sums are never atomic: a repetition gives
-    the same bits. ``rope`` must hold the same angles in both halves of D, as decoder.rope_tables
-    does.
+    rounded for the product with v. Gradients are summed in float32 too and rounded once, after the
+    rotation back (autograd of the reference rounds before it as well). No sum is atomic: results
+    are the same bits on every run. ``rope`` must hold the same angles in both halves of D, as in
+    models.decoder.rope_tables.
 
     Args:
-        projections: q, k, v with shapes as in plain_attention, any stride of B and S; or one tensor
-            of them, ``(3, B, S, H * D)``, whose gradient is then one tensor too.
-        rope, head_dim: as in plain_attention.
+        projections: q, k, v with shapes as in attention_reference, any stride of B and S; or one
+            tensor of them, ``(3, B, S, H * D)``, whose gradient is then one tensor too.
+        rope, head_dim: as in attention_reference.
 
     Raises:
-        UserError: shapes, dtypes or tables do not fit each other.
+        UserError: shapes, dtypes or tables do not match.
     """
     return torch.ops.megalr.causal_attention(list(projections), rope, head_dim)[0]
 
@@ -177,7 +174,7 @@ def _check(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: torch.Tensor | None, D: int
 ) -> None:
     if D not in HEAD_WIDTHS:
-        raise UserError(f"head width {D}: the kernels know {HEAD_WIDTHS}")
+        raise UserError(f"head width {D}: the kernels take {HEAD_WIDTHS}")
     if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.dtype != k.dtype or k.dtype != v.dtype:
         kinds = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in (q, k, v))
         raise UserError(f"q, k, v do not fit each other: {kinds}")
@@ -198,29 +195,29 @@ def launch_forward(
     v: torch.Tensor,
     rope: torch.Tensor | None,
     head_dim: int,
-    choice: Forward | None = None,
+    config: ForwardConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """o ``(B, S, H * D)`` and ``(B, H, S)`` float32, log2 of the sums of exp(scores).
+    """o ``(B, S, H * D)`` and, float32, log2 of the sums of exp(scores) ``(B, H, S)``.
 
-    ``choice`` replaces the configuration of the table above.
+    ``config`` replaces :func:`forward_config`.
     """
     _check(q, k, v, rope, head_dim)
     from megalr.kernels.attention_triton import forward_kernel
 
     (B, S, width), D = q.shape, head_dim
     H, group = width // D, width // k.shape[2]
-    choice = choice or forward_choice(D, S)
+    config = config or forward_config(S)
     q, k, v = _rows(q), _rows(k), _rows(v)
     o = q.new_empty(B, S, width)
     lse = q.new_empty(B, H, S, dtype=torch.float32)
     with torch.cuda.device_of(q):
-        forward_kernel[(-(-S // choice.queries) * H * B,)](
+        forward_kernel[(-(-S // config.queries) * H * B,)](
             q, k, v, None if rope is None else rope.contiguous(), o, lse,
             q.stride(0), k.stride(0), v.stride(0), math.log2(math.e) / math.sqrt(D), S,
             q_stride=q.stride(1), k_stride=k.stride(1), v_stride=v.stride(1), H=H, GROUP=group,
-            D=D, M=choice.queries, N=choice.keys,
-            ROPE=rope is not None, EVEN=S % max(choice.queries, choice.keys) == 0,
-            num_warps=choice.warps, num_stages=choice.stages, maxnreg=choice.registers,
+            D=D, M=config.queries, N=config.keys,
+            ROPE=rope is not None, EVEN=S % max(config.queries, config.keys) == 0,
+            num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
         )  # fmt: skip
     return o, lse
 
@@ -234,41 +231,46 @@ def launch_backward(
     o: torch.Tensor,
     lse: torch.Tensor,
     head_dim: int,
-    choice: Backward | None = None,
-    into: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    config: BackwardConfig | None = None,
+    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq, dk, dv of q, k, v, contiguous, from do ``(B, S, H * D)`` and launch_forward's results.
+    """dq, dk, dv, contiguous, in the shapes of q, k, v.
 
-    ``choice`` replaces the configuration of the table above; ``into``: memory for the results.
+    Args:
+        do: gradient of o, ``(B, S, H * D)``.
+        q, k, v, rope, head_dim: as for :func:`launch_forward`.
+        o, lse: its results.
+        config: replaces :func:`backward_config`.
+        out: tensors to write the results to.
     """
     from megalr.kernels.attention_triton import backward_kernel
 
     (B, S, width), D = q.shape, head_dim
     group, K = width // k.shape[2], k.shape[2] // D
-    choice = choice or backward_choice(D, S)
+    config = config or backward_config(S)
     q, k, v, do = _rows(q), _rows(k), _rows(v), _rows(do)
-    dq, dk, dv = into or (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
-    programs = min(B * K, multiprocessors(q.device) * choice.programs)
-    blocks = -(-S // choice.keys)
-    padded = blocks * choice.keys
+    dq, dk, dv = out or (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
+    programs = min(B * K, multiprocessors(q.device) * config.programs)
+    blocks = -(-S // config.keys)
+    padded = blocks * config.keys
     deltas = q.new_empty(programs, group, padded, dtype=torch.float32)
-    # With one block of keys every pair is on the diagonal, and no sum has to wait.
-    waiting = padded if blocks > 1 else 0
-    sums = q.new_empty(programs, group, waiting, D, dtype=torch.float32)
+    # With one block of keys every pair is on the diagonal, and no partial sum has to be stored.
+    stored = padded if blocks > 1 else 0
+    sums = q.new_empty(programs, group, stored, D, dtype=torch.float32)
     with torch.cuda.device_of(q):
         backward_kernel[(programs,)](
             q, k, v, None if rope is None else rope.contiguous(), o, lse, do, dq, dk, dv,
             deltas, sums, q.stride(0), k.stride(0), v.stride(0), do.stride(0),
             1 / math.sqrt(D), math.log2(math.e) / math.sqrt(D), S, B * K,
             q_stride=q.stride(1), k_stride=k.stride(1), v_stride=v.stride(1),
-            do_stride=do.stride(1), K=K, GROUP=group, D=D, M=choice.queries, N=choice.keys,
-            ROPE=rope is not None, EVEN=S % choice.keys == 0,
-            num_warps=choice.warps, num_stages=choice.stages, maxnreg=choice.registers,
+            do_stride=do.stride(1), K=K, GROUP=group, D=D, M=config.queries, N=config.keys,
+            ROPE=rope is not None, EVEN=S % config.keys == 0,
+            num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
         )  # fmt: skip
     return dq, dk, dv
 
 
-# Schemas are spelt out because torch 2.6 does not read annotations that are strings.
+# Schemas are written out because torch 2.6 cannot infer them from string annotations.
 @torch.library.custom_op(
     "megalr::causal_attention",
     mutates_args=(),
@@ -294,9 +296,9 @@ def _backward(
     lse: torch.Tensor,
     head_dim: int,
 ) -> list[torch.Tensor]:
-    """Gradients in the form that the projections came in."""
+    """Gradients in the form of the projections, three tensors or one."""
     grads = [x.new_empty(x.shape) for x in projections]
-    launch_backward(do, *_three(projections), rope, o, lse, head_dim, into=_three(grads))
+    launch_backward(do, *_three(projections), rope, o, lse, head_dim, out=_three(grads))
     return grads
 
 
@@ -312,10 +314,12 @@ def _(do: Any, projections: Any, rope: Any, o: Any, lse: Any, head_dim: int) -> 
     return [x.new_empty(x.shape) for x in projections]
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]
+) -> None:
     projections, rope, ctx.head_dim = inputs
     ctx.save_for_backward(rope, *output, *projections)
-    ctx.set_materialize_grads(False)  # no zeros for lse, which nobody differentiates
+    ctx.set_materialize_grads(False)  # no zeros for lse, which has no gradient
 
 
 def _gradients(
@@ -328,7 +332,7 @@ def _gradients(
     return grads, None, None
 
 
-_forward.register_autograd(_gradients, setup_context=_keep)
+_forward.register_autograd(_gradients, setup_context=_setup_context)
 
 
 def _product_flops(o: Sequence[int]) -> int:
@@ -336,8 +340,8 @@ def _product_flops(o: Sequence[int]) -> int:
     return 2 * o[0] * o[1] * o[1] * o[2]
 
 
-# torch.utils.flop_counter cannot see inside an operator; it is told what happens there, with the
-# masked scores counted as torch does for scaled_dot_product_attention.
+# torch.utils.flop_counter cannot see inside a custom operator. Masked scores count, as in torch's
+# formula for scaled_dot_product_attention.
 @register_flop_formula(torch.ops.megalr.causal_attention)
 def _forward_flops(projections: Sequence[Sequence[int]], *_: Any, **__: Any) -> int:
     return 2 * _product_flops(projections[0][-3:])

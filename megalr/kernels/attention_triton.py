@@ -6,9 +6,9 @@ the diagonal with a running maximum, as FlashAttention does (arXiv 2307.08691).
 Backward: a program takes whole (sequence, key head) tasks. With blocks of keys j outside and blocks
 of queries i >= j inside, a pair of blocks needs five products and nothing is computed twice: dk_j
 and dv_j stay in registers. dq_i is complete when i reaches the diagonal, j == i; until then its sum
-waits in a piece of float32 scratch that belongs to the program. There are only as many programs as
-run at once, so the scratch is small enough to stay in the L2 cache, and no sum is atomic: results
-are the same on every run.
+is kept in float32 scratch that belongs to the program. There are only as many programs as run at
+once, so the scratch is small enough to stay in the L2 cache, and no sum is atomic: results are the
+same on every run.
 
 The forward pass rotates q and k in registers after each load. The backward pass, which would do so
 once a pair of blocks, rotates them at the start of a task and keeps the result where dq and dk will
@@ -89,7 +89,7 @@ def _load_rotated(
         second = _load_rows(pointers + D // 2, rows, S, EVEN)
         cos, sin = _angles(rope, rows, S, D, EVEN)
         first, second = _rotated(first, second, cos, sin)
-        # (rows, D/2, 2) -> (rows, 2, D/2) -> (rows, D): names registers anew, moves nothing
+        # (rows, D/2, 2) -> (rows, 2, D/2) -> (rows, D): renames registers, moves nothing
         both = tl.permute(tl.join(first, second), (0, 2, 1))
         return tl.reshape(both, (rows.shape[0], D)).to(base.dtype.element_ty)
     else:

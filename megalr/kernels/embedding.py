@@ -1,7 +1,7 @@
-"""The gradient of a table of embeddings: rows of equal ids are summed, in a fixed order.
+"""The gradient of an embedding table: rows of equal ids are summed in a fixed order.
 
-torch sorts 64-bit ids in eight passes, of which ids of a vocabulary need two, and sums in two
-kernels that take 0.2 to 0.5 ms at the shapes of benchmarks/lab/performance.md.
+torch sorts 64-bit ids in eight passes, where ids of a vocabulary need two, and sums in two kernels
+that take 0.2 to 0.5 ms at the shapes of benchmarks/lab/performance.md.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megalr.kernels import half_on_gpu, wide
+from megalr.kernels import half_on_gpu, widened
 
 
 def lookup(ids: Tensor, weight: Tensor) -> Tensor:
-    """``weight[ids]``, its gradient by :func:`summed_rows`.
+    """``weight[ids]``, with its gradient by :func:`summed_rows`.
 
     Args:
         ids: ``(...,)`` int64, in ``[0, V)``.
         weight: ``(V, h)``.
 
     Returns:
-        ``(..., h)``.
+        ``(..., h)``, in the dtype of weight.
     """
     return _Lookup.apply(ids, weight)
 
@@ -50,8 +50,8 @@ def summed_rows(ids: Tensor, dy: Tensor, rows: int) -> Tensor:
         dy: ``(N, h)``.
         rows: V.
 
-    Sums are float32 and rounded once, in a fixed order: the same bits every time. A number that is
-    not finite may reach rows besides its own, since the kernels multiply by zero.
+    Sums are float32, in a fixed order, and rounded once: the same bits on every run. A number that
+    is not finite may also reach other rows, since the kernels multiply by zero.
     """
     if half_on_gpu(dy):
         from megalr.kernels.embedding_triton import sums
@@ -59,5 +59,5 @@ def summed_rows(ids: Tensor, dy: Tensor, rows: int) -> Tensor:
         small = torch.int16 if rows <= torch.iinfo(torch.int16).max else torch.int32
         keys, order = torch.sort(ids.to(small), stable=True)
         return sums(keys, order, dy.contiguous(), rows)
-    terms = wide(dy)
+    terms = widened(dy)
     return terms.new_zeros(rows, dy.shape[1]).index_add_(0, ids, terms).to(dy.dtype)

@@ -1,9 +1,9 @@
 """Triton kernels that sum rows of equal keys.
 
-Keys are sorted and cut into chunks of one length, so that a frequent key is no more work for one
+Keys are sorted and split into chunks of equal length: a frequent key is no more work for one
 program than rare ones. A chunk's runs of equal keys are summed by one product with a matrix of
-zeros and ones. A run inside a chunk is a row of the result; what continues in the next chunk or
-from the one before is left for a second kernel.
+zeros and ones. A run inside a chunk is a row of the result; a run that crosses chunks is left to a
+second kernel.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ CHUNK, COLUMNS, WARPS = 32, 128, 2
 """Keys and columns of a program of the first kernel, and its warps."""
 
 CHUNKS = 32
-"""Chunks that a program of the second kernel sums together."""
+"""Chunks that a program of the second kernel sums at a time."""
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def _within_chunks(
     keys, order, dy, dw, leading, trailing, count, width,
     CHUNK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Sums of the runs of a chunk; its first and last may be parts of longer ones."""
+    """Sums of the runs of a chunk; its first and last run may be parts of longer ones."""
     chunk = tl.program_id(0)
     place = chunk * CHUNK + tl.arange(0, CHUNK)
     key = tl.load(keys + place, mask=place < count, other=-1).to(tl.int32)
@@ -40,7 +40,7 @@ def _within_chunks(
     run = tl.cumsum((key != before).to(tl.int32), axis=0) - tl.where(continued, 0, 1)
     number = tl.arange(0, CHUNK)
     member = (number[:, None] == run[None, :]) & (place < count)[None, :]  # (runs, keys)
-    of_run = tl.max(tl.where(member, key[None, :], -1), axis=1)  # -1: there are fewer runs
+    of_run = tl.max(tl.where(member, key[None, :], -1), axis=1)  # -1: no such run
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (column < width)[None, :]
     source = tl.load(order + place, mask=place < count, other=0)
@@ -63,7 +63,7 @@ def _across_chunks(
     keys, dw, leading, trailing, count, width,
     CHUNK: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """The sum of the run that begins in this chunk and goes on, if one does."""
+    """The sum of the run that starts in this chunk and continues in the next, if there is one."""
     chunk = tl.program_id(0)
     start, end = chunk * CHUNK, (chunk + 1) * CHUNK
     before = tl.load(keys + start - 1, mask=start > 0, other=-1)

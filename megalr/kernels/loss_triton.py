@@ -1,4 +1,4 @@
-"""Triton kernel of the loss over a vocabulary."""
+"""Triton kernels of the loss over a vocabulary, and of its gradients' elementwise work."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 
 BLOCK, WARPS = 16384, 16
-"""Columns that a program looks at together, and its warps."""
+"""Columns that a program processes at a time, and its warps."""
 
 FLAT_BLOCK, FLAT_WARPS = 2048, 4
-"""Numbers that a program of the elementwise kernels looks at, and its warps."""
+"""Numbers that a program of the elementwise kernels processes, and its warps."""
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -19,8 +19,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 def _loss_and_gradient(logits, labels, nll, width, vocab_size, ignore, BLOCK: tl.constexpr):
     """One row: its -log softmax(z)[label]; z is replaced by softmax(z) - onehot(label).
 
-    The kernel is bound by arithmetic, not by memory: one exponential a number and pass, and the
-    label's column apart from the loops.
+    The kernel is bound by arithmetic, not by memory: one exponential per number and pass, and the
+    label's column is handled outside the loops.
     """
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + row)
@@ -33,8 +33,8 @@ def _loss_and_gradient(logits, labels, nll, width, vocab_size, ignore, BLOCK: tl
         column = first + tl.arange(0, BLOCK)
         z = tl.load(start + column, mask=column < vocab_size, other=float("-inf")).to(tl.float32)
         larger = tl.maximum(largest, tl.max(z, axis=0) * LOG2E)
-        # NaN is no maximum, but is in the sum; where all is -inf so far, the sum becomes NaN too:
-        # no logit of a model is -inf.
+        # The maximum ignores NaN, the sum does not. If all numbers so far are -inf the sum becomes
+        # NaN too: no logit of a model is -inf.
         total = total * tl.exp2(largest - larger) + tl.sum(tl.exp2(z * LOG2E - larger), axis=0)
         largest = larger
     log_sum = largest + tl.log2(total)
@@ -46,7 +46,7 @@ def _loss_and_gradient(logits, labels, nll, width, vocab_size, ignore, BLOCK: tl
         z = tl.load(start + column, mask=column < vocab_size, other=float("-inf")).to(tl.float32)
         gradient = tl.exp2(z * LOG2E - log_sum) * weight
         tl.store(start + column, gradient.to(logits.dtype.element_ty), mask=column < width)
-    tl.debug_barrier()  # the label's column once more, after all threads have written
+    tl.debug_barrier()  # rewrite the label's column after all threads have written
     gradient = tl.exp2(target * LOG2E - log_sum) - 1.0
     tl.store(start + label, gradient.to(logits.dtype.element_ty), mask=kept)
 

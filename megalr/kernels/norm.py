@@ -1,4 +1,4 @@
-"""The sum of two terms of the residual stream and its RMSNorm, as one operator.
+"""The sum of two terms of the residual stream and its RMSNorm (arXiv 1910.07467), as one operator.
 
 ``total = x + added``, ``y = weight total / sqrt(mean total^2 + eps)``. Compiled by torch, the
 gradient of the weight takes three kernels after the one that forms the gradient of the input: zeros
@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalr.kernels import half_on_gpu, wide
+from megalr.kernels import half_on_gpu, widened
 
 WIDEST = 8192
-"""Widest vector that a program of the kernels holds in its registers."""
+"""Widest vector that a program of the kernels can hold in registers."""
 
 
 def add_norm_applies(x: Tensor) -> bool:
-    """Whether the operator runs by its kernels on x: half precision on a CUDA device, Triton."""
+    """Whether the operator uses its kernels for x: half precision on a CUDA device, with Triton."""
     return half_on_gpu(x) and x.shape[-1] <= WIDEST
 
 
@@ -33,8 +33,8 @@ def add_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tens
         eps: added to the mean square.
 
     Returns:
-        ``total`` and ``y (..., h)``. The norm is that of the rounded sum; it is computed in float32
-        (float64 inputs: float64) and rounded once.
+        ``total`` and ``y``, ``(..., h)`` in the dtype of x. y is the norm of the rounded sum,
+        computed in float32 (float64 inputs: float64) and rounded once.
     """
     total, y, _ = torch.ops.megalr.add_norm(x, added, weight, eps)
     return total, y
@@ -46,14 +46,14 @@ def _add_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Also the factor ``1 / sqrt(mean total^2 + eps)`` of each vector, ``(...,)``."""
     if add_norm_applies(x):
-        from megalr.kernels.norm_triton import forward
+        from megalr.kernels.norm_triton import add_norm_forward
 
-        total, y, factor = forward(_rows(x), _rows(added), weight, eps)
+        total, y, factor = add_norm_forward(_rows(x), _rows(added), weight, eps)
         return total.view(x.shape), y.view(x.shape), factor.view(x.shape[:-1])
     total = x + added
-    exact = wide(total)
+    exact = widened(total)
     factor = torch.rsqrt(exact.square().mean(dim=-1) + eps)
-    y = (exact * factor.unsqueeze(-1) * wide(weight)).to(x.dtype)
+    y = (exact * factor.unsqueeze(-1) * widened(weight)).to(x.dtype)
     return total, y, factor
 
 
@@ -67,20 +67,22 @@ def _(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Ten
 def _add_norm_backward(
     dtotal: Tensor, dy: Tensor, total: Tensor, weight: Tensor, factor: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x, which is that of added too, and of weight, the latter summed in float32.
+    """Gradient of x, which is also that of added, and of weight, summed in float32.
 
     With ``n = factor total`` and ``g = weight dy``: ``dx = dtotal + factor (g - n mean(g n))`` and
     ``dweight = sum over vectors of dy n``.
     """
     if add_norm_applies(total):
-        from megalr.kernels.norm_triton import backward
+        from megalr.kernels.norm_triton import add_norm_backward
 
-        dx, dweight = backward(_rows(dtotal), _rows(dy), _rows(total), weight, factor.reshape(-1))
+        dx, dweight = add_norm_backward(
+            _rows(dtotal), _rows(dy), _rows(total), weight, factor.reshape(-1)
+        )
         return dx.view(total.shape), dweight
     scale = factor.unsqueeze(-1)
-    n, d = wide(total) * scale, wide(dy)
-    g = d * wide(weight)
-    dx = wide(dtotal) + scale * (g - n * (g * n).mean(dim=-1, keepdim=True))
+    n, d = widened(total) * scale, widened(dy)
+    g = d * widened(weight)
+    dx = widened(dtotal) + scale * (g - n * (g * n).mean(dim=-1, keepdim=True))
     dweight = (d * n).flatten(0, -2).sum(dim=0)
     return dx.to(total.dtype), dweight.to(weight.dtype)
 
@@ -97,7 +99,9 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+) -> None:
     total, _, factor = output
     ctx.save_for_backward(total, inputs[2], factor)
 
@@ -108,4 +112,4 @@ def _backward(ctx: Any, dtotal: Tensor, dy: Tensor, _: Any) -> tuple[Any, ...]:
     return dx, dx, dweight, None
 
 
-_add_norm.register_autograd(_backward, setup_context=_keep)
+_add_norm.register_autograd(_backward, setup_context=_setup_context)

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from megalr.kernels import multiprocessors
 
-NUMBERS_A_THREAD = 8
-"""Of a vector, in a thread's registers: one load of 16 bytes in half precision."""
+NUMBERS_PER_THREAD = 8
+"""Numbers of a vector in one thread's registers: one 16-byte load in half precision."""
 
-WARPS_AT_WORK = 32
-"""Of a multiprocessor in the backward pass; each program leaves a partial sum of dweight."""
+WARPS_PER_MULTIPROCESSOR = 32
+"""In the backward pass; each program writes one partial sum of dweight."""
 
 SUMMED_ROWS, SUMMED_COLUMNS = 256, 16
-"""Partial sums and columns that a program of the last kernel looks at together."""
+"""Partial sums and columns that a program of the last kernel processes at a time."""
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def _forward(x, added, weight, total, y, factor, width, eps, BLOCK: tl.constexpr
 def _backward(
     dtotal, dy, total, weight, factor, dx, partial, rows, width, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Every so many-th vector; the gradient of the weight is summed over them in registers."""
+    """Every P-th vector of P programs; their gradients of the weight are summed in registers."""
     first = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     inside = column < width
@@ -77,24 +77,26 @@ def _columns(partial, dweight, count, width, ROWS: tl.constexpr, COLUMNS: tl.con
     tl.store(dweight + column, result, mask=column < width)
 
 
-def forward(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def add_norm_forward(
+    x: Tensor, added: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Sum and norm ``(N, h)``, factors ``(N,)`` float32; x and added are contiguous."""
     rows, width = x.shape
     total, y = torch.empty_like(x), torch.empty_like(x)
     factor = torch.empty(rows, dtype=torch.float32, device=x.device)
-    block, warps = _cut(width)
+    block, warps = _block_and_warps(width)
     _forward[(rows,)](x, added, weight, total, y, factor, width, eps, BLOCK=block, num_warps=warps)
     return total, y, factor
 
 
-def backward(
+def add_norm_backward(
     dtotal: Tensor, dy: Tensor, total: Tensor, weight: Tensor, factor: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the terms of the sum ``(N, h)``, and of the weight; inputs are contiguous."""
+    """Gradient of either term of the sum ``(N, h)``, and of the weight; inputs are contiguous."""
     rows, width = total.shape
     dx, dweight = torch.empty_like(total), torch.empty_like(weight)
-    block, warps = _cut(width)
-    count = min(rows, WARPS_AT_WORK // warps * multiprocessors(total.device))
+    block, warps = _block_and_warps(width)
+    count = min(rows, WARPS_PER_MULTIPROCESSOR // warps * multiprocessors(total.device))
     partial = torch.empty(count, width, dtype=torch.float32, device=total.device)
     _backward[(count,)](
         dtotal, dy, total, weight, factor, dx, partial, rows, width, BLOCK=block, num_warps=warps
@@ -105,7 +107,7 @@ def backward(
     return dx, dweight
 
 
-def _cut(width: int) -> tuple[int, int]:
-    """Columns of a program, a power of two that holds a vector, and its warps."""
+def _block_and_warps(width: int) -> tuple[int, int]:
+    """Columns of a program, the least power of two that holds a vector, and its warps."""
     block = triton.next_power_of_2(width)
-    return block, min(16, max(1, block // (32 * NUMBERS_A_THREAD)))
+    return block, min(16, max(1, block // (32 * NUMBERS_PER_THREAD)))

@@ -1,9 +1,9 @@
-"""SwiGLU with the product that follows it, as one operator that keeps neither's input twice.
+"""SwiGLU (arXiv 2002.05202) and the matrix product that follows it, as one operator.
 
 ``y = (silu(gate) up) W^T``: autograd keeps gate, up and, for the gradient of W, their product, f
-numbers a token each. Here the product is formed again in the kernel of the backward pass that reads
-gate and up anyway, in the memory of its own gradient: a third less is kept, for one more write of f
-numbers a token. W is the matrix ``down`` or, of a factorized one, its factor A.
+numbers per token each. Here the backward kernel, which reads gate and up anyway, computes the
+product once more, in the memory of its gradient: a third less is kept, for one more write of f
+numbers per token. W is the matrix ``down`` or, if it is factorized, its factor A.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from megalr.kernels import half_on_gpu, wide
+from megalr.kernels import half_on_gpu, widened
 
-# Written out because torch 2.6 infers no schema from lists of tensors as what is returned.
+# Written out because torch 2.6 infers no schema from a returned list of tensors.
 _BACKWARD = "(Tensor dy, Tensor[] projections, Tensor w) -> (Tensor[], Tensor)"
 
 
@@ -28,20 +28,20 @@ def swiglu_product(projections: Sequence[Tensor], w: Tensor) -> Tensor:
     """``(silu(gate) up) W^T``.
 
     Args:
-        projections: gate and up, ``(..., f)`` each, or one tensor of both, as one GEMM leaves them:
+        projections: gate and up, ``(..., f)`` each, or one tensor of both:
             ``(..., 2 f)`` side by side or ``(2, ..., f)``.
         w: ``(m, f)``.
 
     Returns:
-        ``(..., m)``. The elementwise part is computed in float32 and rounded once.
+        ``(..., m)``, in the dtype of w. The elementwise part is float32, rounded once.
     """
     gate, up = _rows(projections, w)  # (N, f)
     if half_on_gpu(gate):
-        from megalr.kernels.swiglu_triton import forward
+        from megalr.kernels.swiglu_triton import swiglu_forward
 
-        hidden = forward(gate, up)
+        hidden = swiglu_forward(gate, up)
     else:
-        hidden = (F.silu(wide(gate)) * wide(up)).to(gate.dtype)
+        hidden = (F.silu(widened(gate)) * widened(up)).to(gate.dtype)
     return (hidden @ w.t()).view(*_leading(projections, w), w.shape[0])
 
 
@@ -54,17 +54,17 @@ def _(projections: Sequence[Tensor], w: Tensor) -> Tensor:
 def swiglu_product_backward(
     dy: Tensor, projections: Sequence[Tensor], w: Tensor
 ) -> tuple[list[Tensor], Tensor]:
-    """Gradients of the projections, in the form they came in, and of W."""
+    """Gradients of the projections, in the same form, and of W."""
     grads = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in projections]
     (gate, up), (dgate, dup) = _rows(projections, w), _rows(grads, w)
     flat = dy.reshape(-1, w.shape[0])  # (N, m)
-    hidden = flat @ w  # (N, f), the gradient of the product until the kernel has run
+    hidden = flat @ w  # (N, f), the gradient of silu(gate) up; the kernel overwrites it
     if half_on_gpu(gate):
-        from megalr.kernels.swiglu_triton import backward_
+        from megalr.kernels.swiglu_triton import swiglu_backward_
 
-        backward_(gate, up, hidden, dgate, dup)
+        swiglu_backward_(gate, up, hidden, dgate, dup)
     else:
-        _plain_backward_(gate, up, hidden, dgate, dup)
+        _backward_reference_(gate, up, hidden, dgate, dup)
     return grads, flat.t() @ hidden
 
 
@@ -75,28 +75,30 @@ def _(dy: Tensor, projections: Sequence[Tensor], w: Tensor) -> tuple[list[Tensor
     return grads, torch.empty_like(w)
 
 
-def _plain_backward_(gate: Tensor, up: Tensor, hidden: Tensor, dgate: Tensor, dup: Tensor) -> None:
-    """What the kernel does, in plain PyTorch."""
-    g, u, d = wide(gate), wide(up), wide(hidden)
+def _backward_reference_(
+    gate: Tensor, up: Tensor, hidden: Tensor, dgate: Tensor, dup: Tensor
+) -> None:
+    """PyTorch reference of the backward kernel, in place of ``hidden``, ``dgate`` and ``dup``."""
+    g, u, d = widened(gate), widened(up), widened(hidden)
     s = torch.sigmoid(g)
     dup.copy_(d * g * s)
     dgate.copy_(d * u * (s + g * s * (1 - s)))
     hidden.copy_(g * s * u)
 
 
-def _leads(projections: Sequence[Tensor], w: Tensor) -> bool:
+def _is_stacked(projections: Sequence[Tensor], w: Tensor) -> bool:
     """Whether the projections are one tensor ``(2, ..., f)``."""
     return len(projections) == 1 and projections[0].shape[-1] == w.shape[1]
 
 
 def _leading(projections: Sequence[Tensor], w: Tensor) -> tuple[int, ...]:
     """The dimensions before f."""
-    return projections[0].shape[1:-1] if _leads(projections, w) else projections[0].shape[:-1]
+    return projections[0].shape[1:-1] if _is_stacked(projections, w) else projections[0].shape[:-1]
 
 
 def _rows(projections: Sequence[Tensor], w: Tensor) -> tuple[Tensor, Tensor]:
     """Gate and up as ``(N, f)`` each, views where possible."""
-    if _leads(projections, w):
+    if _is_stacked(projections, w):
         gate, up = projections[0].reshape(2, -1, w.shape[1])
         return gate, up
     flat = [p.reshape(-1, p.shape[-1]) for p in projections]
@@ -104,7 +106,7 @@ def _rows(projections: Sequence[Tensor], w: Tensor) -> tuple[Tensor, Tensor]:
     return gate, up
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     projections, w = inputs
     ctx.save_for_backward(*projections, w)
 
@@ -114,12 +116,12 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[list[Tensor], Tensor]:
     return swiglu_product_backward(dy, projections, w)
 
 
-swiglu_product.register_autograd(_backward, setup_context=_keep)
+swiglu_product.register_autograd(_backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.megalr.swiglu_product)
 def _flops(projections: Any, w: Any, *_: Any, **__: Any) -> int:
-    numbers = sum(math.prod(size) for size in projections)  # 2 f a token
+    numbers = sum(math.prod(size) for size in projections)  # 2 f per token
     return numbers * w[0]
 
 

@@ -7,15 +7,15 @@ import triton
 import triton.language as tl
 
 BLOCKS, WARPS = (1024, 512, 256), 4
-"""Columns that a program may look at, and its warps."""
+"""Columns that a program may process, and its warps."""
 
 
 @triton.jit
 def _forward(gate, up, hidden, gate_stride, up_stride, width, BLOCK: tl.constexpr):
     """hidden = silu(gate) up, in float32, rounded once; hidden is contiguous."""
-    in_a_row = tl.cdiv(width, BLOCK)
-    row = (tl.program_id(0) // in_a_row).to(tl.int64)
-    column = (tl.program_id(0) % in_a_row).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    per_row = tl.cdiv(width, BLOCK)
+    row = (tl.program_id(0) // per_row).to(tl.int64)
+    column = (tl.program_id(0) % per_row).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     g = tl.load(gate + row * gate_stride + column, mask=inside).to(tl.float32)
     u = tl.load(up + row * up_stride + column, mask=inside).to(tl.float32)
@@ -28,10 +28,10 @@ def _backward(
     gate, up, hidden, dgate, dup, gate_stride, up_stride, dgate_stride, dup_stride, width,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """hidden, which holds its own gradient, becomes silu(gate) up; dgate and dup are written."""
-    in_a_row = tl.cdiv(width, BLOCK)
-    row = (tl.program_id(0) // in_a_row).to(tl.int64)
-    column = (tl.program_id(0) % in_a_row).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    """hidden, which holds its gradient, becomes silu(gate) up; dgate and dup are written."""
+    per_row = tl.cdiv(width, BLOCK)
+    row = (tl.program_id(0) // per_row).to(tl.int64)
+    column = (tl.program_id(0) % per_row).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     g = tl.load(gate + row * gate_stride + column, mask=inside).to(tl.float32)
     u = tl.load(up + row * up_stride + column, mask=inside).to(tl.float32)
@@ -46,33 +46,33 @@ def _backward(
     tl.store(place, (silu * u).to(kind), mask=inside)
 
 
-def forward(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def swiglu_forward(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """``silu(gate) up`` of ``(N, f)`` tensors whose rows are contiguous."""
     hidden = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    rows, width, block = _cut(gate, up)
+    rows, width, block = _grid(gate, up)
     _forward[(rows * triton.cdiv(width, block),)](
         gate, up, hidden, gate.stride(0), up.stride(0), width, BLOCK=block, num_warps=WARPS
     )
     return hidden
 
 
-def backward_(
+def swiglu_backward_(
     gate: torch.Tensor,
     up: torch.Tensor,
     hidden: torch.Tensor,
     dgate: torch.Tensor,
     dup: torch.Tensor,
 ) -> None:
-    """Gradients into ``dgate``, ``dup``; ``hidden`` turns from its gradient into its value."""
-    rows, width, block = _cut(gate, up, dgate, dup)
+    """Write the gradients to ``dgate``, ``dup``; replace ``hidden``, its gradient, by its value."""
+    rows, width, block = _grid(gate, up, dgate, dup)
     _backward[(rows * triton.cdiv(width, block),)](
         gate, up, hidden, dgate, dup, gate.stride(0), up.stride(0), dgate.stride(0),
         dup.stride(0), width, BLOCK=block, num_warps=WARPS,
     )  # fmt: skip
 
 
-def _cut(*tensors: torch.Tensor) -> tuple[int, int, int]:
-    """Rows, their width, and the columns of a program: one long row if nothing lies between."""
+def _grid(*tensors: torch.Tensor) -> tuple[int, int, int]:
+    """Rows, their width, columns of a program; contiguous tensors count as one long row."""
     rows, width = tensors[0].shape
     if all(x.is_contiguous() for x in tensors):
         return 1, rows * width, BLOCKS[0]

@@ -13,16 +13,19 @@ from megalr.layers.linear import BottleneckLinear
 class CoLALinear(BottleneckLinear):
     """``y_i = silu(x A_i^T) B_i^T (+ bias_i)``: an auto-encoder in place of each matrix.
 
-    Both factors ~ N(0, sigma^2) with ``sigma = r^(-1/4) (n + m)^(-1/4)``; no scale. There is no
-    matrix W with this function, so nothing to refactorize, no dense weight and no dense export.
+    Both factors ~ N(0, sigma^2) with ``sigma = r^(-1/4) (n + m)^(-1/4)``; no scale. No matrix W has
+    this function, so there is nothing to refactorize, no dense weight and no dense export.
+
+    Args:
+        shape, rank, bias: as in FactorizedLinear.
     """
 
     def __init__(self, shape: LinearShape, rank: int, bias: bool = False) -> None:
         super().__init__(shape, rank, float(rank), bias)  # scale 1
 
-    def outputs_of(self, h: torch.Tensor, together: bool = False) -> tuple[torch.Tensor, ...]:
-        """``silu(h_i) B_i^T (+ bias_i)`` of bottlenecks ``h (..., G r)``, ``(..., m_i)`` each."""
-        return super().outputs_of(F.silu(h), together)
+    def outputs_from(self, h: torch.Tensor, stacked: bool = False) -> tuple[torch.Tensor, ...]:
+        """``silu(h_i) B_i^T (+ bias_i)`` for bottlenecks ``h (..., G r)``, ``(..., m_i)`` each."""
+        return super().outputs_from(F.silu(h), stacked)
 
     @torch.no_grad()
     def reset_parameters(self, seed: int, std: float) -> None:

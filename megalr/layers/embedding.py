@@ -1,4 +1,4 @@
-"""The table of token embeddings, whole or cut by vocabulary."""
+"""The table of token embeddings, whole or sharded by vocabulary."""
 
 from __future__ import annotations
 
@@ -9,24 +9,26 @@ from torch import nn
 from megalr.kernels import half_on_gpu
 from megalr.kernels.embedding import lookup
 from megalr.layers.factors import named_generator
-from megalr.sharding.tensor_shard import TensorShard, part_of, set_shard
+from megalr.sharding.tensor_shard import TensorShard, set_shard, shard_range
 from megalr.tensor_parallel.mesh import Mesh
 
 
 class Embedding(nn.Module):
     """``x = W[ids]``; W is ``(V, h)``, V the padded vocabulary.
 
-    Under tensor parallelism each rank holds the rows of V/p entries and gives zeros for the others:
-    the output is then a partial sum over the ranks, of which one has a term that is not zero.
-
-    ``fused`` may be set: form the gradient by the kernel of kernels.embedding where it applies, not
-    by torch's. Not under tensor parallelism, where ids of other ranks all stand for one row.
+    Under tensor parallelism each rank holds the rows of V/p entries and returns zeros for the
+    others (vocabulary parallelism, arXiv 1909.08053 §3): the output is a partial sum over the
+    ranks, of which one has a term that is not zero.
 
     Args:
         vocab_size: entries of the model's vocabulary.
         padded_vocab_size: V; rows from ``vocab_size`` on are zero.
         hidden_size: h.
-        mesh: the ranks over which the rows are cut.
+        mesh: the ranks over which the rows are sharded.
+
+    Attributes:
+        fused: compute the gradient by the kernel of kernels.embedding where it applies. It does not
+            under tensor parallelism, where the ids of other ranks all map to one row.
     """
 
     def __init__(
@@ -36,12 +38,12 @@ class Embedding(nn.Module):
         self.vocab_size = vocab_size
         self.parallel = mesh.tensor_size > 1
         self.fused = False
-        self.start, self.stop = part_of(padded_vocab_size, mesh.tensor_rank, mesh.tensor_size)
+        self.start, self.stop = shard_range(padded_vocab_size, mesh.tensor_rank, mesh.tensor_size)
         self.weight = nn.Parameter(torch.empty(self.stop - self.start, hidden_size))
         set_shard(self.weight, vocabulary_shard(padded_vocab_size, hidden_size, mesh))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """``(...,)`` int64 to ``(..., h)``: the embedding, or this rank's term of it."""
+        """``(...,)`` int64 to ``(..., h)``: the embeddings, or this rank's term of their sum."""
         if not self.parallel:
             fused = self.fused and half_on_gpu(self.weight)
             return lookup(ids, self.weight) if fused else F.embedding(ids, self.weight)
@@ -56,10 +58,10 @@ class Embedding(nn.Module):
 
 
 def vocabulary_shard(padded_vocab_size: int, hidden_size: int, mesh: Mesh) -> TensorShard | None:
-    """What this rank holds of a ``(V, h)`` table cut by rows; None if that is all."""
+    """This rank's shard of a ``(V, h)`` table split by rows; None on a single rank."""
     if mesh.tensor_size == 1:
         return None
-    part = part_of(padded_vocab_size, mesh.tensor_rank, mesh.tensor_size)
+    part = shard_range(padded_vocab_size, mesh.tensor_rank, mesh.tensor_size)
     return TensorShard((padded_vocab_size, hidden_size), rows=(part,))
 
 
@@ -69,8 +71,8 @@ def init_rows(
 ) -> None:
     """Fill the first ``used`` rows of a table from N(0, std^2), zero the rest.
 
-    ``weight`` holds the table's rows from ``start`` on. The table is drawn whole by the generator
-    of ``name``, so its values do not depend on how it is cut.
+    ``weight`` holds the table's rows from ``start`` on. The whole table is drawn from the generator
+    of ``name``, so its values do not depend on how it is sharded.
     """
     weight.zero_()
     generator = named_generator(seed, name, weight.device)

@@ -1,9 +1,9 @@
-"""How layers describe their matrices to code that works on matrices.
+"""How layers describe their stored matrices to code that works on matrices.
 
 Projections that read the same input (q, k, v; gate, up) are stored stacked by rows in one
-parameter, so that they run as one GEMM and count as one tensor for the engine. The logical
-matrices keep their identity through the descriptions here: refactorization, matrix optimizers,
-export and checkpoints see ``layers.3.attention.q``, not the stack.
+parameter, so that they run as one GEMM and are one tensor for the engine. The descriptions here
+keep the logical matrices apart: refactorization, matrix optimizers, export and checkpoints see
+``layers.3.attention.q``, not the stack.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from megalr.sharding.tensor_shard import TensorShard, shard_rows
+from megalr.sharding.tensor_shard import TensorShard, stack_ranges
 from megalr.tensor_parallel.plan import REPLICATED, ShardSpec
 
 
 @dataclass(frozen=True)
 class LinearShape:
-    """Sizes of the matrices of one group: they share the input of ``in_features`` numbers.
+    """Sizes of the matrices of one group, which share an input of width ``in_features``.
 
     Attributes:
         names: logical name of each matrix, e.g. ``("layers.0.attention.q", ...)``.
         in_features: columns, padding included.
         out_features: rows of each matrix, padding included.
-        in_used: columns that carry the model; those beyond are zero and stay zero.
-        out_used: rows that carry the model, of each matrix.
-        cut: which rows and columns this rank holds; the sizes above are those of whole matrices.
+        in_used: columns without padding; those beyond are zero and stay zero.
+        out_used: rows of each matrix without padding.
+        spec: how the matrices are sharded; the sizes above are those of whole matrices.
     """
 
     names: tuple[str, ...]
@@ -40,56 +40,57 @@ class LinearShape:
 
     @property
     def local_in(self) -> int:
-        """Columns held here, padding included."""
+        """Columns on this rank, padding included."""
         start, stop = self.spec.columns(self.in_features)
         return stop - start
 
     @property
     def local_out(self) -> tuple[int, ...]:
-        """Rows of each matrix held here, padding included."""
+        """Rows of each matrix on this rank, padding included."""
         return tuple(stop - start for start, stop in map(self.spec.rows, self.out_features))
 
     def row_ranges(self) -> list[tuple[int, int]]:
-        """``(start, stop)`` rows of each matrix in the stack held here, padding included."""
+        """``(start, stop)`` rows of each matrix in this rank's stack, padding included."""
         ranges, start = [], 0
         for rows in self.local_out:
             ranges.append((start, start + rows))
             start += rows
         return ranges
 
-    def held_rows(self, index: int) -> slice:
+    def local_rows(self, index: int) -> slice:
         """Rows of the unpadded matrix ``index`` that this rank holds."""
         start, stop = self.spec.rows(self.out_features[index])
         used = self.out_used[index]
         return slice(min(start, used), min(stop, used))
 
-    def held_columns(self) -> slice:
+    def local_columns(self) -> slice:
         """Columns of the unpadded matrices that this rank holds."""
         start, stop = self.spec.columns(self.in_features)
         return slice(min(start, self.in_used), min(stop, self.in_used))
 
     def shard(self, rows: int | None = None, columns: int | None = None) -> TensorShard | None:
-        """What this rank holds of a stack of weights; None if that is all of it.
+        """This rank's shard of a stack of weights; None if it holds the whole stack.
 
         The default is the stack of the matrices, ``(sum m_i, n)``.
 
         Args:
-            rows: rows of a stack that is never cut by rows (the factors A).
-            columns: columns where they are never cut (r, for the factors B); 0 for a vector.
+            rows: rows of a stack that is never split by rows (the factors A).
+            columns: columns of a stack never split by columns (r, for the factors B); 0 for a
+                vector.
         """
         mesh = self.spec.mesh
-        cut_by_rows = self.spec.outputs and rows is None
-        cut_by_columns = self.spec.inputs and columns is None
-        if mesh.tensor_size == 1 or not (cut_by_rows or cut_by_columns):
+        split_rows = self.spec.outputs and rows is None
+        split_columns = self.spec.inputs and columns is None
+        if mesh.tensor_size == 1 or not (split_rows or split_columns):
             return None
         height = sum(self.out_features) if rows is None else rows
         width = self.in_features if columns is None else columns
         return TensorShard(
             (height, width) if width else (height,),
-            shard_rows(self.out_features, mesh.tensor_rank, mesh.tensor_size)
-            if cut_by_rows
+            stack_ranges(self.out_features, mesh.tensor_rank, mesh.tensor_size)
+            if split_rows
             else None,
-            self.spec.columns(self.in_features) if cut_by_columns else None,
+            self.spec.columns(self.in_features) if split_columns else None,
         )
 
 
@@ -102,8 +103,9 @@ class FactorPair:
         b: parameter whose rows ``b_rows`` are B (m x r).
         a: parameter whose rows ``a_rows`` are A (r x n).
         scale: alpha / r; it is not part of the factors.
-        cut: over which ranks B is cut by rows (``outputs``) and A by columns (``inputs``); the
-            parameters and the ranges above are those of this rank.
+        columns: n, on this rank, padding included.
+        spec: over which ranks B is sharded by rows (``outputs``) and A by columns (``inputs``); the
+            parameters and ranges above are those of this rank.
     """
 
     name: str
@@ -112,6 +114,7 @@ class FactorPair:
     a: nn.Parameter
     a_rows: tuple[int, int]
     scale: float
+    columns: int
     spec: ShardSpec = REPLICATED
 
     @property
@@ -121,13 +124,12 @@ class FactorPair:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """``(rows of B, columns of A)`` as stored here, padding included."""
-        columns = getattr(self.a, "ds_shape", self.a.shape)[1]  # ZeRO-3 empties .shape
-        return self.b_rows[1] - self.b_rows[0], columns
+        """``(rows of B, columns of A)`` on this rank, padding included."""
+        return self.b_rows[1] - self.b_rows[0], self.columns
 
 
 def set_row_blocks(parameter: nn.Parameter, names: tuple[str, ...], rows: list) -> None:
-    """Note on a stacked parameter which rows belong to which logical matrix.
+    """Record on a stacked parameter which rows belong to which logical matrix.
 
     Optimizers read it as ``parameter.row_blocks``: a tuple of ``(name, start, stop)``.
     """
@@ -137,10 +139,10 @@ def set_row_blocks(parameter: nn.Parameter, names: tuple[str, ...], rows: list) 
 
 
 def named_generator(seed: int, name: str, device: torch.device) -> torch.Generator:
-    """A random generator that depends on the run's seed and a tensor's name only.
+    """A random generator that depends only on the run's seed and a tensor's name.
 
-    So a weight does not depend on the order of construction, on other layers, or on how the
-    model is cut over ranks. CPU and CUDA generators give different numbers for one seed.
+    A weight thus does not depend on the order of construction, on other layers, or on how the model
+    is sharded. CPU and CUDA generators give different numbers for one seed.
     """
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator(device=device)

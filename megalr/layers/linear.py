@@ -1,10 +1,13 @@
 """Linear layers of the decoder: dense (full_rank) and factorized (low_rank), grouped by input.
 
-Every layer maps ``x (..., n)`` to a tuple with one output per logical matrix and offers the same
-interface: ``reset_parameters``, ``dense_weight``, ``load_dense`` and ``factor_pairs``.
+Every layer maps ``x (..., n)`` to a tuple with one output per logical matrix and implements
+GroupedLinear: draw the weights, read or set a dense matrix, describe the factors.
 
-Under tensor parallelism a layer holds the rows and columns that ``shape.spec`` says; weights are
-drawn whole from the run's seed and cut, so they do not depend on the number of ranks.
+Under tensor parallelism a layer holds the rows and columns that ``shape.spec`` assigns to its rank.
+Whole weights are drawn from the run's seed and then sharded, so they do not depend on the number of
+ranks.
+
+Shapes: n inputs, m_i outputs of matrix i, r rank, G matrices in the group, p tensor-parallel ranks.
 """
 
 from __future__ import annotations
@@ -17,10 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megalr.layers.expansion import up_project
+from megalr.layers.deferred import DeferredRMSNorm, DeferredSwiGLU
 from megalr.layers.factors import FactorPair, LinearShape, named_generator, set_row_blocks
-from megalr.layers.gated import DeferredSwiGLU, product
-from megalr.layers.norm import DeferredRMSNorm
+from megalr.layers.up_projection import up_project
 from megalr.sharding.tensor_shard import set_shard
 from megalr.tensor_parallel.collectives import copy, reduce
 
@@ -28,13 +30,14 @@ from megalr.tensor_parallel.collectives import copy, reduce
 class GroupedLinear(nn.Module, ABC):
     """The matrices of one group: ``x (..., n)`` to one output ``(..., m_i)`` for each.
 
-    What the kinds of layers share; ``bias`` is the stack ``(sum m_i,)`` of the biases, or None.
+    The base of all kinds of layers. ``bias`` is the stack ``(sum m_i,)`` of the biases, or None.
     """
 
     def __init__(self, shape: LinearShape, bias: bool) -> None:
         super().__init__()
         self.shape = shape
-        # Plain sizes for forward: a compiled forward that read names would not be shared by blocks.
+        # Copies for forward: if it read ``shape``, which holds names, no two blocks would share
+        # one compiled function.
         self.sizes = shape.local_out
         self.input_group = shape.spec.input_group
         self.output_group = shape.spec.output_group
@@ -48,51 +51,68 @@ class GroupedLinear(nn.Module, ABC):
 
     @abstractmethod
     def dense_weight(self, index: int) -> torch.Tensor:
-        """What this rank holds of the matrix W_index without padding, float32, ``(m, n)``."""
+        """This rank's shard of the matrix W_index ``(m, n)`` without padding, float32.
+
+        Raises:
+            ValueError: both factors are sharded, so no rank can compute a part of their product.
+            UserError: the layer's function is not a matrix.
+        """
 
     @abstractmethod
     def load_dense(self, index: int, weight: torch.Tensor) -> None:
-        """Set W_index to the whole ``weight (m, n)``, or as near as the layer can come."""
+        """Set W_index to the whole ``weight (m, n)``, or to the layer's best approximation of it.
+
+        Raises:
+            UserError: the layer's function is not a matrix.
+        """
+
+    @abstractmethod
+    def weight_count(self) -> int:
+        """Numbers stored for the whole matrices on all ranks, without padding and biases.
+
+        Each multiplies every token once.
+        """
+
+    def frozen_weight_count(self) -> int:
+        """Those of ``weight_count`` that are not trained."""
+        return 0
 
     def forward_stacked(self, x: Any) -> tuple[torch.Tensor, ...]:
-        """The outputs in one tensor if the layer has them so, for operators that take both forms.
+        """The outputs as one tensor if the layer computes them so, for operators that take both.
 
-        That is ``(..., sum m_i)`` side by side or ``(G, ..., m)``; else the G outputs. ``x`` is
-        what forward takes.
+        That is ``(..., sum m_i)`` side by side or ``(G, ..., m)``; else the G outputs. ``x`` as
+        for forward.
         """
         outputs: tuple[torch.Tensor, ...] = self(x)
         return outputs
 
     def used_rows(self, index: int) -> slice:
-        """Rows of matrix ``index`` in the stack held here, without padding."""
+        """Rows of matrix ``index`` in this rank's stack, without padding."""
         start, _ = self.shape.row_ranges()[index]
-        held = self.shape.held_rows(index)
-        return slice(start, start + held.stop - held.start)
+        local = self.shape.local_rows(index)
+        return slice(start, start + local.stop - local.start)
 
     def used_columns(self) -> slice:
-        """Columns held here, without padding."""
-        held = self.shape.held_columns()
-        return slice(0, held.stop - held.start)
+        """Columns on this rank, without padding."""
+        local = self.shape.local_columns()
+        return slice(0, local.stop - local.start)
 
-    def held_part(self, index: int, weight: torch.Tensor) -> torch.Tensor:
-        """What this rank holds of the whole unpadded ``weight (m, n)`` of matrix ``index``."""
-        return weight[self.shape.held_rows(index), self.shape.held_columns()]
+    def local_part(self, index: int, weight: torch.Tensor) -> torch.Tensor:
+        """This rank's shard of the whole unpadded ``weight (m, n)`` of matrix ``index``."""
+        return weight[self.shape.local_rows(index), self.shape.local_columns()]
 
     def dense_output(self, x: torch.Tensor | DeferredSwiGLU, weight: torch.Tensor) -> torch.Tensor:
-        """``x W^T (+ bias)`` for the stack W as held here, with its sums; ``(..., sum m_i)``."""
+        """``x W^T (+ bias)`` for the local stack W, summed over ranks; ``(..., sum m_i)``."""
         if isinstance(x, torch.Tensor):
             x = copy(x, self.output_group)
             if self.input_group is None:
                 return F.linear(x, weight, self.bias)
-        y = reduce(product(x, weight), self.input_group)
+        y = reduce(_multiply(x, weight), self.input_group)
         return y if self.bias is None else y + self.bias  # once, not by every rank
 
     @torch.no_grad()
     def draw_dense(self, seed: int, std: float, device: torch.device) -> None:
-        """Load N(0, std^2) into every matrix, drawn whole and without padding.
-
-        So the numbers depend on neither ranks nor padding.
-        """
+        """Set every matrix to a draw from N(0, std^2) that depends on neither ranks nor padding."""
         for index, name in enumerate(self.shape.names):
             draw = torch.empty(self.shape.out_used[index], self.shape.in_used, device=device)
             draw.normal_(0.0, std, generator=named_generator(seed, name, device))
@@ -109,12 +129,21 @@ class GroupedLinear(nn.Module, ABC):
         )
 
 
+def _multiply(x: torch.Tensor | DeferredSwiGLU, weight: torch.Tensor) -> torch.Tensor:
+    """``x W^T``."""
+    return x.linear(weight) if isinstance(x, DeferredSwiGLU) else F.linear(x, weight)
+
+
 class DenseLinear(GroupedLinear):
     """``y_i = x W_i^T (+ b_i)`` for the matrices of one group, in one GEMM.
 
     Parameter ``weight`` is ``(sum m_i, n)``: the matrices W_i stacked by rows. Under tensor
-    parallelism n numbers a token are summed going back where W is cut by rows, m going forward
-    where it is cut by columns.
+    parallelism (arXiv 1909.08053) n numbers per token are summed in the backward pass where W is
+    sharded by rows, m in the forward pass where it is sharded by columns.
+
+    Args:
+        shape: sizes of the group.
+        bias: adds a vector to each output.
     """
 
     def __init__(self, shape: LinearShape, bias: bool = False) -> None:
@@ -124,6 +153,7 @@ class DenseLinear(GroupedLinear):
         set_shard(self.weight, shape.shard())
 
     def forward(self, x: torch.Tensor | DeferredSwiGLU) -> tuple[torch.Tensor, ...]:
+        """``x (..., n)`` to the outputs ``(..., m_i)``."""
         return self.dense_output(x, self.weight).split(self.sizes, dim=-1)
 
     def forward_stacked(self, x: Any) -> tuple[torch.Tensor, ...]:
@@ -137,25 +167,30 @@ class DenseLinear(GroupedLinear):
         self.draw_dense(seed, std, self.weight.device)
 
     def dense_weight(self, index: int) -> torch.Tensor:
-        """What this rank holds of W_index without padding, float32, ``(m, n)``."""
+        """This rank's shard of W_index ``(m, n)`` without padding, float32."""
         return self.weight.detach()[self.used_rows(index), self.used_columns()].float()
 
     @torch.no_grad()
     def load_dense(self, index: int, weight: torch.Tensor) -> None:
         """Set W_index to the whole ``weight (m, n)``."""
-        part = self.held_part(index, weight)
+        part = self.local_part(index, weight)
         self.weight[self.used_rows(index), self.used_columns()] = part.to(self.weight)
+
+    def weight_count(self) -> int:
+        """n m_i for each matrix."""
+        return sum(self.shape.in_used * m for m in self.shape.out_used)
 
 
 class FactorizedLinear(GroupedLinear):
-    """Factors A_i (r x n), B_i (m_i x r) of the matrices of one group, and what they share.
+    """Base of the layers with factors A_i (r x n), B_i (m_i x r) for the matrices of one group.
 
     Parameters: ``a (G r, n)`` stacks the G factors A_i, which read the same x and run as one GEMM;
     ``b (sum m_i, r)`` stacks the factors B_i.
 
-    Under tensor parallelism A is cut by columns where the input is cut, B by rows where the outputs
-    are, and G r numbers a token are summed: ``x A^T`` going forward in the first case, its gradient
-    going back in the second. A factor that is not cut has the same gradient on all ranks.
+    Under tensor parallelism A is sharded by columns where the input is sharded, B by rows where the
+    outputs are, and G r numbers per token are summed: ``x A^T`` in the forward pass in the first
+    case, its gradient in the backward pass in the second. A factor that is not sharded has the same
+    gradient on all ranks (docs/parallelism.md).
 
     Args:
         shape: sizes of the group.
@@ -180,31 +215,31 @@ class FactorizedLinear(GroupedLinear):
         return [(i * self.rank, (i + 1) * self.rank) for i in range(len(self.shape.names))]
 
     def bottleneck(self, x: torch.Tensor | DeferredRMSNorm | DeferredSwiGLU) -> torch.Tensor:
-        """``x A_i^T`` of the whole input side by side, ``(..., G r)``, the same on all ranks."""
+        """``x A_i^T`` for the whole input, side by side, ``(..., G r)``, the same on all ranks."""
         if isinstance(x, DeferredRMSNorm):
             h = reduce(F.linear(x.values, self.a), self.input_group)
             return x.scaled(h, self.input_group)
-        return reduce(product(x, self.a), self.input_group)
+        return reduce(_multiply(x, self.a), self.input_group)
 
     def low_rank_outputs(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """``scale (x A_i^T) B_i^T`` for every matrix, ``(..., m_i)`` each; no bias."""
         h = copy(self.bottleneck(x), self.output_group)
         return tuple(up_project(h, self.b, self.sizes, self.scale, False))
 
-    def outputs_of(self, h: torch.Tensor, together: bool = False) -> tuple[torch.Tensor, ...]:
-        """``scale h_i B_i^T (+ bias_i)`` of bottlenecks ``h (..., G r)``, ``(..., m_i)`` each.
+    def outputs_from(self, h: torch.Tensor, stacked: bool = False) -> tuple[torch.Tensor, ...]:
+        """``scale h_i B_i^T (+ bias_i)`` for the bottlenecks ``h (..., G r)``, ``(..., m_i)`` each.
 
-        ``forward_stacked``: one tensor ``(G, ..., m)``; of matrices of one size, without biases.
+        ``stacked``: as one tensor ``(G, ..., m)``, for matrices of one size without biases.
         """
         h = copy(h, self.output_group)
-        outputs = up_project(h, self.b, self.sizes, self.scale, together)
+        outputs = up_project(h, self.b, self.sizes, self.scale, stacked)
         if self.bias is None:
             return tuple(outputs)
         biases = self.bias.split(self.sizes)
         return tuple(y + bias for y, bias in zip(outputs, biases, strict=True))
 
     def used_factors(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views of what this rank holds of A_index (r, n) and B_index (m, r), without padding."""
+        """Views of this rank's shards of A_index (r, n) and B_index (m, r), without padding."""
         a_start = index * self.rank
         a = self.a.detach()[a_start : a_start + self.rank, self.used_columns()]
         return a, self.b.detach()[self.used_rows(index)]
@@ -212,31 +247,39 @@ class FactorizedLinear(GroupedLinear):
     @torch.no_grad()
     def load_factors(self, index: int, a: torch.Tensor, b: torch.Tensor) -> None:
         """Set the factors from the whole unpadded A (r, n) and B (m, r) of matrix ``index``."""
-        mine_a, mine_b = self.used_factors(index)
-        mine_a.copy_(a[:, self.shape.held_columns()])
-        mine_b.copy_(b[self.shape.held_rows(index)])
+        local_a, local_b = self.used_factors(index)
+        local_a.copy_(a[:, self.shape.local_columns()])
+        local_b.copy_(b[self.shape.local_rows(index)])
 
     def dense_weight(self, index: int) -> torch.Tensor:
-        """What this rank holds of ``scale * B A``, without padding, multiplied in float32.
+        """This rank's shard of ``scale * B A``, without padding, multiplied in float32.
 
         Raises:
-            ValueError: both factors are cut, so no rank can form a part of their product.
+            ValueError: both factors are sharded, so no rank can compute a part of their product.
         """
         if self.input_group is not None and self.output_group is not None:
-            raise ValueError(f"{self.shape.names[index]}: both factors are cut over ranks")
+            raise ValueError(f"{self.shape.names[index]}: both factors are sharded over ranks")
         a, b = self.used_factors(index)
         return self.scale * (b.float() @ a.float())
 
     def load_dense(self, index: int, weight: torch.Tensor) -> None:
-        """Set the factors to the best rank-r approximation of ``weight (m, n)``, balanced."""
+        """Set the factors to the best rank-r approximation of ``weight (m, n)``, balanced.
+
+        That is the truncated SVD in float64, the root of the singular values in either factor.
+        """
         u, s, vh = torch.linalg.svd(weight.double() / self.scale, full_matrices=False)
         root = s[: self.rank].sqrt()
         self.load_factors(index, root[:, None] * vh[: self.rank], u[:, : self.rank] * root)
 
+    def weight_count(self) -> int:
+        """r (n + m_i) for each matrix."""
+        return sum((self.shape.in_used + m) * self.rank for m in self.shape.out_used)
+
     def factor_pairs(self) -> list[FactorPair]:
         """The factor pairs of this group, in order."""
+        columns, spec = self.shape.local_in, self.shape.spec
         return [
-            FactorPair(name, self.b, b_rows, self.a, a_rows, self.scale, self.shape.spec)
+            FactorPair(name, self.b, b_rows, self.a, a_rows, self.scale, columns, spec)
             for name, b_rows, a_rows in zip(
                 self.shape.names, self.shape.row_ranges(), self._a_ranges(), strict=True
             )
@@ -247,24 +290,25 @@ class FactorizedLinear(GroupedLinear):
 
 
 class BottleneckLinear(FactorizedLinear):
-    """A layer that is its two factors and nothing else: only r numbers a matrix pass through."""
+    """A layer that is two factors and nothing else: only r numbers per matrix pass through."""
 
     def forward(
         self, x: torch.Tensor | DeferredRMSNorm | DeferredSwiGLU
     ) -> tuple[torch.Tensor, ...]:
-        return self.outputs_of(self.bottleneck(x))
+        """``x (..., n)`` to the outputs ``(..., m_i)``."""
+        return self.outputs_from(self.bottleneck(x))
 
     def forward_stacked(self, x: Any) -> tuple[torch.Tensor, ...]:
-        """``(G, ..., m)`` where the matrices have one size and no biases."""
+        """One tensor ``(G, ..., m)`` if the matrices have one size and no biases; else G."""
         if self.bias is not None or len(set(self.sizes)) > 1:
             return super().forward_stacked(x)
-        return self.outputs_of(self.bottleneck(x), together=True)
+        return self.outputs_from(self.bottleneck(x), stacked=True)
 
 
 class LowRankLinear(BottleneckLinear):
-    """``y_i = (alpha/r) (x A_i^T) B_i^T (+ b_i)``: no full matrix is ever formed.
+    """``y_i = (alpha/r) (x A_i^T) B_i^T (+ b_i)``, without ever computing a full matrix.
 
-    METHODS: Low-Rank, arXiv 2505.22922 §3.
+    Low-rank pretraining, arXiv 2505.22922 §3 (docs/methods.md).
 
     Args:
         shape, rank, alpha, bias: as in FactorizedLinear.
@@ -283,7 +327,7 @@ class LowRankLinear(BottleneckLinear):
 
     @torch.no_grad()
     def reset_parameters(self, seed: int, std: float) -> None:
-        """Draw the factors from the global sizes as ``init`` says; padding is zero.
+        """Draw the factors for the whole sizes by ``init``; padding is zero.
 
         ``std`` is the standard deviation of the full-rank init.
         """
@@ -305,8 +349,8 @@ class LowRankLinear(BottleneckLinear):
                 draw_a.normal_(0.0, math.sqrt(2 / (self.rank + n)), generator=gen_a)
                 draw_b.normal_(0.0, math.sqrt(2 / (m + self.rank)), generator=gen_b)
             else:
-                product = std / (self.scale * math.sqrt(self.rank))  # std(A) std(B)
+                spread = std / (self.scale * math.sqrt(self.rank))  # std(A) std(B)
                 ratio = (m / n) ** 0.25
-                draw_a.normal_(0.0, math.sqrt(product) * ratio, generator=gen_a)
-                draw_b.normal_(0.0, math.sqrt(product) / ratio, generator=gen_b)
+                draw_a.normal_(0.0, math.sqrt(spread) * ratio, generator=gen_a)
+                draw_b.normal_(0.0, math.sqrt(spread) / ratio, generator=gen_b)
             self.load_factors(index, draw_a, draw_b)

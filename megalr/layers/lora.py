@@ -15,11 +15,14 @@ from megalr.sharding.tensor_shard import set_shard
 class LoRALinear(FactorizedLinear):
     """``y_i = x (W0_i + (alpha/r) B_i A_i)^T (+ bias_i)``; W0 is frozen, A and B train.
 
-    Init: W0 ~ N(0, std^2) as in the full-rank model, A ~ U(+-1/sqrt(n)), B = 0. (Published code
-    zeroes A as well, which gives both factors zero gradients for ever.)
+    Init: W0 ~ N(0, std^2) as in the full-rank model, A ~ U(+-1/sqrt(n)), B = 0. (The published code
+    of ReLoRA zeroes A as well, so that the gradients of both factors are always zero.)
 
     Parameters: ``weight (sum m_i, n)`` without gradient, ``a (G r, n)``, ``b (sum m_i, r)``.
-    Under tensor parallelism W0 needs the sums of a dense matrix besides those of the factors.
+    Under tensor parallelism W0 needs the sums of a dense matrix, besides those of the factors.
+
+    Args:
+        shape, rank, alpha, bias: as in FactorizedLinear.
     """
 
     def __init__(self, shape: LinearShape, rank: int, alpha: float, bias: bool = False) -> None:
@@ -31,6 +34,7 @@ class LoRALinear(FactorizedLinear):
         set_shard(self.weight, shape.shard())
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """``x (..., n)`` to the outputs ``(..., m_i)``."""
         frozen = self.dense_output(x, self.weight).split(self.sizes, dim=-1)
         parts = zip(frozen, self.low_rank_outputs(x), strict=True)
         return tuple(y + z for y, z in parts)
@@ -45,9 +49,9 @@ class LoRALinear(FactorizedLinear):
 
     @torch.no_grad()
     def draw_a(self, seed: int, draw: str = "") -> torch.Tensor:
-        """What this rank holds of ``(G r, n)`` float32: A_i ~ U(+-1/sqrt(n)), padding 0.
+        """This rank's shard of ``(G r, n)``, float32: A_i ~ U(+-1/sqrt(n)), padding 0.
 
-        ``draw`` names a further draw.
+        ``draw`` names a draw other than the first.
         """
         values = torch.zeros(self.a.shape, device=self.a.device)
         n = self.shape.in_used
@@ -55,8 +59,8 @@ class LoRALinear(FactorizedLinear):
             generator = named_generator(seed, f"{name}.A{draw}", values.device)
             rows = torch.empty(self.rank, n, device=values.device)
             rows.uniform_(-1 / math.sqrt(n), 1 / math.sqrt(n), generator=generator)
-            mine = values[index * self.rank : (index + 1) * self.rank, self.used_columns()]
-            mine.copy_(rows[:, self.shape.held_columns()])
+            local = values[index * self.rank : (index + 1) * self.rank, self.used_columns()]
+            local.copy_(rows[:, self.shape.local_columns()])
         return values
 
     @torch.no_grad()
@@ -67,14 +71,22 @@ class LoRALinear(FactorizedLinear):
             used.copy_(self.dense_weight(index))
 
     def dense_weight(self, index: int) -> torch.Tensor:
-        """What this rank holds of ``W0 + scale * B A``, without padding, float32."""
+        """This rank's shard of ``W0 + scale * B A``, without padding, float32."""
         frozen = self.weight.detach()[self.used_rows(index), self.used_columns()].float()
         return frozen + super().dense_weight(index)
 
     @torch.no_grad()
     def load_dense(self, index: int, weight: torch.Tensor) -> None:
-        """W0 takes ``weight``; B becomes zero."""
-        part = self.held_part(index, weight)
+        """Set W0 to ``weight`` and B to zero."""
+        part = self.local_part(index, weight)
         self.weight[self.used_rows(index), self.used_columns()] = part.to(self.weight)
         _, b = self.used_factors(index)
         b.zero_()
+
+    def weight_count(self) -> int:
+        """The frozen matrices and the factors."""
+        return super().weight_count() + self.frozen_weight_count()
+
+    def frozen_weight_count(self) -> int:
+        """n m_i for each matrix W0_i."""
+        return sum(self.shape.in_used * m for m in self.shape.out_used)

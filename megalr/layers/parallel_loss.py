@@ -1,4 +1,4 @@
-"""Cross entropy of logits whose columns lie on several ranks (vocabulary parallelism)."""
+"""Cross entropy of logits whose columns are sharded over ranks (vocabulary parallelism)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from megalr.tensor_parallel.collectives import all_reduce
 
 
 class ParallelLoss:
-    """The kernel of the loss where each rank has the logits of V/p entries.
+    """The loss of a chunk where each rank has the logits of V/p entries (arXiv 1909.08053 §3).
 
-    Three numbers a token travel: the largest logit, then the sum of exponentials together with the
-    target's logit. The logits stay where they are.
+    Three numbers per token are reduced over the ranks: the largest logit, then the sum of
+    exponentials together with the target's logit. The logits themselves are never gathered.
 
     Args:
         group: the ranks.
-        start: the vocabulary's entry that this rank's first column stands for.
+        start: index in the vocabulary of this rank's first column.
     """
 
     def __init__(self, group: dist.ProcessGroup, start: int) -> None:
@@ -36,7 +36,7 @@ class ParallelLoss:
         )
 
     def __call__(self, logits: torch.Tensor, labels: torch.Tensor, vocab_size: int) -> torch.Tensor:
-        """Summed loss of a chunk, the same on all ranks; ``logits`` are replaced by its gradient.
+        """Summed loss of a chunk, float32, the same on all ranks; ``logits`` become its gradient.
 
         Args:
             logits: ``(T, V/p)``, this rank's columns.
@@ -51,42 +51,43 @@ class ParallelLoss:
 
 
 def largest_logit(logits: torch.Tensor, used: int) -> torch.Tensor:
-    """``(T,)`` float32: the largest of the first ``used`` logits here, -inf if there are none."""
+    """``(T,)`` float32: largest of this rank's first ``used`` logits, -inf if there are none."""
     if used == 0:
         return torch.full((logits.shape[0],), float("-inf"), device=logits.device)
     return logits[:, :used].float().amax(dim=-1)
 
 
 def sums_and_targets(
-    logits: torch.Tensor, place: torch.Tensor, largest: torch.Tensor, used: int
+    logits: torch.Tensor, column: torch.Tensor, largest: torch.Tensor, used: int
 ) -> torch.Tensor:
-    """``(2, T)`` float32: sum of ``exp(z - largest)`` here, and the target's ``z - largest``.
+    """``(2, T)`` float32: this rank's sum of ``exp(z - largest)``, the target's ``z - largest``.
 
-    ``place (T,)`` is the target's column; where it is not one of this rank's, the second is 0.
+    ``column (T,)`` is the target's column; if it is on another rank, the second number is 0.
     """
     z = logits[:, :used].float() - largest.unsqueeze(1)
-    here = (place >= 0) & (place < used)
-    target = logits.gather(1, torch.where(here, place, 0).unsqueeze(1)).squeeze(1)
-    target = torch.where(here, target.float() - largest, 0.0)
+    local = (column >= 0) & (column < used)
+    target = logits.gather(1, torch.where(local, column, 0).unsqueeze(1)).squeeze(1)
+    target = torch.where(local, target.float() - largest, 0.0)
     return torch.stack((z.exp().sum(dim=-1), target))
 
 
 def nll_and_gradient_(
     logits: torch.Tensor,
     labels: torch.Tensor,
-    place: torch.Tensor,
+    target: torch.Tensor,
     largest: torch.Tensor,
     sums: torch.Tensor,
     used: int,
 ) -> torch.Tensor:
     """The summed loss; ``logits`` become ``softmax - onehot``, zero in padding and without target.
 
-    ``sums (2, T)`` is what :func:`sums_and_targets` gives, summed over the ranks.
+    ``target (T,)`` is the target's column; ``sums (2, T)`` are the results of
+    :func:`sums_and_targets`, summed over the ranks.
     """
     kept = labels != IGNORE
     column = torch.arange(logits.shape[1], device=logits.device)
     z = logits.float() - largest.unsqueeze(1)
-    gradient = torch.exp(z) / sums[0].unsqueeze(1) - (column == place.unsqueeze(1)).float()
+    gradient = torch.exp(z) / sums[0].unsqueeze(1) - (column == target.unsqueeze(1)).float()
     gradient = torch.where(kept.unsqueeze(1) & (column < used), gradient, 0.0)
     logits.copy_(gradient)
     return torch.where(kept, sums[0].log() - sums[1], 0.0).sum()

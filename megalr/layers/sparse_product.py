@@ -1,8 +1,8 @@
-"""``y = x (scale B A + S)^T`` as an operator that torch.compile does not look into (SLTrain).
+"""``y = x (scale B A + S)^T`` as an operator that is opaque to torch.compile (SLTrain).
 
-Traced through, forward and backward both build W = scale B A + S, the partitioner finds that out
-and keeps W of every layer between them: all the memory that the factors were to save. As operators
-of their own they keep their inputs and nothing else, compiled or not.
+If traced, forward and backward both compute W = scale B A + S; the partitioner notices and keeps W
+of every layer between them, all the memory that the factors were meant to save. Custom operators
+keep their inputs and nothing else, compiled or not.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def sparse_low_rank(
     """``y = x W^T`` for the stack W of ``W_i = scale B_i A_i + S_i``, differentiable.
 
     The backward pass rebuilds W once and forms ``D = dY^T X`` once: ``dX = dY W``,
-    ``dB_i = scale D_i A_i^T``, ``dA_i = scale B_i^T D_i``, ``dvalues = D.flat[support]``. Kept for
-    it are the arguments. Transients: W, then D, each ``(sum m_i, n)``.
+    ``dB_i = scale D_i A_i^T``, ``dA_i = scale B_i^T D_i``, ``dvalues = D.flat[support]``. It keeps
+    the arguments. Transients: W, then D, each ``(sum m_i, n)``.
 
     Args:
         x: ``(N, n)``.
@@ -86,7 +86,7 @@ def gradients(
     sizes: Sequence[int],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What ``sparse_low_rank_backward`` does, as ordinary PyTorch calls."""
+    """``sparse_low_rank_backward`` as ordinary PyTorch calls."""
     dx = dy @ dense_stack(b, a, values, support, sizes, scale)  # (N, n); W is free again
     d = dy.t() @ x  # (sum m_i, n)
     return dx, *factor_gradients(d, b, a, sizes, scale), d.view(-1).index_select(0, support)
@@ -95,7 +95,7 @@ def gradients(
 def factor_gradients(
     d: Tensor, b: Tensor, a: Tensor, sizes: Sequence[int], scale: float
 ) -> tuple[Tensor, Tensor]:
-    """``dB_i = scale D_i A_i^T`` and ``dA_i = scale B_i^T D_i``, stacked as the factors are."""
+    """``dB_i = scale D_i A_i^T`` and ``dA_i = scale B_i^T D_i``, stacked like the factors."""
     db, da = b.new_empty(b.shape), a.new_empty(a.shape)
     for rows, inner in _blocks(sizes, b.shape[1]):
         _scaled_product(d[rows], a[inner].t(), scale, out=db[rows])
@@ -106,7 +106,11 @@ def factor_gradients(
 def dense_stack(
     b: Tensor, a: Tensor, values: Tensor, support: Tensor, sizes: Sequence[int], scale: float
 ) -> Tensor:
-    """The stack ``(sum m_i, n)`` of ``scale B_i A_i + S_i``, formed in one buffer."""
+    """The stack ``(sum m_i, n)`` of ``scale B_i A_i + S_i``, computed in one buffer.
+
+    Raises:
+        ValueError: it has 2^31 entries or more.
+    """
     w = b.new_empty(b.shape[0], a.shape[1])
     if w.numel() >= MAX_ENTRIES:
         raise ValueError(f"int32 positions cannot address {w.numel()} entries of {tuple(w.shape)}")
@@ -117,7 +121,7 @@ def dense_stack(
 
 
 def _blocks(sizes: Sequence[int], rank: int) -> Iterator[tuple[slice, slice]]:
-    """Of each matrix: its rows of the stack, and the rows of its A among the factors A."""
+    """For each matrix its rows in the stack, and the rows of its A in the stack of factors A."""
     start = 0
     for index, rows in enumerate(sizes):
         yield slice(start, start + rows), slice(index * rank, (index + 1) * rank)
@@ -125,7 +129,7 @@ def _blocks(sizes: Sequence[int], rank: int) -> Iterator[tuple[slice, slice]]:
 
 
 def _scaled_product(left: Tensor, right: Tensor, scale: float, out: Tensor) -> None:
-    """``out = scale left right`` in one GEMM; what ``out`` held, NaN included, has no effect."""
+    """``out = scale left right`` in one GEMM; contents of ``out``, NaN included, have no effect."""
     torch.addmm(out, left, right, beta=0, alpha=scale, out=out)
 
 
@@ -150,8 +154,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple:
-    found = sparse_low_rank_backward(dy, *ctx.saved_tensors, ctx.sizes, ctx.scale)
-    return (*found, None, None, None)
+    grads = sparse_low_rank_backward(dy, *ctx.saved_tensors, ctx.sizes, ctx.scale)
+    return (*grads, None, None, None)
 
 
 sparse_low_rank.register_autograd(_backward, setup_context=_setup_context)
@@ -162,7 +166,7 @@ def _dense_flops(x: Sequence[int], b: Sequence[int]) -> tuple[int, int]:
     return 2 * x[0] * x[1] * b[0], 2 * b[0] * b[1] * x[1]
 
 
-# torch.utils.flop_counter cannot see inside an operator; it is told what happens there.
+# torch.utils.flop_counter cannot see inside a custom operator.
 @register_flop_formula(torch.ops.megalr.sparse_low_rank)
 def _forward_flops(x: Sequence[int], b: Sequence[int], *_: Any, **__: Any) -> int:
     tokens, factors = _dense_flops(x, b)

@@ -1,4 +1,7 @@
-"""From a method's settings to a decoder with the right kind of linear layers."""
+"""From a run's configuration to a decoder: its sizes, its tensor-parallel plan, its layers.
+
+The only file of models/ and layers/ that knows methods by name.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +25,105 @@ from megalr.layers.lora import LoRALinear
 from megalr.layers.sltrain import SLTrainLinear
 from megalr.models.config import DecoderConfig, decoder_config
 from megalr.models.decoder import Decoder, MakeLinear
-from megalr.models.plans import check_plan, make_plan
 from megalr.models.recompute import FOR_FACTORS
 from megalr.tensor_parallel.mesh import ONE_RANK, Mesh
 from megalr.tensor_parallel.plan import SINGLE, Plan
 
 FACTORIZED = ("low_rank", "loro", "sltrain", "lora", "relora", "cola")
-"""Methods whose target matrices are stored as factors."""
+"""Methods that store their target matrices as factors."""
+
+BOTTLENECK_METHODS = ("low_rank", "cola")
+"""Methods that layout bottleneck supports: each matrix is a product of two factors, nothing else,
+and the optimizer treats the two as separate tensors."""
+
+BOTTLENECK_WIDTH = 2048
+"""Hidden size from which ``auto`` chooses layout bottleneck. It is the faster layout there on 2 and
+on 4 ranks, column_row at 1024 and below (docs/parallelism.md)."""
+
+_TARGETS = {"q", "k", "v", "o", "gate", "up", "down"}
 
 SparseIndices = Mapping[str, np.ndarray]
-"""Positions of SLTrain's sparse parts by matrix, where they are not drawn from the seed."""
+"""Positions of SLTrain's sparse entries by matrix name, where they are not drawn from the seed."""
+
+
+def sizes_of(config: RunConfig) -> DecoderConfig:
+    """The decoder's sizes; those of a pretrained model must have been filled in.
+
+    Raises:
+        UserError: unknown preset, or sizes that do not fit each other.
+    """
+    values = {key: value for key, value in config.model.model_dump().items() if value is not None}
+    return decoder_config(values.pop("preset", None), values)
+
+
+def make_plan(config: DecoderConfig, method: Any, mesh: Mesh, layout: str) -> Plan:
+    """The plan for ``parallel.layout``; ``auto`` chooses the faster layout that the model allows.
+
+    Raises:
+        UserError: as :func:`check_plan`.
+    """
+    if layout == "auto":
+        fits = mesh.tensor_size > 1 and config.hidden_size >= BOTTLENECK_WIDTH
+        fits = fits and _why_not_bottleneck(config, method, mesh.tensor_size) is None
+        layout = "bottleneck" if fits else "column_row"
+    plan = Plan(mesh, layout)
+    check_plan(config, method, plan)
+    return plan
+
+
+def check_plan(config: DecoderConfig, method: Any, plan: Plan) -> None:
+    """Check that the decoder can be sharded as planned.
+
+    Raises:
+        UserError: a size that the ranks do not divide, or a method or model that layout bottleneck
+            does not support; names what would work.
+    """
+    ranks = plan.mesh.tensor_size
+    if ranks == 1:
+        return
+    fitting = [n for n in range(1, config.num_heads + 1) if not _indivisible_size(config, n)]
+    if size := _indivisible_size(config, ranks):
+        raise UserError(
+            f"parallel.tensor {ranks} does not divide {size}: use one of "
+            f"{', '.join(map(str, fitting))}"
+        )
+    if plan.layout == "bottleneck":
+        reason = _why_not_bottleneck(config, method, ranks)
+        if reason is not None:
+            raise UserError(
+                f"parallel.layout bottleneck {reason}: use parallel.layout=column_row or auto"
+            )
+
+
+def _indivisible_size(config: DecoderConfig, ranks: int) -> str | None:
+    """Name and value of the first size that ``ranks`` does not divide; None if it divides all."""
+    sizes = {
+        "model.num_heads": config.num_heads,
+        "model.num_kv_heads": config.kv_heads,
+        "the padded MLP width": config.padded_intermediate_size,
+        "the padded vocabulary": config.padded_vocab_size,
+    }
+    for name, value in sizes.items():
+        if value % ranks:
+            pad = f" (set by model.pad_multiple {config.pad_multiple})" if "padded" in name else ""
+            return f"{name} {value}{pad}"
+    return None
+
+
+def _why_not_bottleneck(config: DecoderConfig, method: Any, ranks: int) -> str | None:
+    """Why layout bottleneck is not possible; None if it is."""
+    if method.name not in BOTTLENECK_METHODS:
+        names = " and ".join(BOTTLENECK_METHODS)
+        return f"needs matrices that are products of factors ({names}), not {method.name}"
+    wanted = _TARGETS if config.gated_mlp else _TARGETS - {"gate"}
+    missing = sorted(wanted - set(method.targets))
+    if missing:
+        return f"needs every matrix factorized, but method.targets lacks {', '.join(missing)}"
+    if config.norm != "rms" or config.positions != "rope":
+        return "needs RMSNorm and rotary positions"
+    if config.hidden_size % ranks:
+        return f"needs a hidden size that {ranks} divides, not {config.hidden_size}"
+    return None
 
 
 def projection_names(shape: LinearShape) -> list[str]:
@@ -39,13 +131,22 @@ def projection_names(shape: LinearShape) -> list[str]:
     return [name.rsplit(".", 1)[1] for name in shape.names]
 
 
-def make_linear_of(method: Any, seed: int, supports: SparseIndices | None = None) -> MakeLinear:
-    """The builder of linear layers for a method; ``seed`` or ``supports`` give those of SLTrain.
+def make_linear_of(
+    method: Any, seed: int, sparse_indices: SparseIndices | None = None
+) -> MakeLinear:
+    """The function that builds the linear layers of a method.
 
-    A method without factors (full_rank, and those that are an optimizer) makes dense layers.
+    A method without factors (full_rank, and those that only change the optimizer) gets dense
+    layers.
+
+    Args:
+        method: settings of the method.
+        seed: seed of the run, from which SLTrain draws its sparse positions.
+        sparse_indices: SLTrain's sparse positions instead of drawn ones.
 
     Raises:
-        UserError: rank larger than a matrix, or targets that split a group.
+        UserError: (by the returned function) rank larger than a matrix, or targets that split a
+            group.
     """
     if method.name not in FACTORIZED:
         return DenseLinear
@@ -59,7 +160,7 @@ def make_linear_of(method: Any, seed: int, supports: SparseIndices | None = None
             return LowRankLinear(shape, method.rank, float(method.rank), "xavier", bias)
         if method.name == "sltrain":
             return SLTrainLinear(
-                shape, method.rank, method.alpha, method.density, seed, bias, supports
+                shape, method.rank, method.alpha, method.density, seed, bias, sparse_indices
             )
         if method.name == "cola":
             return CoLALinear(shape, method.rank, bias)
@@ -69,7 +170,7 @@ def make_linear_of(method: Any, seed: int, supports: SparseIndices | None = None
 
 
 def _is_target(method: Any, shape: LinearShape) -> bool:
-    """Whether the method factorizes this group; its rank must fit then."""
+    """Whether the method factorizes this group; checks that its rank fits."""
     names = projection_names(shape)
     chosen = [name for name in names if name in method.targets]
     if chosen and chosen != names:
@@ -93,21 +194,28 @@ def build_decoder(
     seed: int,
     recompute: str = "none",
     plan: Plan = SINGLE,
-    supports: SparseIndices | None = None,
-    drawn: bool = True,
+    sparse_indices: SparseIndices | None = None,
+    initialize: bool = True,
 ) -> Decoder:
     """A decoder in float32 on the default device with weights drawn from ``seed``.
 
-    The weights of all ranks of ``plan`` together do not depend on the plan. ``drawn`` False leaves
-    them as they were allocated, which device meta asks for.
+    The whole weights, over all ranks of ``plan``, do not depend on the plan.
+
+    Args:
+        config: sizes and choices.
+        method: settings of the method.
+        seed: seed of the run.
+        recompute: level of activation checkpointing, one of models.recompute.LEVELS.
+        plan: how the weights are sharded.
+        sparse_indices: SLTrain's sparse positions instead of drawn ones.
+        initialize: False leaves the weights uninitialized (on device meta, for example).
 
     Raises:
-        UserError: rank or targets that do not fit the model, a plan that does not, or
-            ``recompute`` mlp or bottleneck where some matrix is not just its factors, or
-            elementwise for LoRA.
+        UserError: rank, targets or plan do not fit the model; ``recompute`` is mlp or bottleneck
+            and some matrix is not just its factors; or it is elementwise for LoRA.
     """
     check_plan(config, method, plan)
-    decoder = Decoder(config, make_linear_of(method, seed, supports), recompute, plan)
+    decoder = Decoder(config, make_linear_of(method, seed, sparse_indices), recompute, plan)
     if recompute in FOR_FACTORS:
         _check_bottlenecks(decoder, method, recompute)
     if recompute == "elementwise" and method.name in ("lora", "relora"):
@@ -115,13 +223,13 @@ def build_decoder(
             f"train.activation_checkpointing elementwise keeps both products of a {method.name} "
             "layer, more than none does: use none or full"
         )
-    if drawn:
+    if initialize:
         decoder.reset_parameters(seed)
     return decoder
 
 
 def _check_bottlenecks(decoder: Decoder, method: Any, recompute: str) -> None:
-    """Raise UserError unless every matrix is a product of factors and nothing else."""
+    """Raise UserError unless each matrix is a product of two factors and nothing else."""
     for linear in decoder.linears():
         if not isinstance(linear, BottleneckLinear):
             raise UserError(
@@ -131,21 +239,19 @@ def _check_bottlenecks(decoder: Decoder, method: Any, recompute: str) -> None:
             )
 
 
-def sizes_of(config: RunConfig) -> DecoderConfig:
-    """The decoder's sizes; those of a pretrained model must have been filled in."""
-    values = {key: value for key, value in config.model.model_dump().items() if value is not None}
-    return decoder_config(values.pop("preset", None), values)
-
-
 def build_model(
     config: RunConfig,
     device: torch.device,
     mesh: Mesh = ONE_RANK,
-    supports: SparseIndices | None = None,
+    sparse_indices: SparseIndices | None = None,
 ) -> Decoder:
-    """This rank's part of the run's decoder on ``device``, float32, drawn from ``run.seed``.
+    """This rank's shard of the run's decoder on ``device``, float32, drawn from ``run.seed``.
 
-    ``supports``: of SLTrain's sparse parts, where they are not drawn as well.
+    Args:
+        config: the run's configuration, with all sizes of the model.
+        device: where the weights are allocated.
+        mesh: the tensor-parallel ranks.
+        sparse_indices: SLTrain's sparse positions instead of drawn ones.
 
     Raises:
         UserError: a method, rank or layout that does not fit the model.
@@ -159,6 +265,6 @@ def build_model(
             config.run.seed,
             recompute=config.train.activation_checkpointing,
             plan=plan,
-            supports=supports,
+            sparse_indices=sparse_indices,
         )
     return decoder

@@ -11,7 +11,7 @@ from megalr.errors import UserError
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """A decoder-only transformer. The defaults are LLaMA's choices.
+    """A decoder-only transformer. The defaults are LLaMA's choices (arXiv 2302.13971).
 
     Attributes:
         hidden_size: width h of the residual stream.
@@ -22,10 +22,10 @@ class DecoderConfig:
         vocab_size: entries of the vocabulary, without padding.
         norm: ``rms`` or ``layer``.
         norm_eps: epsilon of the norms.
-        positions: ``rope`` (half-split layout) or ``learned``.
+        positions: ``rope`` (half-split form) or ``learned``.
         rope_theta: base of RoPE.
         max_positions: rows of the learned position table; unused with rope.
-        sliding_window: a position sees this many positions, itself included; None means all.
+        sliding_window: positions that a position sees, itself included; None means all.
         activation: ``silu``, ``gelu_tanh`` or ``relu``.
         gated_mlp: ``down(act(gate x) * up x)`` instead of ``down(act(up x))``.
         attention_bias: bias on q, k, v.
@@ -33,6 +33,9 @@ class DecoderConfig:
         tie_embeddings: the head uses the embedding's weight.
         initializer_range: standard deviation of the initial dense weights and embeddings.
         pad_multiple: the MLP width and the vocabulary are stored as multiples of this.
+
+    Raises:
+        UserError: h is not a multiple of num_heads, or num_heads not of num_kv_heads.
     """
 
     hidden_size: int
@@ -108,7 +111,8 @@ PRESETS: dict[str, DecoderConfig] = {
     "llama_7b": _llama(4096, 11008, 32, 32),
     "llama_13b": _llama(5120, 13824, 40, 40),
 }
-"""Sizes of the GaLore protocol (9M to 7B) and of LLaMA-13B; vocabulary 32,000."""
+"""Sizes of the GaLore protocol, 9M to 7B (arXiv 2403.03507, appendix C.1), and of LLaMA-13B
+(arXiv 2302.13971, table 2); vocabulary 32,000."""
 
 
 def decoder_config(preset: str | None, overrides: dict[str, Any]) -> DecoderConfig:

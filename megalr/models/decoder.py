@@ -1,11 +1,12 @@
-"""The decoder. Pure: no engine, no options of training; a Plan says what a rank holds of it.
+"""The decoder: token ids to logits or the summed loss. It knows no engine and no training options;
+a tensor-parallel plan says which shard of the weights a rank holds.
 
-* RMSNorm or LayerNorm before attention and MLP; a last norm before the head
-* RoPE in the half-split layout, or learned positions
-* grouped-query attention, causal, optional sliding window (see kernels.attention)
-* SwiGLU or a plain MLP
-* q, k, v are one group of matrices, gate and up another (see layers.factors)
-* MLP width and vocabulary are padded; padded rows and columns are zero, get no gradient, and so
+* RMSNorm (arXiv 1910.07467) or LayerNorm before attention and MLP; a final norm before the head
+* RoPE (arXiv 2104.09864) in the half-split form, or learned positions
+* causal grouped-query attention (arXiv 2305.13245), optional sliding window (kernels.attention)
+* SwiGLU (arXiv 2002.05202) or an MLP without a gate
+* q, k, v are one group of matrices, gate and up another (layers.factors)
+* MLP width and vocabulary are padded. Padded rows and columns are zero, get no gradient, and so
   stay zero: the activation of a padded unit is act(0) * 0 = 0
 
 Shapes: B batch, S sequence, h hidden, H heads, K key/value heads, D head width, V vocabulary.
@@ -20,11 +21,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from megalr.kernels import half_on_gpu
-from megalr.kernels.attention import applies, attention, plain_attention
+from megalr.kernels.attention import attention, attention_applies, attention_reference
 from megalr.kernels.norm import add_norm, add_norm_applies
+from megalr.layers.deferred import DeferredRMSNorm, DeferredSwiGLU
 from megalr.layers.embedding import Embedding, init_rows
 from megalr.layers.factors import FactorPair, LinearShape
-from megalr.layers.gated import DeferredSwiGLU
 from megalr.layers.head import Head
 from megalr.layers.linear import (
     BottleneckLinear,
@@ -32,13 +33,13 @@ from megalr.layers.linear import (
     FactorizedLinear,
     GroupedLinear,
 )
-from megalr.layers.norm import DeferredRMSNorm, FinalNorm, ShardedRMSNorm
+from megalr.layers.norm import FinalNorm, ShardedRMSNorm
 from megalr.models.config import DecoderConfig
 from megalr.models.recompute import recomputed
 from megalr.tensor_parallel.plan import SINGLE, Plan
 
 MakeLinear = Callable[[LinearShape, bool], GroupedLinear]
-"""Builds the layer of one group of matrices; the method decides which kind."""
+"""Builds the linear layer of one group of matrices, ``(shape, bias)``; the method decides which."""
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
@@ -48,7 +49,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def make_norm(config: DecoderConfig, plan: Plan) -> nn.RMSNorm | nn.LayerNorm | ShardedRMSNorm:
-    """The norm of the family for a block; statistics are computed in float32."""
+    """The norm of a block; statistics are computed in float32."""
     if plan.sharded_residual:
         return ShardedRMSNorm(config.hidden_size, config.norm_eps, plan.mesh)
     if config.norm == "rms":
@@ -57,7 +58,10 @@ def make_norm(config: DecoderConfig, plan: Plan) -> nn.RMSNorm | nn.LayerNorm | 
 
 
 def rope_tables(length: int, head_dim: int, theta: float, device: torch.device) -> torch.Tensor:
-    """``(2, S, D)`` float32: cosines and sines of ``position / theta^(2i/D)``, half-split."""
+    """``(2, S, D)`` float32: cosines and sines of ``position / theta^(2i/D)``, half-split.
+
+    RoFormer, arXiv 2104.09864 §3.2; element i is paired with element i + D/2.
+    """
     exponent = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
     angles = torch.outer(torch.arange(length, device=device).float(), theta**-exponent)
     angles = torch.cat((angles, angles), dim=-1)  # (S, D)
@@ -65,14 +69,21 @@ def rope_tables(length: int, head_dim: int, theta: float, device: torch.device) 
 
 
 def _values(x: torch.Tensor | DeferredRMSNorm) -> torch.Tensor:
-    """A tensor with device, dtype and shape of what a layer reads."""
+    """A tensor with the device, dtype and shape of a layer's input."""
     return x if isinstance(x, torch.Tensor) else x.values
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention.
+    """Causal grouped-query attention (arXiv 2305.13245).
 
-    ``fused`` may be set: use the kernel of kernels.attention where it applies, not plain torch.
+    Args:
+        config: sizes and choices.
+        prefix: logical name of this layer, ``layers.3.attention``.
+        make_linear: builds the linear layers.
+        plan: how the weights are sharded.
+
+    Attributes:
+        fused: whether :meth:`core` uses the kernel of kernels.attention where it applies.
     """
 
     def __init__(
@@ -81,7 +92,7 @@ class Attention(nn.Module):
         super().__init__()
         h, kv = config.hidden_size, config.kv_heads * config.head_dim
         self.config = config
-        self.fused = False  # whether core may use the custom kernel
+        self.fused = False
         qkv = LinearShape(
             tuple(f"{prefix}.{name}" for name in "qkv"),
             h,
@@ -100,6 +111,7 @@ class Attention(nn.Module):
         rope: torch.Tensor | None,
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
+        """``o(core(x))``: ``(B, S, h)`` to ``(B, S, h)``, or a shard of it along h."""
         (y,) = self.o(self.core(x, rope, mask))
         return y
 
@@ -109,21 +121,37 @@ class Attention(nn.Module):
         rope: torch.Tensor | None,
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        """``softmax(q k^T) v``, heads side by side: what ``o`` reads.
+        """``softmax(q k^T / sqrt(D)) v``, heads side by side: the input of ``o``, ``(B, S, H D)``.
 
-        Under tensor parallelism q, k, v are those of this rank's heads.
+        Under tensor parallelism H are this rank's heads.
+
+        Args:
+            x: ``(B, S, h)``, normalized.
+            rope: tables of :func:`rope_tables`; None for no rotation.
+            mask: ``(S, S)``, True where a position may look; None for causal attention.
         """
-        if self.fused and applies(_values(x), mask, self.config.head_dim):
-            # One tensor side by side, of a dense layer, is not what the operator takes.
-            together = isinstance(self.qkv, BottleneckLinear)
-            projections = self.qkv.forward_stacked(x) if together else self.qkv(x)
+        if self.fused and attention_applies(_values(x), mask, self.config.head_dim):
+            # The operator takes the stack of a bottleneck layer, (3, B, S, H D), but not the one
+            # of a dense layer, (B, S, 3 H D).
+            stacked = isinstance(self.qkv, BottleneckLinear)
+            projections = self.qkv.forward_stacked(x) if stacked else self.qkv(x)
             return attention(projections, rope, self.config.head_dim)
         q, k, v = self.qkv(x)
-        return plain_attention(q, k, v, rope, mask, self.config.head_dim)
+        return attention_reference(q, k, v, rope, mask, self.config.head_dim)
 
 
 class MLP(nn.Module):
-    """``down(act(gate x) * up x)``, or ``down(act(up x))`` without a gate."""
+    """``down(act(gate x) * up x)``, or ``down(act(up x))`` without a gate (arXiv 2002.05202).
+
+    Args:
+        config: sizes and choices.
+        prefix: logical name of this layer, ``layers.3.mlp``.
+        make_linear: builds the linear layers.
+        plan: how the weights are sharded.
+
+    Attributes:
+        fused: whether ``down`` computes ``act(gate x) * up x`` in its own operator.
+    """
 
     def __init__(
         self, config: DecoderConfig, prefix: str, make_linear: MakeLinear, plan: Plan
@@ -140,14 +168,15 @@ class MLP(nn.Module):
             (used,) * len(names),
             plan.column_parallel(),
         )
-        self.into = make_linear(gate_up, config.output_bias)  # its name in checkpoints
+        self.into = make_linear(gate_up, config.output_bias)  # the name in checkpoints
         down = LinearShape((f"{prefix}.down",), padded, (h,), used, (h,), plan.row_parallel())
         self.down = make_linear(down, config.output_bias)
         self.activation = ACTIVATIONS[config.activation]
         self.gated = config.gated_mlp
-        self.fused = False  # whether down may form its input itself
+        self.fused = False
 
     def forward(self, x: torch.Tensor | DeferredRMSNorm) -> torch.Tensor:
+        """``(B, S, h)`` to ``(B, S, h)``, or a shard of it along h."""
         if self.fused and half_on_gpu(_values(x)):
             (y,) = self.down(DeferredSwiGLU(self.gate_up.forward_stacked(x)))
         else:
@@ -155,9 +184,9 @@ class MLP(nn.Module):
         return y
 
     def fuse(self) -> None:
-        """Let ``down`` form its input itself, by the kernel of our own, where that is possible."""
-        kind = isinstance(self.down, BottleneckLinear | DenseLinear)
-        self.fused = kind and self.gated and self.activation is F.silu
+        """Let ``down`` apply SwiGLU by the custom kernel, if the layer and activation allow it."""
+        supported = isinstance(self.down, BottleneckLinear | DenseLinear)
+        self.fused = supported and self.gated and self.activation is F.silu
 
     @property
     def gate_up(self) -> GroupedLinear:
@@ -165,19 +194,26 @@ class MLP(nn.Module):
         return self.into
 
     def activate(self, projections: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """``act(gate) * up``, or ``act(up)``: what ``down`` reads, ``(B, S, padded width)``."""
+        """``act(gate) * up``, or ``act(up)``: the input of ``down``, ``(B, S, padded width)``."""
         hidden = self.activation(projections[0])
         return hidden * projections[1] if self.gated else hidden
 
 
 class Block(nn.Module):
-    """``x + attention(norm x)``, then ``x + mlp(norm x)``, the last sum left to who comes next.
+    """``x + attention(norm x)``, then ``x + mlp(norm x)``; the last sum is left to the next block.
 
-    A compiled block cannot put its last sum into the kernel of a norm that is in another block; the
-    next block, which is given both terms, can.
+    A compiled block cannot fuse its last sum with a norm in another block; the next block, which
+    receives both terms, can.
 
-    ``recompute``: what the backward pass computes again (models.recompute). ``fused`` may be set:
-    sums and their norms by the kernels of kernels.norm where they apply.
+    Args:
+        config: sizes and choices.
+        index: number of the block, from 0.
+        make_linear: builds the linear layers.
+        plan: how the weights are sharded.
+        recompute: level of activation checkpointing, one of models.recompute.LEVELS.
+
+    Attributes:
+        fused: whether sums and their norms use the kernel of kernels.norm where it applies.
     """
 
     def __init__(
@@ -203,29 +239,32 @@ class Block(nn.Module):
         mask: torch.Tensor | None,
         added: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two terms whose sum is the output, for the input ``x + added (B, S, h)``."""
+        """Two terms whose sum is the output, for the input ``x + added``; all are ``(B, S, h)``.
+
+        ``rope`` and ``mask`` as in :meth:`Attention.core`.
+        """
         if self.recompute == "none" or not torch.is_grad_enabled():
-            return self._whole(x, added, rope, mask)
+            return self._compute(x, added, rope, mask)
         if added is not None:
-            x = x + added  # what is kept is one tensor
-        sizes = self.attention.qkv.sizes
+            x = x + added  # so that one tensor is kept, not two
+        qkv_sizes = self.attention.qkv.sizes
         terms: tuple[torch.Tensor, torch.Tensor] = recomputed(
-            self._whole, x, None, rope, mask, level=self.recompute, read_by_attention=sizes
+            self._compute, x, None, rope, mask, level=self.recompute, qkv_sizes=qkv_sizes
         )
         return terms
 
-    def _whole(
+    def _compute(
         self,
         x: torch.Tensor,
         added: torch.Tensor | None,
         rope: torch.Tensor | None,
         mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        x, normed = self._normed(self.attention_norm, x, added)
-        x, normed = self._normed(self.mlp_norm, x, self.attention(normed, rope, mask))
+        x, normed = self._add_and_norm(self.attention_norm, x, added)
+        x, normed = self._add_and_norm(self.mlp_norm, x, self.attention(normed, rope, mask))
         return x, self.mlp(normed)
 
-    def _normed(
+    def _add_and_norm(
         self, norm: nn.Module, x: torch.Tensor, added: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | DeferredRMSNorm]:
         """``x + added`` and its norm."""
@@ -242,10 +281,9 @@ class Decoder(nn.Module):
 
     Args:
         config: sizes and choices.
-        make_linear: builds the linear layer of a group of matrices, so decides the method.
-        recompute: what the backward pass computes again instead of keeping it: one of
-            models.recompute.LEVELS.
-        plan: which parts of the weights this rank holds; the default is all.
+        make_linear: builds the linear layer of a group of matrices, and thereby chooses the method.
+        recompute: level of activation checkpointing, one of models.recompute.LEVELS.
+        plan: which shard of the weights this rank holds; the default is all of them.
     """
 
     def __init__(
@@ -293,9 +331,9 @@ class Decoder(nn.Module):
         return self.head(self.hidden_states(input_ids), labels)
 
     def hidden_states(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """``(B, S, h)``: what the head reads."""
+        """``(B, S, h)``, normalized: the input of the head."""
         S = input_ids.shape[1]
-        # (B, S, h); in layout bottleneck (B, S, h/p) from here to the last norm
+        # (B, S, h); in layout bottleneck (B, S, h/p) from here to the final norm
         x = self.plan.start_residual(self.embedding(input_ids))
         rope = None
         if self.positions is not None:
@@ -303,13 +341,13 @@ class Decoder(nn.Module):
         else:
             rope = rope_tables(S, self.config.head_dim, self.config.rope_theta, x.device)
         mask = self._window_mask(S, x.device)
-        added = torch.zeros_like(x)  # None would be a second kind of block to compile
+        added = torch.zeros_like(x)  # with None the first block would compile to another graph
         for block in self.blocks():
             x, added = block(x, rope, mask, added)
         return self.norm(self.plan.end_residual(x + added))
 
     def _window_mask(self, S: int, device: torch.device) -> torch.Tensor | None:
-        """``(S, S)`` True where a position may look; None if plain causal attention does it."""
+        """``(S, S)``, True where a position may look; None if causal attention needs no mask."""
         window = self.config.sliding_window
         if window is None or window >= S:
             return None
@@ -344,7 +382,7 @@ class Decoder(nn.Module):
         return [pair for linear in self.linears() for pair in linear.factor_pairs()]
 
     def factor_parameters(self) -> list[nn.Parameter]:
-        """The parameters that hold factors, also where their product is not a matrix (CoLA)."""
+        """The parameters that hold factors, CoLA's included, whose product is not a matrix."""
         factorized = (linear for linear in self.linears() if isinstance(linear, FactorizedLinear))
         return [parameter for linear in factorized for parameter in (linear.a, linear.b)]
 

@@ -1,18 +1,18 @@
-"""What the backward pass of a block computes again instead of keeping it.
+"""Activation checkpointing: which results of a block are kept and which are recomputed.
 
-Which results of a block are kept is decided operator by operator (torch's selective activation
-checkpointing, as in torchtitan), so that a level means the same eagerly and compiled:
+The choice is made operator by operator (torch's selective activation checkpointing, as in
+torchtitan), so that a level means the same eagerly and compiled:
 
-| level | kept besides the block's input | computed again |
+| level | kept besides the block's input | recomputed |
 |---|---|---|
 | elementwise | products with weights, attention | norms, activations, sums |
 | mlp | the vectors between factors, q, k, v, attention | products with B of o, gate, up too |
-| bottleneck | the vectors between factors: 7 r numbers a token | attention, products with B |
+| bottleneck | the vectors between factors: 7 r numbers per token | attention, products with B |
 | full | nothing | everything |
 
-``mlp`` and ``bottleneck`` need layers that are their two factors and nothing else. Sums over
-tensor-parallel ranks are never repeated in compiled blocks, except with ``full``. Compare CoLA-M
-(arXiv 2502.10940) and the recomputation of arXiv 2512.12131.
+``mlp`` and ``bottleneck`` need layers that are two factors and nothing else. Compiled blocks never
+repeat sums over tensor-parallel ranks, except with ``full``. Compare CoLA-M (arXiv 2502.10940) and
+the recomputation of arXiv 2512.12131.
 """
 
 from __future__ import annotations
@@ -30,35 +30,35 @@ from torch.utils.checkpoint import (
 LEVELS = ("none", "elementwise", "mlp", "bottleneck", "full")
 SELECTIVE = ("elementwise", "mlp", "bottleneck")
 FOR_FACTORS = ("mlp", "bottleneck")
-"""Levels that need layers which are their two factors."""
+"""Levels that need layers which are two factors and nothing else."""
 
 PRODUCTS = ("aten::mm", "aten::addmm", "megalr::sparse_low_rank", "megalr::swiglu_product")
-"""Products with weights, but those with B of factorized layers, which are megalr::expand."""
+"""Products with weights, except those with the factors B, which are megalr::up_project."""
 
 
 def recomputed(
     function: Callable[..., Any],
     *inputs: Any,
     level: str,
-    read_by_attention: tuple[int, ...],
+    qkv_sizes: tuple[int, ...],
 ) -> Any:
-    """``function(*inputs)``, of which the backward pass keeps what ``level`` says.
+    """``function(*inputs)``, keeping for the backward pass what ``level`` says.
 
     Args:
-        function: the forward pass of a block; nothing random happens inside.
-        inputs: what it reads, kept.
-        level: all but none.
-        read_by_attention: sizes of the outputs of q, k, v, by which their product is known.
+        function: the forward pass of a block, without random numbers.
+        inputs: its arguments, which are kept.
+        level: one of LEVELS except none.
+        qkv_sizes: widths of q, k, v, which identify the operator that computes them.
     """
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if level in SELECTIVE:
-        choice = partial(_keep, level, read_by_attention)
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, choice)
+        policy = partial(_policy, level, qkv_sizes)
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
     return checkpoint(function, *inputs, **options)
 
 
-def _keep(
-    level: str, read_by_attention: tuple[int, ...], _: Any, operator: Any, *inputs: Any, **__: Any
+def _policy(
+    level: str, qkv_sizes: tuple[int, ...], _: Any, operator: Any, *inputs: Any, **__: Any
 ) -> CheckpointPolicy:
     """Whether the result of an operator is kept."""
     name = operator.name().split(".")[0]
@@ -66,9 +66,9 @@ def _keep(
         kept = True
     elif "scaled_dot_product" in name or name == "megalr::causal_attention":
         kept = level != "bottleneck"
-    elif name == "megalr::expand":
-        mine = tuple(inputs[2]) == read_by_attention
-        kept = level == "elementwise" or (level == "mlp" and mine)
+    elif name == "megalr::up_project":
+        is_qkv = tuple(inputs[2]) == qkv_sizes
+        kept = level == "elementwise" or (level == "mlp" and is_qkv)
     else:
         kept = False
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,4 +1,4 @@
-"""What a rank holds of a tensor that tensor parallelism cuts."""
+"""A rank's shard of a tensor under tensor parallelism."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import torch
 from torch import Tensor, nn
 
 Range = tuple[int, int]
+"""``(start, stop)``, half-open."""
 
 
 @dataclass(frozen=True)
 class TensorShard:
     """One rank's part of a tensor: some rows of each stacked matrix, some columns, or both.
 
-    A stacked tensor (q, k, v) is cut matrix by matrix, so a rank's rows are several ranges of the
-    whole; the local tensor holds them one after the other. A vector of values that belong to
-    positions of a cut matrix (SLTrain) is cut irregularly and lists the indices it holds.
+    A stack (q, k, v) is sharded matrix by matrix, so a rank's rows are several ranges of the whole,
+    which the local tensor stores one after the other. Values at positions of a sharded matrix
+    (SLTrain) are sharded irregularly: the shard lists their indices.
 
     Attributes:
         full_shape: shape of the whole tensor, padding included.
-        rows: ``(start, stop)`` ranges of dimension 0 held here, in the order of the local tensor;
-            None: all.
-        columns: ``(start, stop)`` of dimension 1 held here; None: all.
-        indices: int64 indices of dimension 0 held here, instead of ``rows``.
+        rows: ranges of dimension 0 in the local tensor, in its order; None: all rows.
+        columns: range of dimension 1; None: all columns.
+        indices: int64 indices of dimension 0, instead of ``rows``.
     """
 
     full_shape: tuple[int, ...]
@@ -35,7 +35,7 @@ class TensorShard:
 
     @property
     def local_shape(self) -> tuple[int, ...]:
-        """Shape of the part."""
+        """Shape of the local tensor."""
         shape = list(self.full_shape)
         if self.rows is not None:
             shape[0] = sum(stop - start for start, stop in self.rows)
@@ -46,12 +46,16 @@ class TensorShard:
         return tuple(shape)
 
     def take(self, full: Tensor) -> Tensor:
-        """The part of ``full`` (of ``full_shape``) that this rank holds, a new tensor."""
+        """This rank's shard of ``full``, a new tensor of ``local_shape``.
+
+        Raises:
+            ValueError: ``full`` does not have ``full_shape``.
+        """
         return torch.cat([full[key] for key in self._keys(full)])
 
     @torch.no_grad()
     def put(self, full: Tensor, local: Tensor) -> None:
-        """Write the part ``local`` into its place in ``full``; the inverse of :meth:`take`."""
+        """Copy the shard ``local`` to its place in ``full``; the inverse of :meth:`take`."""
         start = 0
         for key in self._keys(full):
             count = full[key].shape[0]
@@ -59,7 +63,7 @@ class TensorShard:
             start += count
 
     def _keys(self, full: Tensor) -> list[Any]:
-        """Index expressions into the whole tensor; the parts follow one another in dimension 0."""
+        """Indices of the whole tensor whose results, concatenated in dimension 0, are the shard."""
         if tuple(full.shape) != self.full_shape:
             raise ValueError(f"the whole tensor has shape {self.full_shape}, not {full.shape}")
         rows: list[Any] = [slice(None)]
@@ -72,7 +76,7 @@ class TensorShard:
         return [(row, slice(*self.columns)) for row in rows]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values and at most one tensor, for files that hold no classes."""
+        """Plain values and at most one tensor, for files without pickled classes."""
         return {
             "full_shape": list(self.full_shape),
             "rows": None if self.rows is None else [list(pair) for pair in self.rows],
@@ -92,27 +96,27 @@ class TensorShard:
         )
 
 
-def part_of(size: int, rank: int, parts: int) -> Range:
-    """``(start, stop)`` of part ``rank`` of ``size`` numbers cut into ``parts`` equal parts."""
-    length = size // parts
+def shard_range(size: int, rank: int, ranks: int) -> Range:
+    """``(start, stop)`` of ``rank`` where ``ranks``, which divide ``size``, get equal ranges."""
+    length = size // ranks
     return rank * length, (rank + 1) * length
 
 
-def shard_rows(sizes: Sequence[int], rank: int, parts: int) -> tuple[Range, ...]:
-    """The ranges of a stack of matrices with ``sizes`` rows, each cut into equal parts."""
+def stack_ranges(sizes: Sequence[int], rank: int, ranks: int) -> tuple[Range, ...]:
+    """The ranges of ``rank`` in a stack of matrices with ``sizes`` rows, each split equally."""
     ranges, start = [], 0
     for size in sizes:
-        low, high = part_of(size, rank, parts)
+        low, high = shard_range(size, rank, ranks)
         ranges.append((start + low, start + high))
         start += size
     return tuple(ranges)
 
 
 def set_shard(parameter: nn.Parameter, shard: TensorShard | None) -> None:
-    """Note on a parameter what part of the whole it is; None: it is whole on every rank.
+    """Record on a parameter which part of the whole it is; None: it is whole on every rank.
 
-    A cut parameter also gets DeepSpeed's mark ``tensor_model_parallel``: its gradient norm counts
-    on every tensor-parallel rank, that of a replicated one only once (get_grad_norm_direct).
+    A sharded parameter also gets Megatron's mark ``tensor_model_parallel``, by which the engine
+    counts its gradient norm on every tensor-parallel rank, that of a replicated one only once.
     """
     if shard is not None:
         parameter.shard = shard  # type: ignore[attr-defined]
@@ -120,5 +124,5 @@ def set_shard(parameter: nn.Parameter, shard: TensorShard | None) -> None:
 
 
 def shard_of(parameter: nn.Parameter) -> TensorShard | None:
-    """What :func:`set_shard` noted; None for a parameter that is whole on every rank."""
+    """What :func:`set_shard` recorded; None for a parameter that is whole on every rank."""
     return getattr(parameter, "shard", None)

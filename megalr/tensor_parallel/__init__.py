@@ -1,5 +1,5 @@
-"""The mesh of ranks, its collectives, and which matrices are cut how.
+"""The mesh of ranks, differentiable collectives, and the plan of which weights are sharded how.
 
-In: sizes of the world and of matrices. Out: plans and differentiable collectives. Must not know
+In: the number of ranks and sizes of matrices. Out: meshes, plans and collectives. Must not know
 layers, the optimizer or DeepSpeed.
 """

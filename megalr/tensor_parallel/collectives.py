@@ -1,19 +1,19 @@
-"""The four differentiable collectives of tensor parallelism.
+"""The four differentiable collectives of tensor parallelism (Megatron-LM, arXiv 1909.08053 §3).
 
-Each is a pair: what happens to values going forward, and to gradients coming back.
+Each is a pair, one operation on values in the forward pass and one on gradients in the backward:
 
-| function | forward | backward | used where |
+| function | forward | backward | use |
 |---|---|---|---|
-| copy | nothing | all-reduce | a value that is the same on all ranks enters cut weights |
-| reduce | all-reduce | nothing | partial sums of cut weights become the same value on all ranks |
-| gather | all-gather | reduce-scatter | a cut last dimension becomes whole before cut weights |
-| scatter | reduce-scatter | all-gather | partial sums become a cut last dimension |
+| copy | none | all-reduce | a value that is equal on all ranks is read by sharded weights |
+| reduce | all-reduce | none | partial sums of sharded weights become equal on all ranks |
+| gather | all-gather | reduce-scatter | a sharded last dimension becomes whole |
+| scatter | reduce-scatter | all-gather | partial sums become a sharded last dimension |
 
-In ``reduce(copy(x))`` order both directions are summed. A group of None is a group of one: the
-functions return their argument. ``group`` is passed in, never looked up.
+``reduce(copy(x))`` sums in both directions. A group of None is a group of one: the functions then
+return their argument.
 
-The collectives are torch's functional ones, which make a new tensor. Those that write into their
-argument must not be used inside compiled blocks: torch 2.11 traces them so that no gradient passes
+The collectives are torch's functional ones, which return a new tensor. In-place collectives must
+not be used inside compiled blocks: torch 2.11 traces them so that no gradient passes
 (``tests/tensor_parallel/test_decoder.py`` compares gradients of compiled blocks).
 """
 
@@ -25,24 +25,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Group = dist.ProcessGroup | None
+from megalr.tensor_parallel.mesh import Group
 
 _ops = torch.ops._c10d_functional
-_done = _ops.wait_tensor
+_wait = _ops.wait_tensor
 
 
 def copy(x: Tensor, group: Group) -> Tensor:
-    """``x`` itself; its gradient is summed over the group."""
+    """``x`` unchanged; its gradient is summed over the group."""
     return x if group is None else _Copy.apply(x, group)
 
 
 def reduce(x: Tensor, group: Group) -> Tensor:
-    """``x`` summed over the group; the gradient, the same on all ranks, passes."""
+    """``x`` summed over the group; the gradient, equal on all ranks, passes unchanged."""
     return x if group is None else _Reduce.apply(x, group)
 
 
 def gather(x: Tensor, group: Group) -> Tensor:
-    """``(..., n/p)`` of each of the p ranks to ``(..., n)``; gradients are summed and cut back."""
+    """``(..., n/p)`` of the p ranks to ``(..., n)``; gradients are summed and sharded back."""
     return x if group is None else _Gather.apply(x, group)
 
 
@@ -52,25 +52,25 @@ def scatter(x: Tensor, group: Group) -> Tensor:
 
 
 def all_reduce(x: Tensor, group: Group, op: str = "sum") -> Tensor:
-    """``x`` reduced over the group (``sum``, ``max``), a new tensor; no gradient."""
+    """``x`` reduced over the group by ``op`` (``sum``, ``max``) in a new tensor; no gradient."""
     if group is None:
         return x.clone()
-    return _done(_ops.all_reduce(x.contiguous(), op, group.group_name))
+    return _wait(_ops.all_reduce(x.contiguous(), op, group.group_name))
 
 
 def _all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """``(..., n/p)`` to ``(..., n)``."""
     size = dist.get_world_size(group)
-    # The ranks' parts below one another.
-    parts = _done(_ops.all_gather_into_tensor(x.contiguous(), size, group.group_name))
+    # (p * first, ..., n/p): the ranks' shards concatenated along the first dimension.
+    parts = _wait(_ops.all_gather_into_tensor(x.contiguous(), size, group.group_name))
     return torch.cat(parts.split(x.shape[0]), dim=-1)
 
 
 def _reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """``(..., n)`` to the sum's ``(..., n/p)``."""
+    """``(..., n)`` to this rank's ``(..., n/p)`` of the sum."""
     size = dist.get_world_size(group)
-    parts = torch.cat(x.chunk(size, dim=-1))  # the ranks' parts below one another
-    return _done(_ops.reduce_scatter_tensor(parts, "sum", size, group.group_name))
+    parts = torch.cat(x.chunk(size, dim=-1))  # (p * first, ..., n/p)
+    return _wait(_ops.reduce_scatter_tensor(parts, "sum", size, group.group_name))
 
 
 class _Copy(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""The ranks as a grid: tensor parallelism inside, data parallelism across."""
+"""The ranks as a grid: tensor-parallel groups of neighbours, data parallelism across them."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch.distributed.device_mesh import init_device_mesh
 from megalr.errors import UserError
 
 Group = dist.ProcessGroup | None
-"""A process group; None stands for a group of one, which costs nothing."""
+"""A process group; None is a group of one rank, which needs no communication."""
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Sizes, places and groups of one rank. ``rank = data_rank * tensor_size + tensor_rank``.
+    """Sizes, ranks and groups of one process: ``rank = data_rank * tensor_size + tensor_rank``.
 
     Neighbouring ranks (one machine, fast links) form a tensor-parallel group and read the same
-    batches; ranks with the same place in their tensor-parallel groups form a data-parallel group.
-    It is also the ``mpu`` that DeepSpeed asks for its groups.
+    batches; ranks with equal rank in their tensor-parallel groups form a data-parallel group.
+    The mesh has the interface of Megatron's ``mpu``, from which the engine takes its groups.
 
     Attributes:
-        tensor_size, tensor_rank, tensor_group: tensor parallelism; the group is None if size is 1.
+        tensor_size, tensor_rank, tensor_group: tensor parallelism; the group is None for size 1.
         data_size, data_rank, data_group: data parallelism; the group always exists if
             torch.distributed is initialised.
     """
@@ -34,9 +34,9 @@ class Mesh:
     data_rank: int = 0
     data_group: Group = None
 
-    # The interface of DeepSpeed's mpu; its names, not ours.
+    # The interface of Megatron's mpu, under its names.
     def get_model_parallel_rank(self) -> int:
-        """Place in the tensor-parallel group."""
+        """Rank in the tensor-parallel group."""
         return self.tensor_rank
 
     def get_model_parallel_world_size(self) -> int:
@@ -44,11 +44,11 @@ class Mesh:
         return self.tensor_size
 
     def get_model_parallel_group(self) -> Group:
-        """The tensor-parallel group; the engine is given a mesh only where there is one."""
+        """The tensor-parallel group; the engine gets a mesh only if there is one."""
         return self.tensor_group
 
     def get_data_parallel_rank(self) -> int:
-        """Place in the data-parallel group."""
+        """Rank in the data-parallel group."""
         return self.data_rank
 
     def get_data_parallel_world_size(self) -> int:
@@ -69,7 +69,7 @@ ONE_RANK = Mesh()
 
 
 def check_tensor_size(tensor: int, world: int) -> None:
-    """Raise UserError unless ``world`` ranks can be cut into groups of ``tensor``."""
+    """Raise UserError unless ``world`` ranks can be split into groups of ``tensor``."""
     if tensor > world or world % tensor:
         fitting = [size for size in range(1, world + 1) if world % size == 0]
         raise UserError(
@@ -79,9 +79,9 @@ def check_tensor_size(tensor: int, world: int) -> None:
 
 
 def make_mesh(tensor: int, device_type: str) -> Mesh:
-    """The mesh of the initialised world with tensor-parallel groups of ``tensor`` ranks.
+    """The mesh of all ranks with tensor-parallel groups of ``tensor`` ranks.
 
-    Every rank must call it.
+    A collective call: every rank of the initialised process group must make it.
 
     Raises:
         UserError: ``tensor`` does not divide the world; the sizes that do are named.

@@ -121,7 +121,7 @@ def test_sltrain_adds_the_largest_entries_of_the_rest(llama: Path) -> None:
         error = np.linalg.norm(w.ravel() - expected) / np.linalg.norm(w)
         assert imported.relative_error[ours] == pytest.approx(error, rel=1e-4)
     again = build_decoder(
-        decoder.config, factorized("sltrain", RANK), 7, supports=imported.supports
+        decoder.config, factorized("sltrain", RANK), 7, sparse_indices=imported.supports
     )
     supports = [m.support for d in (decoder, again) for m in d.linears() if _is_sparse(m)]
     half = len(supports) // 2

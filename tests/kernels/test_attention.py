@@ -8,13 +8,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megalr.errors import UserError
 from megalr.kernels.attention import (
-    Backward,
-    Forward,
-    applies,
+    BackwardConfig,
+    ForwardConfig,
     attention,
+    attention_applies,
+    attention_reference,
     launch_backward,
     launch_forward,
-    plain_attention,
 )
 from megalr.models.decoder import rope_tables
 from tests.kernels.where import DEVICE, HALF, INTERPRETED, needs_triton
@@ -49,7 +49,7 @@ def _reference(
         return (x * cos + torch.cat((-second, first), -1) * sin).flatten(2)
 
     pair = (q, k) if rope is None else (rotated(q), rotated(k))
-    o = plain_attention(*pair, v, None, None, D)
+    o = attention_reference(*pair, v, None, None, D)
     return (o.detach(), *torch.autograd.grad(o, (q, k, v), inputs[3].double()))
 
 
@@ -58,17 +58,33 @@ def _rope(S: int, D: int) -> torch.Tensor:
 
 
 CASES = {
-    "blocks_of_one_size": ((2, 64, 2, 2, 32), Forward(32, 32, 4, 1), Backward(32, 32, 4, 1, 3)),
-    "wide_blocks_of_keys": ((1, 70, 2, 2, 64), Forward(16, 32, 4, 1), Backward(16, 32, 4, 1, 1)),
+    "blocks_of_one_size": (
+        (2, 64, 2, 2, 32),
+        ForwardConfig(32, 32, 4, 1),
+        BackwardConfig(32, 32, 4, 1, 3),
+    ),
+    "wide_blocks_of_keys": (
+        (1, 70, 2, 2, 64),
+        ForwardConfig(16, 32, 4, 1),
+        BackwardConfig(16, 32, 4, 1, 1),
+    ),
     "wide_blocks_of_queries": (
         (1, 50, 1, 1, 64),
-        Forward(32, 16, 4, 1),
-        Backward(16, 16, 4, 1, 1),
+        ForwardConfig(32, 16, 4, 1),
+        BackwardConfig(16, 16, 4, 1, 1),
     ),
-    "one_block": ((2, 21, 1, 1, 32), Forward(32, 32, 4, 1), Backward(32, 32, 4, 1, 1)),
-    "one_token": ((1, 1, 2, 1, 32), Forward(16, 16, 4, 1), Backward(16, 16, 4, 1, 1)),
-    "grouped_heads": ((1, 40, 4, 2, 32), Forward(16, 16, 4, 1), Backward(16, 32, 4, 1, 3)),
-    "no_rotation": ((1, 40, 2, 1, 32), Forward(16, 16, 4, 1), Backward(16, 16, 4, 1, 1)),
+    "one_block": ((2, 21, 1, 1, 32), ForwardConfig(32, 32, 4, 1), BackwardConfig(32, 32, 4, 1, 1)),
+    "one_token": ((1, 1, 2, 1, 32), ForwardConfig(16, 16, 4, 1), BackwardConfig(16, 16, 4, 1, 1)),
+    "grouped_heads": (
+        (1, 40, 4, 2, 32),
+        ForwardConfig(16, 16, 4, 1),
+        BackwardConfig(16, 32, 4, 1, 3),
+    ),
+    "no_rotation": (
+        (1, 40, 2, 1, 32),
+        ForwardConfig(16, 16, 4, 1),
+        BackwardConfig(16, 16, 4, 1, 1),
+    ),
 }
 
 
@@ -165,7 +181,7 @@ def test_counts_the_work_of_sdpa(level: str) -> None:
     q, k, v = (torch.empty(2, 8, 4 * 32, device="meta", requires_grad=True) for _ in range(3))
     counts = []
     for function in (
-        lambda: plain_attention(q, k, v, None, None, 32),
+        lambda: attention_reference(q, k, v, None, None, 32),
         lambda: attention((q, k, v), None, 32),
     ):
         with FlopCounterMode(display=False) as counter:
@@ -180,8 +196,10 @@ def test_counts_the_work_of_sdpa(level: str) -> None:
 
 def test_cpu_float32_and_masks_take_the_plain_path() -> None:
     """The kernels are for half precision on a GPU, without a mask."""
-    assert not applies(torch.empty(1, 4, 64, dtype=torch.bfloat16), None, 32)
+    assert not attention_applies(torch.empty(1, 4, 64, dtype=torch.bfloat16), None, 32)
     if torch.cuda.is_available():
         q = torch.empty(1, 4, 64, device="cuda")
-        assert not applies(q, None, 32)
-        assert not applies(q.bfloat16(), torch.ones(4, 4, dtype=torch.bool, device="cuda"), 32)
+        assert not attention_applies(q, None, 32)
+        assert not attention_applies(
+            q.bfloat16(), torch.ones(4, 4, dtype=torch.bool, device="cuda"), 32
+        )

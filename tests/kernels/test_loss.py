@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megalr.kernels.loss import IGNORE, added, scaled
+from megalr.kernels.loss import IGNORE, add_float32, scale_float32
 from tests.kernels.where import DEVICE, needs_triton
 
 pytestmark = needs_triton
@@ -54,16 +54,16 @@ def test_elementwise_kernels_equal_torch() -> None:
     """One rounding each; a size that is no multiple of a block."""
     torch.manual_seed(0)
     total, part = torch.randn(3, 999, device=DEVICE), torch.randn(3, 999, device=DEVICE).bfloat16()
-    assert torch.equal(added(part, part), 2 * part.float())
+    assert torch.equal(add_float32(part, part), 2 * part.float())
     expected = total + part
-    assert torch.equal(added(total, part), expected)
+    assert torch.equal(add_float32(total, part), expected)
     assert torch.equal(total, expected)  # in place
     factor = torch.tensor(1 / 3, device=DEVICE)
     for x in (total, part):
         exact = x.double() * factor.double()
-        assert scaled(x, factor, torch.bfloat16).dtype == torch.bfloat16
+        assert scale_float32(x, factor, torch.bfloat16).dtype == torch.bfloat16
         # the interpreter truncates where a GPU rounds to nearest
-        found = scaled(x, factor, torch.bfloat16).double()
+        found = scale_float32(x, factor, torch.bfloat16).double()
         torch.testing.assert_close(found, exact, rtol=2**-7, atol=0)
-        found = scaled(x, factor, torch.float32).double()
+        found = scale_float32(x, factor, torch.float32).double()
         torch.testing.assert_close(found, exact, rtol=1e-6, atol=0)

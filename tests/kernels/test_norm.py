@@ -59,7 +59,7 @@ def test_kernels_equal_float64(rows: int, width: int) -> None:
     torch.manual_seed(0)
     x, added, dtotal, dy = (torch.randn(rows, width, device=DEVICE).bfloat16() for _ in range(4))
     weight = (1 + torch.randn(width, device=DEVICE)).bfloat16()
-    total, y, factor = norm_triton.forward(x, added, weight, EPS)
+    total, y, factor = norm_triton.add_norm_forward(x, added, weight, EPS)
     # the interpreter truncates where a GPU rounds to nearest
     torch.testing.assert_close(total.double(), x.double() + added.double(), rtol=2**-7, atol=0)
     exact, w = total.double().requires_grad_(), weight.double().requires_grad_()
@@ -68,7 +68,7 @@ def test_kernels_equal_float64(rows: int, width: int) -> None:
     mean = exact.detach().square().mean(dim=-1)
     torch.testing.assert_close(factor.double(), torch.rsqrt(mean + EPS), rtol=1e-5, atol=0)
     (expected * dy.double() + exact * dtotal.double()).sum().backward()
-    dx, dweight = norm_triton.backward(dtotal, dy, total, weight, factor)
+    dx, dweight = norm_triton.add_norm_backward(dtotal, dy, total, weight, factor)
     assert exact.grad is not None and w.grad is not None
     torch.testing.assert_close(dx.double(), exact.grad, rtol=2**-7, atol=1e-2)
     torch.testing.assert_close(dweight.double(), w.grad, rtol=2**-7, atol=1e-4)

@@ -44,7 +44,7 @@ def test_operator_is_registered_as_compilation_needs_it(form: str) -> None:
 @pytest.mark.parametrize("stride", [2000, 4000])
 def test_kernels_equal_float64(stride: int) -> None:
     """Rows of a wider tensor, more columns than a block."""
-    from megalr.kernels.swiglu_triton import backward_, forward
+    from megalr.kernels.swiglu_triton import swiglu_backward_, swiglu_forward
 
     torch.manual_seed(0)
     both = torch.randn(3, stride, device=DEVICE).bfloat16()
@@ -54,9 +54,9 @@ def test_kernels_equal_float64(stride: int) -> None:
     expected = F.silu(g) * u
     expected.backward(d.double())
     hidden, dgate, dup = d.clone(), torch.empty_like(up), torch.empty_like(up)
-    backward_(gate, up, hidden, dgate, dup)
+    swiglu_backward_(gate, up, hidden, dgate, dup)
     for found, exact in (
-        (forward(gate, up), expected),
+        (swiglu_forward(gate, up), expected),
         (hidden, expected),
         (dgate, g.grad),
         (dup, u.grad),

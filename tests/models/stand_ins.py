@@ -11,7 +11,7 @@ import torch
 
 import megalr.layers.embedding
 import megalr.models.decoder
-from megalr.kernels.attention import apply_rope, plain_attention
+from megalr.kernels.attention import apply_rope, attention_reference
 
 
 @contextlib.contextmanager
@@ -24,7 +24,7 @@ def kernels_on_the_cpu() -> Iterator[list[int]]:
         return _forward(projections, rope, head_dim)
 
     with (
-        mock.patch.object(megalr.models.decoder, "applies", lambda *_: True),
+        mock.patch.object(megalr.models.decoder, "attention_applies", lambda *_: True),
         mock.patch.object(megalr.models.decoder, "half_on_gpu", lambda _: True),
         mock.patch.object(megalr.models.decoder, "add_norm_applies", lambda _: True),
         mock.patch.object(megalr.layers.embedding, "half_on_gpu", lambda _: True),
@@ -41,7 +41,7 @@ def _three(projections: Any) -> Any:
 
 
 def _forward(projections: Any, rope: Any, head_dim: int) -> Any:
-    y = plain_attention(*_three(projections), rope, None, head_dim)
+    y = attention_reference(*_three(projections), rope, None, head_dim)
     return y, y.new_empty(y.shape[0], y.shape[2] // head_dim, y.shape[1], dtype=torch.float32)
 
 

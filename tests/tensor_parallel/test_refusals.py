@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from megalr.errors import UserError
+from megalr.models.build import make_plan
 from megalr.models.config import DecoderConfig, decoder_config
-from megalr.models.plans import make_plan
 from megalr.tensor_parallel.mesh import Mesh, check_tensor_size
 from tests.models.settings import factorized, full_rank, low_rank, tiny
 from tests.ranks import RankFailed, run_distributed

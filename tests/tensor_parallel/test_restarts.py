@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megalr.restarts.balance import balance_in_place
 from megalr.restarts.refactorize import largest_imbalance
-from megalr.sharding.tensor_shard import part_of
+from megalr.sharding.tensor_shard import shard_range
 from tests.ranks import run_distributed
 from tests.tensor_parallel.meshes import mesh
 
@@ -39,8 +39,8 @@ def _balanced_in_parts(kind: str, tensor: int) -> None:
     whole = _pairs(kind)
     parts = []
     for (b, a), (b_cut, a_cut) in zip(_pairs(kind), CUTS, strict=True):
-        rows = slice(*part_of(M, place, tensor)) if b_cut else slice(None)
-        columns = slice(*part_of(N, place, tensor)) if a_cut else slice(None)
+        rows = slice(*shard_range(M, place, tensor)) if b_cut else slice(None)
+        columns = slice(*shard_range(N, place, tensor)) if a_cut else slice(None)
         parts.append((b[rows].clone(), a[:, columns].clone()))
     before = [b.double() @ a.double() for b, a in whole]
     expected = balance_in_place(whole, workspace_bytes=1 << 20)
@@ -50,8 +50,8 @@ def _balanced_in_parts(kind: str, tensor: int) -> None:
     assert found == expected
     assert (expected[0] > 0) == (kind != "healthy")
     for index, ((b_cut, a_cut), product) in enumerate(zip(CUTS, before, strict=True)):
-        rows = slice(*part_of(M, place, tensor)) if b_cut else slice(None)
-        columns = slice(*part_of(N, place, tensor)) if a_cut else slice(None)
+        rows = slice(*shard_range(M, place, tensor)) if b_cut else slice(None)
+        columns = slice(*shard_range(N, place, tensor)) if a_cut else slice(None)
         b, a = parts[index]
         # The product did not move, and where the factors are unique they are those of the whole.
         torch.testing.assert_close(

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megalr.layers.expansion import MANY_ROWS, up_project
+from megalr.layers.up_projection import MANY_ROWS, up_project
 
 SIZES = [6, 10, 6]
 RANK = 4
@@ -54,7 +54,7 @@ def test_operator_is_registered_as_compilation_needs_it() -> None:
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 0.37])
 @pytest.mark.parametrize("rows", [6, MANY_ROWS])
-def test_together_in_float64(rows: int, scale: float, compiled: bool) -> None:
+def test_stacked_in_float64(rows: int, scale: float, compiled: bool) -> None:
     """One tensor of all outputs, whose gradient is one tensor too."""
     torch.manual_seed(0)
     sizes = [rows, rows, rows]
@@ -73,7 +73,7 @@ def test_together_in_float64(rows: int, scale: float, compiled: bool) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
-def test_together_is_registered_as_compilation_needs_it() -> None:
+def test_stacked_is_registered_as_compilation_needs_it() -> None:
     h = torch.randn(2, 5, 3 * RANK, requires_grad=True)
     b = torch.randn(18, RANK, requires_grad=True)
     torch.library.opcheck(up_project, (h, b, [6, 6, 6], 0.5, True))

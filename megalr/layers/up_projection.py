@@ -1,13 +1,13 @@
-"""The products with B of a group of factorized matrices, as one operator.
+"""The products with the factors B of a group of matrices, as one operator.
 
-Written as ``F.linear(h_i, scale * B_i)`` a compiled model spends 2 % of a 1B step on what is no
-product: it scales B and its gradient in kernels of their own, keeps the scaled copies, and lays the
-gradients of the h_i side by side by a copy. Here the scale is the GEMM's own factor, applied to the
-float32 sum, and every product is written where it belongs.
+Written as ``F.linear(h_i, scale * B_i)``, a compiled model spends 2 % of a 1B step outside the
+products: it scales B and its gradient in separate kernels, keeps the scaled copies, and copies the
+gradients of the h_i to place them side by side. Here the scale is the alpha of the GEMM, applied to
+the float32 sum, and every product is written to its final place.
 
-Matrices of one size may be multiplied together, as one strided batch: the outputs are one tensor
-then, (G, ..., m), and so are their gradients. One launch of G times as many tiles fills the device
-better than G short ones.
+Matrices of one size may be multiplied as one strided batch: the outputs are then one tensor,
+(G, ..., m), and so are their gradients. One launch of G times as many tiles fills the device better
+than G short launches.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-# Written out because torch 2.6 infers no schema from list[Tensor] as what is returned.
-SCHEMA = "(Tensor h, Tensor b, SymInt[] sizes, float scale, bool together) -> Tensor[]"
+# Written out because torch 2.6 infers no schema from a returned list[Tensor].
+SCHEMA = "(Tensor h, Tensor b, SymInt[] sizes, float scale, bool stacked) -> Tensor[]"
 
 MANY_ROWS = 1280
-"""Rows m from which the gradients of the B_i are one batch too. Their sums run over all tokens, and
-with few rows a product is cut along the sum to fill the device, which a batch is not as well. On an
-H200 a batch gained 3 to 10 % at 1408, 2048, 2752 and 5504 rows and lost 3 and 8 % at 1024 and 512.
+"""Rows m from which the gradients of the B_i are one batch too. They sum over all tokens: with few
+rows cuBLAS splits a product along the sum to fill the device, but a batch less well. On an H200 a
+batch gained 3 to 10 % at 1408, 2048, 2752 and 5504 rows and lost 3 and 8 % at 1024 and 512.
 """
 
 
-@torch.library.custom_op("megalr::expand", mutates_args=(), schema=SCHEMA)
+@torch.library.custom_op("megalr::up_project", mutates_args=(), schema=SCHEMA)
 def up_project(
-    h: Tensor, b: Tensor, sizes: Sequence[int], scale: float, together: bool
+    h: Tensor, b: Tensor, sizes: Sequence[int], scale: float, stacked: bool
 ) -> list[Tensor]:
     """``y_i = scale h_i B_i^T`` for the G matrices of a group.
 
@@ -40,14 +40,14 @@ def up_project(
         b: ``(sum m_i, r)``, the factors B_i stacked by rows.
         sizes: the m_i.
         scale: alpha / r.
-        together: as one tensor; all m_i must be equal.
+        stacked: return the outputs as one tensor; all m_i must be equal.
 
     Returns:
         G tensors ``(..., m_i)``, or one, ``(G, ..., m)``, in the dtype of h.
     """
     groups, rank = len(sizes), b.shape[1]
-    outputs = _empty_outputs(h, sizes, together)
-    if together:
+    outputs = _empty_outputs(h, sizes, stacked)
+    if stacked:
         y = outputs[0].view(groups, -1, sizes[0])
         _product(_by_matrix(h, groups, rank), b.view(groups, -1, rank).mT, scale, y)
         return outputs
@@ -57,8 +57,8 @@ def up_project(
     return outputs
 
 
-def _empty_outputs(h: Tensor, sizes: Sequence[int], together: bool) -> list[Tensor]:
-    if together:
+def _empty_outputs(h: Tensor, sizes: Sequence[int], stacked: bool) -> list[Tensor]:
+    if stacked:
         return [h.new_empty(len(sizes), *h.shape[:-1], sizes[0])]
     return [h.new_empty(*h.shape[:-1], size) for size in sizes]
 
@@ -69,24 +69,24 @@ def _by_matrix(h: Tensor, groups: int, rank: int) -> Tensor:
 
 
 @up_project.register_fake
-def _(h: Tensor, b: Any, sizes: Sequence[int], scale: Any, together: bool) -> list[Tensor]:
-    return _empty_outputs(h, sizes, together)
+def _(h: Tensor, b: Any, sizes: Sequence[int], scale: Any, stacked: bool) -> list[Tensor]:
+    return _empty_outputs(h, sizes, stacked)
 
 
-@torch.library.custom_op("megalr::expand_backward", mutates_args=())
-def expand_backward(
+@torch.library.custom_op("megalr::up_project_backward", mutates_args=())
+def up_project_backward(
     grads: Sequence[Tensor],
     h: Tensor,
     b: Tensor,
     sizes: Sequence[int],
     scale: float,
-    together: bool,
+    stacked: bool,
 ) -> tuple[Tensor, Tensor]:
     """``dh_i = scale dY_i B_i`` side by side and ``dB_i = scale dY_i^T h_i`` stacked."""
     groups, rank = len(sizes), b.shape[1]
     flat = h.reshape(-1, groups * rank)
     dh, db = torch.empty_like(flat), torch.empty_like(b)
-    if together:
+    if stacked:
         dy = grads[0].reshape(groups, -1, sizes[0])  # (G, N, m)
         _product(dy, b.view(groups, -1, rank), scale, _by_matrix(dh, groups, rank))
         if sizes[0] >= MANY_ROWS:
@@ -102,13 +102,13 @@ def expand_backward(
     return dh.view(h.shape), db
 
 
-@expand_backward.register_fake
+@up_project_backward.register_fake
 def _(grads: Any, h: Tensor, b: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(h), torch.empty_like(b)
 
 
 def _product(x: Tensor, y: Tensor, scale: float, out: Tensor) -> None:
-    """``out = scale x y`` of matrices or batches; what is in ``out`` before does not matter."""
+    """``out = scale x y`` of matrices or batches; earlier contents of ``out`` have no effect."""
     batch = x.dim() == 3
     if scale == 1.0:
         (torch.bmm if batch else torch.mm)(x, y, out=out)
@@ -117,32 +117,32 @@ def _product(x: Tensor, y: Tensor, scale: float, out: Tensor) -> None:
         add(out, x, y, beta=0, alpha=scale, out=out)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    h, b, ctx.sizes, ctx.scale, ctx.forward_stacked = inputs
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    h, b, ctx.sizes, ctx.scale, ctx.stacked = inputs
     ctx.save_for_backward(h, b)
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor, Tensor, None, None, None]:
     h, b = ctx.saved_tensors
     if any(grad is None for grad in grads):
-        zeros = [torch.zeros_like(y) for y in _empty_outputs(h, ctx.sizes, ctx.forward_stacked)]
+        zeros = [torch.zeros_like(y) for y in _empty_outputs(h, ctx.sizes, ctx.stacked)]
         grads = [zero if grad is None else grad for grad, zero in zip(grads, zeros, strict=True)]
-    dh, db = expand_backward(grads, h, b, ctx.sizes, ctx.scale, ctx.forward_stacked)
+    dh, db = up_project_backward(grads, h, b, ctx.sizes, ctx.scale, ctx.stacked)
     return dh, db, None, None, None
 
 
-up_project.register_autograd(_backward, setup_context=_keep)
+up_project.register_autograd(_backward, setup_context=_setup_context)
 
 
-@register_flop_formula(torch.ops.megalr.expand)
+@register_flop_formula(torch.ops.megalr.up_project)
 def _flops(h: Any, b: Any, *_: Any, **__: Any) -> int:
-    """Two a multiplication; every h_i meets its own B_i."""
+    """Two for each multiplication; each h_i is multiplied by its own B_i only."""
     tokens = 1
     for size in h[:-1]:
         tokens *= size
     return 2 * tokens * b[0] * b[1]
 
 
-@register_flop_formula(torch.ops.megalr.expand_backward)
+@register_flop_formula(torch.ops.megalr.up_project_backward)
 def _backward_flops(grads: Any, h: Any, b: Any, *_: Any, **__: Any) -> int:
     return 2 * _flops(h, b)
