@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from megalr.errors import UserError
 
 LONGEST_NAME = 255  # bytes, on the usual file systems
 CHUNK = 1 << 20  # bytes read at a time when a file is hashed
+LARGEST_JSON = 1 << 26  # bytes of a JSON file that read_json_object parses
 
 
 def temporary_path(path: Path, job: str) -> Path:
@@ -92,6 +94,49 @@ def replace_file(path: Path, content: bytes, job: str = "single") -> None:
         temporary.unlink(missing_ok=True)
         raise
     _publish(temporary, path)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of at most LARGEST_JSON bytes, read strictly.
+
+    Raises:
+        UserError: the file is missing, too large, nested too deeply, not JSON (NaN and Infinity are
+            not), gives a key twice, or holds something other than an object.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: is not a regular file")
+        with open(path, "rb") as stream:
+            content = stream.read(LARGEST_JSON + 1)
+        if len(content) > LARGEST_JSON:
+            raise UserError(f"{path}: larger than {LARGEST_JSON >> 20} MiB; copy the file again")
+        value = json.loads(
+            content, object_pairs_hook=_distinct_keys, parse_constant=_refuse_constant
+        )
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    except RecursionError:
+        raise UserError(f"{path}: not valid JSON (nested too deeply)") from None
+    except ValueError as error:  # also bytes that are not UTF-8, integers of thousands of digits
+        raise UserError(f"{path}: not valid JSON ({error}); copy the file again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds no JSON object; copy the file again")
+    return value
+
+
+def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"key {twice!r} is given twice")
+    return found
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is not a number of JSON")
 
 
 def sha256_of_file(path: Path, start: int = 0, stop: int | None = None) -> str:

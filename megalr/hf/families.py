@@ -1,10 +1,7 @@
-"""The mapping between decoders and transformers architectures, in both directions."""
+"""The transformers architecture and configuration of a decoder."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from megalr.errors import UserError
@@ -14,8 +11,7 @@ ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
 """Activation of a DecoderConfig to transformers' name."""
 
 EXPORTED = ("llama", "mistral", "qwen2", "gpt2")
-IMPORTED = ("llama", "mistral", "qwen2")
-"""``model_type`` of the architectures that can be exported and imported."""
+"""``model_type`` of the architectures that can be exported."""
 
 
 def families_of(config: DecoderConfig) -> tuple[str, ...]:
@@ -106,94 +102,3 @@ def transformers_config(
         result = transformers.LlamaConfig(**common)
     result.rope_theta = config.rope_theta  # for readers that do not know rope_parameters
     return result
-
-
-def pretrained_sizes(folder: Path) -> dict[str, Any]:
-    """The values of section ``model`` of the model in a transformers folder.
-
-    Raises:
-        UserError: no such folder, an unknown architecture (those that work are named), or a variant
-            that the decoder does not compute.
-    """
-    kind = _read_config(folder).get("model_type")
-    if kind not in IMPORTED:
-        raise UserError(
-            f"{folder}: architecture {kind!r} cannot be read; those that work: "
-            f"{', '.join(IMPORTED)}"
-        )
-    from transformers import AutoConfig
-
-    try:
-        hf: Any = AutoConfig.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # transformers raises nearly anything for a bad configuration
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise UserError(f"{folder}/config.json: transformers cannot read it ({reason})") from error
-    problems = list(_unsupported(hf))
-    if problems:
-        raise UserError(
-            f"{folder}: a {kind} model with {', '.join(problems)} cannot be read: only the plain "
-            "architecture is"
-        )
-    return {
-        "hidden_size": hf.hidden_size,
-        "intermediate_size": hf.intermediate_size,
-        "num_layers": hf.num_hidden_layers,
-        "num_heads": hf.num_attention_heads,
-        "num_kv_heads": hf.num_key_value_heads,
-        "vocab_size": hf.vocab_size,
-        "norm_eps": float(hf.rms_norm_eps),
-        "rope_theta": float(_rope(hf)["rope_theta"]),
-        "sliding_window": _window(hf),
-        "tie_embeddings": bool(hf.tie_word_embeddings),
-        "attention_bias": kind == "qwen2",
-    }
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"{path}: {error.strerror}; give a folder with a model of transformers"
-        ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); copy the folder again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds no object; copy the folder again")
-    return content
-
-
-def _rope(hf: Any) -> dict[str, Any]:
-    """rope_type and rope_theta, of transformers 5 and 4."""
-    if getattr(hf, "rope_parameters", None):
-        return dict(hf.rope_parameters)
-    scaling = getattr(hf, "rope_scaling", None) or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    return {"rope_type": kind, "rope_theta": hf.rope_theta}
-
-
-def _window(hf: Any) -> int | None:
-    """The sliding window of all layers, None if there is none."""
-    if hf.model_type == "llama" or not getattr(hf, "use_sliding_window", True):
-        return None
-    return hf.sliding_window
-
-
-def _unsupported(hf: Any) -> Iterator[str]:
-    """What the architecture offers and the decoder does not have."""
-    if hf.hidden_act != "silu":
-        yield f"hidden_act {hf.hidden_act}"
-    rope = _rope(hf)
-    if rope.get("rope_type", "default") != "default" or rope.get("partial_rotary_factor", 1) != 1:
-        yield f"rope_type {rope.get('rope_type')}"
-    width = hf.hidden_size // hf.num_attention_heads
-    if (getattr(hf, "head_dim", None) or width) != width:
-        yield f"head_dim {hf.head_dim} other than {width}"
-    for name in ("attention_bias", "mlp_bias"):
-        if getattr(hf, name, False):
-            yield name
-    if len(set(getattr(hf, "layer_types", None) or ["one"])) > 1:
-        yield "sliding windows in some layers only"
-    if getattr(hf, "quantization_config", None) is not None:
-        yield "quantized weights"

@@ -23,14 +23,22 @@ from torch import nn
 from megalr.config.methods import LowRankMethod, SLTrainMethod
 from megalr.config.schema import RunConfig
 from megalr.data import TokenDataset
-from megalr.distributed.agreement import raise_on_any_rank, run_on_all, run_on_rank0
+from megalr.distributed.agreement import is_rank0, raise_on_any_rank, run_on_all, run_on_rank0
 from megalr.errors import UserError
-from megalr.hf.families import pretrained_sizes
-from megalr.hf.read import Weights, check_weights, load_linear, load_plain, named_linears
+from megalr.hf.compare_logits import check_same_function
+from megalr.hf.pretrained_config import pretrained_sizes
+from megalr.hf.read import (
+    Weights,
+    check_weights,
+    load_linear,
+    load_plain,
+    named_linears,
+    open_weights,
+)
 from megalr.layers.linear import FactorizedLinear, GroupedLinear
 from megalr.layers.lora import LoRALinear
 from megalr.layers.sltrain import SLTrainLinear
-from megalr.models.build import SparseIndices, build_decoder, build_model
+from megalr.models.build import SparseIndices, build_decoder, build_model, sizes_of
 from megalr.models.config import decoder_config
 from megalr.models.decoder import Decoder
 from megalr.preprocessing.tokenizer import open_tokenizer
@@ -96,6 +104,10 @@ def initial_model(
         supports = run_on_all(lambda: read_supports(config, Path(config.run.dir)))
         return build_model(config, device, mesh, supports), None
     folder = Path(config.model.from_pretrained)
+    run_on_all(lambda: open_weights(folder, sizes_of(config)))  # before memory is allocated
+    difference = run_on_rank0(lambda: check_same_function(folder, sizes_of(config)))
+    if is_rank0():
+        print(f"{folder}: logits agree with transformers to {difference:.1e}", flush=True)
     if mesh.tensor_size == 1:
         decoder = build_model(config, device)
         return decoder, import_weights(folder, decoder, device)
@@ -249,6 +261,7 @@ def trial_import(folder: Path, rank: int, density: float | None) -> Imported:
         raise UserError(f"--{first['loc'][0]} {first['input']}: {first['msg']}") from error
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sizes = decoder_config(None, pretrained_sizes(folder))
+    open_weights(folder, sizes)
     with device:
         decoder = build_decoder(sizes, method, seed=0)
     return import_weights(folder, decoder, device)

@@ -32,7 +32,7 @@ def block_linears(block: Block, number: int) -> list[tuple[GroupedLinear, list[s
     ]
 
 
-def plain_tensors(decoder: Decoder) -> Iterator[tuple[str, torch.Tensor]]:
+def plain_tensors(decoder: Decoder) -> Tensors:
     """LLaMA name and tensor of everything but the block matrices, without padding, as stored.
 
     The tensors are views: writing to them changes the decoder.
@@ -43,13 +43,18 @@ def plain_tensors(decoder: Decoder) -> Iterator[tuple[str, torch.Tensor]]:
     if not decoder.config.tie_embeddings:
         yield "lm_head.weight", decoder.head.weight.detach()[:V]
     for number, block in enumerate(decoder.blocks()):
-        prefix = f"model.layers.{number}"
-        yield f"{prefix}.input_layernorm.weight", block.attention_norm.weight.detach()
-        yield f"{prefix}.post_attention_layernorm.weight", block.mlp_norm.weight.detach()
-        for layer, names in block_linears(block, number):
-            if layer.bias is not None:
-                for index, name in enumerate(names):
-                    yield f"{name}.bias", layer.bias.detach()[layer.used_rows(index)]
+        yield from plain_block_tensors(block, number)
+
+
+def plain_block_tensors(block: Block, number: int) -> Tensors:
+    """LLaMA name and tensor of a block's norms and biases, as views."""
+    prefix = f"model.layers.{number}"
+    yield f"{prefix}.input_layernorm.weight", block.attention_norm.weight.detach()
+    yield f"{prefix}.post_attention_layernorm.weight", block.mlp_norm.weight.detach()
+    for layer, names in block_linears(block, number):
+        if layer.bias is not None:
+            for index, name in enumerate(names):
+                yield f"{name}.bias", layer.bias.detach()[layer.used_rows(index)]
 
 
 def dense_tensors(decoder: Decoder, family: str | None = None) -> Tensors:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,28 +10,44 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megalr.errors import UserError
+from megalr.files import read_json_object
 from megalr.hf.names import block_linears, plain_tensors
-from megalr.layers.linear import GroupedLinear
+from megalr.layers.linear import DenseLinear, GroupedLinear
 from megalr.layers.sltrain import SLTrainLinear
+from megalr.models.config import DecoderConfig
 from megalr.models.decoder import Decoder
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-DERIVED = "rotary_emb.inv_freq"
-"""Name suffix of tensors that older versions stored although the configuration determines them."""
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+INV_FREQ = "rotary_emb.inv_freq"
+"""Name suffix of RoPE's frequencies, which older versions stored although theta determines them."""
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}
+"""Dtypes of weights, by their names in a safetensors header."""
 
 
 class Weights:
     """The tensors of a folder's ``*.safetensors``, read on demand.
 
+    Attributes:
+        folder: the folder.
+        dtype: that of all tensors, float32 if they differ.
+
     Raises:
-        UserError: missing or damaged files.
+        UserError: missing or damaged files, an index that names other files than the folder's own
+            or does not match them, tensors of a dtype that no weight has.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
-        for name in self._file_names():
+        index = _read_index(folder)
+        for name in sorted(set(index.values())) if index is not None else [SINGLE]:
             try:
                 file = safe_open(folder / name, framework="pt")
             except (OSError, SafetensorError) as error:
@@ -41,22 +56,31 @@ class Weights:
                     f"{folder / name}: cannot be read ({reason}); copy the folder again"
                 ) from error
             self._files[name] = file
-            self._file_of |= dict.fromkeys(file.keys(), name)
+            for key in file.keys():  # noqa: SIM118 (a safe_open object is no dict)
+                if index is not None and index.get(key) != name:
+                    where = f"in {index[key]}" if key in index else "nowhere"
+                    raise UserError(
+                        f"{folder / name}: holds {key}, which {INDEX} has {where}; copy the folder "
+                        "again"
+                    )
+                self._file_of[key] = name
+        absent = sorted(set(index or ()) - self._file_of.keys())
+        if index is not None and absent:
+            raise UserError(
+                f"{folder / index[absent[0]]}: lacks {absent[0]}, which {INDEX} has there; copy "
+                "the folder again"
+            )
+        dtypes = {self._dtype(name) for name in self._file_of}
+        self.dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
 
-    def _file_names(self) -> list[str]:
-        index = self.folder / INDEX
-        if not index.is_file():
-            if not (self.folder / SINGLE).is_file():
-                raise UserError(
-                    f"{self.folder}: holds no {SINGLE} (nor {INDEX}); load the model with "
-                    "transformers and save_pretrained it to write one"
-                )
-            return [SINGLE]
-        try:
-            table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            return sorted(set(table.values()))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"{index}: no index of weights; copy the folder again") from error
+    def _dtype(self, name: str) -> torch.dtype:
+        stored = str(self._files[self._file_of[name]].get_slice(name).get_dtype())
+        if stored not in DTYPES:
+            raise UserError(
+                f"{self.folder}: {name} has dtype {stored}, weights have {', '.join(DTYPES)}: "
+                "load the model with transformers and save it as float32 or bfloat16"
+            )
+        return DTYPES[stored]
 
     def names(self) -> list[str]:
         """Names of all tensors."""
@@ -80,15 +104,48 @@ class Weights:
         return tensor
 
 
+def _read_index(folder: Path) -> dict[str, str] | None:
+    """File name by tensor, of a model in several files; None if there is one file."""
+    single, path = folder / SINGLE, folder / INDEX
+    if not path.exists():
+        if not single.is_file():
+            raise UserError(
+                f"{folder}: holds no {SINGLE} (nor {INDEX}); load the model with transformers and "
+                "save_pretrained it to write one"
+            )
+        return None
+    if single.exists():
+        raise UserError(
+            f"{folder}: holds both {SINGLE} and {INDEX}: remove the one that is not the model's"
+        )
+    table = read_json_object(path).get("weight_map")
+    if not isinstance(table, dict) or not table:
+        raise UserError(f"{path}: no index of weights; copy the folder again")
+    for name, file in table.items():
+        if (
+            not isinstance(file, str)
+            or not file.endswith(".safetensors")
+            or Path(file).name != file
+        ):
+            shown = repr(file)[:60]
+            raise UserError(
+                f"{path}: puts {name[:200]} into {shown}, which is no *.safetensors file of the "
+                "folder; copy the folder again"
+            )
+    return table
+
+
 def check_weights(decoder: Decoder, weights: Weights) -> None:
     """Raise UserError unless the folder holds exactly the decoder's tensors, with its shapes.
 
-    ``decoder`` is not sharded by tensor parallelism.
+    A tensor that the decoder does not have must repeat one that it has: a tied head, stored beside
+    the embedding, or RoPE's frequencies. ``decoder`` is not sharded by tensor parallelism; it may
+    be on device meta.
     """
     expected = dict(_expected_shapes(decoder))
-    found = {name for name in weights.names() if not name.endswith(DERIVED)}
+    found = {name for name in weights.names() if not name.endswith(INV_FREQ)}
     missing = sorted(expected.keys() - found)
-    tied = {"lm_head.weight"} if decoder.config.tie_embeddings else set()
+    tied = {HEAD} if decoder.config.tie_embeddings else set()
     foreign = sorted(found - expected.keys() - tied)
     if missing or foreign:
         problem = f"lacks {missing[0]}" if missing else f"also holds {foreign[0]}"
@@ -103,6 +160,44 @@ def check_weights(decoder: Decoder, weights: Weights) -> None:
                 f"{weights.folder}: {name} has shape {weights.shape(name)}, config.json says "
                 f"{shape}; copy the folder again"
             )
+    if tied & found and not torch.equal(weights[HEAD], weights[EMBEDDING]):
+        raise UserError(
+            f"{weights.folder}: {HEAD} differs from {EMBEDDING} although config.json says "
+            "tie_word_embeddings true: set it to false to use this head, or remove the tensor"
+        )
+    for name in weights.names():
+        if name.endswith(INV_FREQ):
+            _check_frequencies(name, weights, decoder.config)
+
+
+def _check_frequencies(name: str, weights: Weights, config: DecoderConfig) -> None:
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
+    expected = config.rope_theta**-exponent
+    stored = weights[name].double()
+    # Half precision keeps three digits, of small numbers fewer.
+    if stored.shape != expected.shape or not stored.allclose(expected, rtol=1e-2, atol=1e-7):
+        raise UserError(
+            f"{weights.folder}: {name} holds other frequencies than rope_theta "
+            f"{config.rope_theta:g} gives: correct rope_theta in config.json, or remove the tensor"
+        )
+
+
+def open_weights(folder: Path, sizes: DecoderConfig) -> Weights:
+    """The folder's weights, checked against ``sizes`` by their headers, before memory is allocated.
+
+    Raises:
+        UserError: as :class:`Weights` and :func:`check_weights`.
+    """
+    weights = Weights(folder)
+    if sizes.num_layers > len(weights.names()):
+        raise UserError(
+            f"{folder}: config.json says {sizes.num_layers} layers, the weights are "
+            f"{len(weights.names())} tensors; copy the folder again"
+        )
+    with torch.device("meta"):
+        decoder = Decoder(sizes, DenseLinear)
+    check_weights(decoder, weights)
+    return weights
 
 
 def _expected_shapes(decoder: Decoder) -> Iterator[tuple[str, tuple[int, ...]]]:

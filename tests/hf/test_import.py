@@ -17,9 +17,9 @@ from megalr.config.schema import RunConfig
 from megalr.errors import UserError
 from megalr.evaluation.offline import Request, evaluate_model, evaluate_run
 from megalr.hf.export_run import export_run
-from megalr.hf.families import pretrained_sizes
 from megalr.hf.init_from_pretrained import Imported, import_weights, trial_import
 from megalr.hf.names import dense_state_dict
+from megalr.hf.pretrained_config import pretrained_sizes
 from megalr.hf.write import ExportOptions, write_model
 from megalr.layers.sltrain import SLTrainLinear
 from megalr.models.build import build_decoder
