@@ -30,7 +30,7 @@ from megalr.models.config import decoder_config
 from megalr.optim import SPAM, Apollo, ApolloMini, Fira, GaLore, GoLore, Muon, StableSPAM
 from megalr.optim.base import ShardedOptimizer
 from megalr.optim.projection import side_of, subspace_basis, svd_bases
-from megalr.sharding.fragment import FlatLayout, LogicalTensor, Piece
+from megalr.sharding.fragment import FlatLayout, Fragment, LogicalTensor
 
 Shape = tuple[int, int]
 RANKS = {"llama_9m": 16, "llama_60m": 128, "llama_130m": 256, "llama_350m": 256, "llama_1b": 512}
@@ -117,10 +117,10 @@ def sliced(name: str, model: str, device: torch.device) -> torch.optim.Optimizer
         flat.grad, tensors, offset = torch.empty_like(flat), [], 0
         for shape in part:
             number += 1
-            piece = Piece(0, 0, offset, math.prod(shape))
-            tensors.append(LogicalTensor(f"tensor{number}", shape, (piece,), 0, number))
-            flat.grad[offset : offset + piece.length] = gradient(shape, device, number).flatten()
-            offset += piece.length
+            fragment = Fragment(0, 0, offset, math.prod(shape))
+            tensors.append(LogicalTensor(f"tensor{number}", shape, (fragment,), 0, number))
+            fragment.of(flat.grad).copy_(gradient(shape, device, number).flatten())
+            offset += fragment.numel
         group["params"] = [flat]
         layouts[flat] = FlatLayout(tuple(tensors))
     if isinstance(made, ShardedOptimizer):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from megalr.checkpoint.reader import open_source
 from megalr.checkpoint.source import MASTER, SavedState, StateSource, whole
 from megalr.distributed.agreement import run_on_all, run_on_rank0
 from megalr.engine.checkpoint_files import read_engine_files
-from megalr.engine.checkpoint_layout import frozen_parameters, frozen_piece, layout_of
+from megalr.engine.checkpoint_layout import frozen_parameters, layout_of
 from megalr.engine.state import EngineState
 from megalr.errors import AgreedError, UserError
 from megalr.optim.base import ShardedOptimizer
@@ -71,9 +72,8 @@ def load_checkpoint(engine: Any, folder: Path, tag: str) -> Loaded:
     if different:
         run_on_all(lambda: load_source(engine, open_source(root / tag)), Damaged)
         EngineState(engine).refresh_weights()
-    else:
-        if not read_engine_files(engine, root, tag):
-            raise AgreedError(f"checkpoint {root / tag} could not be loaded by DeepSpeed")
+    elif not read_engine_files(engine, root, tag):
+        raise AgreedError(f"checkpoint {root / tag} could not be loaded by DeepSpeed")
     for group, given in zip(EngineState(engine).base.param_groups, options, strict=True):
         group.update({key: value for key, value in given.items() if key != "params"})
     return Loaded(dict(saved.state, update=saved.update), time.perf_counter() - started, different)
@@ -99,8 +99,9 @@ def load_source(engine: Any, source: StateSource) -> None:
             start, stop = state.held(parameter)
             master.copy_(_part(source, state.name(parameter), parameter, MASTER, start, stop))
     for name, parameter in frozen_parameters(engine, state):
-        _load_frozen(source, name, parameter)
-    for flat, parameters in state.flats():
+        state.wrapper.write_frozen(parameter, partial(_part, source, name, parameter, MASTER))
+    for storage in state.wrapper.storages:
+        flat, parameters = storage.flat, [parameter for parameter, _ in storage.parameters]
         found = _flat_state(state, source, flat, parameters)
         state.base.state.pop(flat, None)
         if found:
@@ -115,8 +116,7 @@ def _check_model(engine: Any, state: EngineState, source: StateSource) -> None:
     """Refuse a saved state of other parameters; decided from what every rank knows."""
     expected = {state.name(p): (_full_shape(p, state.shape(p)), True) for p in state.parameters()}
     for name, parameter in frozen_parameters(engine, state):
-        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        expected[name] = (_full_shape(parameter, shape), False)
+        expected[name] = (_full_shape(parameter, state.shape(parameter)), False)
     saved = {name: (source.shape(name), source.trained(name)) for name in source.names()}
     for name in [*expected, *saved]:
         if expected.get(name) != saved.get(name):
@@ -151,7 +151,7 @@ def _flat_state(
     state: EngineState, source: StateSource, flat: Tensor, parameters: list[nn.Parameter]
 ) -> dict[str, Any]:
     """The base optimizer's state of one flat tensor."""
-    held = [(p, slot) for p in parameters if (slot := state.slot(p)) and slot.flat is flat]
+    located = [(p, state.wrapper.fragment(p)) for p in parameters]
     result = _counters(state, source, flat, parameters)
     first = state.name(parameters[0])
     # This package's optimizers keep flat states, torch's the shape of the tensor.
@@ -159,10 +159,11 @@ def _flat_state(
     for key in source.element_states(first):
         dtype = source.elements(first, key, 0, 1).dtype
         result[key] = torch.zeros(shape, dtype=dtype, device=flat.device)  # padding is zero too
-        for parameter, slot in held:
-            start, stop = slot.start, slot.start + slot.numel
-            part = _part(source, state.name(parameter), parameter, key, start, stop)
-            slot.view(result[key]).copy_(part)
+        for parameter, here in located:
+            if here is not None:
+                start, stop = here[1].start, here[1].stop
+                part = _part(source, state.name(parameter), parameter, key, start, stop)
+                here[1].of(result[key].view(-1)).copy_(part)
     mask = result.get("mask")
     if mask is not None:  # SPAM with a density keeps the moments of the mask's elements only
         for key in result.keys() & {"exp_avg", "exp_avg_sq"}:
@@ -216,22 +217,8 @@ def _whole_tensor_states(state: EngineState, source: StateSource, flat: Tensor) 
             for key, value in states[tensor.name].matrix.items()
         }
         for tensor in layout.tensors
-        if tensor.owner == layout.rank and states[tensor.name].matrix
+        if tensor.owner == layout.ranks.rank and states[tensor.name].matrix
     }
     if any(states[tensor.name].matrix for tensor in layout.tensors):
         result["matrices"] = matrices
     return result
-
-
-def _load_frozen(source: StateSource, name: str, parameter: nn.Parameter) -> None:
-    """Set a frozen weight, or under ZeRO-3 this rank's piece of it."""
-    if not hasattr(parameter, "ds_id"):
-        whole_part = _part(source, name, parameter, MASTER, 0, parameter.numel())
-        parameter.detach().view(-1).copy_(whole_part)
-        return
-    start, numel = frozen_piece(parameter)
-    piece = _part(source, name, parameter, MASTER, start, start + numel)
-    parameter.ds_tensor.detach().view(-1)[:numel].copy_(piece)  # type: ignore[attr-defined]
-    if parameter.numel():  # a small one, which every rank keeps whole between steps
-        whole_part = _part(source, name, parameter, MASTER, 0, parameter.numel())
-        parameter.detach().view(-1).copy_(whole_part)

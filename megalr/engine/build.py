@@ -13,8 +13,8 @@ import torch.distributed as dist
 from megalr.config.schema import RunConfig
 from megalr.engine.config import is_unwrapped
 from megalr.engine.cuda_graph import MicroBatchGraph, ScaledLoss
-from megalr.engine.flat_layouts import attach_layouts
 from megalr.engine.patches import batch_parameters
+from megalr.engine.state import attach_layouts
 from megalr.engine.unwrapped_step import install_clip_and_skip, without_accumulation_dtype
 from megalr.errors import UserError
 from megalr.models.build import build_decoder, make_plan, sizes_of

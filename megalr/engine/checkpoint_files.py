@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from megalr.engine.checkpoint_layout import describe, fragments_file
 from megalr.engine.unpickle import unpickle
+from megalr.engine.wrappers import wrapper_of
 
 
 def read_engine_files(engine: Any, root: Path, tag: str) -> bool:
@@ -63,7 +64,7 @@ def write_engine_files(
 def write_fragments(engine: Any, saving: Path) -> list[Path]:
     """Write the description of this rank's files, unless another rank's files hold the same."""
     data_rank = dist.get_rank(engine.seq_data_parallel_group) if dist.is_initialized() else 0
-    if engine.zero_optimization_stage() == 0 and data_rank > 0:
+    if wrapper_of(engine).replicated and data_rank > 0:
         return []
     tensor_rank = engine.mpu.get_model_parallel_rank() if engine.mpu is not None else 0
     path = saving / fragments_file(data_rank, tensor_rank)

@@ -4,7 +4,7 @@ Design, and how it lives under ZeRO
 -----------------------------------
 1. An update rule works on logical tensors (:mod:`megalr.sharding.fragment`), not on parameters.
 2. On plain PyTorch parameters the layout is trivial. After ``deepspeed.initialize`` the engine's
-   room calls :func:`megalr.engine.flat_layouts.attach_layouts`, which describes ZeRO's flat fp32
+   room calls :func:`megalr.engine.state.attach_layouts`, which describes ZeRO's flat fp32
    slices.
 3. So ZeRO keeps its jobs: it reduces, accumulates, averages and clips gradients, holds the fp32
    masters, gathers the new weights, offloads and writes checkpoints. Nothing of it is replaced.
@@ -33,7 +33,7 @@ from torch.optim.optimizer import ParamsT
 from megalr.config.base import Section
 from megalr.errors import UserError
 from megalr.optim.options import check_options, with_defaults
-from megalr.sharding.fragment import FlatLayout, LogicalTensor, trivial_layout
+from megalr.sharding.fragment import FlatLayout, LogicalTensor, single_process_layout
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
@@ -86,7 +86,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._layouts, number = {}, 1
         for group in self.param_groups:
             for parameter in group["params"]:
-                layout = trivial_layout(parameter, f"tensor{number}", number)
+                layout = single_process_layout(parameter, f"tensor{number}", number)
                 self._layouts[parameter] = layout
                 number += len(layout.tensors)
         self._check_group(self.param_groups[-1])
@@ -136,7 +136,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         elif any(bool(parameter.grad.any()) for parameter in unknown):
             raise RuntimeError(
                 "the optimizer was given tensors that it has no layout for: call "
-                "megalr.engine.flat_layouts.attach_layouts after deepspeed.initialize"
+                "megalr.engine.state.attach_layouts after deepspeed.initialize"
             )
 
     def _step_groups(self) -> None:

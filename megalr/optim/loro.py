@@ -15,8 +15,8 @@ from megalr.errors import UserError
 from megalr.optim import adam_h
 from megalr.optim.base import ShardedOptimizer
 from megalr.optim.options import check_options, with_defaults
-from megalr.sharding.exchange import buckets, collect, distribute
-from megalr.sharding.fragment import FlatLayout, LogicalTensor, piece_view
+from megalr.sharding.exchange import buckets, from_owner, to_owner
+from megalr.sharding.fragment import FlatLayout, LogicalTensor
 
 OWN_OPTIONS = ("exact_every", "refresh_every", "refresh", "lr_scaler")
 Located = tuple[torch.Tensor, FlatLayout, LogicalTensor]
@@ -107,8 +107,8 @@ class LORO(ShardedOptimizer):
     ) -> None:
         """Plain and approximate updates of the tensors in one entry of ``param_groups``."""
         flat = parameter.detach().view(-1)
-        for tensor, piece in self.layout(parameter).local:
-            weight, part = piece_view(flat, piece), piece_view(update, piece)
+        for tensor, fragment in self.layout(parameter).local:
+            weight, part = fragment.of(flat), fragment.of(update)
             rank = rank_of.get(tensor.name)
             if rank is None:
                 adam_h.apply_update(weight, part, size, group["lr"] * group["weight_decay"])
@@ -124,22 +124,17 @@ class LORO(ShardedOptimizer):
         sizes: dict[torch.Tensor, float],
     ) -> None:
         """The exact update of all pairs: factors and directions to the owner of B, and back."""
-        partner = {b[2].name: (b, a) for b, a in pairs}
-        for bucket in buckets([b[2] for b, _ in pairs]):
-            members: dict[torch.Tensor, list[LogicalTensor]] = {}
-            for tensor in bucket:
-                (b_entry, _, b), (a_entry, _, a) = partner[tensor.name]
-                members.setdefault(b_entry, []).append(b)
-                members.setdefault(a_entry, []).append(replace(a, owner=b.owner))
-            factors: dict[str, torch.Tensor] = {}
-            steps: dict[str, torch.Tensor] = {}
-            for entry, tensors in members.items():
-                layout = self.layout(entry)
-                factors.update(collect(layout, tensors, entry.detach().view(-1)))
-                steps.update(collect(layout, tensors, directions[entry]))
+        ranks = pairs[0][0][1].ranks
+        like = pairs[0][0][0].detach()
+        for bucket in buckets(pairs, lambda pair: pair[0][2].numel):
+            members = []
+            for (b_entry, _, b), (a_entry, _, a) in bucket:
+                members += [(b_entry, b), (a_entry, replace(a, owner=b.owner))]
+            flats = [(tensor, entry.detach().view(-1)) for entry, tensor in members]
+            factors = to_owner(ranks, flats, like)
+            steps = to_owner(ranks, [(t, directions[entry]) for entry, t in members], like)
             updated: dict[str, torch.Tensor] = {}
-            for tensor in bucket:
-                (b_entry, _, b), (_, _, a) = partner[tensor.name]
+            for (b_entry, _, b), (_, _, a) in bucket:
                 if b.name in factors:
                     updated[b.name], updated[a.name] = exact_step(
                         factors[b.name],
@@ -148,13 +143,11 @@ class LORO(ShardedOptimizer):
                         steps[a.name],
                         sizes[b_entry],
                     )
-            for entry, tensors in members.items():
-                layout, flat = self.layout(entry), entry.detach().view(-1)
-                pieces = distribute(layout, tensors, updated, flat)
-                for tensor in tensors:
-                    piece = tensor.piece_of(layout.rank)
-                    if piece is not None:
-                        piece_view(flat, piece).copy_(pieces[tensor.name])
+            parts = from_owner(ranks, [tensor for tensor, _ in flats], updated, like)
+            for tensor, flat in flats:
+                fragment = tensor.on(ranks.rank)
+                if fragment is not None:
+                    fragment.of(flat).copy_(parts[tensor.name])
 
     def _refresh_moments(self, stepped: Iterable[torch.Tensor], rank_of: dict[str, int]) -> None:
         for parameter in stepped:

@@ -101,7 +101,7 @@ class SPAM(ShardedOptimizer):
     ) -> torch.Tensor:
         """Boolean mask over ``flat``: each tensor's mask is drawn whole, then cut as it is."""
         mask = torch.zeros_like(flat, dtype=torch.bool)
-        for tensor, piece in layout.local:
+        for tensor, fragment in layout.local:
             seed = mixed_seed(self.seed, tensor.number, index)
             generator = torch.Generator().manual_seed(seed)
             if index == 0:
@@ -110,8 +110,7 @@ class SPAM(ShardedOptimizer):
                 drawn[torch.randperm(tensor.numel, generator=generator)[:count]] = True
             else:
                 drawn = torch.rand(tensor.numel, generator=generator) < group["density"]
-            part = drawn.narrow(0, piece.start, piece.length).to(flat.device)
-            mask.narrow(0, piece.offset, piece.length).copy_(part)
+            fragment.of(mask).copy_(drawn[fragment.start : fragment.stop])
         return mask
 
     def _change_mask(

@@ -14,15 +14,15 @@ from megalr.config.optimizers import StableSPAMOptimizer
 from megalr.optim import adam_h
 from megalr.optim.base import ShardedOptimizer, scalar_dtype
 from megalr.sharding.exchange import reduce_over_ranks
-from megalr.sharding.fragment import FlatLayout, Piece, piece_view
+from megalr.sharding.fragment import FlatLayout, Fragment
 
 
 @dataclass(frozen=True)
 class Change:
-    """What is done to one piece of the gradient: elements above ``bound`` are rescaled by
+    """The change of one fragment of the gradient: elements above ``bound`` are rescaled by
     ``bound / largest``, then all are multiplied by ``factor``."""
 
-    piece: Piece
+    fragment: Fragment
     largest: float
     bound: float
     factor: float
@@ -101,11 +101,11 @@ class StableSPAM(ShardedOptimizer):
         part: list[Change],
     ) -> None:
         """Stabilize the gradient of some neighbouring tensors and make AdamW's step there."""
-        begin = part[0].piece.offset
-        length = part[-1].piece.offset + part[-1].piece.length - begin
+        begin = part[0].fragment.offset
+        length = part[-1].fragment.offset + part[-1].fragment.numel - begin
         dtype = state["exp_avg"].dtype
         g = grad.narrow(0, begin, length).clone()
-        views = [g.narrow(0, c.piece.offset - begin, c.piece.length) for c in part]
+        views = [g.narrow(0, c.fragment.offset - begin, c.fragment.numel) for c in part]
         for view, change in zip(views, part, strict=True):
             if change.largest > change.bound:
                 view.copy_(_rescaled(view, change))
@@ -156,15 +156,15 @@ def _statistics(
     # The dtype of an empty list would be float: a rank may hold nothing but padding.
     places = [number[t.number] for t, _ in layout.local]
     held = torch.tensor(places, dtype=torch.int64, device=grad.device)
-    pieces = [piece_view(grad, piece) for _, piece in layout.local]
+    pieces = [fragment.of(grad) for _, fragment in layout.local]
     gamma3 = group["gamma3"]
     largest = _per_tensor(pieces, held, math.inf, maxima)
-    reduce_over_ranks(largest, layout, dist.ReduceOp.MAX)
+    reduce_over_ranks(largest, layout.ranks, dist.ReduceOp.MAX)
     maxima.mul_(gamma3).add_(largest, alpha=1 - gamma3)
     limit = maxima / (1 - gamma3**seen)
     changes = [
-        Change(piece, top, bound, 1.0)
-        for (_, piece), top, bound in zip(
+        Change(fragment, top, bound, 1.0)
+        for (_, fragment), top, bound in zip(
             layout.local, largest[held].tolist(), limit[held].tolist(), strict=True
         )
     ]
@@ -173,8 +173,8 @@ def _statistics(
         if change.largest > change.bound:
             clipped = _rescaled(view, change)
             norms[held[i]] = torch.linalg.vector_norm(clipped, dtype=norms.dtype)
-    if layout.world_size > 1:
-        norms = reduce_over_ranks(norms.square(), layout, dist.ReduceOp.SUM).sqrt()
+    if layout.ranks.size > 1:
+        norms = reduce_over_ranks(norms.square(), layout.ranks, dist.ReduceOp.SUM).sqrt()
     gamma1 = (group["betas"][0] if group["gamma1"] == -1 else group["gamma1"]) * sigma
     gamma2 = group["gamma2"]
     state["norm_average"].mul_(gamma1).add_(norms, alpha=1 - gamma1)
@@ -191,8 +191,9 @@ def _statistics(
 def _parts(changes: list[Change], limit: int = adam_h.PIECE) -> Iterator[list[Change]]:
     """Runs of neighbouring pieces of about ``limit`` elements, so that temporaries stay small."""
     part: list[Change] = []
-    for change in sorted(changes, key=lambda c: c.piece.offset):
-        if part and change.piece.offset + change.piece.length - part[0].piece.offset > limit:
+    for change in sorted(changes, key=lambda c: c.fragment.offset):
+        stop = change.fragment.offset + change.fragment.numel
+        if part and stop - part[0].fragment.offset > limit:
             yield part
             part = []
         part.append(change)

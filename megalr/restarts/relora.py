@@ -60,7 +60,7 @@ class Relora:
         self.seconds = 0.0
         self.reset_every = method.reset_every or method.merge_every
         self.state = EngineState(engine)
-        if engine.zero_optimization_stage() == 3:
+        if self.state.wrapper.splits_weights:
             raise UserError(
                 "method.name=relora with ZeRO stage 3: the frozen matrices are cut over ranks and "
                 "cannot be merged in place; use stage 1 or 2"

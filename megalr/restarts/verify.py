@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,7 +38,7 @@ def check_weights(state: EngineState, parameters: Sequence[nn.Parameter]) -> Non
     """
     sums, stale = [], []
     for parameter in parameters:
-        with _whole(state, parameter):
+        with state.wrapper.whole(parameter):
             sums.append(checksum(parameter).to(state.device))
             master = state.master(parameter)
             differs = torch.zeros((), dtype=torch.int64, device=state.device)
@@ -78,12 +76,3 @@ def _complain(
     if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise RuntimeError(f"after the restart the weights of {', '.join(names[:3])}{more} {what}")
-
-
-def _whole(state: EngineState, parameter: nn.Parameter) -> Any:
-    """A context in which the parameter is whole; ZeRO-3 keeps it cut."""
-    if not hasattr(parameter, "ds_id"):
-        return contextlib.nullcontext()
-    from deepspeed.runtime.zero import GatheredParameters
-
-    return GatheredParameters([parameter])

@@ -1,5 +1,5 @@
 """Where the elements of parameters lie on ranks, and moving them to their owners and back.
 
-In: flat storages and their layouts. Out: descriptions of fragments, whole matrices on one rank.
-Must not know DeepSpeed, models or update rules.
+In: flat tensors and descriptions of their contents. Out: fragments, whole matrices on one rank.
+Must not know the engine, models or update rules.
 """

@@ -1,170 +1,214 @@
-"""Bring cut matrices to their owners and results back: one collective each way and bucket.
+"""Bring split matrices to the ranks that own them, and results back: one collective per direction.
 
-Every rank of a layout's group calls these functions with the same tensors in the same order. The
-amount of data follows from the layout, so nothing is negotiated. ``all_to_all_single`` moves only
-what has to move: under ZeRO 1 and 2 that is the few matrices that a slice boundary happens to cut.
+Every rank calls these functions with the same tensors in the same order. The amounts of data follow
+from the fragments, so nothing is negotiated. ``all_to_all_single`` moves only elements that have to
+move: under ZeRO 1 and 2, for gradients, those of the few matrices that a slice boundary splits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from megalr.sharding.fragment import FlatLayout, LogicalTensor, Piece, piece_view
+from megalr.sharding.fragment import FlatLayout, Fragment, LogicalTensor, Ranks
 
 BUCKET_ELEMENTS = 32 * 1024 * 1024
 
-Item = tuple[LogicalTensor, torch.Tensor]
+T = TypeVar("T")
+Item = tuple[LogicalTensor, Tensor]
 """A matrix and its whole gradient."""
+Located = tuple[LogicalTensor, Tensor]
+"""A tensor and the flat tensor (1-D) in which this rank's fragment of it lies."""
+
+
+def least_loaded(
+    costs: Sequence[float], candidates: Sequence[Sequence[int]], load: list[float]
+) -> list[int]:
+    """A rank for every cost: the highest first, each to the least loaded of its candidates.
+
+    Of ranks that are equally loaded the first candidate is taken. Adds the costs to ``load`` (one
+    number per rank). Deterministic, so all ranks find the same.
+    """
+    chosen = [0] * len(costs)
+    for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        chosen[index] = min(candidates[index], key=lambda rank: load[rank])
+        load[chosen[index]] += costs[index]
+    return chosen
+
+
+def assign_owners(tensors: Sequence[LogicalTensor], world_size: int) -> list[LogicalTensor]:
+    """Give every tensor an owner: its only holder, or the least loaded rank among its holders.
+
+    Of the ranks that hold a split tensor, those with at least half of the largest fragment are
+    candidates, which keeps the exchange small; the load of a rank is the elements that it owns.
+    """
+    load = [0.0] * world_size
+    for tensor in tensors:
+        if not tensor.is_split:
+            load[tensor.fragments[0].rank] += tensor.numel
+    split = [tensor for tensor in tensors if tensor.is_split]
+    candidates = []
+    for tensor in split:
+        largest = max(fragment.numel for fragment in tensor.fragments)
+        candidates.append([f.rank for f in tensor.fragments if 2 * f.numel >= largest])
+    owners = iter(least_loaded([tensor.numel for tensor in split], candidates, load))
+    return [replace(t, owner=next(owners) if t.is_split else t.fragments[0].rank) for t in tensors]
 
 
 def buckets(
-    tensors: Sequence[LogicalTensor], limit: int = BUCKET_ELEMENTS
-) -> Iterator[list[LogicalTensor]]:
-    """Consecutive runs of tensors with at most ``limit`` elements together (at least one each)."""
-    bucket: list[LogicalTensor] = []
+    items: Sequence[T], size_of: Callable[[T], int], limit: int = BUCKET_ELEMENTS
+) -> Iterator[list[T]]:
+    """Consecutive runs of items whose sizes sum to at most ``limit`` (at least one item each)."""
+    bucket: list[T] = []
     filled = 0
-    for tensor in tensors:
-        if bucket and filled + tensor.numel > limit:
+    for item in items:
+        if bucket and filled + size_of(item) > limit:
             yield bucket
             bucket, filled = [], 0
-        bucket.append(tensor)
-        filled += tensor.numel
+        bucket.append(item)
+        filled += size_of(item)
     if bucket:
         yield bucket
 
 
-def _device_of(layout: FlatLayout, like: torch.Tensor) -> torch.device:
-    """Where collectives of the layout's group run: NCCL cannot take slices offloaded to the CPU."""
-    if like.device.type == "cpu" and "nccl" in dist.get_backend(layout.group):
-        return torch.device("cuda", torch.cuda.current_device())
-    return like.device
+def to_owner(ranks: Ranks, tensors: Sequence[Located], like: Tensor) -> dict[str, Tensor]:
+    """Assemble, on each owner, the whole tensors that it owns from the fragments of all ranks.
+
+    Returns name -> tensor of the logical shape, in the dtype and on the device of ``like``, for the
+    tensors owned by this rank. A single process gets views if dtype and device are those already.
+    """
+    if ranks.size == 1:
+        return {t.name: t.fragments[0].of(flat).to(like).view(t.shape) for t, flat in tensors}
+    outgoing: list[list[Tensor]] = [[] for _ in range(ranks.size)]
+    incoming: list[list[tuple[str, Fragment]]] = [[] for _ in range(ranks.size)]
+    for tensor, flat in tensors:
+        for fragment in tensor.fragments:
+            if fragment.rank == ranks.rank:
+                outgoing[tensor.owner].append(fragment.of(flat))
+            if tensor.owner == ranks.rank:
+                incoming[fragment.rank].append((tensor.name, fragment))
+    received = _all_to_all(ranks, outgoing, incoming, like)
+    mine = [tensor for tensor, _ in tensors if tensor.owner == ranks.rank]
+    whole = {tensor.name: like.new_empty(tensor.numel) for tensor in mine}
+    for name, fragment, values in received:
+        whole[name][fragment.start : fragment.stop] = values
+    return {tensor.name: whole[tensor.name].view(tensor.shape) for tensor in mine}
+
+
+def from_owner(
+    ranks: Ranks, tensors: Sequence[LogicalTensor], whole: Mapping[str, Tensor], like: Tensor
+) -> dict[str, Tensor]:
+    """The inverse of :func:`to_owner`: each rank receives its fragment of every tensor.
+
+    ``whole`` holds the tensors that this rank owns. Returns name -> 1-D fragment, in the dtype and
+    on the device of ``like``, for the tensors of which this rank holds elements.
+    """
+    if ranks.size == 1:
+        return {tensor.name: whole[tensor.name].reshape(-1) for tensor in tensors}
+    outgoing: list[list[Tensor]] = [[] for _ in range(ranks.size)]
+    incoming: list[list[tuple[str, Fragment]]] = [[] for _ in range(ranks.size)]
+    for tensor in tensors:
+        for fragment in tensor.fragments:
+            if tensor.owner == ranks.rank:
+                values = whole[tensor.name].reshape(-1)[fragment.start : fragment.stop]
+                outgoing[fragment.rank].append(values)
+            if fragment.rank == ranks.rank:
+                incoming[tensor.owner].append((tensor.name, fragment))
+    return {name: values for name, _, values in _all_to_all(ranks, outgoing, incoming, like)}
 
 
 def _all_to_all(
-    parts: list[list[torch.Tensor]], counts: list[int], layout: FlatLayout, like: torch.Tensor
-) -> list[torch.Tensor]:
-    """Send ``parts[k]`` to rank k; returns what each rank sent here, flat, ``counts[k]`` long."""
-    device = _device_of(layout, like)
-    send = [part.reshape(-1) for rank_parts in parts for part in rank_parts]
-    buffer = (torch.cat(send) if send else like.new_empty(0)).to(device)
+    ranks: Ranks,
+    outgoing: list[list[Tensor]],
+    incoming: list[list[tuple[str, Fragment]]],
+    like: Tensor,
+) -> list[tuple[str, Fragment, Tensor]]:
+    """Send ``outgoing[k]`` to rank k; the values that arrive for the fragments ``incoming[k]``."""
+    device = _collective_device(ranks, like)
+    send = [values.reshape(-1) for parts in outgoing for values in parts]
+    buffer = torch.cat(send).to(device, like.dtype) if send else like.new_empty(0, device=device)
+    counts = [sum(fragment.numel for _, fragment in parts) for parts in incoming]
     received = like.new_empty(sum(counts), device=device)
     dist.all_to_all_single(
         received,
         buffer,
         output_split_sizes=counts,
-        input_split_sizes=[sum(part.numel() for part in rank_parts) for rank_parts in parts],
-        group=layout.group,
+        input_split_sizes=[sum(values.numel() for values in parts) for parts in outgoing],
+        group=ranks.group,
     )
-    return list(received.to(like.device).split(counts))
+    del buffer, send
+    expected = [entry for parts in incoming for entry in parts]
+    values = received.to(like.device).split([fragment.numel for _, fragment in expected])
+    return [(*entry, part) for entry, part in zip(expected, values, strict=True)]
 
 
-def collect(
-    layout: FlatLayout, tensors: Sequence[LogicalTensor], flat: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """Assemble, on each owner, the whole tensors it owns from all ranks' slices ``flat``.
-
-    Returns name -> tensor of the logical shape, for the tensors owned by this rank only.
-    """
-    world, rank = range(layout.world_size), layout.rank
-    if layout.world_size == 1:
-        return {
-            tensor.name: piece_view(flat, piece).view(tensor.shape)
-            for tensor in tensors
-            if tensor.owner == rank and (piece := tensor.piece_of(rank)) is not None
-        }
-    outgoing: list[list[torch.Tensor]] = [[] for _ in world]
-    incoming: list[list[tuple[LogicalTensor, Piece]]] = [[] for _ in world]
-    for tensor in tensors:
-        for piece in tensor.pieces:
-            if piece.rank == rank:
-                outgoing[tensor.owner].append(piece_view(flat, piece))
-            if tensor.owner == rank:
-                incoming[piece.rank].append((tensor, piece))
-    counts = [sum(piece.length for _, piece in pieces) for pieces in incoming]
-    received = _all_to_all(outgoing, counts, layout, flat)
-    whole = {t.name: flat.new_empty(t.numel) for t in tensors if t.owner == rank}
-    for pieces, data in zip(incoming, received, strict=True):
-        position = 0
-        for tensor, piece in pieces:
-            source = data.narrow(0, position, piece.length)
-            whole[tensor.name].narrow(0, piece.start, piece.length).copy_(source)
-            position += piece.length
-    return {t.name: whole[t.name].view(t.shape) for t in tensors if t.owner == rank}
-
-
-def distribute(
-    layout: FlatLayout,
-    tensors: Sequence[LogicalTensor],
-    whole: Mapping[str, torch.Tensor],
-    like: torch.Tensor,
-) -> dict[str, torch.Tensor]:
-    """The inverse of :func:`collect`: each rank receives its piece of every tensor.
-
-    ``whole`` holds the tensors that this rank owns, in the dtype of ``like``. Returns name -> 1-D
-    piece, for the tensors of which this rank holds elements.
-    """
-    rank = layout.rank
-    if layout.world_size == 1:
-        return {tensor.name: whole[tensor.name].reshape(-1) for tensor in tensors}
-    outgoing: list[list[torch.Tensor]] = [[] for _ in range(layout.world_size)]
-    incoming: list[list[tuple[LogicalTensor, Piece]]] = [[] for _ in range(layout.world_size)]
-    for tensor in tensors:
-        for piece in tensor.pieces:
-            if tensor.owner == rank:
-                source = whole[tensor.name].reshape(-1)
-                outgoing[piece.rank].append(source.narrow(0, piece.start, piece.length))
-            if piece.rank == rank:
-                incoming[tensor.owner].append((tensor, piece))
-    counts = [sum(piece.length for _, piece in pieces) for pieces in incoming]
-    received = _all_to_all(outgoing, counts, layout, like)
-    pieces_here: dict[str, torch.Tensor] = {}
-    for pieces, data in zip(incoming, received, strict=True):
-        position = 0
-        for tensor, piece in pieces:
-            pieces_here[tensor.name] = data.narrow(0, position, piece.length)
-            position += piece.length
-    return pieces_here
+def broadcast_from_owners(ranks: Ranks, tensors: Sequence[Located]) -> None:
+    """Give all ranks the owners' values where every rank holds every tensor whole (ZeRO 0)."""
+    if ranks.group is None:
+        return
+    for owner in range(ranks.size):
+        views = [t.fragments[0].of(flat) for t, flat in tensors if t.owner == owner]
+        if not views:
+            continue
+        joined = torch.cat(views)
+        dist.broadcast(joined, dist.get_global_rank(ranks.group, owner), group=ranks.group)
+        if owner != ranks.rank:
+            for view, part in zip(views, joined.split([v.numel() for v in views]), strict=True):
+                view.copy_(part)
 
 
 def update_matrices(
     layout: FlatLayout,
-    flat: torch.Tensor,
-    grad: torch.Tensor,
-    rule: Callable[[list[Item]], list[torch.Tensor]],
-    apply: Callable[[list[torch.Tensor], list[torch.Tensor]], Any],
+    flat: Tensor,
+    grad: Tensor,
+    rule: Callable[[list[Item]], list[Tensor]],
+    apply: Callable[[list[Tensor], list[Tensor]], Any],
 ) -> None:
-    """Update every matrix of a slice, each by its owner.
+    """Update every matrix of a flat tensor, each by its owner.
 
     ``rule`` turns (tensor, G) of whole matrices into their updates U, on the owner only; ``apply``
     changes the elements of weights that this rank holds by those of U, 1-D views. Both are called
-    with as many matrices at a time as a bucket holds.
+    with one bucket of matrices at a time.
     """
-    local = {tensor.name: piece for tensor, piece in layout.local}
-    for bucket in buckets([t for t, _ in layout.local if layout.is_whole(t)]):
-        pieces = [local[tensor.name] for tensor in bucket]
+    ranks = layout.ranks
+    local = {tensor.name: fragment for tensor, fragment in layout.local}
+    for bucket in buckets([t for t, _ in layout.local if not t.is_split], _numel):
+        fragments = [local[tensor.name] for tensor in bucket]
         items = [
-            (tensor, piece_view(grad, piece).view(tensor.shape))
-            for tensor, piece in zip(bucket, pieces, strict=True)
+            (tensor, fragment.of(grad).view(tensor.shape))
+            for tensor, fragment in zip(bucket, fragments, strict=True)
         ]
         updates = [update.reshape(-1) for update in rule(items)]
-        apply([piece_view(flat, piece) for piece in pieces], updates)
-    for bucket in buckets([t for t in layout.tensors if not layout.is_whole(t)]):
-        matrices = collect(layout, bucket, grad)
-        mine = [tensor for tensor in bucket if tensor.owner == layout.rank]
+        apply([fragment.of(flat) for fragment in fragments], updates)
+    for bucket in buckets([t for t in layout.tensors if t.is_split], _numel):
+        matrices = to_owner(ranks, [(tensor, grad) for tensor in bucket], grad)
+        mine = [tensor for tensor in bucket if tensor.owner == ranks.rank]
         found = rule([(tensor, matrices[tensor.name]) for tensor in mine])
-        whole = {t.name: update.to(flat.dtype) for t, update in zip(mine, found, strict=True)}
-        parts = distribute(layout, bucket, whole, flat)
-        apply([piece_view(flat, local[name]) for name in parts], list(parts.values()))
+        whole = {tensor.name: update for tensor, update in zip(mine, found, strict=True)}
+        parts = from_owner(ranks, bucket, whole, flat)
+        apply([local[name].of(flat) for name in parts], list(parts.values()))
 
 
-def reduce_over_ranks(values: torch.Tensor, layout: FlatLayout, op: Any) -> torch.Tensor:
-    """Complete per-tensor partial results over the group, in place; a no-op on one process."""
-    if layout.world_size > 1:
-        moved = values.to(_device_of(layout, values))
-        dist.all_reduce(moved, op=op, group=layout.group)
+def _numel(tensor: LogicalTensor) -> int:
+    return tensor.numel
+
+
+def _collective_device(ranks: Ranks, like: Tensor) -> torch.device:
+    """Where collectives run: NCCL cannot take tensors that are offloaded to the CPU."""
+    if like.device.type == "cpu" and "nccl" in dist.get_backend(ranks.group):
+        return torch.device("cuda", torch.cuda.current_device())
+    return like.device
+
+
+def reduce_over_ranks(values: Tensor, ranks: Ranks, op: Any) -> Tensor:
+    """Complete per-tensor partial results over the ranks, in place; a no-op on one process."""
+    if ranks.size > 1:
+        moved = values.to(_collective_device(ranks, values))
+        dist.all_reduce(moved, op=op, group=ranks.group)
         values.copy_(moved)
     return values

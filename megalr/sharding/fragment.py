@@ -1,15 +1,15 @@
-"""Where the logical tensors of a parameter lie in flat storage, and on which rank.
+"""Where the elements of a tensor lie: on which rank, and where in that rank's flat tensor.
 
-The optimizers of this package do not see parameters but *logical tensors*: a matrix as the paper
-means it (``layers.3.attention.q``), a norm's weight, an embedding. A logical tensor is a contiguous
-row-major range of some flat storage, which may be
+Update rules, refactorization and checkpoints do not work on parameters but on *logical tensors*: a
+matrix as the papers mean it (``layers.3.attention.q``), a norm's weight, an embedding. A logical
+tensor is a contiguous row-major range of a parameter (all of it, or a row block of a parameter that
+stacks several matrices: ``p.row_blocks``), and a parameter lies
 
-* a parameter of its own (plain PyTorch),
-* a row block of a parameter that stores several matrices stacked by rows (``p.row_blocks``),
-* a range of the flat fp32 slices that ZeRO hands to its optimizer, possibly cut over ranks.
+* in a flat tensor of its own (plain PyTorch, ZeRO 0),
+* or in flat tensors of which every rank holds one, split at arbitrary elements (ZeRO 1 to 3).
 
-:class:`FlatLayout` describes one flat storage for all three cases with the same words, so that one
-implementation of an update rule serves them all.
+A :class:`Fragment` is one rank's share of a tensor. :class:`FlatLayout` lists the fragments of all
+ranks for all logical tensors of one flat tensor.
 """
 
 from __future__ import annotations
@@ -23,28 +23,50 @@ import torch.distributed as dist
 
 
 @dataclass(frozen=True)
-class Piece:
-    """``length`` elements of a tensor from element ``start`` on, at ``offset`` of a slice."""
+class Fragment:
+    """Elements [start, stop) of a tensor, at ``offset`` of the flat tensor of ``rank``."""
 
     rank: int
     start: int
     offset: int
-    length: int
+    numel: int
+
+    @property
+    def stop(self) -> int:
+        """End of the range of the tensor's elements."""
+        return self.start + self.numel
+
+    def of(self, flat: torch.Tensor) -> torch.Tensor:
+        """The elements as a view of the rank's flat tensor (1-D), or of one shaped like it."""
+        return flat.narrow(0, self.offset, self.numel)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that share flat tensors. ``group`` is not used where ``size`` is 1."""
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup) -> Ranks:
+        """The processes of a group, seen from this one."""
+        return cls(dist.get_rank(group), dist.get_world_size(group), group)
 
 
 @dataclass(frozen=True)
 class LogicalTensor:
     """One tensor of the model, and where its elements lie.
 
-    ``pieces`` lists every rank's share in the order of ranks. ``owner`` is the rank that updates
-    the tensor when the whole of it is needed. ``number`` counts the tensors of an optimizer from 1
-    in the order of its parameter groups: it seeds random projections and staggers refreshes, and
-    does not depend on how the tensors are spread over ranks.
+    ``fragments`` are in the order of ranks. ``owner`` is the rank that works on the whole tensor.
+    ``number`` counts the tensors of an optimizer from 1 in the order of its parameter groups: it
+    seeds random projections and staggers refreshes, and does not depend on the number of ranks.
     """
 
     name: str
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    fragments: tuple[Fragment, ...]
     owner: int = 0
     number: int = 1
 
@@ -52,37 +74,28 @@ class LogicalTensor:
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    def piece_of(self, rank: int) -> Piece | None:
-        """The share of ``rank``, or None when that rank holds nothing of the tensor."""
-        return next((piece for piece in self.pieces if piece.rank == rank), None)
+    @property
+    def is_split(self) -> bool:
+        """Whether more than one rank holds some of it, so that elements have to be exchanged."""
+        return len(self.fragments) > 1
+
+    def on(self, rank: int) -> Fragment | None:
+        """The fragment of a rank; None if the rank holds none of the tensor."""
+        return next((fragment for fragment in self.fragments if fragment.rank == rank), None)
 
 
 @dataclass(frozen=True)
 class FlatLayout:
-    """The logical tensors of one flat storage, as every rank of ``group`` knows them.
-
-    ``group`` is the process group of the ranks that share the storage; with ``world_size`` 1 it
-    is not used.
-    """
+    """The logical tensors of one flat tensor, equal on all ``ranks`` but for their own rank."""
 
     tensors: tuple[LogicalTensor, ...]
-    rank: int = 0
-    world_size: int = 1
-    group: dist.ProcessGroup | None = None
-    local: tuple[tuple[LogicalTensor, Piece], ...] = field(init=False)
+    ranks: Ranks = Ranks()
+    local: tuple[tuple[LogicalTensor, Fragment], ...] = field(init=False)
+    """The tensors of which this rank holds elements, each with its fragment here."""
 
     def __post_init__(self) -> None:
-        pairs = ((tensor, tensor.piece_of(self.rank)) for tensor in self.tensors)
-        object.__setattr__(self, "local", tuple((t, p) for t, p in pairs if p is not None))
-
-    def is_whole(self, tensor: LogicalTensor) -> bool:
-        """Whether one rank holds the tensor alone, so that nothing has to be exchanged."""
-        return len(tensor.pieces) == 1
-
-
-def piece_view(flat: torch.Tensor, piece: Piece) -> torch.Tensor:
-    """The elements of ``piece`` as a 1-D view of the slice ``flat``."""
-    return flat.narrow(0, piece.offset, piece.length)
+        pairs = ((tensor, tensor.on(self.ranks.rank)) for tensor in self.tensors)
+        object.__setattr__(self, "local", tuple((t, f) for t, f in pairs if f is not None))
 
 
 def split_rows(
@@ -101,65 +114,61 @@ def split_rows(
     ]
 
 
-def trivial_layout(parameter: torch.Tensor, name: str, first_number: int) -> FlatLayout:
+def logical_tensors(
+    name: str, parameter: torch.Tensor, shape: Sequence[int], fragments: Sequence[Fragment]
+) -> list[LogicalTensor]:
+    """The logical tensors of a parameter of the given full shape that lies in ``fragments``."""
+    blocks = split_rows(name, shape, getattr(parameter, "row_blocks", None))
+    return [
+        LogicalTensor(block, size, within(fragments, first, math.prod(size)))
+        for block, size, first in blocks
+    ]
+
+
+def single_process_layout(parameter: torch.Tensor, name: str, first_number: int) -> FlatLayout:
     """The layout of a parameter that one process holds alone, in its own storage."""
-    blocks = split_rows(name, parameter.shape, getattr(parameter, "row_blocks", None))
-    tensors = tuple(
-        LogicalTensor(block, shape, (Piece(0, 0, start, math.prod(shape)),), 0, first_number + i)
-        for i, (block, shape, start) in enumerate(blocks)
-    )
-    return FlatLayout(tensors)
+    whole = (Fragment(0, 0, 0, parameter.numel()),)
+    tensors = logical_tensors(name, parameter, parameter.shape, whole)
+    return FlatLayout(tuple(replace(t, number=first_number + i) for i, t in enumerate(tensors)))
 
 
-def cut_over_slices(numel: int, first: int, slice_size: int, world_size: int) -> tuple[Piece, ...]:
-    """Pieces of a tensor at ``first`` of a flat buffer that is cut into equal slices.
+def slice_fragments(
+    numel: int, first: int, slice_size: int, world_size: int
+) -> tuple[Fragment, ...]:
+    """Fragments of a tensor at ``first`` of a buffer that is split into equal slices (ZeRO 1, 2).
 
-    Rank k holds elements [k * slice_size, (k + 1) * slice_size) of the buffer (ZeRO 1 and 2).
+    Rank k holds elements [k * slice_size, (k + 1) * slice_size) of the buffer.
     """
-    pieces = []
+    fragments = []
     for rank in range(first // slice_size, world_size):
         left = max(first, rank * slice_size)
         right = min(first + numel, (rank + 1) * slice_size)
         if left >= right:
             break
-        pieces.append(Piece(rank, left - first, left - rank * slice_size, right - left))
-    return tuple(pieces)
+        fragments.append(Fragment(rank, left - first, left - rank * slice_size, right - left))
+    return tuple(fragments)
 
 
-def cut_each(first: int, numel: int, share: int, offset: int, world_size: int) -> tuple[Piece, ...]:
-    """Pieces of a row block of a parameter that is itself cut into equal shares (ZeRO 3).
+def share_fragments(numel: int, share: int, offset: int, world_size: int) -> tuple[Fragment, ...]:
+    """Fragments of a tensor that is split into equal shares by itself (ZeRO 3).
 
-    The parameter's elements [k * share, (k + 1) * share) lie on rank k at ``offset`` of its slice;
-    the block is the parameter's elements [first, first + numel).
+    Rank k holds elements [k * share, (k + 1) * share) at ``offset`` of its flat tensor; the last
+    shares may be short or empty.
     """
-    pieces = []
-    for rank in range(first // share, world_size):
-        left = max(first, rank * share)
-        right = min(first + numel, (rank + 1) * share)
-        if left >= right:
-            break
-        pieces.append(Piece(rank, left - first, offset + left - rank * share, right - left))
-    return tuple(pieces)
+    starts = ((rank, rank * share) for rank in range(world_size))
+    return tuple(
+        Fragment(rank, start, offset, min(share, numel - start))
+        for rank, start in starts
+        if start < numel
+    )
 
 
-def assign_owners(tensors: Iterable[LogicalTensor], world_size: int) -> list[LogicalTensor]:
-    """Give every tensor an owner: its only holder, or the least loaded rank among its holders.
-
-    Of the ranks that hold a cut tensor, those with at least half of the largest share are
-    candidates (the exchange stays small); among them the rank that owns the fewest elements so far
-    is taken, lowest rank first. Larger tensors choose first. Deterministic on all ranks.
-    """
-    ordered = list(tensors)
-    load = [0] * world_size
-    owners: dict[int, int] = {}
-
-    def size(index: int) -> int:
-        return ordered[index].numel
-
-    for index in sorted(range(len(ordered)), key=lambda i: (len(ordered[i].pieces) > 1, -size(i))):
-        pieces = ordered[index].pieces
-        largest = max(piece.length for piece in pieces)
-        candidates = [piece.rank for piece in pieces if 2 * piece.length >= largest]
-        owners[index] = min(candidates, key=lambda rank: (load[rank], rank))
-        load[owners[index]] += size(index)
-    return [replace(tensor, owner=owners[i]) for i, tensor in enumerate(ordered)]
+def within(fragments: Iterable[Fragment], first: int, numel: int) -> tuple[Fragment, ...]:
+    """Fragments of the elements [first, first + numel) of a tensor that lies in ``fragments``."""
+    found = []
+    for whole in fragments:
+        left, right = max(first, whole.start), min(first + numel, whole.stop)
+        if left < right:
+            offset = whole.offset + left - whole.start
+            found.append(Fragment(whole.rank, left - first, offset, right - left))
+    return tuple(found)

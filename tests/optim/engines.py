@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megalr.engine.flat_layouts import attach_layouts
+from megalr.engine.state import attach_layouts
 from megalr.errors import UserError
 from megalr.optim import (
     LORO,
@@ -25,8 +25,8 @@ from megalr.optim import (
     StableSPAM,
     projection,
 )
-from megalr.sharding.exchange import collect
-from megalr.sharding.fragment import FlatLayout, LogicalTensor, cut_over_slices
+from megalr.sharding.exchange import to_owner
+from megalr.sharding.fragment import FlatLayout, LogicalTensor, Ranks, slice_fragments
 
 GAP = 7
 PROJECTED = {"rank": 3, "update_proj_gap": GAP}
@@ -201,13 +201,14 @@ def resume(methods, stages):
 def stable_spam_on_slices(slice_size, numel):
     """Distance of this rank's slice of one tensor from a process that holds it alone."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    pieces = cut_over_slices(numel, 0, slice_size, world)
+    fragments = slice_fragments(numel, 0, slice_size, world)
     padded = torch.zeros(slice_size * world)
     padded[:numel] = torch.linspace(-1, 1, numel)
     alone = nn.Parameter(padded[:numel].clone())
     flat = nn.Parameter(padded.chunk(world)[rank].clone())
     optimizer, reference = StableSPAM([flat], lr=0.1), StableSPAM([alone], lr=0.1)
-    layout = FlatLayout((LogicalTensor("x", (numel,), pieces),), rank, world, dist.group.WORLD)
+    ranks = Ranks(rank, world, dist.group.WORLD)
+    layout = FlatLayout((LogicalTensor("x", (numel,), fragments),), ranks)
     optimizer.attach_layouts({flat: layout})
     for update in range(4):
         gradient = torch.zeros_like(padded)
@@ -246,7 +247,7 @@ def state_elements(method, stage):
     total = sum(t.numel() for state in base.state.values() for t in floating(state))
     padding = 0
     for group, (flat, layout) in zip(base.param_groups, base._layouts.items(), strict=True):
-        held = sum(piece.length for _, piece in layout.local)
+        held = sum(fragment.numel for _, fragment in layout.local)
         padding += 0 if group.get("rank") else flat.numel() - held
     file = io.BytesIO()
     torch.save([dict(state) for state in base.state.values()], file)
@@ -305,10 +306,11 @@ def layouts_match(names):
             for block, start, stop in blocks or ((parameter, 0, None),):
                 expected[block] = value[start:stop]
         for flat, layout in base._layouts.items():
-            whole = collect(layout, layout.tensors, flat.detach().view(-1))
-            if layout.world_size > 1:
-                objects = [None] * layout.world_size
-                dist.all_gather_object(objects, whole, group=layout.group)
+            ranks, values = layout.ranks, flat.detach().view(-1)
+            whole = to_owner(ranks, [(tensor, values) for tensor in layout.tensors], values)
+            if ranks.size > 1:
+                objects = [None] * ranks.size
+                dist.all_gather_object(objects, whole, group=ranks.group)
                 whole = {n: t for rank in objects for n, t in rank.items()}
             found.update(whole)
         dtype = next(engine.module.parameters()).dtype

@@ -8,8 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megalr.engine.flat_layouts import attach_layouts
-from megalr.engine.state import EngineState
+from megalr.engine.state import EngineState, attach_layouts
 from megalr.optim.galore import GaLore
 from megalr.optim.groups import parameter_groups
 from megalr.optim.spam import SPAM
@@ -37,7 +36,7 @@ def _read(state: EngineState) -> dict[tuple[str, str], torch.Tensor]:
 
 
 def _reset_and_compare(state: EngineState, kinds: tuple[str, ...], scope: str) -> float:
-    factors = factor_parameters(state.engine.module.factor_pairs())
+    factors = factor_parameters(state.wrapper.engine.module.factor_pairs())
     chosen = factors if scope == "factors" else state.parameters()
     names = {state.name(p) for p in chosen}
     state.relink()

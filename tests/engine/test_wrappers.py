@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megalr.engine.flat_layouts import attach_layouts
+from megalr.engine.state import attach_layouts
 from megalr.errors import UserError
 from megalr.optim import SPAM, GaLore, StableSPAM
-from megalr.sharding.fragment import LogicalTensor, assign_owners, cut_each, cut_over_slices
+from megalr.sharding.exchange import assign_owners
+from megalr.sharding.fragment import LogicalTensor, share_fragments, slice_fragments, within
 from tests.optim import engines
 from tests.ranks import run_distributed
 
@@ -99,25 +100,27 @@ def test_a_flat_slice_without_a_layout_is_never_taken_for_a_tensor():
         optimizer.step()
 
 
-def test_pieces_cover_every_tensor_once_whatever_the_cut():
+def test_fragments_cover_every_tensor_once_however_it_is_split():
     for world in (1, 2, 3, 5):
         for first, numel, size in ((0, 7, 4), (3, 20, 7), (12, 1, 13), (5, 30, 40)):
-            pieces = cut_over_slices(numel, first, size, max(world, -(-(first + numel) // size)))
-            covered = [p.start + i for p in pieces for i in range(p.length)]
+            slices = max(world, -(-(first + numel) // size))
+            fragments = slice_fragments(numel, first, size, slices)
+            covered = [f.start + i for f in fragments for i in range(f.numel)]
             assert covered == list(range(numel))
-            assert all(p.rank * size + p.offset == first + p.start for p in pieces)
-            assert all(p.offset >= 0 and p.offset + p.length <= size for p in pieces)
+            assert all(f.rank * size + f.offset == first + f.start for f in fragments)
+            assert all(f.offset >= 0 and f.offset + f.numel <= size for f in fragments)
         share = -(-30 // world)
-        pieces = cut_each(11, 13, share, 100, world)
-        assert [p.start + i for p in pieces for i in range(p.length)] == list(range(13))
-        assert all(p.offset >= 100 and p.offset + p.length <= 100 + share for p in pieces)
+        fragments = within(share_fragments(30, share, 100, world), 11, 13)
+        assert [f.start + i for f in fragments for i in range(f.numel)] == list(range(13))
+        assert all(f.offset >= 100 and f.offset + f.numel <= 100 + share for f in fragments)
 
 
 def test_cut_matrices_are_owned_evenly_by_ranks_that_hold_much_of_them():
     tensors = [
-        LogicalTensor(str(i), (64, 64), cut_each(0, 4096, 1024, 0, 4), number=i) for i in range(12)
+        LogicalTensor(str(i), (64, 64), share_fragments(4096, 1024, 0, 4), number=i)
+        for i in range(12)
     ]
     owned = assign_owners(tensors, 4)
     assert [sum(t.owner == rank for t in owned) for rank in range(4)] == [3, 3, 3, 3]
-    lopsided = LogicalTensor("x", (10, 10), cut_over_slices(100, 5, 20 * 5, 2))
+    lopsided = LogicalTensor("x", (10, 10), slice_fragments(100, 5, 20 * 5, 2))
     assert assign_owners([lopsided], 2)[0].owner == 0
