@@ -41,9 +41,9 @@ from megalr.models.build import build_model
 from megalr.models.config import decoder_config
 from megalr.restarts.balance import balance_in_place, balanced_factors, balanced_factors_by_qr
 from megalr.restarts.controller import Restarts
-from megalr.restarts.exchange import workspace_of
 from megalr.restarts.refactorize import factor_parameters
 from megalr.restarts.report import RestartReport
+from megalr.restarts.rounds import workspace_of
 
 RANKS = {"llama_9m": 32, "llama_60m": 128, "llama_350m": 256, "llama_1b": 512, "llama_7b": 1024}
 MICRO_BATCH = {"llama_9m": 2, "llama_60m": 128, "llama_350m": 64, "llama_1b": 64}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megalr.estimate.tensors import TRAINED, count, matrix_groups, stored_tensors
-from megalr.restarts.exchange import bucket_of
+from megalr.restarts.rounds import bucket_of
 from scaling.cluster import Cluster, gather, members
 from scaling.steps import Job
 

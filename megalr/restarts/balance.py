@@ -19,7 +19,7 @@ arithmetic is float64. Singular values descend. Signs: the largest entry of each
 positive, i.e. a new direction points the way of the old one that it overlaps most; factors that are
 balanced already come back unchanged.
 
-Factors may be cut over a process group, B by rows and A by columns: only r x r numbers are summed.
+Factors may be split over a process group, B by rows, A by columns: only r x r numbers are summed.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Balanced:
 
 
 def gram(factor: Tensor, group: Group = None) -> Tensor:
-    """``factorᵀ factor`` (r, r), float64, of a tall factor (rows, r) cut by rows over ``group``."""
+    """``factorᵀ factor`` (r, r), float64, of a tall factor (rows, r) split by rows over a group."""
     tall = factor.double()
     product = tall.mT @ tall
     if group is not None:
@@ -123,8 +123,8 @@ def balanced_factors(
 ) -> Balanced:
     """Balanced factors of ``b @ a`` for b (m, r) and a (r, n), results in the dtype of the inputs.
 
-    ``b_group``: the ranks over which B is cut by rows (None: whole here); ``a_group``: those over
-    which A is cut by columns. A factor without a group must be the same on all ranks of the
+    ``b_group``: the ranks over which B is split by rows (None: whole here); ``a_group``: those over
+    which A is split by columns. A factor without a group must be the same on all ranks of the
     other's group, and comes back the same bit for bit. Raises ValueError for factors that are not
     finite.
     """
@@ -199,7 +199,7 @@ def balance_in_place(
     pairs: Sequence[tuple[Tensor, Tensor]],
     *,
     workspace_bytes: int,
-    cuts: Sequence[tuple[bool, bool]] | None = None,
+    shards: Sequence[tuple[bool, bool]] | None = None,
     group: Group = None,
 ) -> tuple[int, int, int]:
     """Replace the factors of every pair (B (m, r), A (r, n)) by balanced ones.
@@ -210,38 +210,38 @@ def balance_in_place(
     Args:
         pairs: the factors; over a group, this rank's rows of B and columns of A.
         workspace_bytes: size of a batch's r x r matrices.
-        cuts: for each pair whether B is cut by rows, and A by columns, over ``group``.
+        shards: for each pair whether B is split by rows, and A by columns, over ``group``.
         group: the ranks that hold parts of the same pairs, all of which call this.
 
     Returns:
         The number of matrices that took the QR path, of dead directions and of re-seeded ones.
     """
-    if group is None or cuts is None:
-        cuts = [(False, False)] * len(pairs)
+    if group is None or shards is None:
+        shards = [(False, False)] * len(pairs)
     by_qr = dead = reseeded = 0
     ranks = sorted({b.shape[1] for b, _ in pairs})
     for rank in ranks:
-        same = [(*pair, *cut) for pair, cut in zip(pairs, cuts, strict=True)]
+        same = [(*pair, *shard) for pair, shard in zip(pairs, shards, strict=True)]
         same = [entry for entry in same if entry[0].shape[1] == rank]
         # Ten r x r float64 matrices are alive at once for each matrix of a batch.
         batch = max(1, workspace_bytes // (80 * rank * rank))
         for start in range(0, len(same), batch):
             chunk = same[start : start + batch]
             transforms = balancing_transforms(
-                _grams([(b, cut) for b, _, cut, _ in chunk], group),
-                _grams([(a.mT, cut) for _, a, _, cut in chunk], group),
+                _grams([(b, split) for b, _, split, _ in chunk], group),
+                _grams([(a.mT, split) for _, a, _, split in chunk], group),
             )
             for tensor in (transforms.t_b, transforms.t_a):
                 _make_equal(tensor, group)
             flags = _make_equal(transforms.reliable.to(torch.int32), group)
             for index, reliable in enumerate(flags.tolist()):
-                b, a, b_cut, a_cut = chunk[index]
+                b, a, b_split, a_split = chunk[index]
                 if reliable:
                     b.copy_(b.double() @ transforms.t_b[index])
                     a.copy_(transforms.t_a[index] @ a.double())
                     continue
                 result = balanced_factors_by_qr(
-                    b, a, b_group=group if b_cut else None, a_group=group if a_cut else None
+                    b, a, b_group=group if b_split else None, a_group=group if a_split else None
                 )
                 b.copy_(result.b)
                 a.copy_(result.a)
@@ -252,13 +252,13 @@ def balance_in_place(
 
 
 def _grams(factors: Sequence[tuple[Tensor, bool]], group: Group) -> Tensor:
-    """Gram matrices (k, r, r) of tall factors, each with whether it is cut by rows; one sum."""
+    """Gram matrices (k, r, r) of tall factors, each with whether it is split by rows; one sum."""
     grams = torch.stack([gram(factor) for factor, _ in factors])
     if group is None:
         return grams
     if dist.get_rank(group) > 0:  # one term is enough where every rank has the whole factor
-        cut = torch.tensor([cut for _, cut in factors], device=grams.device)
-        grams *= cut[:, None, None]
+        split = torch.tensor([split for _, split in factors], device=grams.device)
+        grams *= split[:, None, None]
     dist.all_reduce(grams, group=group)
     return grams
 
@@ -282,7 +282,7 @@ def _zero_product(
 
 
 def _tall_qr(tall: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-    """Thin QR of a (rows, r) matrix cut by rows: Q (rows, r) of this rank and the common R (r, r).
+    """Thin QR of (rows, r) split by rows over ranks: Q (rows, r) of this rank, the common R (r, r).
 
     Rows may be fewer than r: Q then has zero columns and R zero rows. Over a group each rank
     factors its rows, the small R are stacked and factored again (TSQR, Demmel et al. 2012), which

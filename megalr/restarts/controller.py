@@ -21,7 +21,6 @@ from megalr.engine.state import EngineState
 from megalr.errors import UserError
 from megalr.layers.factors import FactorPair
 from megalr.restarts.adaptive import SpikeDetector
-from megalr.restarts.exchange import FactorExchange
 from megalr.restarts.momentum_reset import check_groups, reset_moments
 from megalr.restarts.refactorize import (
     factor_parameters,
@@ -30,6 +29,7 @@ from megalr.restarts.refactorize import (
     refactorize,
 )
 from megalr.restarts.report import RestartReport, by_pattern
+from megalr.restarts.rounds import FactorRounds
 from megalr.restarts.schedule import BaseSchedule, RestartSchedule
 from megalr.restarts.verify import check_weights
 
@@ -78,7 +78,7 @@ class Restarts:
             _check_moments(config, self._state.base)
             check_groups(self._state, self._to_reset, config.reset_counter)
         if config.refactorizes:
-            self._exchange = FactorExchange(self._state, pairs)
+            self._work = FactorRounds(self._state, pairs)
 
     def learning_rate_factor(self, t: int) -> float:
         """Factor of the peak learning rate at update t (zero-based; t updates are done)."""
@@ -111,7 +111,7 @@ class Restarts:
             resetting, trigger = True, "gradient_norm"
         if not refactorizing and self._imbalance_due(update):
             started = self._now()
-            measured = largest_imbalance(self._exchange)
+            measured = largest_imbalance(self._work)
             self.seconds += self._now() - started
             if measured > (self.config.imbalance_threshold or 1.0):
                 refactorizing, resetting, trigger = True, True, "imbalance"
@@ -146,7 +146,7 @@ class Restarts:
             bad = nonfinite_parameters(self._state, self._factors)
             if bad:
                 return replace(report, skipped_nonfinite=tuple(bad))
-            done = refactorize(self._exchange)
+            done = refactorize(self._work)
             report = replace(
                 report,
                 refactorized=True,

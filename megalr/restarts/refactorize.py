@@ -17,12 +17,12 @@ from torch import nn
 from megalr.engine.state import EngineState
 from megalr.layers.factors import FactorPair
 from megalr.restarts.balance import balance_in_place, gram, imbalance
-from megalr.restarts.exchange import FactorExchange, workspace_of
+from megalr.restarts.rounds import FactorRounds, workspace_of
 
 
 @dataclass(frozen=True)
 class Refactorized:
-    """What a refactorization did, summed over ranks."""
+    """Counts of a refactorization, summed over ranks."""
 
     matrices: int
     by_qr: int  # matrices too ill-conditioned for the Gram path
@@ -31,40 +31,40 @@ class Refactorized:
 
 
 @torch.no_grad()
-def refactorize(exchange: FactorExchange) -> Refactorized:
-    """Replace the factors of all pairs by balanced ones; collective over the exchange's group.
+def refactorize(work: FactorRounds) -> Refactorized:
+    """Replace the factors of all pairs by balanced ones; collective over all data-parallel ranks.
 
     The caller has made sure that the factors are finite (:func:`nonfinite_parameters`).
     """
     counts = [0, 0, 0]
-    workspace = workspace_of(exchange.factor_bytes)
-    for index in range(len(exchange.rounds)):
-        matrices = exchange.gather(index)
+    workspace = workspace_of(work.factor_bytes)
+    for index in range(len(work.rounds)):
+        matrices = work.to_owners(index)
         found = balance_in_place(
             matrices,
             workspace_bytes=workspace,
-            cuts=exchange.cuts(index),
-            group=exchange.state.tensor_group,
+            shards=work.shards(index),
+            group=work.state.tensor_group,
         )
         counts = [total + new for total, new in zip(counts, found, strict=True)]
-        exchange.publish(index, matrices)
-    exchange.state.refresh_weights()
-    by_qr, dead, reseeded = sum_over(counts, exchange.state)
-    return Refactorized(len(exchange.pairs), by_qr, dead, reseeded)
+        work.from_owners(index, matrices)
+    work.state.refresh_weights()
+    by_qr, dead, reseeded = sum_over(counts, work.state)
+    return Refactorized(len(work.pairs), by_qr, dead, reseeded)
 
 
 @torch.no_grad()
-def largest_imbalance(exchange: FactorExchange) -> float:
+def largest_imbalance(work: FactorRounds) -> float:
     """The largest ``||B'B - AA'|| / (||B'B|| + ||AA'||)`` of all pairs; equal on all ranks."""
-    worst = torch.zeros((), dtype=torch.float64, device=exchange.state.device)
-    for index in range(len(exchange.rounds)):
-        group = exchange.state.tensor_group
-        matrices = exchange.gather(index)
-        for (b, a), (b_cut, a_cut) in zip(matrices, exchange.cuts(index), strict=True):
-            grams = gram(b, group if b_cut else None), gram(a.mT, group if a_cut else None)
+    worst = torch.zeros((), dtype=torch.float64, device=work.state.device)
+    for index in range(len(work.rounds)):
+        group = work.state.tensor_group
+        matrices = work.to_owners(index)
+        for (b, a), (b_split, a_split) in zip(matrices, work.shards(index), strict=True):
+            grams = gram(b, group if b_split else None), gram(a.mT, group if a_split else None)
             worst = torch.maximum(worst, imbalance(*grams))
-    # Tensor-parallel ranks too: factors they all hold need not round equally, and must not decide.
-    for ranks in exchange.state.all_groups():
+    # Tensor-parallel ranks too: factors that all hold need not round equally on each of them.
+    for ranks in work.state.all_groups():
         dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=ranks)
     return float(worst)
 

@@ -9,31 +9,32 @@ import torch
 import torch.distributed as dist
 
 from megalr.engine.state import EngineState
-from megalr.restarts.exchange import FactorExchange, share_out
 from megalr.restarts.refactorize import (
     factor_parameters,
     largest_imbalance,
     nonfinite_parameters,
     refactorize,
 )
+from megalr.restarts.rounds import FactorRounds
 from megalr.restarts.verify import check_weights, checksum
+from megalr.sharding.exchange import least_loaded
 from tests.ranks import run_distributed
 from tests.restarts.engines import KINDS, engine_of, logits, message_of, on_ranks, train
 
 
-def _products(exchange: FactorExchange) -> list[tuple[torch.Tensor, ...]]:
+def _products(work: FactorRounds) -> list[tuple[torch.Tensor, ...]]:
     """(B A, B'B, A A') of every pair from its masters, float64, on every rank."""
     mine = {}
-    for index in range(len(exchange.rounds)):
+    for index in range(len(work.rounds)):
         for pair, (b, a) in zip(
-            exchange.rounds[index][exchange.rank], exchange.gather(index), strict=True
+            work.rounds[index][work.ranks.rank], work.to_owners(index), strict=True
         ):
             b, a = b.double(), a.double()
             mine[pair] = (b @ a, b.mT @ b, a @ a.mT)
     parts: list = [None] * dist.get_world_size()
     dist.all_gather_object(parts, mine)
     joined = {k: v for part in parts for k, v in part.items()}
-    return [joined[i] for i in range(len(exchange.pairs))]
+    return [joined[i] for i in range(len(work.pairs))]
 
 
 def _refactorize(kind: str) -> list[dict]:
@@ -41,23 +42,23 @@ def _refactorize(kind: str) -> list[dict]:
     with engine_of(kind) as engine:
         state = EngineState(engine)
         pairs = engine.module.factor_pairs()
-        results = [_refactorize_once(engine, state, FactorExchange(state, pairs, 1000))]
+        results = [_refactorize_once(engine, state, FactorRounds(state, pairs, 1000))]
         for update in range(2):
             train(engine, update)
-        results.append(_refactorize_once(engine, state, FactorExchange(state, pairs)))
+        results.append(_refactorize_once(engine, state, FactorRounds(state, pairs)))
         train(engine, 2)
         return results
 
 
-def _refactorize_once(engine, state: EngineState, exchange: FactorExchange) -> dict:
-    before = (logits(engine), _products(exchange), largest_imbalance(exchange))
-    factors = {id(p) for p in factor_parameters(exchange.pairs)}
+def _refactorize_once(engine, state: EngineState, work: FactorRounds) -> dict:
+    before = (logits(engine), _products(work), largest_imbalance(work))
+    factors = {id(p) for p in factor_parameters(work.pairs)}
     others = [p for p in state.parameters() if id(p) not in factors]
     untouched = [None if (m := state.master(p)) is None else m.clone() for p in others]
     assert nonfinite_parameters(state, state.parameters()) == []
-    result = refactorize(exchange)
+    result = refactorize(work)
     check_weights(state, state.parameters())
-    after = (logits(engine), _products(exchange), largest_imbalance(exchange))
+    after = (logits(engine), _products(work), largest_imbalance(work))
     for parameter, value in zip(others, untouched, strict=True):
         master = state.master(parameter)
         assert (master is None) == (value is None)
@@ -79,7 +80,7 @@ def _refactorize_once(engine, state: EngineState, exchange: FactorExchange) -> d
         "off_diagonal": worst((b - b.diagonal().diag()).norm() / b.norm() for _, b, _ in after[1]),
         "imbalance": (before[2], after[2]),
         "result": result,
-        "rounds": len(exchange.rounds),
+        "rounds": len(work.rounds),
     }
 
 
@@ -112,24 +113,24 @@ def _deficient(kind: str) -> list:
     with engine_of(kind) as engine:
         train(engine, 0)
         state = EngineState(engine)
-        exchange = FactorExchange(state, engine.module.factor_pairs(), 1000)
-        for index, work in enumerate(exchange.rounds):
-            matrices = exchange.gather(index)
-            for pair, (b, _) in zip(work[exchange.rank], matrices, strict=True):
+        work = FactorRounds(state, engine.module.factor_pairs(), 1000)
+        for index, mine in enumerate(work.rounds):
+            matrices = work.to_owners(index)
+            for pair, (b, _) in zip(mine[work.ranks.rank], matrices, strict=True):
                 if pair == 2:
                     b.zero_()
                 elif pair == 9:
                     b[:, 4] = b[:, 1]
-            exchange.publish(index, matrices)
+            work.from_owners(index, matrices)
         state.refresh_weights()
-        before, products = logits(engine), _products(exchange)
-        first = refactorize(exchange)
-        after, again = logits(engine), _products(exchange)
+        before, products = logits(engine), _products(work)
+        first = refactorize(work)
+        after, again = logits(engine), _products(work)
         for (old, _, _), (new, _, _) in zip(products, again, strict=True):
             assert (new - old).norm() <= 1e-7 * old.norm()
         assert torch.count_nonzero(again[2][1]) == 0  # B of the zero product is left alone
         losses = [train(engine, update) for update in range(1, 4)]
-        second = refactorize(exchange)
+        second = refactorize(work)
         return [first, second, float((after - before).abs().max()), losses]
 
 
@@ -197,8 +198,8 @@ def test_checksum_sees_every_bit_and_place() -> None:
 
 def test_work_is_shared_out_by_cost_the_same_way_everywhere() -> None:
     costs = [5.0, 1.0, 1.0, 1.0, 1.0, 3.0, 3.0]
-    owners = share_out(costs, 3)
+    owners = least_loaded(costs, [range(3)] * 7, [0.0] * 3)
     load = [sum(c for c, o in zip(costs, owners, strict=True) if o == w) for w in range(3)]
     assert load == [5.0, 5.0, 5.0]
-    assert share_out(costs, 1) == [0] * 7
-    assert share_out([], 4) == []
+    assert least_loaded(costs, [range(1)] * 7, [0.0]) == [0] * 7
+    assert least_loaded([], [], [0.0] * 4) == []

@@ -45,7 +45,7 @@ def _balanced_in_parts(kind: str, tensor: int) -> None:
     before = [b.double() @ a.double() for b, a in whole]
     expected = balance_in_place(whole, workspace_bytes=1 << 20)
     found = balance_in_place(
-        parts, workspace_bytes=1 << 20, cuts=CUTS, group=mesh(tensor).tensor_group
+        parts, workspace_bytes=1 << 20, shards=CUTS, group=mesh(tensor).tensor_group
     )
     assert found == expected
     assert (expected[0] > 0) == (kind != "healthy")
@@ -79,7 +79,7 @@ def _imbalance_of_unequal_copies() -> float:
     )
     b, a = torch.eye(4) * (1.0 + place.tensor_rank), torch.eye(4)
     exchange = SimpleNamespace(
-        state=state, rounds=[[]], gather=lambda _: [(b, a)], cuts=lambda _: [(False, False)]
+        state=state, rounds=[[]], to_owners=lambda _: [(b, a)], shards=lambda _: [(False, False)]
     )
     return largest_imbalance(exchange)  # type: ignore[arg-type]
 
