@@ -25,7 +25,7 @@ $(INSTALLED): setup.py constraints.txt
 	touch $@
 
 quickstart: $(INSTALLED)
-	$(VENV)/bin/python tools/quickstart.py $(if $(INPUT),--input '$(INPUT)') $(ARGS)
+	$(VENV)/bin/python tools/quickstart.py $(ARGS) $(if $(INPUT),--input '$(INPUT)')
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -m 'not long' $(ARGS)

@@ -11,6 +11,7 @@ import argparse
 import glob
 import json
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -23,7 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from megalr.errors import UserError, exit_cleanly
+from megalr.files import disk_errors, write_atomic
 from megalr.run.metrics_reader import perplexity_change, read_run
+
+OVERRIDE = re.compile(r"[a-z_0-9]+(\.[a-z_0-9]+)+=")
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,8 @@ def run_steps(steps: Sequence[Step], records: Path, programs: dict[str, str]) ->
 
     Raises UserError when a command fails; what it printed says why.
     """
-    records.mkdir(parents=True, exist_ok=True)
+    with disk_errors(records):
+        records.mkdir(parents=True, exist_ok=True)
     for number, step in enumerate(steps, start=1):
         head = f"[{number}/{len(steps)}] {step.name}"
         record = records / f"{step.name}.json"
@@ -79,7 +84,7 @@ def run_steps(steps: Sequence[Step], records: Path, programs: dict[str, str]) ->
         missing = [str(path) for path in step.outputs if not path.exists()]
         if missing:
             raise UserError(f"{step.name} did not make {', '.join(missing)}: {step.line()}")
-        record.write_text(json.dumps(_state(step)), encoding="utf-8")
+        write_atomic(record, json.dumps(_state(step)).encode())
         print(f"    done in {time.perf_counter() - started:.0f} s", flush=True)
 
 
@@ -189,8 +194,19 @@ def report_steps(folder: Path, run: Path) -> list[Step]:
     ]
 
 
-def main() -> None:
-    """Parse the command line, run the steps, say where everything is."""
+def separate_overrides(arguments: argparse.Namespace) -> argparse.Namespace:
+    """Move ``section.key=value`` after ``--input`` to the overrides, unless it is a file."""
+    words = arguments.input
+    taken = [w for w in words if OVERRIDE.match(w) and not (os.path.lexists(w) or glob.glob(w))]
+    arguments.input = [word for word in words if word not in taken]
+    arguments.overrides = [*arguments.overrides, *taken]
+    if words and not arguments.input:
+        raise UserError(f"--input {' '.join(words)}: names no file before the settings")
+    return arguments
+
+
+def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line ``words``, or this program's own."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -205,7 +221,12 @@ def main() -> None:
         help="for all results (default: quickstart, with --input quickstart/own)",
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    arguments = parser.parse_intermixed_args()
+    return separate_overrides(parser.parse_intermixed_args(words))
+
+
+def main() -> None:
+    """Run the steps, say where everything is."""
+    arguments = parse_arguments()
     started = time.perf_counter()
     folder = arguments.folder or Path("quickstart/own" if arguments.input else "quickstart")
     run = folder / "run"

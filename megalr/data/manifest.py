@@ -34,6 +34,7 @@ from megalr.files import write_atomic
 MANIFEST_NAME = "manifest.json"
 FORMAT = "megalr-data"
 FORMAT_VERSION = 1
+HEAD_BYTES = 4096  # of a file, enough for the name of the format
 LARGEST_VOCABULARY = 1 << 31
 TokenizerKind = Annotated[str, Field(strict=True, pattern="^(sentencepiece|huggingface)$")]
 InputUnit = Annotated[str, Field(strict=True, pattern="^(file|bytes|hub)$")]
@@ -131,12 +132,7 @@ def _total(shards: Iterable[ShardEntry]) -> dict[str, int]:
 
 def load_manifest(path: str | Path) -> DataManifest:
     """Read the manifest of a data folder (or the manifest file itself) and check its contents."""
-    path = Path(path)
-    path = path / MANIFEST_NAME if path.is_dir() else path
-    if not path.is_file():
-        raise UserError(
-            f"{path}: no such file; a data set is a folder that tools/preprocess_c4.py has finished"
-        )
+    path = _manifest_of(Path(path))
     record = read_json(path)
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise UserError(f"{path}: not a manifest of this program")
@@ -152,6 +148,40 @@ def load_manifest(path: str | Path) -> DataManifest:
     if not unchanged:
         raise UserError(f"{path}: does not match its own checksum; the file was edited or damaged")
     return manifest
+
+
+def _manifest_of(path: Path) -> Path:
+    """The manifest's path; a UserError that says what to do if ``path`` is no data set."""
+    command = "python tools/preprocess_c4.py --input {} --tokenizer TOKENIZER --output FOLDER"
+    if path.is_dir():
+        if (path / MANIFEST_NAME).is_file():
+            return path / MANIFEST_NAME
+        if (path / "job.json").is_file():
+            raise UserError(
+                f"{path / MANIFEST_NAME}: no such file, the preprocessing into this folder has not "
+                f"finished; start its command again"
+            )
+        raise UserError(
+            f"{path / MANIFEST_NAME}: no such file; a data set is a folder that "
+            f"tools/preprocess_c4.py has finished. If this folder holds text, preprocess it first: "
+            f"{command.format(path)}"
+        )
+    file = path if path.exists() else Path(f"{path}.bin")  # the prefix of a Megatron shard
+    if not file.exists():
+        raise UserError(
+            f"{path}: no such file; a data set is a folder that tools/preprocess_c4.py has finished"
+        )
+    try:
+        with open(file, "rb") as stream:
+            found = FORMAT.encode() in stream.read(HEAD_BYTES)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    if not found and path.name != MANIFEST_NAME:
+        raise UserError(
+            f"{file}: is no data set but a single file; preprocess it first "
+            f"({command.format(file)}) and give FOLDER in its place"
+        )
+    return path
 
 
 def _check_consistent(manifest: DataManifest, place: str) -> None:

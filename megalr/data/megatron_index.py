@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 from megalr.errors import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
+OLD_MAGIC = b"TNTIDX"
 HEADER = struct.Struct("<9sQBQQ")
 INT32, INT64 = struct.Struct("<i"), struct.Struct("<q")
 DTYPE_CODES: dict[int, type] = {
@@ -135,10 +136,18 @@ class IndexedShard:
         if len(header) < HEADER.size:
             raise self._fail(self.idx, f"only {len(header)} bytes, the header alone has 34")
         magic, version, code, self.num_sequences, boundaries = HEADER.unpack(header)
+        if magic.startswith(OLD_MAGIC):
+            raise UserError(
+                f"{self.idx}: an index in the old format of fairseq and Megatron (TNTIDX), which "
+                f"is not supported; preprocess the text with tools/preprocess_c4.py"
+            )
         if magic != MAGIC:
             raise self._fail(self.idx, f"starts with {magic!r} and not with {MAGIC!r}")
         if version != 1:
-            raise self._fail(self.idx, f"index version {version}, only 1 is known")
+            raise UserError(
+                f"{self.idx}: index version {version}, only 1 is known; write the shard with a "
+                f"Megatron-Core that writes version 1, or preprocess the text"
+            )
         kind = np.dtype(DTYPE_CODES.get(code, np.float32))
         if kind.kind not in "iu":
             raise self._fail(self.idx, f"dtype code {code}, ids need 1 to 5 or 8")
@@ -148,15 +157,15 @@ class IndexedShard:
         self.num_documents = boundaries - 1
         expected = HEADER.size + 12 * self.num_sequences + 8 * boundaries
         if idx_bytes != expected:
-            extra = (
-                " (it looks multimodal, which is not supported)"
-                if idx_bytes == expected + self.num_sequences
-                else ""
-            )
+            if idx_bytes == expected + self.num_sequences:
+                raise UserError(
+                    f"{self.idx}: a multimodal index ({self.num_sequences} bytes of modes at its "
+                    f"end), which is not supported; give a data set of text alone"
+                )
             raise self._fail(
                 self.idx,
                 f"{idx_bytes} bytes, but {self.num_sequences} sequences and "
-                f"{self.num_documents} documents need {expected}{extra}",
+                f"{self.num_documents} documents need {expected}",
             )
         if bin_bytes % self.dtype.itemsize:
             raise self._fail(

@@ -160,8 +160,8 @@ class SplitWorker:
 
     def _batches(self, input_split: InputSplit, report: ReadReport) -> Iterator[_Batch]:
         if holds_tokens(input_split):
-            eos_id = self.tokenizer.eos_id if self.settings.append_eos else None
-            for ids, lengths in TokenReader(input_split, eos_id, report):
+            append_eos = self.settings.append_eos
+            for ids, lengths in TokenReader(input_split, self.tokenizer, append_eos, report):
                 pieces = np.split(ids, np.cumsum(lengths)[:-1]) if self._divides else []
                 keys = [piece.astype("<i8").tobytes() for piece in pieces]
                 yield _Batch(ids, lengths, np.zeros(len(lengths), np.int64), keys)

@@ -19,6 +19,8 @@ from megalr.errors import UserError
 from megalr.files import sha256_of_file
 from megalr.preprocessing.documents import ReadReport
 from megalr.preprocessing.input_splits import InputSplit, input_kind
+from megalr.preprocessing.streams import damage_reported
+from megalr.preprocessing.tokenizer import Tokenizer
 
 TOKENS_AT_ONCE = 1 << 20
 Documents = tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]  # tokens, starts, lengths
@@ -27,13 +29,16 @@ Documents = tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]  # tokens,
 class TokenReader:
     """Iterates over (ids, lengths) of batches of documents; ids concatenated, both int64.
 
-    With ``eos_id`` every document that does not end in it gets it appended. Documents without a
-    token are skipped and counted. Memory: one batch (1 Mi tokens) or the longest document. Raises
+    With ``append_eos`` every document that does not end in EOS gets it appended. Documents without
+    a token are skipped and counted. Memory: one batch (1 Mi tokens) or the longest document. Raises
     UserError for files that contradict each other.
     """
 
-    def __init__(self, input_split: InputSplit, eos_id: int | None, report: ReadReport) -> None:
-        self.input_split, self._eos_id, self.report = input_split, eos_id, report
+    def __init__(
+        self, input_split: InputSplit, tokenizer: Tokenizer, append_eos: bool, report: ReadReport
+    ) -> None:
+        self.input_split, self._tokenizer, self.report = input_split, tokenizer, report
+        self._eos_id = tokenizer.eos_id if append_eos else None
 
     def __iter__(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
         read = _megatron if input_kind(self.input_split.file) == "megatron" else _datatrove
@@ -54,11 +59,22 @@ class TokenReader:
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         pieces = [tokens[a : a + n] for a, n in zip(starts, lengths, strict=True)]
         ids = np.concatenate(pieces).astype(np.int64)
+        self._check_vocabulary(ids)
         if self._eos_id is None:
             return ids, lengths
         ends = np.cumsum(lengths)
         missing = ids[ends - 1] != self._eos_id
         return np.insert(ids, ends[missing], self._eos_id), lengths + missing
+
+    def _check_vocabulary(self, ids: NDArray[np.int64]) -> None:
+        vocab_size = self._tokenizer.vocab_size
+        wrong = ids[(ids < 0) | (ids >= vocab_size)]
+        if len(wrong):
+            raise UserError(
+                f"{self.input_split.file}: was made with another tokenizer than "
+                f"{self._tokenizer.path}: it holds id {wrong[0]}, outside its vocabulary of "
+                f"{vocab_size}; give --tokenizer the one that made the file"
+            )
 
 
 def _megatron(path: Path) -> Documents:
@@ -71,14 +87,17 @@ def _datatrove(path: Path) -> Documents:
     index = Path(f"{path}.index")
     if not index.is_file():
         raise UserError(f"{index}: no such file; it holds the document ends of {path.name}")
-    size, index_size = path.stat().st_size, index.stat().st_size
+    with damage_reported(path):
+        size, index_size = path.stat().st_size, index.stat().st_size
     if index_size % 8:
         raise UserError(f"{index}: {index_size} bytes are no multiple of 8; the file is damaged")
     ends = map_file(index, "<u8", index_size // 8).astype(np.int64)
+    if len(ends) and (int(ends.min()) < 0 or int(np.diff(ends).min(initial=0)) < 0):
+        raise UserError(f"{index}: the document ends are not ascending; the file is damaged")
     lengths = np.diff(ends, prepend=0)
     count = int(ends[-1]) if len(ends) else 0
     itemsize = _datatrove_itemsize(path, size, count)
-    if count * itemsize != size or (len(lengths) and int(lengths.min()) < 0):
+    if count * itemsize != size:
         raise UserError(
             f"{path}: {size} bytes, but its index describes {count} ids of {itemsize} bytes; the "
             f"files are damaged or do not belong together"
@@ -90,7 +109,8 @@ def _datatrove(path: Path) -> Documents:
 def _datatrove_itemsize(path: Path, size: int, count: int) -> int:
     metadata = Path(f"{path}.metadata")
     if metadata.is_file():
-        text = metadata.read_text(encoding="utf-8").splitlines()
+        with damage_reported(metadata):
+            text = metadata.read_text(encoding="utf-8", errors="replace").splitlines()
         itemsize = text[0].rpartition("|")[2] if text else ""
         if itemsize in ("2", "4"):
             return int(itemsize)

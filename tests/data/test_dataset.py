@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from pathlib import Path
 
@@ -186,3 +187,71 @@ def test_data_without_a_single_sample_is_refused(tmp_path: Path) -> None:
         open_training_data(write_dataset(tmp_path, [[[1]]]), sequence_length=4)
     with pytest.raises(UserError, match="sequence_length is 1"):
         open_training_data(tmp_path, sequence_length=1)
+
+
+def test_text_and_shards_without_a_manifest_are_told_apart_from_a_data_set(tmp_path: Path) -> None:
+    (tmp_path / "text.jsonl").write_text('{"text": "a"}\n' * 3)
+    (tmp_path / "plain.bin").write_bytes(bytes(8))
+    (tmp_path / "other.json").write_text("{}")
+    for name in ("text.jsonl", "plain.bin", "other.json"):
+        command = f"python tools/preprocess_c4.py --input {tmp_path / name} "
+        with pytest.raises(UserError, match=rf"{name}: is no data set .*{re.escape(command)}"):
+            open_training_data(tmp_path / name, sequence_length=4)
+    with pytest.raises(UserError, match=r"plain\.bin: is no data set"):
+        open_training_data(tmp_path / "plain", sequence_length=4)
+    with pytest.raises(UserError, match=rf"If this folder holds text, .* --input {tmp_path} "):
+        open_training_data(tmp_path, sequence_length=4)
+    (tmp_path / "job.json").write_text("{}")
+    with pytest.raises(UserError, match="has not finished; start its command again"):
+        open_training_data(tmp_path, sequence_length=4)
+
+
+def _without_checksum(folder: Path, change) -> None:
+    """Change a manifest as an older version wrote it, with totals that fit."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest.pop("sha256", None)
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["tokenizer"].update(eos_id=100), "eos_id is 100, outside the vocabulary of 1"),
+        (lambda m: m["tokenizer"].update(pad_id=-1), "tokenizer: pad_id is -1"),
+        (lambda m: m["tokenizer"].update(pad_id=True), "tokenizer: pad_id is True"),
+        (lambda m: m["tokenizer"].update(eos_id=None), "append_eos is true and .* no eos_id"),
+        (lambda m: m["tokenizer"].update(vocab_size="100"), "vocab_size is '100'"),
+        (lambda m: m["tokenizer"].update(path="../x"), "tokenizer: path is '../x'"),
+        (lambda m: m.update(append_eos=1), "append_eos is 1"),
+        (lambda m: m.update(dtype="int32"), "dtype is 'int32', a vocabulary of 100 needs uint16"),
+        (lambda m: m.update(shards={}), "shards is {}"),
+        (lambda m: m.update(shards=None), "shards is None"),
+        (lambda m: m.update(tokenizer=[]), "tokenizer is "),
+        (lambda m: m["shards"][0].update(name="/etc/x"), "shard 0: name is '/etc/x'"),
+        (lambda m: m["shards"][1].update(name="part0"), "lists the shard 'part0' 2 times"),
+        (lambda m: m["shards"][0].update(tokens=4.0), r"shard 0: tokens is 4\.0"),
+        (lambda m: m["shards"][0].update(split="test"), "shard 0: split is 'test'"),
+        (lambda m: m["shards"][0].update(max_id=100), "shard 0: max_id is 100"),
+        (lambda m: m["shards"][0]["source"].update(start=9), "the source runs from 9 back to 0"),
+        (lambda m: m["shards"][0].update(source="a"), "shard 0: source is 'a'"),
+    ],
+)
+def test_types_and_ranges_of_a_manifest_are_checked(tmp_path: Path, change, message: str) -> None:
+    folder = write_dataset(tmp_path, [[[5, 6, 7, 1]], [[5, 6, 7, 1]]])
+    _without_checksum(folder, lambda manifest: None)
+    open_training_data(folder, sequence_length=4)  # as older versions wrote it
+    _without_checksum(folder, change)
+    with pytest.raises(UserError, match=rf"manifest\.json: .*{message}") as caught:
+        open_training_data(folder, sequence_length=4)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_manifest_that_was_edited_where_nothing_else_shows_it_is_refused(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path, [[[5, 6, 7, 1]]])
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for key, value in (("eos_id", 2), ("pad_id", 3)):
+        changed = {**manifest, "tokenizer": {**manifest["tokenizer"], key: value}}
+        (folder / "manifest.json").write_text(json.dumps(changed))
+        with pytest.raises(UserError, match=r"manifest\.json: does not match its own checksum"):
+            open_training_data(folder, sequence_length=4)

@@ -145,3 +145,17 @@ def test_no_single_byte_of_header_lengths_and_pointers_can_change_unnoticed(tmp_
             with pytest.raises(UserError):
                 IndexedShard(tmp_path / "a")
             (tmp_path / "a.idx").write_bytes(sound)
+
+
+def test_foreign_indices_are_named_as_what_they_are(tmp_path: Path) -> None:
+    write_shard(tmp_path, "a", [[5, 6, 1], [7, 1]])
+    sound = (tmp_path / "a.idx").read_bytes()
+    for content, message in [
+        (b"TNTIDX\x00\x00" + struct.pack("<QQ", 1, 4) + bytes(40), r"old format of fairseq"),
+        (sound[:9] + struct.pack("<Q", 2) + sound[17:], "index version 2, only 1 is known"),
+        (sound + bytes(2), r"a multimodal index \(2 bytes of modes"),
+    ]:
+        (tmp_path / "a.idx").write_bytes(content)
+        with pytest.raises(UserError, match=rf"a\.idx: .*{message}") as caught:
+            IndexedShard(tmp_path / "a")
+        assert "damaged" not in str(caught.value)

@@ -142,3 +142,25 @@ def test_megatron_core_reads_our_shards_and_we_read_its_shards(tmp_path: Path) -
     for suffix in (".bin", ".idx"):
         written = (tmp_path / f"theirs-uint16{suffix}").read_bytes()
         assert (tmp_path / f"same{suffix}").read_bytes() == written
+
+
+def test_ids_of_another_tokenizer_are_named_as_such(tmp_path: Path) -> None:
+    write_shard(tmp_path, "a", [[5, 9, 1], [700, 1]], vocab_size=1000)
+    write_ds(tmp_path / "b.ds", [[5, 40_000]])
+    for name, wrong in (("a.bin", 700), ("b.ds", 40_000)):
+        with pytest.raises(
+            UserError,
+            match=rf"{name}: was made with another tokenizer than .*: it holds id {wrong}",
+        ):
+            preprocess([tmp_path / name], tmp_path / f"data-{name}")
+
+
+def test_the_ends_of_a_datatrove_file_must_ascend(tmp_path: Path) -> None:
+    path = write_ds(tmp_path / "a.ds", [[5, 6], [7, 8]])
+    for ends in ([3, 2, 4], [2**64 - 1, 4], [2**63, 4]):
+        Path(f"{path}.index").write_bytes(struct.pack(f"<{len(ends)}Q", *ends))
+        with pytest.raises(UserError, match=r"a\.ds\.index: the document ends are not ascending"):
+            preprocess([path], tmp_path / "data")
+    write_ds(path, [[5, 6], [7, 8]])
+    Path(f"{path}.metadata").write_bytes(b"\xff\xfe|2\n")
+    assert preprocess([path], tmp_path / "data").documents == 2

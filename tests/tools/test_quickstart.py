@@ -6,12 +6,13 @@ import gzip
 import json
 import os
 import random
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from quickstart import Step, run_steps
+from quickstart import Step, parse_arguments, run_steps
 
 from megalr.errors import UserError
 
@@ -61,6 +62,40 @@ def test_failing_steps_stop_with_their_command_and_are_not_recorded(tmp_path: Pa
     with pytest.raises(UserError, match=r"idle did not make .*nothing"):
         run_steps([empty], tmp_path, programs)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--input", "a.json", "b.json", "restarts.every=100", "data.train=x"],
+        ["restarts.every=100", "data.train=x", "--input", "a.json", "b.json"],
+        ["restarts.every=100", "--input", "a.json", "b.json", "data.train=x", "--folder", "out"],
+    ],
+)
+def test_settings_are_no_input_wherever_they_stand(words: list[str]) -> None:
+    arguments = parse_arguments(words)
+    assert arguments.input == ["a.json", "b.json"]
+    assert arguments.overrides == ["restarts.every=100", "data.train=x"]
+
+
+def test_a_file_with_a_name_like_a_setting_is_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.b=c.jsonl").touch()
+    assert parse_arguments(["--input", "a.b=c.jsonl"]).input == ["a.b=c.jsonl"]
+    with pytest.raises(UserError, match=r"--input restarts\.every=100: names no file"):
+        parse_arguments(["--input", "restarts.every=100"])
+
+
+def test_make_gives_the_settings_and_the_input_to_the_quickstart() -> None:
+    command = ["make", "-n", "quickstart", "INPUT=f*.gz", "ARGS=restarts.every=100 data.packing=no"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    line = done.stdout.strip().splitlines()[-1]
+    words = shlex.split(line)[2:]
+    arguments = parse_arguments(words)
+    assert arguments.input == ["f*.gz"]
+    assert arguments.overrides == ["restarts.every=100", "data.packing=no"]
 
 
 def write_text(path: Path, documents: int) -> None:
