@@ -83,6 +83,17 @@ def test_readme_leads_to_every_page() -> None:
         assert f"](lab/{page.name})" in measurements.read_text(encoding="utf-8")
 
 
+def test_names_of_developer_pages_are_in_the_files_beside_them() -> None:
+    """ "`name` (`file.py`)", or "`Class.name` (`file.py`)"."""
+    for page in DEVELOPER_PAGES:
+        text = page.read_text(encoding="utf-8")
+        for name, file in re.findall(r"`([\w.]+)`\s+\(`([\w/]+\.py)`\)", text):
+            nodes = ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8")))
+            kinds = (ast.FunctionDef, ast.ClassDef)
+            defined = {node.name for node in nodes if isinstance(node, kinds)}
+            assert set(name.split(".")) <= defined, f"{page.name}: {name} in {file}"
+
+
 def test_every_room_has_a_row_in_the_architecture() -> None:
     text = (ROOT / "docs" / "dev" / "architecture.md").read_text(encoding="utf-8")
     rooms = {f"megalr/{path.parent.name}" for path in ROOT.glob("megalr/*/__init__.py")}
@@ -103,8 +114,8 @@ def test_user_pages_name_no_machine_and_no_commit(page: Path) -> None:
     assert not COMMIT.findall(text)
 
 
-@a_user_page
-def test_user_pages_are_plain_english(page: Path) -> None:
+@a_page
+def test_pages_are_plain_english(page: Path) -> None:
     text = page.read_text(encoding="utf-8").replace("first_batch_left_out", "")
     assert [match[0] for match in STYLE.finditer(text)] == []
 
