@@ -14,10 +14,11 @@ import json
 import re
 from pathlib import Path
 
+from megalr.distributed.mpi import launched_ranks, world_communicator
 from megalr.errors import UserError, exit_cleanly
 from megalr.preprocessing.documents import ReadOptions
 from megalr.preprocessing.job import PreprocessJob, run_local
-from megalr.preprocessing.mpi_workers import launched_ranks, run_mpi, world_communicator
+from megalr.preprocessing.mpi_workers import run_mpi
 from megalr.preprocessing.split_worker import WorkSettings
 
 
@@ -96,7 +97,7 @@ def make_job(args: argparse.Namespace) -> PreprocessJob:
     share, shares = parse_share(args.share)
     if args.workers < 1 or args.part_megabytes < 1:
         raise UserError("--workers and --part_megabytes must be at least 1")
-    if args.workers > 1 and launched_ranks() > 1:
+    if args.workers > 1 and launched_ranks()[1] > 1:
         raise UserError("under MPI every rank is one worker: start more ranks, not --workers")
     if not args.max_bad_lines >= 0:  # nan would let everything pass
         raise UserError(f"--max_bad_lines is {args.max_bad_lines}, it must be 0 or more")
@@ -117,7 +118,7 @@ def make_job(args: argparse.Namespace) -> PreprocessJob:
 
 def main() -> int:
     args = parse_arguments()
-    if launched_ranks() > 1:
+    if launched_ranks()[1] > 1:
         summary = run_mpi(lambda: make_job(args), world_communicator())
     else:
         summary = run_local(make_job(args), args.workers)

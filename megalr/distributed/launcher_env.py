@@ -9,17 +9,21 @@ from collections.abc import Mapping
 
 import psutil
 
+from megalr.distributed.mpi import launched_ranks, number, world_communicator
 from megalr.errors import UserError
 
 WORLD_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+NODE_VARIABLES = ("GROUP_WORLD_SIZE", "CROSS_SIZE")
+"""Number of nodes, set by torchrun and by deepspeed's launcher."""
 DEFAULT_PORT = 29500
 
 
 def adopt_launcher() -> None:
     """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT of this process.
 
-    Sources, in this order: these variables themselves (``deepspeed``, torchrun), Open MPI's
-    mpirun, SLURM's srun, another MPI's mpiexec. Without any of them the world is this process.
+    Sources: these variables themselves (``deepspeed``, torchrun), else the innermost of MPI's
+    mpirun or mpiexec and SLURM's srun that started several processes. Without any of them the
+    world is this process. A world of one uses neither MASTER_ADDR nor MASTER_PORT.
 
     Raises:
         UserError: some of the variables are missing or not numbers, or a SLURM job of several
@@ -28,21 +32,62 @@ def adopt_launcher() -> None:
     environment = os.environ
     if "RANK" in environment:
         _check_complete(environment)
-    elif "OMPI_COMM_WORLD_RANK" in environment:
-        _discover_by_mpi()
-    elif "SLURM_STEP_NUM_TASKS" in environment and environment["SLURM_STEP_NUM_TASKS"] != "1":
+    elif _is_srun_innermost(environment):
         environment.update(slurm_variables(environment))
-    elif "PMI_RANK" in environment:
+    elif launched_ranks(environment)[1] > 1:
         _discover_by_mpi()
     else:
         _check_started_by_srun(environment)
-        environment.update(
-            RANK="0",
-            LOCAL_RANK="0",
-            WORLD_SIZE="1",
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(_free_port()),
+        environment.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    if environment["WORLD_SIZE"] == "1":  # DeepSpeed looks for another launcher without them
+        environment.setdefault("MASTER_ADDR", "127.0.0.1")
+        environment.setdefault("MASTER_PORT", str(DEFAULT_PORT))
+
+
+def check_launched_size(environment: Mapping[str, str] = os.environ) -> None:
+    """Check that this process is in the world that its launcher started.
+
+    To be called after :func:`adopt_launcher`. Variables of an earlier session, another MPI library
+    or a torchrun that does not know of the other nodes would otherwise let every process train
+    alone.
+
+    Raises:
+        UserError: the launcher started more processes than the world has, or WORLD_SIZE is not a
+            multiple of their number.
+    """
+    variable, started = launched_ranks(environment)
+    if started == 1:
+        variable, started = "SLURM_STEP_NUM_TASKS", slurm_tasks(environment)
+    world = int(environment["WORLD_SIZE"])
+    nodes = [environment[name] for name in NODE_VARIABLES if name in environment]
+    if started > 1 and (world % started != 0 or nodes == ["1"]):
+        found = f"a world of {world}" + (" on this node alone" if nodes == ["1"] else "")
+        raise UserError(
+            f"{variable} is {started} but this process is in {found} (WORLD_SIZE): each of the "
+            f"{started} would run on its own; let one launcher start all processes (unset RANK, "
+            "WORLD_SIZE and LOCAL_RANK if they are left from elsewhere, give torchrun --nnodes), "
+            f"or unset {variable} if it is not this launch's"
         )
+
+
+def slurm_tasks(environment: Mapping[str, str]) -> int:
+    """Tasks of the SLURM step that this process is one of; 1 outside a step."""
+    name = "SLURM_STEP_NUM_TASKS"
+    return number(environment, name) if name in environment else 1
+
+
+def number_of_processes(environment: Mapping[str, str] = os.environ) -> int:
+    """The largest number of processes that any launcher's variable says were started."""
+    world = number(environment, "WORLD_SIZE") if "WORLD_SIZE" in environment else 1
+    return max(world, launched_ranks(environment)[1], slurm_tasks(environment))
+
+
+def _is_srun_innermost(environment: Mapping[str, str]) -> bool:
+    """Whether srun started this process itself, not an MPI launcher's daemon on its node."""
+    tasks = slurm_tasks(environment)
+    return tasks > 1 and (
+        launched_ranks(environment)[1] in (1, tasks) and "OMPI_COMM_WORLD_RANK" not in environment
+    )
 
 
 def slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
@@ -62,7 +107,7 @@ def slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
             "with plain srun, or export RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
         )
     for name in (*needed[:3], "SLURM_JOB_ID"):
-        _number(environment, name)
+        number(environment, name)
     port = 10000 + int(environment["SLURM_JOB_ID"]) % 20000
     return {
         "RANK": environment["SLURM_PROCID"],
@@ -86,22 +131,24 @@ def host_name() -> str:
 
 
 def _check_complete(environment: Mapping[str, str]) -> None:
-    missing = [name for name in WORLD_VARIABLES if not environment.get(name)]
+    alone = environment.get("WORLD_SIZE") == "1"
+    needed = WORLD_VARIABLES[: 2 if alone else 4]
+    missing = [name for name in needed if not environment.get(name)]
     if missing:
         raise UserError(
             f"RANK is {environment['RANK']!r} but {', '.join(missing)} {_is_not(missing)} set: "
             "start with deepspeed, torchrun, mpirun or srun, or unset RANK for one process"
         )
     os.environ.setdefault("LOCAL_RANK", "0")
-    rank, local_rank, world, port = (
-        _number(environment, name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
+    rank, local_rank, world = (
+        number(environment, name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     )
     if not (0 <= rank < world and local_rank >= 0):
         raise UserError(
             f"RANK is {rank}, LOCAL_RANK {local_rank}, WORLD_SIZE {world}: ranks count from 0 and "
             "are below WORLD_SIZE; let the launcher set them"
         )
-    if not 0 <= port < 65536:
+    if not alone and not 0 <= (port := number(environment, "MASTER_PORT")) < 65536:
         raise UserError(f"MASTER_PORT is {port}: give a port below 65536 that is free")
 
 
@@ -116,9 +163,9 @@ def _check_started_by_srun(environment: Mapping[str, str]) -> None:
 
 def _discover_by_mpi() -> None:
     """Set RANK and so on from MPI; MASTER_ADDR and MASTER_PORT are kept if set."""
+    world = world_communicator()
     from mpi4py import MPI
 
-    world = MPI.COMM_WORLD
     rank = world.Get_rank()
     hosts = world.allgather(MPI.Get_processor_name())
     address = world.bcast(_first_address() if rank == 0 else None, root=0)
@@ -142,20 +189,5 @@ def _first_address() -> str:
     return addresses[0] if addresses else "127.0.0.1"
 
 
-def _number(environment: Mapping[str, str], name: str) -> int:
-    try:
-        return int(environment[name])
-    except ValueError:
-        raise UserError(
-            f"{name} is {environment[name]!r}, not a number: unset it, or let the launcher set it"
-        ) from None
-
-
 def _is_not(names: list[str]) -> str:
     return "is not" if len(names) == 1 else "are not"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

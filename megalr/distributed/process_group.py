@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megalr.distributed.launcher_env import adopt_launcher
+from megalr.distributed.launcher_env import adopt_launcher, check_launched_size
 from megalr.distributed.rendezvous import rendezvous
 from megalr.errors import UserError
 
@@ -25,9 +25,11 @@ def start_distributed(timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> torch
         timeout_seconds: time limit of a collective.
 
     Raises:
-        UserError: the rendezvous fails, or a rank has no GPU.
+        UserError: the launcher started another number of processes, the rendezvous fails, or a
+            rank has no GPU.
     """
     adopt_launcher()
+    check_launched_size()
     error, device = None, torch.device("cpu")
     try:
         device = own_device(int(os.environ["LOCAL_RANK"]))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megalr.distributed.launcher_env import number_of_processes
 from megalr.errors import UserError
 
 
@@ -37,7 +37,7 @@ def run_tasks(
         UserError: several processes, lm-eval is not installed, an unknown task, or a model or data
             set that it cannot load.
     """
-    if any(os.environ.get(name, "1") != "1" for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE")):
+    if number_of_processes() > 1:
         raise UserError("--tasks runs on one process: start it with plain python")
     try:
         import lm_eval

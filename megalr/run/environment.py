@@ -87,8 +87,9 @@ def report(device: torch.device) -> str:
     software = versions(device)
     del software["device"]
     hosts = list(dict.fromkeys(host for host, _ in everyone))
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     connection = [
-        f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}",
+        "one process" if dist.get_world_size() == 1 else f"meeting at {address}",
         f"backend {dist.get_backend()}",
     ]
     if "SLURM_JOB_ID" in os.environ:
@@ -103,7 +104,7 @@ def report(device: torch.device) -> str:
         "  ".join(f"{name} {value}" for name, value in software.items()),
         f"ranks {len(everyone)} on {len(hosts)} hosts: "
         + "; ".join(_host_line(host, everyone) for host in hosts),
-        "meeting at " + ", ".join(connection),
+        ", ".join(connection),
         "network: " + "; ".join(_interfaces() + _fabric()),
         "variables: " + (" ".join(variables) or "none"),
     ]

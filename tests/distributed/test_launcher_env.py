@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import os
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from megalr.distributed.launcher_env import adopt_launcher, first_host, slurm_variables
+from megalr.distributed import launcher_env
+from megalr.distributed.launcher_env import (
+    adopt_launcher,
+    check_launched_size,
+    first_host,
+    number_of_processes,
+    slurm_variables,
+)
+from megalr.distributed.mpi import world_communicator
+from megalr.distributed.process_group import start_distributed
 from megalr.errors import UserError
 
 SRUN = {
@@ -25,13 +36,14 @@ LAUNCHERS = (
     "MASTER_PORT",
     "OMPI_COMM_WORLD_RANK",
 )
+OTHERS = ("SLURM", "PMI", "OMPI", "MV2", "MPI_LOCAL", "GROUP_WORLD_SIZE", "CROSS_SIZE")
 
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """An environment without any launcher, put back afterwards."""
     for name in list(os.environ):
-        if name in LAUNCHERS or name.startswith(("SLURM_", "PMI_")):
+        if name in LAUNCHERS or name.startswith(OTHERS):
             monkeypatch.delenv(name)
     for name in LAUNCHERS[:5]:  # so that what is set in the test is removed again
         monkeypatch.setenv(name, "")
@@ -118,3 +130,128 @@ def test_a_launcher_wins_over_slurm_and_an_allocation_is_not_a_launcher(
     environment.setenv("SLURM_NTASKS", "1")
     adopt_launcher()
     assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("0", "1")
+
+
+TASK = {**SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}
+PMI = {"PMI_RANK": "1", "PMI_SIZE": "2"}
+OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}
+TORCHRUN = {
+    "RANK": "3",
+    "LOCAL_RANK": "3",
+    "WORLD_SIZE": "4",
+    "MASTER_ADDR": "here",
+    "MASTER_PORT": "77",
+}
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+
+
+def use(environment: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    for name, value in variables.items():
+        environment.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        TASK,
+        TASK | {"PMI_RANK": "0", "PMI_SIZE": "1"},  # --mpi=pmi2
+        TASK | {"PMIX_RANK": "0"},  # --mpi=pmix
+        {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"},
+        ALONE,  # without an address
+        ALONE | {"MASTER_ADDR": "no.such.host", "MASTER_PORT": "no number"},
+        ALONE | {"GROUP_WORLD_SIZE": "1"},
+    ],
+)
+def test_one_process_is_a_world_of_one_without_mpi_address_or_port(
+    variables: dict[str, str], environment: pytest.MonkeyPatch
+) -> None:
+    environment.setitem(sys.modules, "mpi4py", None)  # importing it fails
+    use(environment, variables)
+    adopt_launcher()
+    check_launched_size()
+    assert [os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")] == ["0", "0", "1"]
+    assert number_of_processes() == 1
+
+
+@pytest.mark.parametrize(
+    "variables, said",
+    [
+        (SRUN | PMI | {"PMI_SIZE": "16"}, "9 of 16"),
+        (SRUN | {"PMIX_RANK": "9"}, "9 of 16"),
+        (SRUN | {"PMI_RANK": "0", "PMI_SIZE": "1"}, "9 of 16"),
+        # srun starts a daemon of mpiexec on each of two nodes, each of which starts 8 ranks
+        (TASK | {"SLURM_STEP_NUM_TASKS": "2"} | PMI | {"PMI_SIZE": "16"}, "MPI of 16"),
+        (TASK | {"SLURM_STEP_NUM_TASKS": "2"} | OPEN_MPI, "MPI of 2"),
+        (TASK | PMI, "MPI of 2"),  # mpiexec in an interactive step
+        (PMI, "MPI of 2"),
+        (TORCHRUN | PMI, "3 of 4"),
+    ],
+)
+def test_the_innermost_launcher_of_several_processes_counts(
+    variables: dict[str, str], said: str, environment: pytest.MonkeyPatch
+) -> None:
+    def discover() -> None:
+        _, ranks = launcher_env.launched_ranks()
+        os.environ.update(RANK="MPI", WORLD_SIZE=str(ranks))
+
+    environment.setattr(launcher_env, "_discover_by_mpi", discover)
+    use(environment, variables)
+    adopt_launcher()
+    check_launched_size()
+    assert f"{os.environ['RANK']} of {os.environ['WORLD_SIZE']}" == said
+
+
+@pytest.mark.parametrize(
+    "variables, message",
+    [
+        (ALONE | PMI, "PMI_SIZE is 2 but this process is in a world of 1"),
+        (ALONE | OPEN_MPI, "OMPI_COMM_WORLD_SIZE is 2 but"),
+        (ALONE | SRUN, "SLURM_STEP_NUM_TASKS is 16 but"),
+        (ALONE | {"MV2_COMM_WORLD_SIZE": "4"}, "MV2_COMM_WORLD_SIZE is 4 but"),
+        (TORCHRUN | SRUN, "SLURM_STEP_NUM_TASKS is 16 but this process is in a world of 4"),
+        (
+            # srun starts torchrun on each of two nodes, and each knows of itself alone
+            TORCHRUN | {"SLURM_STEP_NUM_TASKS": "2", "GROUP_WORLD_SIZE": "1"},
+            "is in a world of 4 on this node alone",
+        ),
+        (TORCHRUN | {"SLURM_STEP_NUM_TASKS": "2", "CROSS_SIZE": "1"}, "on this node alone"),
+        (ALONE | {"PMI_SIZE": "two"}, "PMI_SIZE is 'two', not a number"),
+    ],
+)
+def test_processes_that_would_each_run_on_their_own_are_refused(
+    variables: dict[str, str], message: str, environment: pytest.MonkeyPatch
+) -> None:
+    use(environment, variables)
+    with pytest.raises(UserError, match=message):
+        start_distributed()
+
+
+def test_another_mpi_than_the_launcher_s_is_refused(environment: pytest.MonkeyPatch) -> None:
+    """mpiexec of MPICH under an mpi4py built for Open MPI, where every rank is 0 of 1."""
+
+    class World:
+        def Get_size(self) -> int:
+            return 1
+
+    mpi4py = ModuleType("mpi4py")
+    mpi4py.MPI = SimpleNamespace(COMM_WORLD=World())  # type: ignore[attr-defined]
+    environment.setitem(sys.modules, "mpi4py", mpi4py)
+    use(environment, PMI)
+    with pytest.raises(UserError, match=r"started 2 ranks and mpi4py sees 1"):
+        start_distributed()
+    with pytest.raises(UserError, match=r"started 2 ranks and mpi4py sees 1"):
+        world_communicator()
+    environment.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(UserError, match=r"2 MPI ranks, but mpi4py cannot load an MPI library"):
+        start_distributed()
+    assert number_of_processes() == 2
+
+
+@pytest.mark.parametrize("nodes", [{"GROUP_WORLD_SIZE": "2"}, {"CROSS_SIZE": "2"}, {}])
+def test_a_launcher_under_srun_that_knows_all_nodes_is_fine(
+    nodes: dict[str, str], environment: pytest.MonkeyPatch
+) -> None:
+    use(environment, TORCHRUN | {"SLURM_STEP_NUM_TASKS": "2"} | nodes)
+    adopt_launcher()
+    check_launched_size()
