@@ -195,7 +195,7 @@ def set_learning_rate(engine: Any, learning_rate: float) -> None:
         group["lr"] = learning_rate
 
 
-def data_parallel_size(engine: Any) -> int:
+def data_parallel_ranks(engine: Any) -> int:
     """Number of ranks with different batches; the engine averages gradients over them."""
     return engine.dp_world_size
 

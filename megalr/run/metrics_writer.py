@@ -160,22 +160,3 @@ def _brief(numbers: dict[str, Any]) -> str:
         elif isinstance(value, int | str | bool):
             parts.append(f"{key} {value}")
     return "  ".join(parts)
-
-
-class Stopwatch:
-    """Seconds of the loop without separately measured parts (evaluation, saving, restarts)."""
-
-    def __init__(self) -> None:
-        self._started = time.perf_counter()
-        self._excluded = 0.0
-
-    def exclude(self, seconds: float) -> None:
-        """Exclude these seconds, just spent, from the current interval."""
-        self._excluded += seconds
-
-    def lap(self) -> float:
-        """Seconds since the last lap minus the excluded ones; starts the next interval."""
-        now = time.perf_counter()
-        seconds = now - self._started - self._excluded
-        self._started, self._excluded = now, 0.0
-        return seconds

@@ -23,7 +23,7 @@ PEAK_BF16_FLOPS = {
     "NVIDIA L40S": 362e12,
 }
 """Dense bf16 tensor-core peak by exact device name, from the vendor's datasheets. A device that is
-not here has no MFU: a guess would be wrong in silence."""
+not here has no MFU rather than a guessed one."""
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
@@ -34,16 +34,16 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 def wait_for(device: torch.device) -> None:
-    """Let the device finish, so that its time is not counted as what comes next."""
+    """Wait until the device is idle, so that its work is not timed as part of what comes next."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 class CompileClock:
-    """Seconds of compilation in this process, apart for torch.compile and for our own kernels.
+    """Seconds of compilation in this process, separately for torch.compile and custom kernels.
 
-    Triton tells a listener, which the clock becomes, from version 3.4 on; before, and where there
-    is no Triton, ``kernel_seconds`` stays None. What is found in a cache takes next to nothing.
+    Triton reports compilations to a listener, which the clock becomes, from version 3.4 on; before,
+    and without Triton, ``kernel_seconds`` stays None. Programs found in a cache cost little.
     """
 
     def __init__(self) -> None:
@@ -73,10 +73,10 @@ class CompileClock:
 
 
 def peak_memory_gib(device: torch.device, graphed: bool = False) -> float:
-    """Most memory used so far, GiB: the CUDA allocator's peak, on a CPU the process' resident.
+    """Peak memory so far, GiB: the CUDA allocator's; on a CPU, the process's resident memory.
 
-    ``graphed``: a CUDA graph keeps memory that the allocator counts as used during its capture
-    only, before the optimizer's states exist; what was reserved from the device is given then.
+    ``graphed``: a CUDA graph keeps memory that the allocator counts as used only during the
+    capture, before the optimizer's states exist; the memory reserved from the device is given then.
     """
     if device.type == "cuda" and graphed:
         return torch.cuda.max_memory_reserved(device) / 2**30

@@ -1,7 +1,6 @@
-"""What the numbers of an update say about the health of a run: skips, spikes, rollbacks.
+"""Decisions from the numbers of an update: skips in a row, spikes, rollbacks.
 
-Plain arithmetic on the host. The same numbers give the same decisions, so ranks that are given the
-same numbers decide alike.
+Plain arithmetic on the host: ranks that are given the same numbers decide the same.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ class Spike:
 
     Attributes:
         of: loss or gradient_norm.
-        value: what was seen.
+        value: of this update.
         mean: of the window before.
-        deviations: how far above, in standard deviations of the window.
+        deviations: distance from the mean in standard deviations of the window.
     """
 
     of: str
@@ -40,9 +39,9 @@ class Spike:
 class SpikeWindow:
     """Compares a value with the ``window`` finite values before it.
 
-    A spike is more than ``threshold`` standard deviations (of a sample) above the mean; at least
-    half of the window must be there. Spikes enter the window as well: a lasting rise is the new
-    normal after a while instead of a spike for ever.
+    A spike is more than ``threshold`` standard deviations (of a sample) above the mean, with at
+    least half a window of values. Spikes enter the window as well, so that a lasting rise becomes
+    normal after a while instead of remaining a spike.
     """
 
     def __init__(self, of: str, window: int, threshold: float) -> None:
@@ -52,7 +51,7 @@ class SpikeWindow:
         self._values: deque[float] = deque(maxlen=window)
 
     def observe(self, value: float) -> Spike | None:
-        """Take note of a value; the spike if it is one."""
+        """Enter a value into the window; the spike if it is one."""
         if not math.isfinite(value):
             return None
         spike = None
@@ -87,7 +86,7 @@ class Health:
 
     Attributes:
         skipped: updates skipped in the run.
-        skipped_in_row: updates skipped since the last one that was made.
+        skipped_in_row: updates skipped since the last one that was applied.
         rollbacks: times that the run went back to a checkpoint.
     """
 
@@ -114,16 +113,16 @@ class Health:
         return bool(self._windows) and self.config.spike_action in ("reset", "rollback")
 
     @property
-    def may_count_late(self) -> bool:
-        """Whether an update may be counted after the next is launched, to the same decisions.
+    def may_check_late(self) -> bool:
+        """Whether checking an update after the next is launched leads to the same decisions.
 
-        Not if one more that is left out may send the run back.
+        Not if one more skipped update may send the run back.
         """
         first = self.skipped_in_row == 0 and self.config.max_skipped > 1
         return first and not self.decides_after_step
 
     def count(self, applied: bool) -> bool:
-        """Count an update that was made or skipped; True if too many were skipped in a row."""
+        """Count an update, applied or skipped; True if too many were skipped in a row."""
         if applied:
             self.skipped_in_row = 0
             return False
@@ -132,7 +131,7 @@ class Health:
         return self.skipped_in_row >= self.config.max_skipped
 
     def spikes(self, **values: float) -> list[Spike]:
-        """Take note of an update's ``loss`` and ``gradient_norm``, or of one; those that spike."""
+        """Enter an update's ``loss``, ``gradient_norm`` or both; those that are spikes."""
         found = [w.observe(values[w.of]) for w in self._windows if w.of in values]
         return [spike for spike in found if spike is not None]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megalr.data.loader import UpdateBatch
-from megalr.engine.build import data_parallel_size, set_learning_rate
+from megalr.engine.build import data_parallel_ranks, set_learning_rate
 from megalr.engine.skip_step import poison_nonfinite, step_outcome
 from megalr.training.step_log import StepResult
 
@@ -41,7 +41,7 @@ def train_step(
     targets, samples = batch.num_targets, batch.samples_by_source
     result = StepResult(update, batch.update, targets, samples, learning_rate, loss_sum)
     set_learning_rate(engine, learning_rate)
-    scale = data_parallel_size(engine) / max(1, targets)
+    scale = data_parallel_ranks(engine) / max(1, targets)
     for number, (input_ids, labels) in enumerate(batch.micro_batches, start=1):
         loss = engine(
             input_ids.to(device, non_blocking=True), labels.to(device, non_blocking=True), scale

@@ -14,7 +14,7 @@ import pytest
 
 from megalr.data.loader import UpdateBatch, UpdateLoader
 from megalr.errors import UserError
-from megalr.run.metrics_writer import MetricsWriter, Stopwatch
+from megalr.run.metrics_writer import MetricsWriter
 from tests.ranks import run_distributed
 from tests.training.runs import events, run, settings, zero
 
@@ -64,17 +64,6 @@ def test_console_shows_event_update_and_numbers(
     with _writer(tmp_path) as writer:
         writer.write("step", 30, loss=2.123456789, tokens=1234)
     assert "step 30: loss 2.1235  tokens 1234" in capsys.readouterr().out
-
-
-def test_stopwatch_leaves_out_what_is_measured_apart() -> None:
-    watch = Stopwatch()
-    time.sleep(0.05)
-    watch.exclude(0.04)
-    first = watch.lap()
-    assert 0.005 < first < 5.0
-    watch.exclude(100.0)
-    assert watch.lap() < -90.0  # the exclusion belongs to the running interval only
-    assert watch.lap() >= 0.0
 
 
 def _documented() -> dict[str, set[str]]:

@@ -15,6 +15,7 @@ from megalr.engine.skip_step import poison_nonfinite
 from megalr.engine.state import EngineState
 from megalr.models.decoder import Decoder
 from megalr.training import step as update
+from megalr.training.hooks import CheckpointHook
 from megalr.training.step_log import StepResult
 from megalr.training.trainer import Trainer
 from tests.training.runs import run
@@ -92,13 +93,13 @@ def run_with_bad_batches(
     plain = Trainer.train_update
 
     def train_update(self: Trainer, batch: UpdateBatch) -> StepResult:
-        state = EngineState(self.engine)
+        state = EngineState(self.run.engine)
         before = _copies(state)
-        made = plain(self, batch)
+        result = plain(self, batch)
         after = _copies(state)
         changed = [not _equal(old, new) for old, new in zip(before, after, strict=True)]
-        seen.append((made.update, changed[0], changed[1]))
-        return made
+        seen.append((result.update, changed[0], changed[1]))
+        return result
 
     with patch.object(Trainer, "train_update", train_update), bad_batches(bad, everywhere):
         run(values, ds)
@@ -106,30 +107,33 @@ def run_with_bad_batches(
 
 
 def run_and_see_the_engine(
-    values: dict[str, Any], ds: dict[str, Any], bad: dict[int, str], may_wait: bool
+    values: dict[str, Any], ds: dict[str, Any], bad: dict[int, str], may_defer: bool
 ) -> tuple[list[int], list[int]]:
     """A run; updates checked after the next was launched, the engine's skips at checkpoints.
 
-    ``may_wait`` False: every update is checked and reported before the next is launched.
+    ``may_defer`` False: every update is checked and reported before the next is launched.
     """
     late: list[int] = []
     skipped: list[int] = []
-    check, save, can_wait = Trainer.check, Trainer.save, Trainer._can_wait
+    check, save, can_defer = Trainer.check, CheckpointHook.save, Trainer._can_defer
 
-    def checked(self: Trainer, made: StepResult) -> str | None:
-        if made.update < self.update:
-            late.append(made.update)
-        return check(self, made)
+    def checked(self: Trainer, result: StepResult) -> str | None:
+        if result.update < self.run.progress.update:
+            late.append(result.update)
+        return check(self, result)
 
-    def saved(self: Trainer) -> None:
-        skipped.append(self.engine.skipped_steps)
+    def saved(self: CheckpointHook) -> None:
+        skipped.append(self.run.engine.skipped_steps)
         save(self)
 
-    def waits(self: Trainer, made: StepResult) -> bool:
-        return may_wait and can_wait(self, made)
+    def defers(self: Trainer, result: StepResult) -> bool:
+        return may_defer and can_defer(self, result)
 
-    patches = {"check": checked, "save": saved, "_can_wait": waits}
-    with patch.multiple(Trainer, **patches), bad_batches(bad):
+    with (
+        patch.multiple(Trainer, check=checked, _can_defer=defers),
+        patch.object(CheckpointHook, "save", saved),
+        bad_batches(bad),
+    ):
         run(values, ds)
     return late, skipped
 

@@ -19,8 +19,9 @@ from megalr.config.schema import RunConfig
 from megalr.data.loader import MicroBatch, UpdateBatch
 from megalr.distributed import watchdog
 from megalr.distributed.signals import STOP_SIGNALS, StopRequest
-from megalr.training import pretrain
+from megalr.training import hooks, pretrain
 from megalr.training import trainer as loop
+from megalr.training.hooks import EvaluationHook
 from megalr.training.step import train_step
 from megalr.training.step_log import StepResult
 from megalr.training.trainer import Trainer
@@ -55,8 +56,8 @@ def run_until_signal(
 @contextlib.contextmanager
 def _at(point: str, act: Any) -> Iterator[None]:
     """Call ``act(updates done or being made)`` whenever the run comes to ``point``."""
-    build_engine, save_checkpoint = pretrain.build_engine, loop.save_checkpoint
-    until_stopped = Trainer._until_stopped
+    build_engine, save_checkpoint = pretrain.build_engine, hooks.save_checkpoint
+    until_stopped = EvaluationHook._until_stopped
 
     def start(*arguments: Any) -> Any:
         act(0)
@@ -66,10 +67,10 @@ def _at(point: str, act: Any) -> Iterator[None]:
         act(update)
         return train_step(engine, batch, update, *rest)
 
-    def in_evaluation(self: Trainer, batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
+    def in_evaluation(self: EvaluationHook, batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
         for seen, batch in enumerate(until_stopped(self, batches)):
             if seen == 1:
-                act(self.update)
+                act(self.run.progress.update)
             yield batch
 
     def in_saving(engine: Any, config: Any, update: int, *rest: Any) -> Any:
@@ -79,8 +80,8 @@ def _at(point: str, act: Any) -> Iterator[None]:
     patches = {
         "start": (pretrain, "build_engine", start),
         "step": (loop, "train_step", in_step),
-        "evaluation": (Trainer, "_until_stopped", in_evaluation),
-        "saving": (loop, "save_checkpoint", in_saving),
+        "evaluation": (EvaluationHook, "_until_stopped", in_evaluation),
+        "saving": (hooks, "save_checkpoint", in_saving),
     }
     with contextlib.ExitStack() as stack:
         if point != "never":
@@ -107,7 +108,7 @@ def hang_in_update_3(rank: int) -> None:
     plain = Trainer.train_update
 
     def train_update(self: Trainer, batch: UpdateBatch) -> StepResult:
-        if rank == 1 and self.update == 2:
+        if rank == 1 and self.run.progress.update == 2:
             hang()
         return plain(self, batch)
 

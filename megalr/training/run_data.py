@@ -1,0 +1,100 @@
+"""Opening and checking the data of a run, and the batches that this rank takes from it."""
+
+from __future__ import annotations
+
+from megalr.config.schema import RunConfig
+from megalr.data import (
+    EvaluationBatches,
+    TokenDataset,
+    UpdateLoader,
+    check_same_tokenizer,
+    check_vocabulary,
+    has_validation_split,
+    open_training_data,
+    open_validation_data,
+)
+from megalr.distributed.agreement import run_on_all
+from megalr.errors import AgreedError
+from megalr.models.build import sizes_of
+from megalr.tensor_parallel.mesh import Mesh
+
+
+def open_data(config: RunConfig) -> tuple[TokenDataset, TokenDataset | None]:
+    """The training data, and the validation data if there is any; every rank must call it.
+
+    Without ``data.validation`` it is the validation split of the training data, if all sources have
+    one.
+
+    Raises:
+        AgreedError: data that cannot be read or do not fit the model, or ``checkpoint.keep_best``
+            without validation data.
+    """
+    training, validation = run_on_all(lambda: _open(config))
+    if config.checkpoint.keep_best and validation is None:
+        raise AgreedError(
+            f"checkpoint.keep_best is {config.checkpoint.keep_best} and there is no validation "
+            "data to tell the best by: give data.validation, or set it to 0"
+        )
+    return training, validation
+
+
+def _open(config: RunConfig) -> tuple[TokenDataset, TokenDataset | None]:
+    data = config.data
+    training = open_training_data(
+        [{"path": s.path, "weight": s.weight} for s in data.train],
+        sequence_length=data.sequence_length,
+        packing=data.packing,
+    )
+    if config.model.from_pretrained is None:  # else: check_pretrained_tokenizer
+        check_vocabulary(training, sizes_of(config).vocab_size)
+    validation = None
+    paths = list(data.validation or ())
+    if not paths and all(has_validation_split(source.path) for source in data.train):
+        paths = [source.path for source in data.train]
+    if paths:
+        validation = open_validation_data(
+            paths, sequence_length=data.sequence_length, packing=data.packing
+        )
+    if validation is not None:
+        check_same_tokenizer(training, validation)
+    return training, validation
+
+
+def make_loader(
+    config: RunConfig, data: TokenDataset, mesh: Mesh, first_batch: int, pin_memory: bool
+) -> UpdateLoader:
+    """This rank's training batches, from number ``first_batch`` on."""
+    return UpdateLoader(
+        data,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        rank=mesh.data_rank,
+        world_size=mesh.data_size,
+        seed=config.run.seed,
+        start_update=first_batch,
+        prefetch_updates=config.data.prefetch_updates,
+        pin_memory=pin_memory,
+    )
+
+
+def validation_batches(
+    config: RunConfig, data: TokenDataset | None, mesh: Mesh
+) -> dict[bool, EvaluationBatches] | None:
+    """This rank's batches of evaluations during the run (False) and after the last update (True).
+
+    None without validation data.
+    """
+    if data is None:
+        return None
+    limits = {last: config.evaluation.limit(last) for last in (False, True)}
+    batches = {  # one set where both are the same
+        limit: EvaluationBatches(
+            data,
+            micro_batch_size=config.evaluation.micro_batch_size or config.train.micro_batch_size,
+            rank=mesh.data_rank,
+            world_size=mesh.data_size,
+            max_targets=limit,
+        )
+        for limit in set(limits.values())
+    }
+    return {last: batches[limit] for last, limit in limits.items()}
