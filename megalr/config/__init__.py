@@ -1,4 +1,7 @@
-"""The configuration of a run: schema, loading, and the DeepSpeed JSON that goes with it."""
+"""In: YAML files and ``section.key=value`` overrides.
+Out: a checked, frozen RunConfig; what may differ on a resume; one line per mistake.
+Must not know: DeepSpeed, torch, or how any option is implemented.
+"""
 
 from megalr.config.loading import (
     dump_config,

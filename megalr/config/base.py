@@ -1,4 +1,4 @@
-"""What every section of a run's configuration has in common."""
+"""Base class and shared field types of the configuration's sections."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
 class Section(BaseModel):
     """A section of the configuration: frozen, strict about types, no keys but the declared ones.
 
-    Strict means that nothing is converted behind the user's back: ``"5"`` and ``5.0`` are no
-    integers, ``1`` is no boolean. The one exception is an integer given for a float.
+    Strict means that nothing is converted: ``"5"`` and ``5.0`` are not integers, ``1`` is not a
+    boolean. The one exception is an integer given for a float.
     """
 
     model_config = ConfigDict(
@@ -25,9 +25,10 @@ def _list_as_tuple(value: Any) -> Any:
 
 
 AsTuple = BeforeValidator(_list_as_tuple)
+"""Marks a tuple field so that a YAML list is accepted despite strict types."""
 
 Folder = Annotated[str, AfterValidator(os.path.expanduser)]
-"""A path; the shell expands a leading ~ neither in YAML nor behind ``key=``, so it is done here."""
-"""Marks a tuple field so that a YAML list is accepted in spite of strict types."""
+"""A path. A leading ~ is expanded here: the shell does not do it in YAML or after ``key=``."""
 
 Betas = Annotated[tuple[float, float], AsTuple]
+"""Adam's two decay rates."""

@@ -12,8 +12,8 @@ from megalr.config.projected import PROJECTED_NAMES
 def cross_problems(value_of: Callable[[str], Any]) -> Iterator[tuple[str, str]]:
     """Yield (dotted key, what is wrong with it) for every rule that is broken.
 
-    ``value_of`` maps a dotted key to its value, or to None when there is none that can be relied
-    on (absent, or already found to be wrong); a rule that lacks a value says nothing.
+    ``value_of`` maps a dotted key to its value, or to None where there is no valid one (absent, or
+    already reported as wrong); a rule with a missing value is not checked.
     """
     yield from _batch_problems(value_of)
     yield from _method_problems(value_of)
@@ -28,14 +28,14 @@ def cross_problems(value_of: Callable[[str], Any]) -> Iterator[tuple[str, str]]:
     if value_of("checkpoint.keep_best") and value_of("evaluation.every") == 0:
         yield (
             "checkpoint.keep_best",
-            "the best checkpoint is told by evaluations at its update, and evaluation.every is 0; "
+            "the best checkpoint is found by evaluations at its update, and evaluation.every is 0; "
             "evaluate at a period of which checkpoint.every is a multiple",
         )
     if value_of("health.spike_action") == "skip" and value_of("train.cuda_graphs"):
         yield (
             "health.spike_action",
             "skip looks at the loss before the backward pass, which is one CUDA graph with the "
-            "forward pass: leave train.cuda_graphs out, or take another action",
+            "forward pass: switch train.cuda_graphs off, or take another action",
         )
 
 

@@ -1,6 +1,6 @@
-"""``method.*``: how the weight matrices of the target linears are parametrised and trained.
+"""``method.*``: how the weight matrices of the target linears are parametrized and trained.
 
-One class a method, told apart by ``name``. To add a method, write its class here and append it to
+One class per method, selected by ``name``. To add a method, write its class here and append it to
 ``MethodConfig``: the error messages, the option lists and docs/config.md follow from the class.
 """
 
@@ -43,7 +43,7 @@ class SLTrainMethod(_Scaled):
 
     name: Literal["sltrain"] = "sltrain"
     density: float = Field(default=0.01, gt=0, lt=1, examples=[0.03])
-    """Share of the entries of a matrix that S has; the published scripts use 0.03."""
+    """Share of a matrix's entries that are in the support of S; the published scripts use 0.03."""
 
 
 class LoraMethod(_Scaled):
@@ -65,8 +65,8 @@ class ReloraMethod(_Scaled):
     reset_every: int | None = Field(default=None, ge=2, examples=[1000])
     """Updates between two resets of the factors' moments; null = merge_every."""
     reset: Literal["random", "magnitude", "none"] = Field(default="random", examples=["magnitude"])
-    """What a reset zeroes of each moment of the factors: random entries, the smallest ones of each
-    matrix, or nothing. Adam's step counter is kept."""
+    """Entries of the factors' moments that a reset zeroes: random ones, the smallest ones of each
+    matrix, or none. Adam's step counter is kept."""
     reset_fraction: float = Field(default=0.999, gt=0, le=1, examples=[0.8])
     """Share of the entries that a reset zeroes; 0.999 random and 0.8 by magnitude are published."""
 

@@ -1,6 +1,7 @@
-"""``optimizer.*``: the update rule. One class an optimizer, told apart by ``name``.
+"""``optimizer.*``: the update rule. One class per optimizer, selected by ``name``.
 
-To add one, write its class here and append it to ``OptimizerConfig``.
+The classes declare names, defaults and limits for the optimizers of ``megalr.optim`` as well. To
+add one, write its class here and append it to ``OptimizerConfig``.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ ADAMW_EPS = 1e-8
 
 
 class AdamSection(Section):
-    """What every optimizer has: all of them keep Adam's moments of some tensors."""
+    """Options of every optimizer: all of them keep Adam's moments for some tensors."""
 
     lr: float = Field(gt=0, examples=[1.5e-3])
     """Peak learning rate: the schedule multiplies it by a factor of at most 1."""
     betas: Betas = Field(default=(0.9, 0.999), examples=[[0.9, 0.999]])
-    """Decay rates of the first and second moment, a number in [0, 1) each."""
+    """Decay rates of the first and second moment, each in [0, 1)."""
     weight_decay: float = Field(default=0.0, ge=0, examples=[0.01])
     """Decoupled weight decay: an update shrinks the weights by learning rate x weight_decay."""
 
@@ -55,7 +56,7 @@ class SPAMOptimizer(AdamSection):
     grad_accu_steps: int = Field(default=20, ge=0, examples=[20])
     """Updates after the start and after each reset without clipping."""
     density: float = Field(default=1.0, gt=0, le=1, examples=[1.0])
-    """Share of the elements of target matrices that are trained at a time (a random mask)."""
+    """Share of the elements of target matrices that are trained at a time, by a random mask."""
     compat: Literal["none", "published"] = Field(default="none", examples=["published"])
     """published: elements whose second moment is still zero are clipped to zero, and target
     matrices get no weight decay, as in the published code."""
@@ -77,7 +78,7 @@ class StableSPAMOptimizer(AdamSection):
     """Updates over which the first of betas and gamma1 are annealed by a cosine to eta times
     their value; null = train.updates."""
     eta: float = Field(default=0.5, ge=0, le=1, examples=[0.5])
-    """What is left of the annealed decay rates at the end; 1 = no annealing."""
+    """Factor of the annealed decay rates at the end; 1 = no annealing."""
     update_gap: int = Field(default=500, ge=0, examples=[1000])
     """Updates between two resets of the moments; 0 = none."""
     compat: Literal["none", "published"] = Field(default="none", examples=["published"])
@@ -97,7 +98,7 @@ class MuonOptimizer(AdamSection):
 
     name: Literal["muon"] = "muon"
     betas: Betas = Field(default=(0.9, 0.95), examples=[[0.9, 0.95]])
-    """AdamW's decay rates, a number in [0, 1) each."""
+    """AdamW's decay rates, each in [0, 1)."""
     eps: float = Field(default=1e-10, gt=0, examples=[1e-10])
     """Added to the root of AdamW's bias-corrected second moment."""
     momentum: float = Field(default=0.95, ge=0, lt=1, examples=[0.95])

@@ -1,4 +1,4 @@
-"""Words for what pydantic finds wrong: the value seen, what is allowed, the nearest valid key."""
+"""Messages for pydantic's errors: the value seen, the values allowed, the nearest valid key."""
 
 from __future__ import annotations
 

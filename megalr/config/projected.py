@@ -1,11 +1,11 @@
-"""Methods that are an optimizer: full matrices (LORO: factors) under an update rule of their own.
+"""Methods that bring their own update rule for full matrices (LORO: for factors).
 
-``optimizer.name`` must be adamw for them; its learning rate, betas and weight decay are used.
+``optimizer.name`` must be adamw with them; its learning rate, betas and weight decay are used.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
@@ -34,7 +34,7 @@ OneSide = Annotated[Literal["std", "reverse_std", "left", "right"], BeforeValida
 
 
 class _Projected(Section):
-    """What all of them have."""
+    """Options of all methods that project gradients."""
 
     rank: int = Field(ge=1, examples=[128])
     """Rank r of the subspace in which moments are kept, at most the smaller side of a matrix."""
@@ -51,7 +51,7 @@ class _Projected(Section):
 
 
 class _SingularVectors(_Projected):
-    """Those whose projector follows the gradient."""
+    """Options of the methods whose projector follows the gradient."""
 
     basis: Literal["auto", "svd", "subspace"] = Field(default="auto", examples=["svd"])
     """How singular vectors are found. svd: full SVD in fp32, as published. subspace: randomized
@@ -91,7 +91,7 @@ class FiraMethod(_SingularVectors):
 
 
 class _ApolloOptions(_SingularVectors):
-    """What APOLLO and APOLLO-Mini share."""
+    """Options of APOLLO and APOLLO-Mini."""
 
     proj: Literal["random", "svd"] = Field(default="random", examples=["random"])
     """random: a Gaussian projection, drawn again from its seed and never stored. svd: leading
@@ -177,5 +177,7 @@ class LOROMethod(Factorized):
 ProjectedMethods = (
     GaLoreMethod | FiraMethod | ApolloMethod | ApolloMiniMethod | GoLoreMethod | LOROMethod
 )
-PROJECTED_NAMES = ("galore", "fira", "apollo", "apollo_mini", "golore", "loro")
-"""Methods that bring their own update rule."""
+PROJECTED_NAMES: tuple[str, ...] = tuple(
+    method.model_fields["name"].default for method in get_args(ProjectedMethods)
+)
+"""Names of the methods that bring their own update rule."""

@@ -35,8 +35,8 @@ KEYS_FREE_ON_RESUME = (
     "health.*",
     "log.*",
 )
-"""Patterns of the keys that may differ when a run is resumed: what they change is where and how
-often things are written or evaluated, or how a batch or the model is cut up and computed. The
+"""Patterns of the keys that may differ when a run is resumed: they change where and how often
+things are written or evaluated, or how a batch or the model is split and computed. The
 batches, the learning rates and the algebra stay those of the run; train.* and parallel.* change
 the rounding."""
 

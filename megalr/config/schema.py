@@ -20,7 +20,7 @@ from megalr.config.restarts import RestartsConfig
 
 
 class RunSection(Section):
-    """Where the run lives and what makes it repeatable."""
+    """Folder, seed and resumption of the run."""
 
     dir: Folder = Field(min_length=1, examples=["runs/llama_60m"])
     """Folder of the run: configuration, metrics, checkpoints."""
@@ -159,7 +159,7 @@ def _paths(value: Any) -> Any:
 
 
 class DataConfig(Section):
-    """What the run trains and evaluates on."""
+    """Training and validation data."""
 
     train: Annotated[tuple[DataSource, ...], BeforeValidator(_sources)] = Field(
         min_length=1, examples=["data/c4", [{"path": "data/c4", "weight": 0.9}]]
@@ -212,16 +212,15 @@ class TrainConfig(Section):
     activation_checkpointing: Literal["none", "elementwise", "mlp", "bottleneck", "full"] = Field(
         default="none", examples=["elementwise"]
     )
-    """What the backward pass recomputes. elementwise: norms and activations; costs next to nothing.
-    mlp: the products with B of o, gate and up as well. bottleneck: all but the vectors between the
-    factors, whose products with A are not repeated. full: every layer, from its input. mlp and
-    bottleneck: for low_rank and cola with all targets. elementwise: not for lora and relora. With
-    ZeRO stage 3: none or full."""
+    """Activations that the backward pass recomputes. elementwise: norms and activation functions,
+    nearly free. mlp: the products with B of o, gate and up as well. bottleneck: all but the vectors
+    between the factors, whose products with A are not repeated. full: every layer, from its input.
+    mlp and bottleneck: for low_rank and cola with all targets. elementwise: not for lora and
+    relora. With ZeRO stage 3: none or full."""
     kernels: Literal["auto", "torch"] = Field(default="auto", examples=["torch"])
     """auto: custom kernels where there is one for the device, dtype and shape (loss, causal
     attention of short sequences, residual sums with RMSNorm, SwiGLU with the product that follows,
-    gradients of embedding and head, AdamW of bf16 states). torch: their plain PyTorch twins
-    only."""
+    gradients of embedding and head, AdamW of bf16 states). torch: their PyTorch references only."""
 
 
 class ParallelConfig(Section):

@@ -1,7 +1,7 @@
 """The DeepSpeed configuration of a run: the user's JSON completed, checked and made explicit.
 
-DeepSpeed accepts misspelt top-level keys in silence and its defaults move between versions, so
-megalr refuses what it does not know and writes every value it relies on.
+DeepSpeed ignores misspelt top-level keys and its defaults move between versions, so
+megalr refuses unknown keys and writes every value it relies on.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def resolve_deepspeed_config(
 ) -> dict[str, Any]:
     """The complete DeepSpeed configuration of a run.
 
-    ``user`` is what the user's JSON holds ({} = ZeRO off) and ``source`` its name in messages;
+    ``user`` holds the user's JSON ({} = ZeRO off) and ``source`` its name in messages;
     "auto" stands for the value that megalr would write. ``data_parallel_size`` is the number of
     ranks that see different data. Nothing is read from or written to disk.
 

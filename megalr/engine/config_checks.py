@@ -137,7 +137,7 @@ def _contradiction(key: str, value: Any, expected: Any, config: RunConfig) -> st
 
 
 def model_problems(resolved: dict[str, Any]) -> list[str]:
-    """What DeepSpeed's own models find wrong in the completed sections."""
+    """Errors that DeepSpeed's own models find in the completed sections."""
     problems = []
     for section, model in deepspeed_sections().items():
         try:

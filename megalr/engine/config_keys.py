@@ -1,4 +1,4 @@
-"""What megalr lets a DeepSpeed JSON say: the keys it may set, the ones it may not, and why.
+"""Keys of a DeepSpeed JSON that megalr accepts, fixes or refuses, and why.
 
 The lists were reviewed against DeepSpeed 0.19.8; tests/engine/test_deepspeed_facts.py compares
 them with what the installed DeepSpeed reads.
@@ -29,8 +29,10 @@ _REASONS: dict[str, str] = {
     "checkpoints are written through DeepSpeed's standard engine": (
         "datastates_ckpt checkpoint.writer"
     ),
-    "checkpoints change layout by universal checkpoints": "zero_optimization.elastic_checkpoint",
-    "megalr's model is not cut up by DeepSpeed": (
+    "checkpoints change shape through the universal format": (
+        "zero_optimization.elastic_checkpoint"
+    ),
+    "megalr shards its model itself": (
         "pipeline tensor_parallel expert_parallel sequence_parallel_size "
         "seq_parallel_communication_data_type use_data_before_expert_parallelism "
         "checkpoint.parallel_write"

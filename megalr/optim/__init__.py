@@ -1,4 +1,7 @@
-"""Optimizers: update rules on logical tensors, on plain parameters and in ZeRO's flat slices."""
+"""In: parameter groups, the ``optimizer`` and ``method`` sections, flat layouts of the slices.
+Out: torch optimizers whose update rules work on whole tensors; learning-rate schedules.
+Must not know: the engine, ZeRO stages, the training loop.
+"""
 
 from megalr.optim.apollo import Apollo, ApolloMini
 from megalr.optim.galore import Fira, GaLore

@@ -1,4 +1,4 @@
-"""APOLLO and APOLLO-Mini: the raw gradient, scaled by what Adam does in a random subspace."""
+"""APOLLO and APOLLO-Mini: the raw gradient, scaled as Adam scales it in a random subspace."""
 
 from __future__ import annotations
 
@@ -87,6 +87,6 @@ class Apollo(MatrixOptimizer):
 
 
 class ApolloMini(Apollo):
-    """APOLLO-Mini: rank 1 and one scale a matrix (docs/methods.md); scale 128 as published."""
+    """APOLLO-Mini: rank 1 and one scale per matrix (docs/methods.md); scale 128 as published."""
 
     declared = (AdamWOptimizer, ApolloMiniMethod)

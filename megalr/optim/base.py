@@ -1,25 +1,24 @@
-"""What all optimizers of this package share: logical tensors, state handling, momentum reset.
+"""Base of all optimizers: logical tensors, state handling, momentum reset.
 
 Design, and how it lives under ZeRO
 -----------------------------------
 1. An update rule works on logical tensors (:mod:`megalr.sharding.fragment`), not on parameters.
-2. On plain PyTorch parameters the layout is trivial. After ``deepspeed.initialize`` the engine's
-   room calls :func:`megalr.engine.state.attach_layouts`, which describes ZeRO's flat fp32
-   slices.
+2. On plain PyTorch parameters the layout is trivial. Once the engine is built, ``megalr.engine``
+   calls ``attach_layouts`` with a description of ZeRO's flat fp32 slices.
 3. So ZeRO keeps its jobs: it reduces, accumulates, averages and clips gradients, holds the fp32
    masters, gathers the new weights, offloads and writes checkpoints. Nothing of it is replaced.
-4. Elementwise rules run on the slices; the few scalars a tensor that they need are completed by
+4. Elementwise rules run on the slices; the few scalars per tensor that they need are completed by
    one small all-reduce each.
 5. Matrix rules need whole matrices. A matrix that lies inside one slice is updated in place. One
    that a slice boundary cuts is owned by one of its holders: its gradient pieces go there, the
    finished update comes back, both by all_to_all over bounded buckets. Under ZeRO 1 and 2 that
-   concerns at most one matrix a boundary, under ZeRO 3 every matrix.
+   concerns at most one matrix per boundary, under ZeRO 3 every matrix.
 6. Projector and moments of a matrix exist on its owner only. The new master is
    ``W - step_size * U`` elementwise, wherever its elements lie, so the result does not depend on
    the number of ranks.
 7. All state is tensors and plain numbers in plain dicts: readable with ``weights_only=True``.
-8. ZeRO 1 and 2 call ``step`` once a parameter group and show one group at a time, ZeRO 3 once a
-   sub-group: every counter therefore lives in the state of its flat storage.
+8. ZeRO 1 and 2 call ``step`` once per parameter group and show one group at a time, ZeRO 3 once
+   per sub-group: every counter therefore lives in the state of its flat storage.
 """
 
 from __future__ import annotations
@@ -92,11 +91,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._check_group(self.param_groups[-1])
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        """Refuse options that have no meaning for the group's tensors."""
+        """Raise UserError for options out of range or without a meaning for the group's tensors."""
         check_options(self.declared, group)
 
     def attach_layouts(self, layouts: Mapping[torch.Tensor, FlatLayout]) -> None:
-        """Say what the flat tensors in ``param_groups`` hold (they replace the parameters)."""
+        """Set the layouts of the flat tensors that replace the parameters in ``param_groups``."""
         self._layouts = dict(layouts)
 
     def layout(self, parameter: torch.Tensor) -> FlatLayout:
@@ -121,8 +120,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _entries(self) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
         """(group, entry) of everything in ``param_groups`` that has a gradient.
 
-        DeepSpeed's bf16 wrapper of stage 0 makes a step with zero gradients while it is built, to
-        create state; here it would count as an update, so nothing is yielded then.
+        The engine's bf16 wrapper without ZeRO makes a step with zero gradients while it is built,
+        to create state; here it would count as an update, so nothing is yielded then.
         """
         found = [
             (group, parameter)
@@ -136,7 +135,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         elif any(bool(parameter.grad.any()) for parameter in unknown):
             raise RuntimeError(
                 "the optimizer was given tensors that it has no layout for: call "
-                "megalr.engine.state.attach_layouts after deepspeed.initialize"
+                "attach_layouts once the engine is built"
             )
 
     def _step_groups(self) -> None:
@@ -183,7 +182,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         ``parameters`` are entries of ``param_groups`` (None: all that have state); ``moments`` a
         choice of ``exp_avg``, ``exp_avg_sq`` and Muon's ``momentum_buffer``; ``counter`` keep,
         zero or one: what happens to the bias-correction counter; with zero and one the limiter of
-        Fira and APOLLO starts anew too. Entries before their first update have nothing to zero.
+        Fira and APOLLO restarts too. Entries before their first update have nothing to zero.
         """
         if counter not in ("keep", "zero", "one"):
             raise UserError(f"counter must be keep, zero or one, got {counter!r}")

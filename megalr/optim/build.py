@@ -16,7 +16,7 @@ def build_optimizer(
     """The optimizer over ``groups`` (see optim.groups).
 
     Plain ``adamw`` is torch's fused AdamW (decoupled decay, epsilon outside the bias correction),
-    on CUDA and on the CPU (offload), with a kernel of ours for bf16 states (see kernels.adamw);
+    on CUDA and on the CPU (offload), with a custom kernel for bf16 states (see kernels.adamw);
     everything else is this package's (see optim.methods). The learning rate is 0 until the loop
     sets it before every update, so that nothing the engine does before the first one can change a
     weight.

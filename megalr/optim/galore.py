@@ -30,7 +30,7 @@ class GaLore(MatrixOptimizer):
     State of a matrix of sizes s <= l (elements): s r + 2 l r (full: (m + n) r + 2 r^2).
     ``basis``: svd (the published full SVD), subspace (randomized iteration) or auto. ``limiter``:
     Fira's limiter on the update (off as published). ``state_bits=8`` keeps the moments of target
-    matrices in 8 bits (:mod:`megalr.optim.quantized`): 2 l r bytes and a scale a 256 elements.
+    matrices in 8 bits (:mod:`megalr.optim.quantized`): 2 l r bytes and one scale per 256 elements.
     """
 
     declared = (AdamWOptimizer, GaLoreMethod)
@@ -75,7 +75,7 @@ class Fira(MatrixOptimizer):
 
     With R, N as in GaLore and phi = |N| / (|R| + 1e-8) along the axis of size r (one factor a row
     for right projections, a column for left ones):
-    E = (G - P P^T G) * phi, limited so that |E| grows by at most 1 % an update;
+    E = (G - P P^T G) * phi, limited so that |E| grows by at most 1 % per update;
     W <- W - step_size * (scale * back(N) + E), then decay. ``limiter`` False switches the limiter
     off. ``scale`` is called alpha in the paper.
 

@@ -1,4 +1,4 @@
-"""Base of the optimizers that look at whole matrices, whole or cut over ZeRO's slices.
+"""Base of the optimizers that look at whole matrices, whole or split over ZeRO's slices.
 
 A parameter group with a ``rank`` is projected: each of its logical matrices gets the rule of the
 subclass. A group whose ``rank`` is None gets plain ADAM-H elementwise, at the same learning rate,
@@ -102,7 +102,7 @@ class MatrixOptimizer(ShardedOptimizer):
             updates.update(zip(indices, found.unbind(), strict=True))
         return [updates[i] for i in range(len(grads))]
 
-    # -- what subclasses give -----------------------------------------------------------------
+    # -- given by subclasses ------------------------------------------------------------------
 
     def _has_projector(self, own: dict[str, Any]) -> bool:
         return "projector" in own
@@ -176,7 +176,7 @@ def limit_growth(
     For each matrix of the batch (b, m, n), with p = |U_{t-1}| kept as ``update_norm``:
     l = max(|U| / (p + 1e-8), gamma) / gamma; U <- U / l; p <- |U| / l. The first call only
     remembers the norm. With ``guard`` a remembered norm of zero counts as a first call: as
-    published it would hold the tensor at norm 1e-8 and let it grow by 1 % an update.
+    published it would hold the tensor at norm 1e-8 and let it grow by 1 % per update.
     """
     dtype = torch.float64 if updates.dtype == torch.float64 else torch.float32
     norms = torch.linalg.vector_norm(updates, dim=(1, 2), dtype=dtype)

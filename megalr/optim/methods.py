@@ -24,10 +24,10 @@ Groups = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What some rules need to know of the run.
+    """Facts of the run that some update rules depend on.
 
     ``bf16_states``: moments in bf16 (``train.precision: paper_bf16``) instead of fp32.
-    ``kernels``: whether AdamW may use a kernel of ours (``train.kernels: auto``).
+    ``kernels``: whether AdamW may use a custom kernel (``train.kernels: auto``).
     """
 
     total_updates: int
@@ -112,7 +112,7 @@ def _completed(
     section: Any,
     facts: RunFacts,
 ) -> Groups:
-    """The groups with what marks them for the rule; facts of the run are added to ``options``."""
+    """The groups, marked for the rule; facts of the run are added to ``options``."""
     marks: dict[str, Any] = {}
     if issubclass(rule, MatrixOptimizer):
         groups = split_targets(groups, section.targets)

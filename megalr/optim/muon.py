@@ -22,7 +22,7 @@ class Muon(ShardedOptimizer):
     For each logical matrix of a group with ``use_muon``: M <- momentum * M + (1 - momentum) G,
     U = NS5((1 - momentum) G + momentum M) * sqrt(max(1, m / n)),
     W <- (1 - lr * weight_decay) W - lr U. Other groups: AdamW with learning rate
-    lr * ``adam_lr_ratio``. State: m n elements a matrix, on its owner; two moments elsewhere.
+    lr * ``adam_lr_ratio``. State: m n elements per matrix, on its owner; two moments elsewhere.
 
     NS5 is :func:`megalr.optim.orthogonal.orthogonalized`. The gradient is clipped before, by the
     global norm, and matrices stacked in one parameter are orthogonalized one by one.

@@ -1,11 +1,11 @@
-"""Moments in 8 bits: one code a element and one scale a block of 256 elements.
+"""Moments in 8 bits: one code per element and one scale per block of 256 elements.
 
 Block-wise dynamic quantization (Dettmers et al. 2022, arXiv 2110.02861): a block is divided by its
 largest magnitude, and each element is replaced by the nearest of 255 values that lie dense near
-zero on a logarithmic scale: per decade 10^-e, e = 0 ... 6, equally many steps fewer by half. Code 0
-is the value zero, so that zeroing codes zeroes the moments. First moments use signed codes (int8),
-second moments unsigned ones (uint8) with twice the resolution. Relative error within a decade: at
-most about 1 % near the block's maximum, growing as an element is smaller than it.
+zero on a logarithmic scale: each decade 10^-e, e = 0 ... 6, has half as many as the one
+above. Code 0 is the value zero, so that zeroing codes zeroes the moments. First moments use signed
+codes (int8), second moments unsigned ones (uint8) with twice the resolution. Relative error within
+a decade: at most about 1 % near the block's maximum, more for smaller elements.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def cosine_restarts(settings: Any, total_updates: int) -> Schedule:
     d = tau mod C, n = tau div C and c the cosine from 1 to the floor:
 
     * t < w: t / w
-    * d < w2 and t >= C: d / w2 * c((n C + w2 - w) / (N - w)), a ramp to what the cosine has then
+    * d < w2 and t >= C: d / w2 * c((n C + w2 - w) / (N - w)), a ramp to the cosine's value there
     * else c((tau - w) / (N - w))
     """
     warmup, floor = settings.warmup_updates, settings.min_lr_ratio

@@ -1,4 +1,4 @@
-"""SPAM: Adam that clips spikes, forgets its moments now and then, and may be sparse."""
+"""SPAM: Adam with spike clipping, periodic moment resets and an optional sparse mask."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class SPAM(ShardedOptimizer):
     def _draw_mask(
         self, layout: FlatLayout, flat: torch.Tensor, group: dict[str, Any], index: int
     ) -> torch.Tensor:
-        """Boolean mask over ``flat``: each tensor's mask is drawn whole, then cut as it is."""
+        """Boolean mask over ``flat``: each tensor's mask is drawn whole, a rank keeps its part."""
         mask = torch.zeros_like(flat, dtype=torch.bool)
         for tensor, fragment in layout.local:
             seed = mixed_seed(self.seed, tensor.number, index)

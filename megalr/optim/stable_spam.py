@@ -42,7 +42,7 @@ class StableSPAM(ShardedOptimizer):
     * every ``update_gap`` updates m, v <- 0 and k <- 1, then AdamW's step (eps outside the bias
       correction) with b1'.
 
-    State: as AdamW plus 3 scalars a tensor, kept in fp32 at least. gamma1 = -1 means beta1.
+    State: as AdamW plus 3 scalars per tensor, kept in fp32 at least. gamma1 = -1 means beta1.
 
     Here the averages M, a, b have a bias correction of their own that is not restarted, a reset
     happens before the gradient enters the moments, and sigma stays at ``eta`` after ``total_T``.
@@ -146,7 +146,7 @@ def _statistics(
 ) -> list[Change]:
     """Advance M, a and b of every tensor; how each piece held here is to be changed.
 
-    The maximum and the norm of a tensor that is cut over ranks are completed by one all-reduce
+    The maximum and the norm of a tensor that is split over ranks are completed by one all-reduce
     each, for all tensors of the layout together.
     """
     maxima = state["max_average"]
