@@ -45,7 +45,8 @@ def start_distributed(timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> torch
             raise error
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return device
-    store = rendezvous(error, timeout_seconds)
+    gpu = "" if error is not None else gpu_identity(device)
+    store = rendezvous(error, timeout_seconds, gpu)
     # Binding the device hangs in torch before 2.7.1 (pytorch issue 153960).
     bind = device.type == "cuda" and torch.__version__ >= "2.7.1"
     dist.init_process_group(
@@ -69,7 +70,10 @@ def limit_collectives(timeout_seconds: float) -> None:
 
 
 def own_device(local_rank: int) -> torch.device:
-    """The GPU of the process with this local rank; the CPU if torch sees no GPU."""
+    """The GPU of the process with this local rank; the CPU if torch sees no GPU.
+
+    A process that sees one GPU uses it, whatever its local rank; LOCAL_RANK becomes 0 then.
+    """
     if not torch.cuda.is_available():
         if os.environ.get("SLURM_GPUS_ON_NODE", "0") != "0" and not _cpu_requested():
             raise UserError(
@@ -79,8 +83,9 @@ def own_device(local_rank: int) -> torch.device:
             )
         return torch.device("cpu")
     count = torch.cuda.device_count()
-    if count == 1 and os.environ.get("SLURM_GPUS_PER_TASK") == "1":
-        # SLURM shows every task its own GPU only, as number 0; DeepSpeed reads LOCAL_RANK.
+    if count == 1:
+        # SLURM and wrapper scripts show a process its own GPU only, in more ways than variables
+        # tell; the rendezvous finds processes that share one. DeepSpeed reads LOCAL_RANK.
         os.environ["LOCAL_RANK"] = "0"
         local_rank = 0
     if local_rank >= count:
@@ -90,6 +95,15 @@ def own_device(local_rank: int) -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def gpu_identity(device: torch.device) -> str:
+    """Equal for two processes of a machine only if they use the same GPU; "" for the CPU."""
+    if device.type != "cuda":
+        return ""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[device.index or 0 :][:1]
+    slices = [entry for entry in visible if entry.startswith("MIG-")]  # have their GPU's uuid
+    return " ".join([str(torch.cuda.get_device_properties(device).uuid), *slices])
 
 
 def _cpu_requested() -> bool:

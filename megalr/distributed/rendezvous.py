@@ -39,14 +39,16 @@ class RankInfo:
         host: name of its machine.
         address: its own address on the route to MASTER_ADDR.
         error: why it cannot take part; None if it can.
+        gpu: identifies its GPU on the machine; "" on the CPU.
     """
 
     host: str
     address: str
     error: str | None
+    gpu: str = ""
 
 
-def rendezvous(error: UserError | None, timeout_seconds: float) -> dist.Store:
+def rendezvous(error: UserError | None, timeout_seconds: float, gpu: str = "") -> dist.Store:
     """Wait until every rank of the world has arrived. Collective.
 
     If ranks are on several machines and GLOO_SOCKET_IFNAME is not set, set it to the interface on
@@ -56,29 +58,49 @@ def rendezvous(error: UserError | None, timeout_seconds: float) -> dist.Store:
     Args:
         error: why this rank cannot take part, if it cannot.
         timeout_seconds: how long to wait for the last rank, at most RENDEZVOUS_SECONDS.
+        gpu: identifies this rank's GPU on its machine; "" on the CPU.
 
     Returns:
         The store; keep it until torch serves its own at this address.
 
     Raises:
         UserError: the port is taken, or MASTER_ADDR cannot be reached.
-        AgreedError: a rank has not arrived or has failed; names its number and host.
+        AgreedError: a rank has not arrived or has failed, or two ranks have the same GPU; names
+            number and host.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     seconds = min(timeout_seconds, RENDEZVOUS_SECONDS)
     server = _open_store(rank, world_size, seconds)
     # When torchrun restarts its processes they use the same store.
     store = dist.PrefixStore(f"megalr/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", server)
-    here = RankInfo(host_name(), _address_towards(os.environ["MASTER_ADDR"]), _text(error))
+    address = _address_towards(os.environ["MASTER_ADDR"])
+    here = RankInfo(host_name(), address, _text(error), gpu)
     store.set(str(rank), json.dumps(asdict(here)))
     everyone = _gather(store, world_size, seconds) if rank == 0 else _receive(store, seconds)
-    for number, other in enumerate(everyone):
-        if other.error is not None:
-            if rank == 0:
-                _wait_for_readers(store, world_size - 1)
-            raise AgreedError(f"rank {number} on {other.host}: {other.error}")
+    problem = find_problem(everyone)
+    if problem is not None:
+        if rank == 0:
+            _wait_for_readers(store, world_size - 1)
+        raise AgreedError(problem)
     _choose_interface(here.address, [other.address for other in everyone])
     return server
+
+
+def find_problem(everyone: list[RankInfo]) -> str | None:
+    """The first error of a rank, or the first two ranks with the same GPU; None without."""
+    for rank, info in enumerate(everyone):
+        if info.error is not None:
+            return f"rank {rank} on {info.host}: {info.error}"
+    users: dict[tuple[str, str], int] = {}
+    for rank, info in enumerate(everyone):
+        first = users.setdefault((info.host, info.gpu), rank) if info.gpu else rank
+        if first != rank:
+            return (
+                f"ranks {first} and {rank} on {info.host} have the same GPU ({info.gpu}): start as "
+                "many processes on a machine as it has GPUs, and show each its own GPU or all of "
+                "them (CUDA_VISIBLE_DEVICES, --gpus-per-task)"
+            )
+    return None
 
 
 def _open_store(rank: int, world_size: int, seconds: float) -> dist.Store:

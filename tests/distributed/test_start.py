@@ -7,12 +7,19 @@ import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from megalr.distributed.agreement import raise_on_any_rank, run_on_rank0
-from megalr.distributed.process_group import limit_collectives, own_device, start_distributed
+from megalr.distributed.process_group import (
+    gpu_identity,
+    limit_collectives,
+    own_device,
+    start_distributed,
+)
+from megalr.distributed.rendezvous import RankInfo, find_problem
 from megalr.errors import AgreedError, UserError
 from tests.ranks import run_distributed
 
@@ -46,15 +53,58 @@ def test_more_processes_than_gpus_is_refused_before_anything_starts(
         start_distributed()
 
 
-def test_a_task_that_slurm_shows_one_gpu_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"SLURM_GPUS_PER_TASK": "1"},
+        {"SLURM_GPUS_PER_TASK": "a100:1"},
+        {"SLURM_NTASKS_PER_GPU": "1"},
+        {"SLURM_GPU_BIND": "single:1"},
+        {"SLURM_TRES_PER_TASK": "gres/gpu:h100=1"},
+        {"CUDA_VISIBLE_DEVICES": "3"},
+        {"CUDA_VISIBLE_DEVICES": "MIG-4d2f"},
+        {},  # a cgroup alone
+    ],
+)
+def test_a_task_that_is_shown_one_gpu_uses_it(
+    variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     chosen: list[int] = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    monkeypatch.setenv("SLURM_GPUS_PER_TASK", "1")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     assert own_device(3) == torch.device("cuda", 0)
     assert chosen == [0] and os.environ["LOCAL_RANK"] == "0"
+
+
+def test_ranks_that_share_a_gpu_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = [torch.device("cuda", index) for index in range(2)]
+    uuids = {0: "GPU-aa", 1: "GPU-bb"}
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda device: SimpleNamespace(uuid=uuids[device.index]),
+    )
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    first, second = (gpu_identity(gpu) for gpu in gpus)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1")
+    one = gpu_identity(gpus[0])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,MIG-2")
+    two = gpu_identity(gpus[1])
+    assert (first, one, two) == ("GPU-aa", "GPU-aa MIG-1", "GPU-bb MIG-2")
+    assert gpu_identity(torch.device("cpu")) == ""
+
+    def problem(*ranks: tuple[str, str]) -> str | None:
+        return find_problem([RankInfo(host, "10.0.0.1", None, gpu) for host, gpu in ranks])
+
+    assert problem(("a", first), ("a", second), ("b", first), ("b", second)) is None
+    assert problem(("a", first), ("a", one)) is None
+    assert problem(("a", ""), ("a", "")) is None  # the CPU
+    shared = problem(("a", second), ("b", first), ("a", first), ("b", first))
+    assert shared is not None and shared.startswith("ranks 1 and 3 on b have the same GPU (GPU-aa)")
 
 
 def test_gpus_that_slurm_gave_and_torch_does_not_see_are_missed(
