@@ -16,7 +16,7 @@ be; these are rotated back before they are stored. (The forward pass could hand 
 but the projections that v is a view of keep the raw ones alive, so that would be memory.) Scores
 are kept in units of log 2 (exp2 is one instruction).
 
-Shapes: M queries and N keys in a block, D head width. q, k, v lie as the projections give them:
+Shapes: M queries and N keys in a block, D head width. q, k, v are as projected:
 (B, S, heads * D), rows and sequences at any stride. Strides of rows and numbers of heads are
 compile-time constants: addresses are then constants too and take no registers.
 """
@@ -29,7 +29,7 @@ import triton.language as tl
 def _load_rows_as(pointers, rows, S, EVEN: tl.constexpr, CACHE: tl.constexpr):
     """A tile of whole rows; rows from S on are 0. EVEN: there are none.
 
-    CACHE: evict_first for what is read once, evict_last for what is read again.
+    CACHE: evict_first for data that is read once, evict_last for data that is read again.
     """
     if EVEN:
         return tl.load(pointers, eviction_policy=CACHE)
@@ -45,7 +45,7 @@ def _load_rows(pointers, rows, S, EVEN: tl.constexpr):
 
 @triton.jit
 def _store_rows(pointers, tile, rows, S, EVEN: tl.constexpr):
-    """Store the rows of a tile that lie below S, in the dtype of the target."""
+    """Store the rows of a tile below S, in the dtype of the target."""
     tile = tile.to(pointers.dtype.element_ty)
     if EVEN:
         tl.store(pointers, tile)
@@ -181,7 +181,7 @@ def forward_kernel(
 
 @triton.jit
 def _thread_order(tile, D: tl.constexpr, M: tl.constexpr):
-    """The numbers of a product (D, M) as (M/8, 8 D), so that what a thread holds lies in fours.
+    """The numbers of a product (D, M) as (M/8, 8 D), so that a thread holds runs of four.
 
     In the result of a tensor core product of four warps, row ``16 w + 8 h + r`` and column
     ``8 n + 2 c + e`` belong to thread (w, r, c). Stored as [n, w, r, c, h, e] a thread reads and
@@ -296,6 +296,7 @@ def backward_kernel(
     """
     H: tl.constexpr = K * GROUP
     query_stride: tl.constexpr = H * D if ROPE else q_stride
+    key_stride: tl.constexpr = K * D if ROPE else k_stride
     padded = tl.cdiv(S, N) * N
     mine = tl.program_id(0).to(tl.int64) * GROUP * padded
     deltas += mine
@@ -325,10 +326,7 @@ def backward_kernel(
         for start in range(0, S, N):
             columns = start + tl.arange(0, N)
             wide = tl.arange(0, D)[None, :]
-            if ROPE:
-                key_rows = dk + shared + columns[:, None] * (K * D)
-            else:
-                key_rows = k_head + columns[:, None] * k_stride
+            key_rows = (dk + shared if ROPE else k_head) + columns[:, None] * key_stride
             key = _load_rows(key_rows + wide, columns, S, EVEN)  # (N, D)
             value_rows = v_head + columns[:, None] * v_stride
             value = _load_rows_as(value_rows + wide, columns, S, EVEN, "evict_first")

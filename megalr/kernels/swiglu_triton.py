@@ -11,12 +11,18 @@ BLOCKS, WARPS = (1024, 512, 256), 4
 
 
 @triton.jit
-def _forward(gate, up, hidden, gate_stride, up_stride, width, BLOCK: tl.constexpr):
-    """hidden = silu(gate) up, in float32, rounded once; hidden is contiguous."""
+def _tile(width, BLOCK: tl.constexpr):
+    """Row and columns of this program, and which columns are inside the row."""
     per_row = tl.cdiv(width, BLOCK)
     row = (tl.program_id(0) // per_row).to(tl.int64)
     column = (tl.program_id(0) % per_row).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < width
+    return row, column, column < width
+
+
+@triton.jit
+def _forward(gate, up, hidden, gate_stride, up_stride, width, BLOCK: tl.constexpr):
+    """hidden = silu(gate) up, in float32, rounded once; hidden is contiguous."""
+    row, column, inside = _tile(width, BLOCK)
     g = tl.load(gate + row * gate_stride + column, mask=inside).to(tl.float32)
     u = tl.load(up + row * up_stride + column, mask=inside).to(tl.float32)
     h = g * tl.sigmoid(g) * u
@@ -29,10 +35,7 @@ def _backward(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """hidden, which holds its gradient, becomes silu(gate) up; dgate and dup are written."""
-    per_row = tl.cdiv(width, BLOCK)
-    row = (tl.program_id(0) // per_row).to(tl.int64)
-    column = (tl.program_id(0) % per_row).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < width
+    row, column, inside = _tile(width, BLOCK)
     g = tl.load(gate + row * gate_stride + column, mask=inside).to(tl.float32)
     u = tl.load(up + row * up_stride + column, mask=inside).to(tl.float32)
     place = hidden + row * width + column

@@ -15,8 +15,8 @@ from megalr.sharding.tensor_shard import set_shard
 class LoRALinear(FactorizedLinear):
     """``y_i = x (W0_i + (alpha/r) B_i A_i)^T (+ bias_i)``; W0 is frozen, A and B train.
 
-    Init: W0 ~ N(0, std^2) as in the full-rank model, A ~ U(+-1/sqrt(n)), B = 0. (The published code
-    of ReLoRA zeroes A as well, so that the gradients of both factors are always zero.)
+    Init: W0 ~ N(0, std^2) as in the full-rank model, A ~ U(+-1/sqrt(n)), B = 0. (Published code
+    zeroes A as well, so that the gradients of both factors are always zero.)
 
     Parameters: ``weight (sum m_i, n)`` without gradient, ``a (G r, n)``, ``b (sum m_i, r)``.
     Under tensor parallelism W0 needs the sums of a dense matrix, besides those of the factors.

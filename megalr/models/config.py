@@ -111,8 +111,8 @@ PRESETS: dict[str, DecoderConfig] = {
     "llama_7b": _llama(4096, 11008, 32, 32),
     "llama_13b": _llama(5120, 13824, 40, 40),
 }
-"""Sizes of the GaLore protocol, 9M to 7B (arXiv 2403.03507, appendix C.1), and of LLaMA-13B
-(arXiv 2302.13971, table 2); vocabulary 32,000."""
+"""Sizes of the GaLore protocol, 9M to 7B (arXiv 2403.03507), and of LLaMA-13B
+(arXiv 2302.13971); vocabulary 32,000."""
 
 
 def decoder_config(preset: str | None, overrides: dict[str, Any]) -> DecoderConfig:

@@ -6,8 +6,10 @@ from megalr.models.decoder import Decoder
 
 
 def matrix_parameters(decoder: Decoder) -> int:
-    """Weights that multiply each token: matrices of the blocks (factors where factorized) and
-    the head, without padding. Embedding, norms and biases do not count.
+    """Weights that multiply each token, without padding.
+
+    They are the matrices of the blocks (factors where factorized) and the head, on all ranks.
+    Embedding, norms and biases do not count.
 
     A LoRA layer multiplies by its frozen matrix and its factors. An SLTrain layer counts its
     factors and its sparse values, the cost of its algebra, although the implementation multiplies
@@ -25,6 +27,10 @@ def flops_per_token(decoder: Decoder, sequence_length: int) -> float:
     sliding window), each 2 * 2 * h FLOPs for the scores and the weighted sum. Recomputation by
     activation checkpointing does not count: these are model FLOPs, not hardware FLOPs (PaLM,
     arXiv 2204.02311, appendix B).
+
+    Args:
+        decoder: gives the sizes.
+        sequence_length: S, tokens of a sequence.
     """
     config = decoder.config
     S = sequence_length
@@ -36,7 +42,14 @@ def flops_per_token(decoder: Decoder, sequence_length: int) -> float:
 
 
 def parameter_count(decoder: Decoder, trainable_only: bool = False) -> int:
-    """Parameters of the whole model without padding; a tied head counts once."""
+    """Parameters of the whole model on all ranks, without padding; a tied head counts once.
+
+    Computed from the sizes: a rank may hold a shard of a parameter, or nothing of it.
+
+    Args:
+        decoder: gives the sizes.
+        trainable_only: without LoRA's frozen matrices.
+    """
     config = decoder.config
     count = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
     if decoder.positions is not None:

@@ -124,5 +124,5 @@ def set_shard(parameter: nn.Parameter, shard: TensorShard | None) -> None:
 
 
 def shard_of(parameter: nn.Parameter) -> TensorShard | None:
-    """What :func:`set_shard` recorded; None for a parameter that is whole on every rank."""
+    """The shard recorded by :func:`set_shard`; None for a parameter that is whole on every rank."""
     return getattr(parameter, "shard", None)

@@ -1,8 +1,8 @@
 """AdamW by the kernel equals torch's fused AdamW and float64 (on the CPU by Triton's interpreter).
 
-Tolerance: bf16 numbers lie 2^-7 or less of themselves apart, and Triton's interpreter cuts float32
-off to bf16 where a GPU rounds to the nearest. So every step is compared by itself, from the same
-bf16 numbers, and what it stores may be one such distance away; on a GPU half of it from float64.
+Tolerance: the distance of bf16 numbers is at most 2^-7 of their size, and Triton's interpreter
+truncates float32 to bf16 where a GPU rounds to nearest. So every step is compared alone, from the
+same bf16 numbers, and may be one such distance off; on a GPU half of it from float64.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _parameters(
 def _new_gradients(parameters: Parameters, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for p in parameters:
-        p.grad = torch.empty_like(p)  # torch wants the strides of p
+        p.grad = torch.empty_like(p)  # torch requires the strides of p
         p.grad.copy_(torch.randn(p.shape, generator=generator))
 
 
@@ -55,14 +55,14 @@ def _stepped(options: dict[str, Any] | None = None) -> tuple[AdamW, Parameters]:
     return optimizer, parameters
 
 
-def _twin(optimizer: AdamW, parameters: Parameters) -> tuple[torch.optim.AdamW, Parameters]:
+def _torch_copy(optimizer: AdamW, parameters: Parameters) -> tuple[torch.optim.AdamW, Parameters]:
     """torch's optimizer with copies of weights and gradients, and the state by ``state_dict``."""
     copies = [torch.nn.Parameter(p.detach().clone()) for p in parameters]
     for its, p in zip(copies, parameters, strict=True):
         its.grad = p.grad.clone()
-    twin = torch.optim.AdamW(copies, fused=True)
-    twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    return twin, copies
+    reference = torch.optim.AdamW(copies, fused=True)
+    reference.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    return reference, copies
 
 
 def _not_called(norm: torch.Tensor) -> None:
@@ -91,8 +91,8 @@ def _exact(
 
 
 def _check(found: list[torch.Tensor], expected: list[torch.Tensor], rtol: float) -> None:
-    for got, want in zip(found, expected, strict=True):
-        torch.testing.assert_close(got.double(), want.double(), rtol=rtol, atol=1e-6)
+    for got, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(got.double(), wanted.double(), rtol=rtol, atol=1e-6)
 
 
 @needs_triton
@@ -105,18 +105,18 @@ def test_steps_are_those_of_torch_and_of_float64(scale: float | None) -> None:
     group = optimizer.param_groups[0]
     given = None if scale is None else torch.tensor(scale, device=DEVICE)
     for update in range(3):
-        twin, copies = _twin(optimizer, parameters)
-        for either in (optimizer, twin):
+        reference, copies = _torch_copy(optimizer, parameters)
+        for either in (optimizer, reference):
             either.grad_scale = given
             either.found_inf = None if scale is None else torch.zeros((), device=DEVICE)
         before = [_numbers(optimizer, p) for p in parameters]
         kept = [p.grad.clone() for p in parameters]
         optimizer.step()
-        twin.step()
+        reference.step()
         assert optimizer._tables
         for p, its, old, grad in zip(parameters, copies, before, kept, strict=True):
             found = _numbers(optimizer, p)
-            _check(found, _numbers(twin, its), ONE_APART)
+            _check(found, _numbers(reference, its), ONE_APART)
             _check(found, _exact(group, old, grad, scale or 1.0), ROUNDING)
             assert found[3] == old[3] + 1
             torch.testing.assert_close(p.grad, grad, rtol=0, atol=0)
@@ -242,28 +242,28 @@ def test_other_cases_are_torchs(case: str) -> None:
     rate = torch.tensor(0.01, device=DEVICE) if case == "tensor lr" else 0.01
     copies = [torch.nn.Parameter(p.detach().clone()) for p in parameters]
     optimizer = AdamW(parameters, **(OPTIONS | {"lr": rate}))
-    twin = torch.optim.AdamW(copies, **(OPTIONS | {"lr": rate}), fused=True)
+    reference = torch.optim.AdamW(copies, **(OPTIONS | {"lr": rate}), fused=True)
     for update in range(3):
-        for either, tensors in ((optimizer, parameters), (twin, copies)):
+        for either, tensors in ((optimizer, parameters), (reference, copies)):
             _new_gradients(tensors, update)
             either.step()
     assert not optimizer._tables
     for p, its in zip(parameters, copies, strict=True):
-        for found, want in zip(_numbers(optimizer, p), _numbers(twin, its), strict=True):
-            torch.testing.assert_close(found, want, rtol=0, atol=0)
+        for found, wanted in zip(_numbers(optimizer, p), _numbers(reference, its), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=0)
 
 
 def test_without_triton_it_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU, bitwise: bf16, a closure, a step left out, hooks that run once."""
+    """On a CPU, bitwise: bf16, a closure, a skipped step, hooks that run once."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     parameters, copies = _parameters(device="cpu"), _parameters(device="cpu")
     optimizer = AdamW(parameters, **OPTIONS)
-    twin = torch.optim.AdamW(copies, **OPTIONS, fused=True)
+    reference = torch.optim.AdamW(copies, **OPTIONS, fused=True)
     assert isinstance(optimizer, torch.optim.AdamW) and optimizer.param_groups[0]["fused"]
     calls: list[int] = []
     optimizer.register_step_post_hook(lambda *_: calls.append(1))
     for update, bad in enumerate((0.0, 0.0, 1.0, 0.0)):
-        for either, tensors in ((optimizer, parameters), (twin, copies)):
+        for either, tensors in ((optimizer, parameters), (reference, copies)):
             _new_gradients(tensors, update)
             if either.state:
                 norm = torch.tensor(float("nan") if bad else 4.0)
@@ -272,10 +272,10 @@ def test_without_triton_it_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert either.step(lambda: 3.0) == 3.0
     assert len(calls) == 4 and not optimizer._tables
     for p, its in zip(parameters, copies, strict=True):
-        for found, want in zip(_numbers(optimizer, p), _numbers(twin, its), strict=True):
-            torch.testing.assert_close(found, want, rtol=0, atol=0)
+        for found, wanted in zip(_numbers(optimizer, p), _numbers(reference, its), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=0)
         assert optimizer.state[p]["step"] == 3
-    assert optimizer.state_dict()["param_groups"] == twin.state_dict()["param_groups"]
+    assert optimizer.state_dict()["param_groups"] == reference.state_dict()["param_groups"]
 
 
 def test_hooks_run_once_by_either_step() -> None:

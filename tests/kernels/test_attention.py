@@ -1,4 +1,4 @@
-"""Attention with rotation inside equals plain attention (on the CPU by Triton's interpreter)."""
+"""Attention with rotation inside equals its reference (on the CPU by Triton's interpreter)."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_operator_passes_the_checks_of_torch() -> None:
 
 
 def test_fake_operator_gives_shapes_without_triton() -> None:
-    """What torch.compile traces: shapes and dtypes of all results, here on meta tensors."""
+    """As torch.compile traces it: shapes and dtypes of all results, here on meta tensors."""
     q = torch.empty(2, 7, 4 * 64, dtype=torch.bfloat16, device="meta")
     k = torch.empty(2, 7, 2 * 64, dtype=torch.bfloat16, device="meta")
     o, lse = torch.ops.megalr.causal_attention([q, k, k], None, 64)

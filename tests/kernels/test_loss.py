@@ -42,7 +42,7 @@ def test_equals_cross_entropy(dtype: torch.dtype, width: int, vocab_size: int) -
 
 
 def test_not_finite_logits_give_a_loss_that_is_not_finite() -> None:
-    """What the guard against bad updates looks for."""
+    """Bad updates are detected by it."""
     for bad in (math.nan, math.inf):
         logits = torch.randn(2, 64, device=DEVICE)
         logits[1, 5] = bad

@@ -142,7 +142,7 @@ def test_loading_a_dense_matrix(kind: str) -> None:
 
 
 def test_lora_factors_train_from_the_first_step() -> None:
-    """Published code starts with A = B = 0, whose gradients vanish for ever."""
+    """Published code starts with A = B = 0, whose gradients are always zero."""
     layer = LoRALinear(SHAPE, 3, 6.0)
     layer.reset_parameters(0, 0.02)
     x = _input().float().detach()

@@ -1,4 +1,4 @@
-"""What an SLTrain layer keeps for the backward pass, compiled and not, and what it refuses."""
+"""Memory that an SLTrain layer keeps for the backward pass, compiled or not, and its limits."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ ROWS, COUNT = sum(SIZES), 90
 
 
 def _inputs(dtype: torch.dtype) -> list[Tensor]:
-    """x, b, a, values (leaves that want gradients) and the support."""
+    """x, b, a, values (leaves with gradients) and the support."""
     torch.manual_seed(0)
     shapes = ((TOKENS, COLUMNS), (ROWS, RANK), (len(SIZES) * RANK, COLUMNS), (COUNT,))
     tensors = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
@@ -39,7 +39,7 @@ def _plain(x: Tensor, b: Tensor, a: Tensor, values: Tensor, support: Tensor, sca
 
 @pytest.fixture
 def uninitialized_is_nan() -> Iterator[None]:
-    """torch.empty gives NaN: what a product in place reads of it would show."""
+    """torch.empty gives NaN, so that a product that reads its output would show it."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -78,7 +78,7 @@ def test_operators_keep_pytorchs_rules() -> None:
 
 
 def test_backward_forms_w_once_and_the_weight_gradient_once() -> None:
-    """Counted under the operator; the counter is told the same of the operator itself."""
+    """Counted inside the operator; the formula for the operator itself gives the same."""
     inputs = [tensor.detach() for tensor in _inputs(torch.float32)]
     dy = torch.randn(TOKENS, ROWS)
     product, factors = 2 * TOKENS * ROWS * COLUMNS, 2 * ROWS * COLUMNS * RANK

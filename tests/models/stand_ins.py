@@ -1,4 +1,4 @@
-"""Plain stand-ins for the kernels, so that their path through a decoder runs on the CPU."""
+"""PyTorch stand-ins for the kernels, so that their path through a decoder runs on the CPU."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The path of the kernels through the decoder, with plain stand-ins for them, on the CPU.
+"""The path of the kernels through the decoder, with PyTorch stand-ins for them, on the CPU.
 
-What the layers hand to the operators (separate outputs, one tensor side by side, one batch) must
-not change loss or gradients; the kernels themselves are tested in tests/kernels.
+The form of the operators' inputs (separate tensors, one tensor side by side, one batch) must not
+change loss or gradients; the kernels themselves are tested in tests/kernels.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Recomputation changes what is kept for the backward pass, and nothing else."""
+"""Activation checkpointing changes only which results are kept for the backward pass."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def _gradients(decoder: Decoder) -> dict[str, torch.Tensor]:
 
 
 def _kept_numbers(decoder: Decoder) -> int:
-    """Numbers a token and block that compiled blocks keep for backward, weights aside.
+    """Numbers per token and block that compiled blocks keep for backward, weights aside.
 
-    One more float32 number a token and head, of the attention, is not counted.
+    The float32 number per token and head that attention keeps is not counted.
     """
     torch._dynamo.reset()  # it stops compiling a function that it has compiled too often
     decoder.bfloat16()
@@ -78,7 +78,7 @@ def test_compiled_recomputation_gives_the_same_gradients(recompute: str) -> None
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_what_is_kept(level: str) -> None:
-    """Numbers a token and block; heads of q, k, v are as many here, the MLP is padded."""
+    """Numbers per token and block; heads of q, k, v are as many here, the MLP is padded."""
     config = tiny(num_kv_heads=None, pad_multiple=16)
     method = low_rank()
     h, f, r = config.hidden_size, config.padded_intermediate_size, method.rank

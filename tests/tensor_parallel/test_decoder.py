@@ -1,4 +1,4 @@
-"""A decoder cut over ranks is the decoder that is not: weights, outputs, gradients."""
+"""A sharded decoder equals the decoder on one rank: weights, outputs, gradients."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOKENS = (3, 10)
 
 
 def _pair(name: str, tensor: int) -> tuple[Decoder, Decoder]:
-    """The decoder on one rank and this rank's part of it, biases that are not zero."""
+    """The decoder on one rank and this rank's shard of it, biases that are not zero."""
     method, layout = CASES[name]
     whole = build_decoder(sizes(name), method, seed=4)
     part = build_decoder(sizes(name), method, seed=4, plan=Plan(mesh(tensor), layout))
@@ -32,7 +32,7 @@ def _pair(name: str, tensor: int) -> tuple[Decoder, Decoder]:
                 draw = 0.1 * torch.randn(full.shape, generator=generator)
                 full.copy_(torch.where(full == 0, draw, full))
                 _zero_padding(whole)
-                named[key].copy_(_held(named[key], full))
+                named[key].copy_(_local(named[key], full))
     return whole, part
 
 
@@ -46,7 +46,7 @@ def _zero_padding(decoder: Decoder) -> None:
                     stack.detach()[rows] = 0
 
 
-def _held(parameter: nn.Parameter, full: torch.Tensor) -> torch.Tensor:
+def _local(parameter: nn.Parameter, full: torch.Tensor) -> torch.Tensor:
     shard = shard_of(parameter)
     return full if shard is None else shard.take(full)
 
@@ -55,15 +55,15 @@ def _same_weights(name: str, tensor: int) -> None:
     method, layout = CASES[name]
     whole = build_decoder(sizes(name), method, seed=4)
     part = build_decoder(sizes(name), method, seed=4, plan=Plan(mesh(tensor), layout))
-    cut = 0
-    for (key, full), (other, held) in zip(
+    sharded = 0
+    for (key, full), (other, local) in zip(
         whole.named_parameters(), part.named_parameters(), strict=True
     ):
         assert key == other
-        assert held.shape == _held(held, full).shape, key
-        assert torch.equal(held, _held(held, full)), key
-        cut += held.numel() < full.numel()
-    assert cut >= 2 + 2 * sizes(name).num_layers
+        assert local.shape == _local(local, full).shape, key
+        assert torch.equal(local, _local(local, full)), key
+        sharded += local.numel() < full.numel()
+    assert sharded >= 2 + 2 * sizes(name).num_layers
     missing = torch.stack([torch.tensor(sum(p.numel() for p in part.parameters() if shard_of(p)))])
     dist.all_reduce(missing, group=mesh(tensor).tensor_group)
     total = sum(
@@ -86,15 +86,15 @@ def _same_function(name: str, tensor: int, kernels: bool = False, rtol: float = 
         torch.testing.assert_close(part(ids), whole(ids), rtol=rtol, atol=1e-5)
     loss = whole(ids, labels) * 0.1
     loss.backward()
-    cut_loss = part(ids, labels) * 0.1
-    cut_loss.backward()
-    torch.testing.assert_close(cut_loss, loss, rtol=rtol, atol=1e-5)
+    sharded_loss = part(ids, labels) * 0.1
+    sharded_loss.backward()
+    torch.testing.assert_close(sharded_loss, loss, rtol=rtol, atol=1e-5)
     named = dict(part.named_parameters())
     for key, full in whole.named_parameters():
         if full.grad is None:
             assert named[key].grad is None
             continue
-        expected = _held(named[key], full.grad)
+        expected = _local(named[key], full.grad)
         torch.testing.assert_close(
             named[key].grad, expected, rtol=rtol, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}"
         )
@@ -121,7 +121,7 @@ def _same_blocks(name: str, tensor: int) -> None:
 
 
 def _replicated_are_identical(name: str, tensor: int) -> None:
-    """Weights that are not cut get bitwise the same gradient on all ranks."""
+    """Replicated weights get bitwise the same gradient on all ranks."""
     _, part = _pair(name, tensor)
     torch.manual_seed(9)
     ids = torch.randint(0, 101, TOKENS)
@@ -151,7 +151,7 @@ def test_outputs_and_gradients_equal_those_of_one_rank(name: str, tensor: int) -
 
 
 def _same_function_by_kernels(tensor: int) -> None:
-    """Operators of kernels, with plain stand-ins where they have no twin, in compiled blocks."""
+    """The kernels' operators in compiled blocks, with stand-ins where there is no reference."""
     for name in ("full_rank", "low_rank", "low_rank_bottleneck"):
         with kernels_on_the_cpu():
             _same_function(name, tensor, kernels=True, rtol=1e-4)

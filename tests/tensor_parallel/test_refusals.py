@@ -1,4 +1,4 @@
-"""What cannot be cut is refused in one line that names what would work."""
+"""Models that cannot be sharded are rejected in one line that says what would work."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_auto_takes_the_layout_that_the_model_has() -> None:
         assert _plan(config, low_rank(), size, "auto") == "column_row"
         assert _plan(wide, low_rank(), size, "auto") == "bottleneck"
         assert _plan(wide, full_rank(), size, "auto") == "column_row"
-    assert _plan(wide, low_rank(), 1, "auto") == "column_row"  # nothing is cut
+    assert _plan(wide, low_rank(), 1, "auto") == "column_row"  # nothing is sharded
     assert _plan(config, low_rank(), 2, "bottleneck") == "bottleneck"
 
 

@@ -1,4 +1,4 @@
-"""Refactorization of cut factors gives the parts of the refactorized whole factors."""
+"""Refactorization of sharded factors gives the shards of the refactorized whole factors."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tests.ranks import run_distributed
 from tests.tensor_parallel.meshes import mesh
 
 M, N, RANK = 24, 32, 6
-CUTS = [(True, False), (False, True), (True, True)]  # column_row (two kinds), bottleneck
+SHARDED = [(True, False), (False, True), (True, True)]  # column_row (two kinds), bottleneck
 
 
 def _pairs(kind: str) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(2)
     pairs = []
-    for _ in CUTS:
+    for _ in SHARDED:
         b = torch.randn(M, RANK, generator=generator)
         a = torch.randn(RANK, N, generator=generator)
         if kind == "dead":  # two directions without effect
@@ -38,20 +38,20 @@ def _balanced_in_parts(kind: str, tensor: int) -> None:
     place = mesh(tensor).tensor_rank
     whole = _pairs(kind)
     parts = []
-    for (b, a), (b_cut, a_cut) in zip(_pairs(kind), CUTS, strict=True):
-        rows = slice(*shard_range(M, place, tensor)) if b_cut else slice(None)
-        columns = slice(*shard_range(N, place, tensor)) if a_cut else slice(None)
+    for (b, a), (b_sharded, a_sharded) in zip(_pairs(kind), SHARDED, strict=True):
+        rows = slice(*shard_range(M, place, tensor)) if b_sharded else slice(None)
+        columns = slice(*shard_range(N, place, tensor)) if a_sharded else slice(None)
         parts.append((b[rows].clone(), a[:, columns].clone()))
     before = [b.double() @ a.double() for b, a in whole]
     expected = balance_in_place(whole, workspace_bytes=1 << 20)
     found = balance_in_place(
-        parts, workspace_bytes=1 << 20, shards=CUTS, group=mesh(tensor).tensor_group
+        parts, workspace_bytes=1 << 20, shards=SHARDED, group=mesh(tensor).tensor_group
     )
     assert found == expected
     assert (expected[0] > 0) == (kind != "healthy")
-    for index, ((b_cut, a_cut), product) in enumerate(zip(CUTS, before, strict=True)):
-        rows = slice(*shard_range(M, place, tensor)) if b_cut else slice(None)
-        columns = slice(*shard_range(N, place, tensor)) if a_cut else slice(None)
+    for index, ((b_sharded, a_sharded), product) in enumerate(zip(SHARDED, before, strict=True)):
+        rows = slice(*shard_range(M, place, tensor)) if b_sharded else slice(None)
+        columns = slice(*shard_range(N, place, tensor)) if a_sharded else slice(None)
         b, a = parts[index]
         # The product did not move, and where the factors are unique they are those of the whole.
         torch.testing.assert_close(
@@ -60,7 +60,7 @@ def _balanced_in_parts(kind: str, tensor: int) -> None:
         if kind == "healthy":
             torch.testing.assert_close(b, whole[index][0][rows], rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(a, whole[index][1][:, columns], rtol=1e-5, atol=1e-5)
-        if b_cut and place == tensor - 1:
+        if b_sharded and place == tensor - 1:
             assert not b[-3:].any()
 
 
@@ -71,7 +71,7 @@ def test_parts_of_factors_are_balanced_like_the_whole(kind: str, tensor: int) ->
 
 
 def _imbalance_of_unequal_copies() -> float:
-    """What a rank decides by if a factor that all tensor-parallel ranks hold differs on one."""
+    """The imbalance that ranks see if a replicated factor differs on one of them."""
     place = mesh(2)
     groups = [place.data_group, place.tensor_group]
     state = SimpleNamespace(

@@ -91,7 +91,7 @@ def _assert_same(found: tuple, expected: tuple) -> None:
     ("layout", "grid"),
     [
         *(("column_row", grid) for grid in GRIDS),
-        *(("bottleneck", grid) for grid in GRIDS if grid != "1x2"),  # nothing would be cut
+        *(("bottleneck", grid) for grid in GRIDS if grid != "1x2"),  # nothing would be sharded
     ],
 )
 def test_low_rank_with_restarts_equals_one_rank(
@@ -132,7 +132,7 @@ def plain_bf16(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple:
 def test_bf16_norms_count_every_number_once(
     stage: int, layout: str, plain_bf16: tuple, data: Path, tmp_path: Path
 ) -> None:
-    """A missing or wrong mark on cut parameters would change the norm by a tenth and more."""
+    """A missing or wrong mark on sharded parameters would change the norm by a tenth and more."""
     found = _run(tmp_path, data, "low_rank", 2, layout, stage, world=2, updates=5, precision="bf16")
     assert found[0] == pytest.approx(plain_bf16[0], rel=5e-3)
     assert found[1] == pytest.approx(plain_bf16[1], rel=5e-2)
