@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -56,13 +57,25 @@ def saving_path(root: Path, tag: str) -> Path:
     return root / f"{_SAVING}{tag}"
 
 
+def prepare(root: Path, tag: str) -> Path:
+    """Make the empty folder in which a checkpoint is written; what is there is moved away."""
+    path = saving_path(root, tag)
+    root.mkdir(parents=True, exist_ok=True)
+    _try_to_remove(_to_trash(path))
+    path.mkdir()
+    return path
+
+
 def publish(root: Path, tag: str) -> None:
-    """Rename what was written at :func:`saving_path` to its tag, replacing an older one."""
+    """Rename what was written at :func:`saving_path` to its tag, replacing an older one.
+
+    An older one that cannot be removed stays as trash.
+    """
     sync_folder(saving_path(root, tag))
-    trash = _to_trash(root, tag)
+    trash = _to_trash(root / tag)
     saving_path(root, tag).rename(root / tag)
     sync_folder(root)
-    _remove(trash)
+    _try_to_remove(trash)
 
 
 def point_latest(root: Path, tag: str) -> None:
@@ -76,7 +89,7 @@ def discard(root: Path, tag: str) -> None:
     Raises:
         OSError: the system refused.
     """
-    _remove(_to_trash(root, tag))
+    _remove(_to_trash(root / tag))
 
 
 def recover(root: Path) -> None:
@@ -91,21 +104,45 @@ def unfinished(root: Path) -> list[str]:
     return sorted(path.name.removeprefix(_SAVING) for path in root.glob(f"{_SAVING}*"))
 
 
-def clean(root: Path) -> None:
-    """Remove leftovers of interrupted writing and deleting."""
+def clean(root: Path) -> list[str]:
+    """Remove leftovers of interrupted writing and deleting.
+
+    Returns:
+        Those that could not be removed, each with the reason; they never count as checkpoints.
+    """
+    failures = []
     for pattern in (f"{_SAVING}*", f"{_TRASH}*"):
-        for path in root.glob(pattern):
-            shutil.rmtree(path)
+        for path in sorted(root.glob(pattern)):
+            error = _try_to_remove(path)
+            if error is not None:
+                failures.append(f"{path}: {error.strerror}")
+    return failures
 
 
-def _to_trash(root: Path, tag: str) -> Path:
-    trash = root / f"{_TRASH}{tag}"
-    _remove(trash)
-    if (root / tag).exists():
-        (root / tag).rename(trash)
+def _to_trash(path: Path) -> Path:
+    """Rename a checkpoint so that it no longer counts; its new path, absent if it was absent."""
+    tag = path.name.removeprefix(_SAVING)
+    trash = path.with_name(f"{_TRASH}{tag}")
+    number = 1
+    while os.path.lexists(trash):  # left by a deletion that failed
+        trash = path.with_name(f"{_TRASH}{tag}-{number}")
+        number += 1
+    if os.path.lexists(path):
+        path.rename(trash)
     return trash
 
 
+def _try_to_remove(path: Path) -> OSError | None:
+    try:
+        _remove(path)
+    except OSError as error:
+        return error
+    return None
+
+
 def _remove(path: Path) -> None:
-    if path.exists():
+    """Delete a folder, or a file or link without following it; nothing if it is absent."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from megalr.checkpoint.manifest import CheckpointManifest, Damaged, check_files,
 from megalr.checkpoint.torch_files import load_mapped
 from megalr.distributed.agreement import run_on_rank0
 from megalr.errors import AgreedError, UserError
-from megalr.files import system_errors, system_message
+from megalr.files import system_message
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,14 @@ def find_checkpoint(folder: Path, verify: bool) -> Found:
 
 
 def _list(root: Path) -> tuple[list[str], list[str]]:
-    with system_errors():
+    try:
         directory.recover(root)
         return directory.tags(root), directory.unfinished(root)
+    except OSError as error:
+        where = error.filename or root
+        raise UserError(
+            f"{where}: {system_message(error)}; make it readable and writable"
+        ) from None
 
 
 def _problem(folder: Path, verify: bool) -> str | None:
@@ -123,7 +128,8 @@ def tidy(folder: Path, found: Found) -> None:
         for tag in found.unfinished:
             print(f"warning: {tag} was never finished; removed", file=sys.stderr, flush=True)
         try:
-            directory.clean(root)
+            for text in directory.clean(root):
+                print(f"warning: leftover not removed, {text}", file=sys.stderr, flush=True)
             if found.tag is not None:
                 directory.point_latest(root, found.tag)
         except OSError as error:

@@ -56,10 +56,11 @@ def delete_superseded(root: Path, config: RunConfig, update: int) -> tuple[list[
                 known.append(Candidate(tag, manifest.update, manifest.validation_loss))
     keep = config.checkpoint
     deleted: list[str] = []
+    failures: list[str] = []
     for tag in superseded(known, keep.keep_last, keep.keep_every, keep.keep_best):
         try:
             directory.discard(root, tag)
+            deleted.append(tag)
         except OSError as error:
-            return deleted, f"{tag}: {system_message(error)}"
-        deleted.append(tag)
-    return deleted, None
+            failures.append(f"{tag}: {system_message(error)} ({error.filename or root / tag})")
+    return deleted, "; ".join(failures) or None

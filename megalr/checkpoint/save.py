@@ -82,7 +82,7 @@ def save_checkpoint(
     tag = directory.tag_of(update)
     saving = directory.saving_path(root, tag)
     with _one_line(root / tag):
-        run_on_rank0(lambda: _prepare(saving))
+        run_on_rank0(lambda: _prepare(root, tag))
         records, hashing = _write_files(engine, root, saving)
         loss = None if validation_loss is None or math.isnan(validation_loss) else validation_loss
         saved = SavedState(update, config.model_dump(mode="json"), _counters(engine), state)
@@ -136,11 +136,9 @@ def _one_line(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _prepare(saving: Path) -> None:
+def _prepare(root: Path, tag: str) -> None:
     with system_errors():
-        if saving.exists():
-            shutil.rmtree(saving)
-        saving.mkdir(parents=True)
+        directory.prepare(root, tag)
 
 
 def _counters(engine: Any) -> dict[str, int]:

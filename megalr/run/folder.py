@@ -46,6 +46,14 @@ def check_run_folder(config: RunConfig, allowed: Sequence[str] = ()) -> list[Dif
         UserError: the folder holds something else, or another run (names the differing keys).
     """
     folder = Path(config.run.dir)
+    try:
+        return _check_run_folder(folder, config, allowed)
+    except OSError as error:
+        path = error.filename or folder
+        raise UserError(f"run.dir {folder}: {path} cannot be read: {error.strerror}") from error
+
+
+def _check_run_folder(folder: Path, config: RunConfig, allowed: Sequence[str]) -> list[Difference]:
     saved = folder / CONFIG
     if config.run.resume == "never" and saved.exists():
         raise UserError(
@@ -61,11 +69,21 @@ def check_run_folder(config: RunConfig, allowed: Sequence[str] = ()) -> list[Dif
         if not tags(folder / CHECKPOINTS) and not has_updates(folder):
             return []  # ended before its first update: free for any run
         return _compare(saved, config, allowed)
-    if folder.exists() and any(path.name not in LAUNCHER_FILES for path in folder.iterdir()):
+    if folder.exists() and not all(_may_precede_a_run(path) for path in folder.iterdir()):
         raise UserError(
             f"run.dir {folder} is not empty and holds no {CONFIG}: choose another run.dir"
         )
     return []
+
+
+def _may_precede_a_run(path: Path) -> bool:
+    """Whether an entry of a run's folder without a configuration is no reason to refuse it.
+
+    Launchers make some; a start that was killed while it claimed the folder leaves others.
+    """
+    if path.name == CHECKPOINTS and path.is_dir():
+        return not any(path.iterdir())
+    return path.name in LAUNCHER_FILES or path.name.startswith(f".{CONFIG}.")
 
 
 def has_updates(folder: Path) -> bool:
@@ -84,9 +102,10 @@ def write_run_folder(config: RunConfig, ds_config: dict[str, Any]) -> None:
     """
     folder = Path(config.run.dir)
     try:
-        (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         replace_file(folder / CONFIG, dump_config(config).encode())
         replace_file(folder / DS_CONFIG, (json.dumps(ds_config, indent=2) + "\n").encode())
+        (folder / CHECKPOINTS).mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f"run.dir {folder} cannot be written: {error.strerror}") from error
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,9 @@ from megalr.checkpoint.manifest import (
     read_manifest,
     record_of,
 )
-from megalr.checkpoint.retain import Candidate, superseded
+from megalr.checkpoint.retain import Candidate, delete_superseded, superseded
+from megalr.config.schema import RunConfig
+from tests.training.runs import settings
 
 
 def _write(root: Path, name: str, update: int) -> Path:
@@ -75,6 +80,58 @@ def test_a_checkpoint_has_its_name_only_when_it_is_complete(tmp_path: Path) -> N
     directory.discard(tmp_path, "update_10")
     assert directory.tags(tmp_path) == ["update_9_universal", "update_9", "update_11"]
     assert not list(tmp_path.glob(".trash-*"))
+
+
+def test_a_link_to_a_checkpoint_is_removed_and_its_target_stays(tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    for update in (1, 2, 3):
+        target = _write(tmp_path / "archive", f"update_{update}", update)
+        root.mkdir(exist_ok=True)
+        (root / f"update_{update}").symlink_to(target)
+    (root / "update_4").symlink_to(tmp_path / "gone")
+    (root / ".trash-update_0").symlink_to(tmp_path / "archive" / "update_1")
+    assert directory.tags(root) == ["update_1", "update_2", "update_3"]
+    directory.discard(root, "update_1")
+    for tag in ("update_3", "update_4"):
+        (directory.prepare(root, tag) / MANIFEST).write_text("{}")
+        directory.publish(root, tag)
+    assert directory.clean(root) == []
+    assert sorted(path.name for path in root.iterdir()) == ["update_2", "update_3", "update_4"]
+    assert [path.is_symlink() for path in sorted(root.iterdir())] == [True, False, False]
+    assert len(list((tmp_path / "archive").glob("update_*/a.pt"))) == 3
+
+
+def test_what_cannot_be_removed_is_named_and_blocks_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for tag in ("update_1", "update_2", "update_3"):
+        _write(tmp_path, tag, int(tag[-1]))
+    _write(tmp_path, ".saving-update_4", 4)
+    (tmp_path / ".trash-update_2").mkdir()
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path / "a.pt"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", refuse)
+        values = settings(tmp_path, Path("data"), checkpoint={"keep_last": 1})
+        deleted, error = delete_superseded(tmp_path, RunConfig.model_validate(values), 3)
+        assert deleted == [] and error is not None
+        for tag, trash in (("update_1", ".trash-update_1"), ("update_2", ".trash-update_2-1")):
+            assert f"{tag}: Operation not permitted ({tmp_path}/{trash}/a.pt)" in error
+        directory.prepare(tmp_path, "update_4")  # in place of one that cannot be removed
+        directory.publish(tmp_path, "update_4")
+        _write(tmp_path, ".saving-update_3", 3)
+        directory.recover(tmp_path)
+        assert directory.tags(tmp_path) == ["update_3", "update_4"]
+        found = directory.clean(tmp_path)
+        assert found == [f"{path}: Operation not permitted" for path in sorted(_trash(tmp_path))]
+        assert len(found) == 5
+    assert directory.clean(tmp_path) == [] and not _trash(tmp_path)
+
+
+def _trash(root: Path) -> list[Path]:
+    return list(root.glob(".trash-*"))
 
 
 def test_every_kind_of_damage_is_named(tmp_path: Path) -> None:

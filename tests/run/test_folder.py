@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from megalr.config.schema import RunConfig
 from megalr.errors import UserError
+from megalr.files import replace_file, temporary_path
+from megalr.run import folder as run_folder
 from megalr.run.folder import check_run_folder, has_updates, write_run_folder
 from megalr.run.metrics_writer import MetricsWriter
 from tests.training.runs import settings
@@ -36,6 +41,54 @@ def test_a_run_that_ended_before_its_first_update_leaves_its_folder_to_another(
     (folder / "checkpoints" / "update_1" / "manifest.json").write_text("{}")
     with pytest.raises(UserError, match=r"optimizer.lr: 0.01 there, 0.02 here"):
         check_run_folder(other)
+
+
+def test_a_start_killed_while_it_claims_the_folder_leaves_it_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before each of its writes, by versions that made the folder of checkpoints first."""
+    config = _config(tmp_path / "run", 0.01)
+    calls = 0
+
+    class Killed(BaseException):
+        pass
+
+    def die_at(last: int) -> Callable[..., None]:
+        def write(path: Path, content: bytes, job: str = "single") -> None:
+            nonlocal calls
+            calls += 1
+            if calls == last:
+                temporary_path(path, job).write_bytes(content[:3])
+                raise Killed
+            replace_file(path, content, job)
+
+        return write
+
+    for last in (1, 2):
+        calls = 0
+        monkeypatch.setattr(run_folder, "replace_file", die_at(last))
+        with pytest.raises(Killed):
+            write_run_folder(config, {})
+        (tmp_path / "run" / "checkpoints").mkdir(exist_ok=True)
+        assert check_run_folder(config) == []
+    (tmp_path / "run" / "config.yaml").unlink(missing_ok=True)
+    (tmp_path / "run" / "ds_config.json").unlink(missing_ok=True)
+    (tmp_path / "run" / "checkpoints" / "mine").mkdir()
+    with pytest.raises(UserError, match=r"is not empty and holds no config\.yaml"):
+        check_run_folder(config)
+
+
+def test_a_folder_that_cannot_be_read_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(UserError, match=f"{tmp_path}/run cannot be read: Permission denied"):
+        check_run_folder(_config(tmp_path / "run", 0.01))
 
 
 def test_folders_may_begin_with_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
