@@ -57,7 +57,7 @@ def run_tasks(
     try:
         found = lm_eval.simple_evaluate(
             model="hf",
-            model_args={"pretrained": str(model)},
+            model_args={"pretrained": str(model), "trust_remote_code": False},
             tasks=list(tasks),
             num_fewshot=few_shot,
             limit=limit,

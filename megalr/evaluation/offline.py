@@ -25,10 +25,13 @@ from megalr.data.manifest import load_manifest
 from megalr.distributed.agreement import run_on_all, run_on_rank0
 from megalr.errors import UserError
 from megalr.evaluation.perplexity import evaluate
-from megalr.hf.init_from_pretrained import check_same_pieces
+from megalr.hf.init_from_pretrained import check_same_tokenizers
+from megalr.hf.pretrained_config import first_line
 from megalr.hf.trained_run import load_decoder, open_verified, run_config
 from megalr.hf.write import DTYPES
 from megalr.kernels.loss import IGNORE
+from megalr.preprocessing.compare_tokenizers import tokenizer_difference
+from megalr.preprocessing.tokenizer import holds_tokenizer, open_tokenizer
 
 LONGEST = 2048
 """Sequence length for a model whose configuration does not limit it to less (tokens)."""
@@ -206,19 +209,23 @@ def _check_tokenizer_of_run(config: RunConfig, data: TokenDataset) -> list[str]:
     if not folder.exists():
         return [f"{folder}, the training data, is gone: tokenizers were not compared"]
     trained = load_manifest(folder).tokenizer
-    if trained.fingerprint != data.tokenizer.fingerprint:
+    if trained.fingerprint == data.tokenizer.fingerprint:
+        return []
+    difference = tokenizer_difference(
+        open_tokenizer(folder / trained.path), open_tokenizer(data.tokenizer_path)
+    )
+    if difference is not None:
         raise UserError(
-            f"{data.sources[0].path} was made with another tokenizer than the run's {folder} "
-            f"({data.tokenizer.fingerprint[:12]}, {trained.fingerprint[:12]}): preprocess both "
-            "with one"
+            f"{data.sources[0].path} was made with another tokenizer than the run's {folder}: "
+            f"{difference}; preprocess both with one"
         )
     return []
 
 
 def _check_tokenizer_of_model(folder: Path, data: TokenDataset) -> list[str]:
-    if not (folder / "tokenizer_config.json").is_file():
+    if not holds_tokenizer(folder):
         return [f"{folder} holds no tokenizer: tokenizers were not compared"]
-    check_same_pieces(data, folder)
+    check_same_tokenizers(data, folder)
     return []
 
 
@@ -228,7 +235,11 @@ def _transformers_model(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True)
+        return AutoModelForCausalLM.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # transformers raises nearly anything for a bad folder
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        reason = first_line(error)
+        if "trust_remote_code" in str(error):
+            reason = "it needs the folder's own code, which is not run"
         raise UserError(f"{folder}: transformers cannot load a model ({reason})") from error

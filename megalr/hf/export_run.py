@@ -21,6 +21,7 @@ from megalr.hf.trained_run import (
 from megalr.hf.write import ExportOptions, check_output, write_model
 from megalr.models.build import sizes_of
 from megalr.models.config import DecoderConfig
+from megalr.preprocessing.compare_tokenizers import tokenizer_difference
 from megalr.preprocessing.tokenizer import Tokenizer, open_tokenizer
 from megalr.run.metrics_reader import perplexity_of, read_run
 
@@ -74,15 +75,26 @@ def export_run(
 def _tokenizer(config: RunConfig, given: str | None) -> Tokenizer | None:
     if given == NO_TOKENIZER:
         return None
-    if given is not None:
-        return open_tokenizer(given)
+    chosen = open_tokenizer(given) if given is not None else None
     try:
-        return tokenizer_of(config)
+        trained = tokenizer_of(config)
     except UserError as error:
+        if chosen is None:
+            raise UserError(
+                f"the tokenizer of the training data cannot be read ({error}); give it with "
+                f"--tokenizer PATH, or --tokenizer {NO_TOKENIZER}"
+            ) from error
+        print(f"note: --tokenizer {given} was not compared with training's: {error}", flush=True)
+        return chosen
+    if chosen is None:
+        return trained
+    difference = tokenizer_difference(trained, chosen)
+    if difference is not None:
         raise UserError(
-            f"the tokenizer of the training data cannot be read ({error}); give it with "
-            f"--tokenizer PATH, or --tokenizer {NO_TOKENIZER}"
-        ) from error
+            f"--tokenizer {given} gives other ids than the tokenizer of the training data, "
+            f"{trained.path}: {difference}"
+        )
+    return chosen
 
 
 def _facts(

@@ -41,7 +41,8 @@ from megalr.layers.sltrain import SLTrainLinear
 from megalr.models.build import SparseIndices, build_decoder, build_model, sizes_of
 from megalr.models.config import decoder_config
 from megalr.models.decoder import Decoder
-from megalr.preprocessing.tokenizer import open_tokenizer
+from megalr.preprocessing.compare_tokenizers import tokenizer_difference
+from megalr.preprocessing.tokenizer import holds_tokenizer, open_tokenizer
 from megalr.run.folder import CONFIG
 from megalr.sharding.tensor_shard import shard_of
 from megalr.tensor_parallel.mesh import Mesh
@@ -176,21 +177,18 @@ def check_pretrained_tokenizer(config: RunConfig, data: TokenDataset) -> None:
             f"{folder} {size}: preprocess the text with the model's tokenizer (--tokenizer "
             f"{folder})"
         )
-    if (folder / "tokenizer_config.json").is_file():
-        check_same_pieces(data, folder)
+    if holds_tokenizer(folder):
+        check_same_tokenizers(data, folder)
 
 
-def check_same_pieces(data: TokenDataset, folder: Path) -> None:
+def check_same_tokenizers(data: TokenDataset, folder: Path) -> None:
     """Raise UserError unless the tokenizers of ``data`` and of the model in ``folder`` agree."""
-    mine = open_tokenizer(data.tokenizer_path).piece_ids()
-    theirs = open_tokenizer(folder).piece_ids()
-    for piece, number in sorted(mine.items(), key=lambda item: item[1]):
-        if theirs.get(piece) != number:
-            raise UserError(
-                f"{data.sources[0].path} was made with another tokenizer than the model in "
-                f"{folder}: {piece!r} is {number} there and {theirs.get(piece, 'no id')} here; "
-                f"preprocess the text with --tokenizer {folder}"
-            )
+    difference = tokenizer_difference(open_tokenizer(data.tokenizer_path), open_tokenizer(folder))
+    if difference is not None:
+        raise UserError(
+            f"{data.sources[0].path} was made with another tokenizer than the model in {folder}: "
+            f"{difference}; preprocess the text with --tokenizer {folder}"
+        )
 
 
 def import_weights(folder: Path, decoder: Decoder, device: torch.device) -> Imported:

@@ -16,15 +16,12 @@ from safetensors import SafetensorError
 from megalr.errors import UserError
 from megalr.hf.families import families_of, transformers_config
 from megalr.hf.names import dense_tensors
+from megalr.hf.write_tokenizer import exported_difference, write_tokenizer
 from megalr.models.decoder import Decoder
 from megalr.preprocessing.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SIZE = re.compile(r"\d+(\.\d+)?[KMGT]B")
-PROBE = "The Cat's 123 ids, é\u4e2d! w5 w6"
-"""Text that a tokenizer loaded from the folder must cut up as the original does."""
-FOREIGN = ("config.json", "generation_config.json", "*.index.json", "preprocessor_config.json")
-"""Files of another model that may lie in a tokenizer's folder; they are not copied."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,8 @@ def write_model(
     Raises:
         UserError: ``output`` is not empty, no transformers architecture computes this decoder,
             weights are not finite (in ``options.dtype``), the vocabulary is smaller than the
-            tokenizer's, transformers would load another tokenizer, or the disk cannot be written.
+            tokenizer's, transformers cannot hold the tokenizer or
+            would load another one, or the disk cannot be written.
     """
     check_output(output)
     if tokenizer is not None and tokenizer.vocab_size > decoder.config.vocab_size:
@@ -94,7 +92,7 @@ def write_model(
         output.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
         if tokenizer is not None:
-            _copy_tokenizer(tokenizer, temporary)
+            write_tokenizer(tokenizer, temporary, options.max_positions)
         family = _choose_family(decoder, options, tokenizer, temporary)
         model = transformers_model(decoder, family, options, tokenizer)
         model.save_pretrained(temporary, max_shard_size=options.max_shard_size)
@@ -111,13 +109,6 @@ def write_model(
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    tokenizer.copy_to(folder)
-    for pattern in FOREIGN:
-        for file in folder.glob(pattern):
-            file.unlink()
-
-
 def _choose_family(
     decoder: Decoder, options: ExportOptions, tokenizer: Tokenizer | None, folder: Path
 ) -> str:
@@ -131,7 +122,7 @@ def _choose_family(
         return families[0]
     for family in families:
         _config(decoder, family, options, tokenizer).save_pretrained(folder)
-        difference = _tokenizer_difference(tokenizer, folder)
+        difference = exported_difference(tokenizer, folder)
         if difference is None:
             return family
     raise UserError(
@@ -139,21 +130,6 @@ def _choose_family(
         f"({difference}); give the tokenizer's Hugging Face folder with --tokenizer, or "
         "--tokenizer none"
     )
-
-
-def _tokenizer_difference(tokenizer: Tokenizer, folder: Path) -> str | None:
-    """How the tokenizer that transformers loads from ``folder`` differs; None if it agrees."""
-    from transformers import AutoTokenizer
-
-    try:
-        loaded: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        ids = loaded(PROBE, add_special_tokens=False)["input_ids"]
-    except Exception as error:  # transformers raises nearly anything for what it cannot load
-        return str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-    expected = tokenizer.encode([PROBE], append_eos=False)[0].tolist()
-    if ids != expected:
-        return f"{PROBE!r} becomes {ids} instead of {expected}"
-    return None
 
 
 def _config(

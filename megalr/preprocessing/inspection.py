@@ -145,7 +145,7 @@ def _count(total: Statistics, shard: IndexedShard, entry: ShardEntry) -> None:
 def open_dataset_tokenizer(folder: Path, manifest: DataManifest) -> Tokenizer:
     """The tokenizer in the data folder, checked to be the one that made the ids."""
     tokenizer = open_tokenizer(folder / manifest.tokenizer.path)
-    if tokenizer.fingerprint != manifest.tokenizer.fingerprint:
+    if not tokenizer.has_fingerprint(manifest.tokenizer.fingerprint):
         raise UserError(
             f"{folder / manifest.tokenizer.path}: fingerprint {tokenizer.fingerprint}, the shards "
             f"were made with {manifest.tokenizer.fingerprint}; put the right tokenizer back"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -12,20 +13,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megalr.data.manifest import TokenizerInfo
-from megalr.data.records import read_json
 from megalr.errors import UserError
+from megalr.files import read_json_object
 
 Ids = NDArray[np.int32]
 SENTENCEPIECE_NAME = "spiece.model"
 CONFIG_NAME = "tokenizer_config.json"
 MARKER = "sentencepiece_model"  # key of tokenizer_config.json that names the .model file
 HUGGINGFACE_FILES = (
-    "*.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "tekken.json",
     "*.model",
     "merges.txt",
     "vocab.txt",
     "*.tiktoken",
 )
+"""Files that decide the ids, beside ``model_type`` of a model's config.json."""
+FORMER_FILES = ("*.json", "*.model", "merges.txt", "vocab.txt", "*.tiktoken")
+"""Files that fingerprints covered up to version 1; of a tokenizer's own folder the same ones."""
+MODEL_CONFIG = "config.json"
 
 
 class Tokenizer(Protocol):
@@ -48,6 +58,10 @@ class Tokenizer(Protocol):
 
     def piece_ids(self) -> dict[str, int]:
         """Every piece of the vocabulary with its id."""
+        ...
+
+    def has_fingerprint(self, fingerprint: str) -> bool:
+        """Whether a recorded fingerprint is this tokenizer's."""
         ...
 
     def copy_to(self, folder: Path) -> None:
@@ -87,6 +101,9 @@ class SentencePieceTokenizer:
     def piece_ids(self) -> dict[str, int]:
         return {self._model.id_to_piece(number): number for number in range(self.vocab_size)}
 
+    def has_fingerprint(self, fingerprint: str) -> bool:
+        return fingerprint == self.fingerprint
+
     def copy_to(self, folder: Path) -> None:
         from megalr.preprocessing.hf_tokenizer import write_huggingface_files
 
@@ -99,8 +116,9 @@ class HuggingFaceTokenizer:
     """A folder that ``transformers.AutoTokenizer`` loads.
 
     Special tokens that a document spells out are encoded as ordinary text (where the tokenizer has
-    a fast implementation and its model does not list them as pieces). The fingerprint is the
-    SHA-256 of names and contents of the folder's tokenizer files.
+    a fast implementation and its model does not list them as pieces). Code in the folder is never
+    run. The fingerprint is the SHA-256 of names and contents of the files that decide the ids, and
+    of the model's type if the folder is a model's.
     """
 
     kind = "huggingface"
@@ -111,12 +129,17 @@ class HuggingFaceTokenizer:
 
         self.path = path
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(
+                str(path), local_files_only=True, trust_remote_code=False
+            )
+            self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
         except Exception as error:  # transformers raises nearly anything for a bad folder
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            reason = (str(error).strip().splitlines() or [repr(error)])[0][:300]
+            if "trust_remote_code" in str(error):
+                reason = "it needs the folder's own code, which is not run"
             raise UserError(f"{path}: transformers cannot load a tokenizer ({reason})") from None
-        self.fingerprint = _hash_files(path)
-        self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
+        self._model_type = _model_type(path)
+        self.fingerprint = _hash_files(path, HUGGINGFACE_FILES, self._model_type)
         self.eos_id = self._tokenizer.eos_token_id
         pad = self._tokenizer.pad_token_id
         self.pad_id = pad if pad is not None else self.eos_id or 0
@@ -141,10 +164,16 @@ class HuggingFaceTokenizer:
     def piece_ids(self) -> dict[str, int]:
         return self._tokenizer.get_vocab()
 
+    def has_fingerprint(self, fingerprint: str) -> bool:
+        return fingerprint in (self.fingerprint, _hash_files(self.path, FORMER_FILES))
+
     def copy_to(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        for file in _huggingface_files(self.path):
+        for file in _files(self.path, HUGGINGFACE_FILES):
             shutil.copyfile(file, folder / file.name)
+        if self._model_type is not None:  # transformers may choose the class by it
+            content = json.dumps({"model_type": self._model_type})
+            (folder / MODEL_CONFIG).write_text(content + "\n", encoding="utf-8")
 
 
 def _joined(rows: list[Ids]) -> tuple[Ids, Ids]:
@@ -152,20 +181,40 @@ def _joined(rows: list[Ids]) -> tuple[Ids, Ids]:
     return (np.concatenate(rows) if rows else np.empty(0, np.int32)), lengths
 
 
-def _huggingface_files(folder: Path) -> list[Path]:
-    return sorted({file for pattern in HUGGINGFACE_FILES for file in folder.glob(pattern)})
+def _files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    return sorted({file for pattern in patterns for file in folder.glob(pattern)})
 
 
-def _hash_files(folder: Path) -> str:
+def _hash_files(folder: Path, patterns: tuple[str, ...], model_type: str | None = None) -> str:
     digest = hashlib.sha256()
-    for file in _huggingface_files(folder):
+    for file in _files(folder, patterns):
         content = file.read_bytes()
         digest.update(f"{file.name}\0{len(content)}\0".encode() + content)
+    if model_type is not None:
+        digest.update(f"model_type\0{model_type}".encode())
     return digest.hexdigest()
 
 
+def _model_type(folder: Path) -> str | None:
+    """The architecture of the model in a folder; None if there is no model."""
+    path = folder / MODEL_CONFIG
+    kind = read_json_object(path).get("model_type") if path.is_file() else None
+    return kind if isinstance(kind, str) else None
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether a model's folder has a tokenizer, in whatever form."""
+    return bool(_files(folder, HUGGINGFACE_FILES))
+
+
 def open_tokenizer(path: str | Path) -> Tokenizer:
-    """Open a ``*.model`` file, a folder of tools/train_tokenizer.py or a Hugging Face folder."""
+    """Open a ``*.model`` file, a folder of tools/train_tokenizer.py or a Hugging Face folder.
+
+    A folder with nothing but one ``*.model`` file is that SentencePiece model.
+
+    Raises:
+        UserError: no such path, or files that are no tokenizer's.
+    """
     path = Path(path)
     if not path.exists():
         raise UserError(
@@ -177,12 +226,16 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
             raise UserError(f"{path}: a tokenizer is a *.model file or a folder")
         return SentencePieceTokenizer(path)
     config = path / CONFIG_NAME
-    record = read_json(config) if config.is_file() else {}
-    name = record.get(MARKER) if isinstance(record, dict) else None
+    name = read_json_object(config).get(MARKER) if config.exists() else None
     if name is not None:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise UserError(f"{config}: {MARKER} is {name!r}, which is no file of the folder")
         if not (path / name).is_file():
             raise UserError(f"{path / name}: no such file, but {config.name} names it")
         return SentencePieceTokenizer(path / name)
+    files = _files(path, (*HUGGINGFACE_FILES, MODEL_CONFIG))
+    if len(files) == 1 and files[0].suffix == ".model":
+        return SentencePieceTokenizer(files[0])
     return HuggingFaceTokenizer(path)
 
 

@@ -1,0 +1,68 @@
+"""Whether two tokenizers give the same ids: piece by piece, and on lines that tell them apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megalr.preprocessing.tokenizer import Tokenizer
+
+PROBES = (
+    "The Cat's 123 ids, é中! w5 w6",
+    "first line\nsecond\tline\r\n\n\nfourth",
+    "  two  spaces,   three    four ",
+    " ",
+    "\t\t\tx = [0, 1];\n        y = x[12345678901234567890]\n",
+    "007 3.14 1,000,000 10e-5 ٣٤ ²½",
+    "naïve café Straße ÅÉ ﬁne ＦＵＬＬ①",
+    "e\u0301 o\u0308 (combining)",
+    "漢字 かな 한국어 Ελληνικά русский العربية हिन्दी",
+    "😀 👍🏽 👨‍👩‍👧 🇩🇪 ❤️",
+    "\u00a0no-break\u200bzero\u2028line\ufeff",
+    "▁lower▁eighth",
+    "<n> [INST] <|x|> {} http://example.org/?q=1&r=%20",
+    "aaaaaaaaaaaaaaaa bbbbb abababab ......... -------- ========",
+)
+"""Runs of white space, digits, symbols, composed and decomposed letters, scripts, emoji, code."""
+
+
+def tokenizer_difference(expected: Tokenizer, found: Tokenizer) -> str | None:
+    """Where ``found`` gives other ids than ``expected``, in words; None if it does not.
+
+    ``found`` may have more pieces, as when special tokens were added to it.
+    """
+    return piece_difference(expected.piece_ids(), found.piece_ids()) or probe_difference(
+        expected, found
+    )
+
+
+def piece_difference(expected: Mapping[str, int], found: Mapping[str, int]) -> str | None:
+    """The first piece of ``expected`` with another id in ``found``."""
+    for piece, number in sorted(expected.items(), key=lambda item: item[1]):
+        if found.get(piece) != number:
+            return f"{piece!r} is {number} there and {found.get(piece, 'no id')} here"
+    return None
+
+
+def probe_difference(expected: Tokenizer, found: Tokenizer) -> str | None:
+    """The first of PROBES that the two encode differently."""
+    lines = list(PROBES)
+    for line, there, here in zip(
+        lines, encoded_lines(expected, lines), encoded_lines(found, lines), strict=True
+    ):
+        if there != here:
+            return f"{line!r} becomes {shortened(there)} there and {shortened(here)} here"
+    return None
+
+
+def encoded_lines(tokenizer: Tokenizer, lines: list[str]) -> Iterator[list[int]]:
+    """The ids of each line, without EOS."""
+    ids, lengths = tokenizer.encode(lines, append_eos=False)
+    return (ids[i:j].tolist() for i, j in pairwise([0, *lengths.cumsum().tolist()]))
+
+
+def shortened(ids: list[int]) -> str:
+    """A list of ids of which a message shows at most 12."""
+    return str(ids) if len(ids) <= 12 else f"[{', '.join(map(str, ids[:12]))}, ...]"
