@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from megalr.preprocessing.tokenizer import Tokenizer
+from typing import Any, Protocol
 
 PROBES = (
     "The Cat's 123 ids, é中! w5 w6",
@@ -28,7 +25,19 @@ PROBES = (
 """Runs of white space, digits, symbols, composed and decomposed letters, scripts, emoji, code."""
 
 
-def tokenizer_difference(expected: Tokenizer, found: Tokenizer) -> str | None:
+class Comparable(Protocol):
+    """The part of preprocessing.tokenizer's Tokenizer that is compared."""
+
+    def encode(self, texts: list[str], append_eos: bool) -> tuple[Any, Any]:
+        """Concatenated ids of all texts and the number of ids of each text."""
+        ...
+
+    def piece_ids(self) -> dict[str, int]:
+        """Every piece of the vocabulary with its id."""
+        ...
+
+
+def tokenizer_difference(expected: Comparable, found: Comparable) -> str | None:
     """Where ``found`` gives other ids than ``expected``, in words; None if it does not.
 
     ``found`` may have more pieces, as when special tokens were added to it.
@@ -46,7 +55,7 @@ def piece_difference(expected: Mapping[str, int], found: Mapping[str, int]) -> s
     return None
 
 
-def probe_difference(expected: Tokenizer, found: Tokenizer) -> str | None:
+def probe_difference(expected: Comparable, found: Comparable) -> str | None:
     """The first of PROBES that the two encode differently."""
     lines = list(PROBES)
     for line, there, here in zip(
@@ -57,7 +66,7 @@ def probe_difference(expected: Tokenizer, found: Tokenizer) -> str | None:
     return None
 
 
-def encoded_lines(tokenizer: Tokenizer, lines: list[str]) -> Iterator[list[int]]:
+def encoded_lines(tokenizer: Comparable, lines: list[str]) -> Iterator[list[int]]:
     """The ids of each line, without EOS."""
     ids, lengths = tokenizer.encode(lines, append_eos=False)
     return (ids[i:j].tolist() for i, j in pairwise([0, *lengths.cumsum().tolist()]))
