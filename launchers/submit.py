@@ -21,7 +21,9 @@ from megalr.errors import UserError, exit_cleanly
 
 TEMPLATE = Path(__file__).parent / "slurm" / "pretrain.sbatch"
 DEFAULT_DEEPSPEED = {"zero_optimization": {"stage": 1}}
-TIME = re.compile(r"\d+|(\d+-)?\d+(:\d+){1,2}|\d+-\d+")
+OWN_NAMES = {"job-name": "name", "output": "log"}
+"""Options of this program that have another name in SLURM."""
+TIME = re.compile(r"\d+|(\d+-)?\d+(:\d+){1,2}|\d+-\d+", re.ASCII)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -50,9 +52,10 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Check, fill, submit or print."""
     arguments = parse_arguments()
-    with contextlib.redirect_stdout(sys.stderr):  # importing DeepSpeed prints
-        _check(arguments)
+    _check_options(arguments)
     script = fill(TEMPLATE.read_text(encoding="utf-8"), arguments)
+    with contextlib.redirect_stdout(sys.stderr):  # importing DeepSpeed prints
+        _check_run(arguments)
     if arguments.dry_run:
         print(script, end="")
         return
@@ -68,9 +71,18 @@ def main() -> None:
 
 
 def fill(template: str, arguments: argparse.Namespace) -> str:
-    """The batch script with this header and this run."""
+    """The batch script with this header and this run.
+
+    Every value enters it here: those of the header by :func:`_option`, the others quoted for bash.
+
+    Raises:
+        UserError: a value of the header is not one word, or an argument is not UTF-8.
+    """
+    name = arguments.name
+    if name is None:
+        name = re.sub(r"[^\w.+-]+", "_", arguments.recipe.stem)
     header = {
-        "job-name": arguments.name or arguments.recipe.stem,
+        "job-name": name,
         "nodes": arguments.nodes,
         "gpus-per-node": arguments.gpus,
         "ntasks-per-node": arguments.gpus,
@@ -83,39 +95,58 @@ def fill(template: str, arguments: argparse.Namespace) -> str:
     run = ["--config", str(arguments.recipe)]
     if arguments.deepspeed_config is not None:
         run += ["--deepspeed_config", str(arguments.deepspeed_config)]
+    run += arguments.overrides
     lines = template.splitlines()
     for option, value in header.items():
         if value is None:
             continue
-        line = f"#SBATCH --{option}={value}"
+        line = _option(option, value)
         places = [n for n, old in enumerate(lines) if old.startswith(f"#SBATCH --{option}=")]
         if places:
             lines[places[0]] = line
         else:
             lines.insert(_last_option(lines) + 1, line)
-    command = [f"set -- {shlex.join([*run, *arguments.overrides])}", f"LAUNCH={arguments.launch}"]
+    command = [f"set -- {shlex.join(run)}", f"LAUNCH={shlex.quote(arguments.launch)}"]
     lines[_last_option(lines) + 1 : _last_option(lines) + 1] = command
-    return "\n".join(lines) + "\n"
+    script = "\n".join(lines) + "\n"
+    try:
+        script.encode()
+    except UnicodeEncodeError as error:
+        character = script[error.start]
+        raise UserError(
+            f"an argument or the recipe's name is not UTF-8 ({character!r}): rename the file"
+        ) from error
+    return script
+
+
+def _option(name: str, value: object) -> str:
+    """A line of the header; a line break in the value would end it and begin a command."""
+    text = str(value)
+    if not text.isprintable() or not re.fullmatch(r"[^\s\"'#\\]+", text):
+        raise UserError(
+            f"--{OWN_NAMES.get(name, name)} is {text!r}: SLURM takes one word without spaces, "
+            "quotes, # and \\"
+        )
+    return f"#SBATCH --{name}={text}"
 
 
 def _last_option(lines: list[str]) -> int:
     return max(n for n, line in enumerate(lines) if line.startswith("#SBATCH "))
 
 
-def _check(arguments: argparse.Namespace) -> None:
-    """Refuse a run that would fail after hours in the queue."""
-    from megalr.models.config import PRESETS
-
+def _check_options(arguments: argparse.Namespace) -> None:
     for name in ("nodes", "gpus", "cpus"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}: give 1 or more")
     if not TIME.fullmatch(arguments.time):
         raise UserError(f"--time is {arguments.time!r}: give D-HH:MM:SS, HH:MM:SS or minutes")
-    for name in ("partition", "account", "name", "log"):
-        value = getattr(arguments, name)
-        if value is not None and not re.fullmatch(r"\S+", value):
-            raise UserError(f"--{name} is {value!r}: SLURM takes one word without spaces")
+
+
+def _check_run(arguments: argparse.Namespace) -> None:
+    """Refuse a run that would fail after hours in the queue."""
+    from megalr.models.config import PRESETS
+
     config = load_run_config([arguments.recipe], arguments.overrides, presets=PRESETS)
     ds_user, source = DEFAULT_DEEPSPEED, "default DeepSpeed config"
     if arguments.deepspeed_config is not None:

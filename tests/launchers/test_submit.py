@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from launchers.submit import TEMPLATE, main
+from megalr.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = "recipes/llama_60m.yaml"
@@ -88,3 +90,55 @@ def test_a_mistake_is_found_before_the_queue(
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match="(?s)" + message.replace("?", r"\?")):
         submit(monkeypatch, *arguments)
+
+
+ORDER = 'touch "$HERE/ran"'
+HOSTILE = [
+    f"a\n{ORDER}",
+    f"a\r\n{ORDER}\n#",
+    f"$({ORDER})",
+    f"`{ORDER}`",
+    f"a; {ORDER}",
+    f"'; {ORDER}; '",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_no_value_becomes_a_command_of_the_script(
+    text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names of files and values of options; bash runs the script up to its first own command."""
+    recipe = tmp_path / f"{text.replace('/', '%')}.yaml"
+    recipe.write_text((ROOT / RECIPE).read_text())
+    deepspeed = recipe.with_suffix(".json")
+    deepspeed.write_text("{}")
+    run = [f"run.dir={json.dumps(text)}", "train.micro_batch_size=16"]
+    files = [str(recipe), "--deepspeed_config", str(deepspeed)]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["submit.py", *files, *SIZE, "--dry-run", *run])
+    main()
+    script = capsys.readouterr().out
+    assert [line for line in script.split("\n") if line.startswith("#SBATCH --job-name=")]
+    head = script[: script.index("set -uo pipefail")]
+    shown = subprocess.run(
+        ["bash", "-c", head + 'printf "%s\\0" "$@"'],
+        capture_output=True,
+        check=True,
+        env={"HERE": str(tmp_path), "PATH": "/usr/bin:/bin"},
+    )
+    given = ["--config", str(recipe), "--deepspeed_config", str(deepspeed), *run]
+    assert shown.stdout.decode().split("\0")[:-1] == given
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("option", ["--name", "--log", "--partition", "--account", "--time"])
+def test_a_value_of_the_header_is_one_word(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for text in (*HOSTILE, "a\u2028b", "", "\u0661"):
+        if option == "--time" or text != "\u0661":
+            with pytest.raises(UserError, match=f"{option} is"):
+                submit(monkeypatch, *SIZE, "--dry-run", option, text)
+
+
+def test_a_name_that_is_not_utf_8_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="is not UTF-8"):
+        submit(monkeypatch, *SIZE, "--dry-run", "run.dir=\udcff")
