@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -15,11 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megalr.data.manifest import DataManifest, ShardEntry, TokenizerInfo, check_sizes, load_manifest
+from megalr.data.mapped_file import FileStamp, check_stamp
 from megalr.data.megatron_index import IndexedShard, allow_open_files, token_dtype
 from megalr.data.shuffle import SampleOrder
 from megalr.errors import UserError
 
 Integers = NDArray[np.int64]
+CHECK_SECONDS = 5.0  # between two looks at the files of open shards
 NO_TARGET = -100  # the label of a position without a target, as in torch's cross entropy
 DataPath = str | Path | Mapping[str, Any]
 
@@ -37,13 +40,22 @@ class MixtureSource:
 class _Shard:
     """A shard of the manifest; its files are opened when the first of its samples is read."""
 
-    def __init__(self, folder: Path, entry: ShardEntry, dtype: np.dtype) -> None:
+    def __init__(
+        self, folder: Path, entry: ShardEntry, dtype: np.dtype, stamps: Mapping[str, FileStamp]
+    ) -> None:
         self.prefix = f"{folder}/{entry.name}"  # a thousand Path objects are slow to make
         self.entry = entry
         self._dtype = dtype
+        self._stamps = stamps
+
+    @property
+    def opened(self) -> bool:
+        """Whether a sample of the shard has been read."""
+        return "files" in self.__dict__
 
     @cached_property
     def files(self) -> IndexedShard:
+        self.check_unchanged()
         shard = IndexedShard(self.prefix, check="quick")
         found = (shard.num_documents, shard.num_tokens)
         if found != (self.entry.documents, self.entry.tokens):
@@ -57,6 +69,13 @@ class _Shard:
                 f"{self._dtype.name}; the files do not belong together"
             )
         return shard
+
+    def check_unchanged(self) -> None:
+        """UserError if a file has another size or time than when the data set was opened."""
+        for suffix in (".bin", ".idx"):
+            path = self.prefix + suffix
+            if path in self._stamps:
+                check_stamp(path, self._stamps[path])
 
 
 class TokenDataset:
@@ -74,6 +93,10 @@ class TokenDataset:
 
     Padded inputs hold ``pad_id``, labels without a target -100. Samples are numbered through all
     shards of all sources in order.
+
+    ``stamps`` are the sizes and times of the files when the data set was opened. A file that no
+    longer has them is an error: when its shard is opened, and for open shards at the first read
+    ``CHECK_SECONDS`` after the last check.
     """
 
     def __init__(
@@ -82,6 +105,7 @@ class TokenDataset:
         sequence_length: int,
         packing: bool,
         weights: Sequence[Fraction] | None = None,
+        stamps: Mapping[str, FileStamp] | None = None,
     ) -> None:
         if sequence_length < 2:
             raise UserError(f"data.sequence_length is {sequence_length}, it must be at least 2")
@@ -92,7 +116,7 @@ class TokenDataset:
         self.tokenizer_path: Path = manifests[0][0] / self.tokenizer.path
         self._dtype = token_dtype(self.tokenizer.vocab_size)
         self._shards = [
-            _Shard(folder, entry, self._dtype)
+            _Shard(folder, entry, self._dtype, stamps or {})
             for folder, _, entries in manifests
             for entry in entries
         ]
@@ -121,6 +145,7 @@ class TokenDataset:
             if source.count == 0:
                 raise UserError(f"{source.path}: this source of the mixture holds no sample")
         self._order = SampleOrder([source.count for source in self.sources], weights)
+        self._next_check = time.monotonic() + CHECK_SECONDS
 
     @property
     def vocab_size(self) -> int:
@@ -175,6 +200,8 @@ class TokenDataset:
 
         Raises UserError for an id outside the vocabulary and for damaged files.
         """
+        if time.monotonic() >= self._next_check:
+            self.check_unchanged()
         n, length = len(samples), self.sequence_length
         tokens = np.full((n, length + 1), self.pad_id, self._dtype)
         used = np.empty(n, np.int64)  # ids of each row, inputs and last target together
@@ -191,6 +218,16 @@ class TokenDataset:
             labels[short] = np.where(missing, NO_TARGET, labels[short])
         return inputs, labels
 
+    def check_unchanged(self) -> None:
+        """UserError if a file of an open shard has changed since the data set was opened."""
+        started = time.monotonic()
+        for shard in self._shards:
+            if shard.opened:
+                shard.check_unchanged()
+        ended = time.monotonic()
+        # On a slow file system less often, so that the checks take at most 2 % of the time.
+        self._next_check = ended + max(CHECK_SECONDS, 50 * (ended - started))
+
     def _by_shard(self, samples: Integers) -> Iterator[tuple[_Shard, Integers, Integers]]:
         """(shard, rows of ``samples`` that lie in it, their numbers within the shard)."""
         rows = np.argsort(samples)
@@ -199,7 +236,9 @@ class TokenDataset:
         starts = np.flatnonzero(np.diff(owner, prepend=-1)).tolist()
         local = samples - self._firsts[owner]
         for start, stop in zip(starts, [*starts[1:], len(rows)], strict=True):
-            yield self._shards[owner[start]], rows[start:stop], local[start:stop]
+            shard = self._shards[owner[start]]
+            shard.files.check_sizes()
+            yield shard, rows[start:stop], local[start:stop]
 
     def _read_windows(
         self, shard: IndexedShard, local: Integers, rows: Integers, out: NDArray[Any]
@@ -298,6 +337,7 @@ def _open(
     if given and split == "validation":
         raise UserError("data.validation takes no weights: every sample is evaluated once")
     manifests = []
+    stamps: dict[str, FileStamp] = {}
     for path, _ in parsed:
         manifest = load_manifest(path)
         folder = path if path.is_dir() else path.parent
@@ -306,9 +346,9 @@ def _open(
             shards = manifest.shards  # a data set made for validation only need not say so
         if not shards:
             raise UserError(f"{path}: no shard of the split '{split}'")
-        check_sizes(folder, shards)
+        stamps |= check_sizes(folder, shards)
         manifests.append((folder, manifest, shards))
-    return TokenDataset(manifests, sequence_length, packing, given or None)
+    return TokenDataset(manifests, sequence_length, packing, given or None, stamps)
 
 
 def open_training_data(

@@ -26,12 +26,15 @@ class UpdateBatch:
     micro_batches: (input_ids, labels), both int64 (b, S); ``labels[:, t]`` is the target of
     position t, -100 where there is none. num_targets: targets of the *global* batch, all ranks and
     micro-batches. samples_by_source: samples of the global batch from each source of the data set.
+    error: why the batch could not be read; it then holds padding without targets, and the update
+    must be skipped (see ``defer_errors``).
     """
 
     update: int
     micro_batches: list[MicroBatch]
     num_targets: int
     samples_by_source: tuple[int, ...]
+    error: UserError | None = None
 
 
 class UpdateLoader:
@@ -43,6 +46,10 @@ class UpdateLoader:
 
     ``prefetch_updates`` updates are read ahead by a thread (0: no thread, ``next()`` reads);
     an error there is raised by the next ``next()``. Close it, or use it in a ``with``.
+
+    ``defer_errors``: a UserError while reading is kept in :attr:`error` and in the batches from
+    there on instead of being raised, so that a rank that cannot read still takes part in the
+    collectives until all ranks know.
     """
 
     def __init__(
@@ -57,6 +64,7 @@ class UpdateLoader:
         start_update: int = 0,
         prefetch_updates: int = 2,
         pin_memory: bool = False,
+        defer_errors: bool = False,
     ) -> None:
         if micro_batch_size < 1 or global_batch_size % (micro_batch_size * world_size):
             raise UserError(
@@ -71,7 +79,8 @@ class UpdateLoader:
         self._micro_batch_size = micro_batch_size
         self._planned_from = 0
         self._planned_targets = np.empty(0, np.int64)
-        self._prefetch_updates = prefetch_updates
+        self._prefetch_updates, self._defer_errors = prefetch_updates, defer_errors
+        self.error: UserError | None = None
         self._start(start_update)
 
     def _start(self, update: int) -> None:
@@ -98,7 +107,7 @@ class UpdateLoader:
         if self._stopped.is_set():
             raise StopIteration
         if self._queue is None:
-            item: UpdateBatch | BaseException = self._load(self._next_update)
+            item: UpdateBatch | BaseException = self._load_or_pad(self._next_update)
         else:
             item = self._queue.get()
         if isinstance(item, BaseException):
@@ -106,6 +115,22 @@ class UpdateLoader:
             raise item
         self._next_update = item.update + 1
         return item
+
+    def _load_or_pad(self, update: int) -> UpdateBatch:
+        """The batch of one update; after a deferred error one without targets."""
+        if self.error is None:
+            try:
+                return self._load(update)
+            except UserError as error:
+                if not self._defer_errors:
+                    raise
+                self.error = error
+        shape = (self._micro_batch_size, self._dataset.sequence_length)
+        padding = torch.full(shape, self._dataset.pad_id, dtype=torch.int64)
+        nothing = torch.full(shape, NO_TARGET, dtype=torch.int64)
+        micro_batches = [(padding, nothing)] * (len(self._mine) // self._micro_batch_size)
+        sources = (0,) * len(self._dataset.sources)
+        return UpdateBatch(update, micro_batches, 0, sources, self.error)
 
     def _load(self, update: int) -> UpdateBatch:
         """Read the batch of one update."""
@@ -141,7 +166,7 @@ class UpdateLoader:
     def _prefetch(self, update: int) -> None:
         while not self._stopped.is_set():
             try:
-                item: UpdateBatch | BaseException = self._load(update)
+                item: UpdateBatch | BaseException = self._load_or_pad(update)
             except BaseException as error:
                 item = error
             self._put(item)
@@ -181,6 +206,7 @@ class EvaluationBatches:
 
     Iterating yields (input_ids, labels) as in UpdateBatch. ``len()``: micro-batches of a rank;
     ``num_targets``: targets over all ranks; ``num_samples``: samples over all ranks.
+    ``defer_errors``: as in UpdateLoader; the rest of the batches then has no targets.
     """
 
     def __init__(
@@ -191,6 +217,7 @@ class EvaluationBatches:
         rank: int = 0,
         world_size: int = 1,
         max_targets: int | None = None,
+        defer_errors: bool = False,
     ) -> None:
         if micro_batch_size < 1:
             raise UserError(
@@ -198,6 +225,8 @@ class EvaluationBatches:
             )
         self._dataset, self._rank, self._world_size = dataset, rank, world_size
         self._micro_batch_size = micro_batch_size
+        self._defer_errors = defer_errors
+        self.error: UserError | None = None
         self.num_samples, self.num_targets = self._select(max_targets)
         self._length = -(-self.num_samples // (micro_batch_size * world_size))
 
@@ -232,8 +261,17 @@ class EvaluationBatches:
             rows = np.arange(first, min(first + size, self.num_samples), dtype=np.int64)
             input_ids = torch.full(shape, self._dataset.pad_id, dtype=torch.int64)
             labels = torch.full(shape, NO_TARGET, dtype=torch.int64)
-            if len(rows):
-                values, targets = self._dataset.read(self._order(rows))
-                input_ids[: len(rows)] = torch.from_numpy(values)
-                labels[: len(rows)] = torch.from_numpy(targets)
+            if len(rows) and self.error is None:
+                self._fill(rows, input_ids, labels)
             yield input_ids, labels
+
+    def _fill(self, rows: np.ndarray, input_ids: torch.Tensor, labels: torch.Tensor) -> None:
+        try:
+            values, targets = self._dataset.read(self._order(rows))
+        except UserError as error:
+            if not self._defer_errors:
+                raise
+            self.error = error
+            return
+        input_ids[: len(rows)] = torch.from_numpy(values)
+        labels[: len(rows)] = torch.from_numpy(targets)

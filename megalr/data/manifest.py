@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from megalr.data.mapped_file import FileStamp
 from megalr.data.megatron_index import token_dtype
 from megalr.data.records import (
     CHECKSUM_KEY,
@@ -223,20 +224,25 @@ def check_entry(shard: ShardEntry, vocab_size: int, place: str) -> None:
         )
 
 
-def check_sizes(folder: Path, shards: Iterable[ShardEntry]) -> None:
-    """Compare the size of every file with the manifest (two ``stat`` calls a shard)."""
+def check_sizes(folder: Path, shards: Iterable[ShardEntry]) -> dict[str, FileStamp]:
+    """Compare the size of every file with the manifest; size and time of each by its path.
+
+    Two ``stat`` calls per shard.
+    """
+    stamps: dict[str, FileStamp] = {}
     for shard in shards:
         for suffix, expected in ((".bin", shard.bin_bytes), (".idx", shard.idx_bytes)):
             path = f"{folder}/{shard.name}{suffix}"
             try:
-                size = os.stat(path).st_size
+                stamps[path] = FileStamp.of(os.stat(path))
             except FileNotFoundError:
                 raise UserError(
                     f"{path}: the manifest lists this file and it does not exist; copy the data "
                     f"set again or run the preprocessing again"
                 ) from None
-            if size != expected:
+            if stamps[path].size != expected:
                 raise UserError(
-                    f"{path}: {size} bytes, the manifest says {expected}; copy the data set again "
-                    f"or run the preprocessing again"
+                    f"{path}: {stamps[path].size} bytes, the manifest says {expected}; copy the "
+                    f"data set again or run the preprocessing again"
                 )
+    return stamps

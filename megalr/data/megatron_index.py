@@ -22,7 +22,6 @@ Source: ``megatron/core/datasets/indexed_dataset.py`` of Megatron-LM.
 from __future__ import annotations
 
 import io
-import mmap
 import os
 import resource
 import struct
@@ -33,6 +32,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from megalr.data.mapped_file import MappedFile
 from megalr.errors import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -91,15 +91,6 @@ def allow_open_files(count: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
 
 
-def map_file(path: Path, dtype: Any, count: int, offset: int = 0) -> NDArray[Any]:
-    """``count`` values of ``dtype`` starting ``offset`` bytes into ``path``, mapped read-only."""
-    if count == 0:
-        return np.empty(0, dtype)  # an empty file cannot be mapped
-    with open(path, "rb") as stream:
-        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-    return np.frombuffer(mapped, dtype, count, offset)
-
-
 class IndexedShard:
     """One ``.bin``/``.idx`` pair, opened for reading.
 
@@ -114,11 +105,17 @@ class IndexedShard:
     def __init__(self, prefix: str | Path, check: Literal["quick", "full"] = "full") -> None:
         self.prefix = Path(prefix)
         self.idx, self.bin = idx_path(prefix), bin_path(prefix)
-        sizes = self._size(self.idx), self._size(self.bin)
-        # Not a map: it would hold a descriptor that packing never needs.
-        with open(self.idx, "rb", buffering=0) as stream:
-            self._read_header(stream, *sizes)
-            self._check_ends(stream)
+        self._files: dict[Path, MappedFile] = {}
+        try:
+            sizes = self._size(self.idx), self._size(self.bin)
+            # Not a map: it would hold a descriptor that packing never needs.
+            with open(self.idx, "rb", buffering=0) as stream:
+                self._read_header(stream, *sizes)
+                self._check_ends(stream)
+        except OSError as error:
+            raise UserError(f"{self.prefix}: cannot be read ({error.strerror})") from None
+        except struct.error:
+            raise self._fail(self.idx, "became shorter while it was opened") from None
         if check == "full":
             self._check_arrays()
 
@@ -173,13 +170,19 @@ class IndexedShard:
             )
         self.num_tokens = bin_bytes // self.dtype.itemsize
 
-    @cached_property
-    def _index(self) -> NDArray[np.uint8]:
-        return map_file(self.idx, np.uint8, self.idx.stat().st_size)
+    def _mapped(self, path: Path) -> MappedFile:
+        """The file at ``path``, mapped when it is first needed."""
+        if path not in self._files:
+            self._files[path] = MappedFile(path)
+        return self._files[path]
+
+    def check_sizes(self) -> None:
+        """UserError if a mapped file has become shorter; call it before reading."""
+        for file in self._files.values():
+            file.check_size()
 
     def _array(self, dtype: str, offset: int, count: int) -> NDArray[Any]:
-        end = offset + count * np.dtype(dtype).itemsize
-        return self._index[offset:end].view(dtype)
+        return self._mapped(self.idx).array(dtype, count, offset)
 
     @cached_property
     def lengths(self) -> NDArray[np.int32]:
@@ -199,7 +202,7 @@ class IndexedShard:
     @cached_property
     def tokens(self) -> NDArray[Any]:
         """All ids of the shard, (num_tokens,), mapped read-only."""
-        return map_file(self.bin, self.dtype, self.num_tokens)
+        return self._mapped(self.bin).array(self.dtype, self.num_tokens)
 
     def _check_ends(self, stream: io.FileIO) -> None:
         def at(offset: int, layout: struct.Struct) -> int:

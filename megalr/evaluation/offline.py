@@ -22,7 +22,7 @@ from megalr.data import (
     open_validation_data,
 )
 from megalr.data.manifest import load_manifest
-from megalr.distributed.agreement import run_on_all, run_on_rank0
+from megalr.distributed.agreement import raise_on_any_rank, run_on_all, run_on_rank0
 from megalr.errors import UserError
 from megalr.evaluation.perplexity import evaluate
 from megalr.hf.init_from_pretrained import check_same_tokenizers
@@ -166,8 +166,10 @@ def _measure(
         rank=dist.get_rank() if dist.is_initialized() else 0,
         world_size=world,
         max_targets=limit,
+        defer_errors=world > 1,
     )
     result = asdict(evaluate(model, batches, device))
+    raise_on_any_rank(batches.error)
     return result | {
         "data": [str(source.path) for source in data.sources],
         "samples": batches.num_samples,

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megalr.data.megatron_index import IndexedShard, map_file
+from megalr.data.mapped_file import MappedFile
+from megalr.data.megatron_index import IndexedShard
 from megalr.errors import UserError
 from megalr.files import sha256_of_file
 from megalr.preprocessing.documents import ReadReport
@@ -91,7 +92,7 @@ def _datatrove(path: Path) -> Documents:
         size, index_size = path.stat().st_size, index.stat().st_size
     if index_size % 8:
         raise UserError(f"{index}: {index_size} bytes are no multiple of 8; the file is damaged")
-    ends = map_file(index, "<u8", index_size // 8).astype(np.int64)
+    ends = MappedFile(index).array("<u8", index_size // 8).astype(np.int64)
     if len(ends) and (int(ends.min()) < 0 or int(np.diff(ends).min(initial=0)) < 0):
         raise UserError(f"{index}: the document ends are not ascending; the file is damaged")
     lengths = np.diff(ends, prepend=0)
@@ -102,7 +103,7 @@ def _datatrove(path: Path) -> Documents:
             f"{path}: {size} bytes, but its index describes {count} ids of {itemsize} bytes; the "
             f"files are damaged or do not belong together"
         )
-    tokens = map_file(path, "<u4" if itemsize == 4 else "<u2", count)
+    tokens = MappedFile(path).array("<u4" if itemsize == 4 else "<u2", count)
     return tokens, ends - lengths, lengths
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch.distributed as dist
 
 from megalr.checkpoint.save import save_checkpoint
-from megalr.data.loader import MicroBatch
+from megalr.data.loader import EvaluationBatches, MicroBatch
+from megalr.distributed.agreement import raise_on_any_rank
 from megalr.engine.build import data_parallel_group
 from megalr.evaluation.perplexity import evaluate
 from megalr.models.flops import flops_per_token
@@ -164,9 +165,7 @@ class EvaluationHook(Hook):
             the last update (True); None: there is no validation set.
     """
 
-    def __init__(
-        self, run: RunContext, batches: Mapping[bool, Iterable[MicroBatch]] | None
-    ) -> None:
+    def __init__(self, run: RunContext, batches: Mapping[bool, EvaluationBatches] | None) -> None:
         self.run, self.batches = run, batches
         self._last: tuple[int, float | None] = (0, None)  # update and loss of the last evaluation
 
@@ -193,9 +192,10 @@ class EvaluationHook(Hook):
         if self.batches is None or run.stop.requested(now=True):
             return
         wait_for(run.device)
-        batches = self._until_stopped(self.batches[update >= run.total_updates])
+        batches = self.batches[update >= run.total_updates]
         group = data_parallel_group(run.engine)
-        evaluation = evaluate(run.decoder, batches, run.device, group)
+        evaluation = evaluate(run.decoder, self._until_stopped(batches), run.device, group)
+        raise_on_any_rank(batches.error)
         run.stopwatch.exclude(evaluation.eval_seconds)
         if not run.stop.requested(now=True):
             run.metrics.write("eval", update, **asdict(evaluation))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch.distributed as dist
+
 from megalr.config.schema import RunConfig
 from megalr.data import (
     EvaluationBatches,
@@ -74,6 +76,7 @@ def make_loader(
         start_update=first_batch,
         prefetch_updates=config.data.prefetch_updates,
         pin_memory=pin_memory,
+        defer_errors=dist.get_world_size() > 1,
     )
 
 
@@ -94,6 +97,7 @@ def validation_batches(
             rank=mesh.data_rank,
             world_size=mesh.data_size,
             max_targets=limit,
+            defer_errors=dist.get_world_size() > 1,
         )
         for limit in set(limits.values())
     }

@@ -51,6 +51,8 @@ def train_step(
             result.spike = reject(result)
             if result.spike:
                 loss = loss * float("nan")
+        if batch.error is not None:  # this rank alone knows; so that all skip the update
+            loss = loss * float("nan")
         # A new tensor: on the very output of the engine, DeepSpeed's hook divides by the number of
         # micro-batches in spite of scale_wrt_gas (docs/dev/deepspeed-notes.md).
         engine.backward(poison_nonfinite(loss), scale_wrt_gas=False)

@@ -18,7 +18,7 @@ from typing import Any
 from megalr.checkpoint.find import find_checkpoint
 from megalr.checkpoint.load import load_checkpoint
 from megalr.data.loader import UpdateBatch, UpdateLoader
-from megalr.distributed.agreement import all_reduce_max
+from megalr.distributed.agreement import all_reduce_max, raise_on_any_rank
 from megalr.engine.state import EngineState
 from megalr.errors import AgreedError
 from megalr.restarts.momentum_reset import reset_moments
@@ -149,9 +149,14 @@ class Trainer:
                 hook.after_step(result)
 
     def check(self, result: StepResult) -> str | None:
-        """Count an update, report it if it is bad; the reason if the run must go back for it."""
+        """Count an update, report it if it is bad; the reason if the run must go back for it.
+
+        Raises:
+            AgreedError: some rank could not read its batch.
+        """
         run, health = self.run, self.run.health
         if not result.applied:
+            raise_on_any_rank(self.loader.error)
             run.metrics.write(
                 "skip",
                 result.update,
