@@ -161,6 +161,19 @@ def test_files_of_another_model_beside_a_tokenizer_are_left_out(
     assert not list((tmp_path / "bare").glob("tokenizer*"))
 
 
+def test_a_tokenizer_with_other_ids_than_trainings_is_refused(
+    bf16_run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(UserError, match=r"gives other ids .*: 'w0' is 0 there and no id here"):
+        _export(bf16_run, tmp_path / "out", tokenizer=str(write_tokenizer(tmp_path / "v", "v")))
+    assert not (tmp_path / "out").exists()
+    data.rename(tmp_path / "moved")
+    same = str(tmp_path / "moved" / "tokenizer")
+    _export(bf16_run, tmp_path / "out", tokenizer=same)
+    (tmp_path / "moved").rename(data)
+    assert "was not compared with training's" in capsys.readouterr().out
+
+
 def test_checkpoints_that_are_not_whole_are_refused_in_one_line(
     bf16_run: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -14,10 +14,16 @@ import transformers
 from safetensors.torch import save_file
 
 from megalr.config.schema import RunConfig
+from megalr.data import open_training_data
 from megalr.errors import UserError
 from megalr.evaluation.offline import Request, evaluate_model, evaluate_run
 from megalr.hf.export_run import export_run
-from megalr.hf.init_from_pretrained import Imported, import_weights, trial_import
+from megalr.hf.init_from_pretrained import (
+    Imported,
+    check_same_tokenizers,
+    import_weights,
+    trial_import,
+)
 from megalr.hf.names import dense_state_dict
 from megalr.hf.pretrained_config import pretrained_sizes
 from megalr.hf.write import ExportOptions, write_model
@@ -275,6 +281,26 @@ def test_sltrain_goes_on_without_the_pretrained_model_on_any_grid(
     (sharded / "sltrain_supports.safetensors").unlink()
     with pytest.raises(UserError, match=r"sltrain_supports.safetensors: cannot be read"):
         evaluate_run(sharded, None, Request(), CPU)
+
+
+@pytest.mark.parametrize("form", ["tokenizer.json", "tokenizer_config.json"])
+def test_tokenizers_are_compared_whatever_files_the_model_has(
+    form: str, data: Path, model: Path, tmp_path: Path
+) -> None:
+    copied = tmp_path / "model"
+    shutil.copytree(model, copied)
+    if form == "tokenizer.json":  # nothing beside it
+        (copied / "tokenizer_config.json").unlink()
+    own, other = (
+        open_training_data([{"path": str(path)}], sequence_length=24, packing=True)
+        for path in (data, write_data(tmp_path / "other", prefix="v"))
+    )
+    check_same_tokenizers(own, copied)
+    with pytest.raises(UserError, match="'v0' is 0 there and no id here"):
+        check_same_tokenizers(other, copied)
+    request = Request(data=(str(tmp_path / "other"),))
+    with pytest.raises(UserError, match="'v0' is 0 there and no id here"):
+        evaluate_model(copied, request, CPU)
 
 
 def test_sizes_and_tokenizers_that_contradict_the_model_are_refused(

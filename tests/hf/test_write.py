@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
+from tokenizers import Tokenizer, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megalr.errors import UserError
@@ -149,3 +151,53 @@ def test_a_tokenizer_that_transformers_would_replace_is_refused(tmp_path: Path) 
         exported = AutoTokenizer.from_pretrained(tmp_path / "out")
         ids = tokenizer.encode(["a word"], append_eos=False)[0]
         assert exported("a word")["input_ids"] == ids.tolist()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["sentencepiece", "huggingface"])
+def test_a_prompt_gets_no_eos_and_generation_goes_on_from_it(kind: str, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    open_tokenizer(tiny_tokenizer()).copy_to(source)
+    if kind == "huggingface":  # one that appends EOS itself, as T5's
+        config = json.loads((source / "tokenizer_config.json").read_text())
+        del config["sentencepiece_model"]
+        (source / "tokenizer_config.json").write_text(json.dumps({**config, "add_eos_token": True}))
+        fast = Tokenizer.from_file(str(source / "tokenizer.json"))
+        fast.post_processor = processors.TemplateProcessing(
+            single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+        )
+        fast.save(str(source / "tokenizer.json"))
+        (source / "spiece.model").unlink()
+        assert AutoTokenizer.from_pretrained(source)("a word")["input_ids"][-1] == 1
+    tokenizer = open_tokenizer(source)
+    assert tokenizer.kind == kind
+    decoder = lively(full_rank(), vocab_size=VOCAB_SIZE)
+    write_model(decoder, tmp_path / "out", ExportOptions("float32", "5GB", 64), tokenizer, "card")
+    exported = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert exported.model_max_length == 64
+    prompt = exported("Kalo the vor", return_tensors="pt")["input_ids"]
+    assert prompt[0].tolist() == tokenizer.encode(["Kalo the vor"], append_eos=False)[0].tolist()
+    assert exported.eos_token_id == 1 and 1 not in prompt
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    generated = model.generate(prompt, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    assert torch.equal(generated, _greedy(decoder, prompt, 4))
+
+
+@pytest.mark.parametrize("kind", ["char", "word"])
+def test_a_sentencepiece_model_without_a_tokenizer_json_is_refused_with_the_reason(
+    kind: str, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text("\n".join(prose(300)))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text.txt"),
+        model_prefix=str(tmp_path / "m"),
+        vocab_size=60,
+        model_type=kind,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    decoder = lively(full_rank(), vocab_size=VOCAB_SIZE)
+    options = ExportOptions("float32", "5GB", 64)
+    with pytest.raises(UserError, match=f"no tokenizer.json can be made of it: .* type {kind}"):
+        write_model(decoder, tmp_path / "out", options, open_tokenizer(tmp_path / "m.model"), "")
+    assert not (tmp_path / "out").exists()
