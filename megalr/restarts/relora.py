@@ -1,21 +1,21 @@
-"""ReLoRA: merge the factors into the frozen matrix, start new factors, prune their moments.
+"""ReLoRA: merge the factors into the frozen matrix, draw new factors, prune their moments.
 
-arXiv 2307.05695. Under ZeRO every rank holds the frozen matrices whole (they have no optimizer
-state) and its fragments of the factors' masters and moments; a merge computes on the weights that
-the model uses, so the network's function is that of before up to the rounding of W0, and writes the
-new factors into the fragments.
+arXiv 2307.05695. Under ZeRO 1 and 2 every rank holds the frozen matrices whole (they have no
+optimizer state) and its fragments of the factors' masters and moments. A merge computes on the
+weights that the model uses, so the network's function changes by the rounding of W0 only, and
+writes the new factors into the fragments.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from megalr.engine.state import EngineState
 from megalr.errors import UserError
@@ -24,10 +24,12 @@ from megalr.layers.lora import LoRALinear
 from megalr.restarts.refactorize import sum_over
 from megalr.sharding.tensor_shard import shard_of
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What happened after an update; the fields of the ``merge`` event."""
+    """A merge, a reset, or both after an update; the fields of the ``merge`` event."""
 
     merged: bool
     matrices: int
@@ -45,7 +47,7 @@ class Relora:
 
     Args:
         method: the section ``method`` (ReloraMethod).
-        engine: DeepSpeed's engine.
+        engine: the engine, on every rank.
         layers: the model's LoRA layers.
         seed: seed of the run; gives the new factors and the random resets.
 
@@ -72,11 +74,11 @@ class Relora:
             )
 
     def due(self, update: int) -> bool:
-        """Whether something is to be done after ``update`` updates."""
+        """Whether a merge or a reset is due after ``update`` updates."""
         return any(self._due(update))
 
     def _due(self, update: int) -> tuple[bool, bool]:
-        """Whether a merge, and whether a reset."""
+        """Whether a merge is due, and whether a reset."""
         resetting = self.method.reset != "none" and _first_of_period(update, self.reset_every)
         return _first_of_period(update, self.method.merge_every), resetting
 
@@ -101,13 +103,13 @@ class Relora:
         group = self.state.process_group
         for layer in self.layers:
             layer.merge_()
-            # Ranks of one kind of device compute the same; this makes it certain.
+            # Equal devices compute the same; different ones may round differently.
             dist.broadcast(layer.weight, dist.get_global_rank(group, 0), group=group)
             self._write(layer.a, layer.draw_a(self.seed, f"@{update}"))
             self._write(layer.b, torch.zeros(layer.b.shape, device=layer.b.device))
         self.state.refresh_weights()
 
-    def _write(self, parameter: nn.Parameter, values: torch.Tensor) -> None:
+    def _write(self, parameter: nn.Parameter, values: Tensor) -> None:
         """Put this rank's part of ``values`` into its fragment of the master."""
         master = self.state.master(parameter)
         if master is not None:
@@ -117,35 +119,49 @@ class Relora:
     def _prune(self, update: int) -> float:
         """Zero the chosen share of the factors' moments; the share zeroed over all ranks."""
         zeroed = total = 0
-        names = self.state.moment_names(("first", "second"))
         for layer in self.layers:
             for parameter in (layer.a, layer.b):
                 start, stop = self.state.held(parameter)
                 fragments = self.state.states(parameter)
-                for name in names:
+                counted = self.state.counts(parameter)
+                for name, keep in self._kept(parameter, fragments.get("exp_avg"), update):
                     fragment = fragments.get(name)
-                    keep = self._kept(parameter, name, fragment, update)[start:stop]
                     if fragment is not None:
-                        fragment.mul_(keep.to(fragment.device))
-                        counted = self.state.counts(parameter)
-                        zeroed += counted * int((~keep).sum())
+                        here = keep[start:stop]
+                        fragment.mul_(here.to(fragment.device))
+                        zeroed += counted * int((~here).sum())
                         total += counted * fragment.numel()
-        self.state.relink()  # so that DeepSpeed's own getters read the same moments
+        self.state.relink()  # so that the engine's own getters read the same moments
         zeroed, total = sum_over([zeroed, total], self.state, over_tensor_ranks=True)
         return zeroed / total if total else 0.0
 
     def _kept(
-        self, parameter: nn.Parameter, moment: str, fragment: torch.Tensor | None, update: int
-    ) -> torch.Tensor:
-        """Mask over the whole flattened parameter, the same on all ranks: what stays."""
+        self, parameter: nn.Parameter, first: Tensor | None, update: int
+    ) -> Iterator[tuple[str, Tensor]]:
+        """For each moment a mask over the whole flattened parameter: the entries that stay.
+
+        The masks are the same on all ranks. ``first``: this rank's fragment of the first moment.
+        Random masks of the two moments are independent, as published. By magnitude the first moment
+        decides for both: in the update after a merge B = 0, so the gradient of A is zero, and an
+        entry that kept its first moment only would move by lr * exp_avg / eps.
+        """
+        for name in MOMENTS if self.method.reset == "random" else ():
+            yield name, self._random_mask(parameter, f"{name}@{update}")
+        if self.method.reset == "magnitude":
+            keep = self._largest(parameter, first)
+            for name in MOMENTS:
+                yield name, keep
+
+    def _random_mask(self, parameter: nn.Parameter, key: str) -> Tensor:
+        shard, device = shard_of(parameter), self.state.device
+        shape = shard.full_shape if shard else (self.state.numel(parameter),)
+        generator = named_generator(self.seed, f"{self.state.name(parameter)}.{key}", device)
+        draw = torch.empty(shape, device=device).uniform_(generator=generator)
+        return (shard.take(draw) if shard else draw).view(-1) >= self.method.reset_fraction
+
+    def _largest(self, parameter: nn.Parameter, fragment: Tensor | None) -> Tensor:
+        """Mask of the entries above the quantile ``reset_fraction`` of their matrix."""
         size, device = self.state.numel(parameter), self.state.device
-        fraction = self.method.reset_fraction
-        if self.method.reset == "random":
-            key = f"{self.state.name(parameter)}.{moment}@{update}"
-            shard = shard_of(parameter)
-            draw = torch.empty(shard.full_shape if shard else (size,), device=device)
-            draw.uniform_(generator=named_generator(self.seed, key, device))
-            return (shard.take(draw) if shard else draw).view(-1) >= fraction
         whole = torch.zeros(size, device=device)
         if fragment is not None:
             start, stop = self.state.held(parameter)
@@ -158,12 +174,12 @@ class Relora:
             block = whole[first * columns : last * columns]
             matrix = self._of_all_parts(parameter, block)
             # kthvalue: torch.quantile refuses more than 16 M elements.
-            rank = max(1, min(matrix.numel(), round(fraction * (matrix.numel() - 1)) + 1))
+            rank = round(self.method.reset_fraction * (matrix.numel() - 1)) + 1
             keep[first * columns : last * columns] = block > matrix.kthvalue(rank).values
         return keep
 
-    def _of_all_parts(self, parameter: nn.Parameter, block: torch.Tensor) -> torch.Tensor:
-        """The numbers of a whole matrix, in any order, of which ``block`` is this rank's part."""
+    def _of_all_parts(self, parameter: nn.Parameter, block: Tensor) -> Tensor:
+        """The elements of a whole matrix, in any order, from the parts of all tensor-parallel ranks."""
         group = self.state.tensor_group
         if group is None or shard_of(parameter) is None:
             return block

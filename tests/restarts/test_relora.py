@@ -16,7 +16,7 @@ from megalr.layers.lora import LoRALinear
 from megalr.models.build import build_model
 from megalr.restarts.relora import Relora
 from tests.ranks import run_distributed
-from tests.training.runs import settings, zero
+from tests.training.runs import losses, run, settings, zero
 
 
 def _method(**changes: Any) -> SimpleNamespace:
@@ -115,3 +115,23 @@ def test_magnitude_reset_zeroes_the_smallest_entries_of_each_matrix(tmp_path: Pa
             new = torch.from_numpy(result["after"]["m"][start:stop])
             limit = torch.quantile(old.abs().flatten(), 0.8, interpolation="nearest")
             torch.testing.assert_close(new, torch.where(old.abs() > limit, old, 0.0))
+
+
+def test_runs_with_magnitude_resets_agree_on_one_two_and_three_ranks(
+    data: Path, tmp_path: Path
+) -> None:
+    method = {
+        "name": "relora", "rank": 8, "alpha": 16.0, "merge_every": 3, "reset_every": 6,
+        "reset": "magnitude", "reset_fraction": 0.8,
+    }  # fmt: skip
+    sections = {"method": method, "schedule": {"name": "constant", "warmup_updates": 2}}
+    found = []
+    for ranks, stage in ((1, 0), (1, 1), (2, 1), (3, 2)):
+        folder = tmp_path / f"{ranks}_{stage}"
+        values = settings(folder, data, **sections, train={"updates": 12})
+        run_distributed(run, ranks, values, zero(stage))
+        found.append(losses(folder))
+    for values in found[1:]:
+        assert values == pytest.approx(found[0], abs=1e-6)
+    # The reset after update 7 does not throw the run back.
+    assert max(found[0][7:]) <= found[0][6]
