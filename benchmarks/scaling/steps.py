@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megalr.estimate.states import group_sizes, wrapper_of
+from megalr.estimate.states import group_sizes, wrapper_name
 from megalr.estimate.tensors import count, stored_tensors
 from megalr.models.config import DecoderConfig
 from megalr.tensor_parallel.plan import SINGLE, Plan
@@ -107,7 +107,7 @@ def update_work(job: Job) -> tuple[Work, Work]:
     n = sum(group_sizes(tensors, job.sizes.num_layers, False).values())
     share = n / job.data_size
     adam, refresh = 28 * share, 6 * share
-    if wrapper_of("bf16", job.stage, "fp32", False) == "BF16_Optimizer":
+    if wrapper_name("bf16", job.stage, "fp32", False) == "BF16_Optimizer":
         reduced = 28 * n if job.data_size > 1 else 0
         once = reduced + 4 * n + (8 * share if job.clipping else 0) + adam + refresh + 4 * n
         return Work(moved=6 * n if job.accumulation == 1 else 12 * n), Work(moved=once)

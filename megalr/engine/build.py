@@ -16,6 +16,7 @@ from megalr.engine.cuda_graph import MicroBatchGraph, ScaledLoss
 from megalr.engine.patches import batch_parameters
 from megalr.engine.state import attach_layouts
 from megalr.engine.unwrapped_step import install_clip_and_skip, without_accumulation_dtype
+from megalr.engine.wrappers import wrapper_of
 from megalr.errors import UserError
 from megalr.models.build import build_decoder, make_plan, sizes_of
 from megalr.models.decoder import Decoder
@@ -93,7 +94,7 @@ def build_engine(config: RunConfig, ds_config: dict[str, Any], decoder: Decoder)
     if unwrapped:
         install_clip_and_skip(engine)
     batch_parameters(engine)
-    if decoder.plan.parallel and hasattr(engine.optimizer, "fp32_groups"):
+    if decoder.plan.parallel and wrapper_of(engine).reads_marks_of_gradients:
         _mark_gradients(decoder)
     graph = None
     if config.train.cuda_graphs:
@@ -184,9 +185,7 @@ def _gradients_are_consumed(engine: Any) -> bool:
     BF16_Optimizer adds every micro-batch to its own float32 buffer; the other wrappers accumulate
     in ``.grad`` itself, which is consumed only if an update has one micro-batch.
     """
-    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-
-    return isinstance(engine.optimizer, BF16_Optimizer) or engine.gradient_accumulation_steps() == 1
+    return wrapper_of(engine).sums_gradients or engine.gradient_accumulation_steps() == 1
 
 
 def set_learning_rate(engine: Any, learning_rate: float) -> None:

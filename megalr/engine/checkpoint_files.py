@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megalr.engine.checkpoint_layout import describe, fragments_file
+from megalr.engine.checkpoint_layout import describe_files, fragments_file
 from megalr.engine.unpickle import unpickle
 from megalr.engine.wrappers import wrapper_of
 
@@ -68,5 +68,5 @@ def write_fragments(engine: Any, saving: Path) -> list[Path]:
         return []
     tensor_rank = engine.mpu.get_model_parallel_rank() if engine.mpu is not None else 0
     path = saving / fragments_file(data_rank, tensor_rank)
-    torch.save(describe(engine), path)
+    torch.save(describe_files(engine), path)
     return [path]

@@ -39,7 +39,7 @@ def fragments_file(data_rank: int, tensor_rank: int) -> str:
     return f"fragments_{data_rank:05d}_{tensor_rank:03d}.pt"
 
 
-def describe(engine: Any) -> dict[str, Any]:
+def describe_files(engine: Any) -> dict[str, Any]:
     """The description of this rank's files; see the module's docstring."""
     state = EngineState(engine)
     wrapper = state.wrapper

@@ -29,6 +29,7 @@ from typing import Any
 from megalr.distributed.agreement import is_rank0
 from megalr.engine.patch_bf16 import batch_bf16
 from megalr.engine.patch_zero import batch_zero
+from megalr.engine.wrappers import BF16, ZeRO12, wrapper_of
 
 FOLLOWS = "0.19.8"
 """The version of DeepSpeed whose code the replacements follow."""
@@ -41,14 +42,12 @@ def batch_parameters(engine: Any) -> None:
     wrapper, mixture-of-experts layers, or optimizer states that DeepSpeed offloads.
     """
     import deepspeed
-    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-    optimizer = engine.optimizer
+    wrapper, optimizer = wrapper_of(engine), engine.optimizer
     if getattr(optimizer, "has_moe_layers", False):
         return
-    bf16 = isinstance(optimizer, BF16_Optimizer)
-    zero = isinstance(optimizer, DeepSpeedZeroOptimizer) and not optimizer.cpu_offload
+    bf16 = isinstance(wrapper, BF16)
+    zero = isinstance(wrapper, ZeRO12) and not optimizer.cpu_offload
     if not bf16 and not zero:
         return
     if deepspeed.__version__.split("+")[0] != FOLLOWS:

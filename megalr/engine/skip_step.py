@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from megalr.engine.wrappers import wrapper_of
+
 
 class HostCopy:
     """Numbers of any shape on their way from the device to the host.
@@ -124,21 +126,5 @@ def step_outcome(engine: Any) -> tuple[torch.Tensor | float, DeferredSkip | bool
     Call it once after each step. The norm may be on the device; NaN if the engine has none. Of a
     step that was skipped nothing is left.
     """
-    norm = engine.get_global_grad_norm()
-    norm = float("nan") if norm is None else norm
-    if not engine.was_step_applied():
-        _drop_offloaded_gradients(engine.optimizer)
-        return norm, True
-    skipped = getattr(engine.optimizer, "skipped", False)
+    norm, skipped = wrapper_of(engine).step_result()
     return norm, DeferredSkip(engine, skipped) if isinstance(skipped, torch.Tensor) else skipped
-
-
-def _drop_offloaded_gradients(optimizer: Any) -> None:
-    """Drop the gradients of a step that DeepSpeed's ZeRO-1 or 2 has skipped with CPU offload.
-
-    Without offload it drops them itself. With it and bf16 their sums stay, the next micro-batches
-    are added to them, and no step is ever made again (docs/dev/deepspeed-notes.md).
-    """
-    if getattr(optimizer, "cpu_offload", False):
-        for group in getattr(optimizer, "averaged_gradients", {}):
-            optimizer.averaged_gradients[group] = None

@@ -51,18 +51,26 @@ class Wrapper(ABC):
 
     Attributes:
         optimizer: DeepSpeed's wrapper, or the run's own optimizer where there is none.
-        base: the optimizer that makes the update (torch's AdamW, ...).
         replicated: every rank holds every master entirely, each a tensor of its own (stage 0).
         splits_weights: the weights that the model computes with are split over ranks as well.
+        sums_gradients: micro-batches are added up elsewhere than in ``.grad``.
+        reads_marks_of_gradients: tensor-parallel marks are looked for on gradients.
     """
 
     replicated = False
     splits_weights = False
+    sums_gradients = False
+    reads_marks_of_gradients = False
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine
         self.optimizer = engine.optimizer
-        self.base: torch.optim.Optimizer = engine.optimizer.optimizer
+
+    @property
+    def base(self) -> torch.optim.Optimizer:
+        """The optimizer that makes the update (torch's AdamW, ...)."""
+        base: torch.optim.Optimizer = self.optimizer.optimizer
+        return base
 
     @abstractmethod
     def _storages(self) -> Iterator[Storage]:

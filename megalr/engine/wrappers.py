@@ -47,9 +47,10 @@ class Unwrapped(Wrapper):
 
     replicated = True
 
-    def __init__(self, engine: Any) -> None:
-        self.engine = engine
-        self.optimizer = self.base = engine.optimizer
+    @property
+    def base(self) -> torch.optim.Optimizer:
+        base: torch.optim.Optimizer = self.optimizer
+        return base
 
     def _storages(self) -> Iterator[Storage]:
         for index, group in enumerate(self.base.param_groups):
@@ -68,6 +69,7 @@ class Unfused(Wrapper):
     """``FP16_UnfusedOptimizer``: bf16 without ZeRO, an fp32 master beside every weight."""
 
     replicated = True
+    reads_marks_of_gradients = True
 
     def _storages(self) -> Iterator[Storage]:
         pairs = zip(self.optimizer.fp16_groups, self.optimizer.fp32_groups, strict=True)
@@ -129,6 +131,8 @@ class _Sliced(Wrapper):
 
 class BF16(_Sliced):
     """``BF16_Optimizer``: bf16 weights at stage 1 with gradients added up in fp32."""
+
+    sums_gradients = True
 
     def _slices(self) -> Iterator[tuple[Tensor, list[nn.Parameter], list[nn.Parameter]]]:
         groups = self.optimizer.bf16_groups

@@ -76,7 +76,7 @@ class Numbers:
     graphs: bool
 
 
-def wrapper_of(precision: str, stage: int, accumulation: str, offload: bool) -> str:
+def wrapper_name(precision: str, stage: int, accumulation: str, offload: bool) -> str:
     """The class that wraps the optimizer; ``accumulation``: dtype of accumulated gradients."""
     if stage == 0:
         return "none" if is_unwrapped(precision, stage) else "FP16_UnfusedOptimizer"
@@ -114,7 +114,7 @@ def state_bytes(
     stage, precision = zero["stage"], config.train.precision
     accumulation = ds_config["data_types"]["grad_accum_dtype"]
     offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
-    wrapper = wrapper_of(precision, stage, accumulation, offload)
+    wrapper = wrapper_name(precision, stage, accumulation, offload)
     weight = 4 if precision == "fp32" else 2
     master = 2 if precision == "paper_bf16" else 4
     added = 4 if accumulation == "fp32" else 2

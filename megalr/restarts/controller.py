@@ -1,8 +1,9 @@
-"""Restarts of a run: what the training loop calls after every update.
+"""Restarts of a run: refactorization and momentum reset after the updates where they are due.
 
-Order inside an update: step, restart if due, evaluate, save. So a checkpoint is always after the
-restart, and nothing about periodic restarts needs to be saved: they are a function of the update
-number and the configuration.
+Order within an update: step, restart if due, evaluate, save. A checkpoint is therefore always taken
+after the restart, and periodic restarts need no saved state: they are a function of the update
+number and the configuration. The exception is the last update of a run: nothing would be trained
+after a restart there, so it is deferred, and made when a longer run resumes from the checkpoint.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from megalr.distributed.agreement import all_reduce_max
 from megalr.engine.state import EngineState
 from megalr.errors import UserError
 from megalr.layers.factors import FactorPair
-from megalr.restarts.adaptive import SpikeDetector
 from megalr.restarts.momentum_reset import check_groups, reset_moments
 from megalr.restarts.refactorize import (
     factor_parameters,
@@ -30,8 +30,8 @@ from megalr.restarts.refactorize import (
 )
 from megalr.restarts.report import RestartReport, by_pattern
 from megalr.restarts.rounds import FactorRounds
-from megalr.restarts.schedule import BaseSchedule, RestartSchedule
-from megalr.restarts.verify import check_weights
+from megalr.restarts.schedule import BaseSchedule, RestartSchedule, SpikeDetector
+from megalr.restarts.verify import verify_weights
 
 
 class Restarts:
@@ -39,13 +39,13 @@ class Restarts:
 
     Args:
         config: the section ``restarts``.
-        engine: DeepSpeed's engine.
+        engine: the engine, on every rank.
         pairs: the model's factorized matrices (``model.factor_pairs()``); empty for a dense one.
         total_updates: updates of the whole run.
         base_schedule: factor of the peak learning rate at update t (zero-based).
 
     Raises:
-        UserError: what is asked for cannot work with this model, optimizer or engine.
+        UserError: a combination that cannot work with this model, optimizer or engine.
 
     Attributes:
         seconds: time spent in restarts and in measuring the imbalance so far on this rank.
@@ -63,6 +63,7 @@ class Restarts:
         self.schedule = RestartSchedule(config, total_updates, base_schedule)
         self.seconds = 0.0
         self._triggered_reset: int | None = None
+        self._deferred: dict[str, Any] | None = None
         self._spikes: SpikeDetector | None = None
         if config.gradient_norm_spike is not None:
             self._spikes = SpikeDetector(config.gradient_norm_spike, config.spike_window)
@@ -85,9 +86,10 @@ class Restarts:
         return self.schedule.learning_rate_factor(t, self._triggered_reset)
 
     def due(self, update: int) -> bool:
-        """Whether :meth:`after_update` has something to look at or to do after this update."""
+        """Whether :meth:`after_update` has something to measure or to do after this update."""
         return self.config.active and (
             self._spikes is not None
+            or self._is_last(update)
             or self.schedule.refactorize_due(update)
             or self.schedule.reset_due(update)
             or self._imbalance_due(update)
@@ -99,15 +101,52 @@ class Restarts:
         """Restart if one is due after ``update`` updates; every rank calls it then (:meth:`due`).
 
         ``gradient_norm`` is that of the update just made; needed with gradient_norm_spike only.
-        Returns what was done, None if nothing was due. With ``verify`` raises RuntimeError when
-        ranks disagree afterwards.
+        Returns None if nothing was done. With ``verify`` raises RuntimeError when weights differ
+        between ranks afterwards.
         """
         if not self.config.active:
             return None
+        spike = self._is_spike(update, gradient_norm)
+        if self._is_last(update):
+            self._deferred = {"update": update, "spike": spike}
+            return None
+        return self._restart_if_due(update, spike)
+
+    def after_load(self) -> RestartReport | None:
+        """To be called on all ranks when engine and this have loaded a checkpoint.
+
+        Repairs access to optimizer states, which an in-process load breaks, and makes the restart
+        that was deferred if the checkpoint is the last one of a shorter run.
+        """
+        if not self.config.active:
+            return None
+        self._state.relink()
+        if self._deferred is None or self._is_last(self._deferred["update"]):
+            return None
+        deferred, self._deferred = self._deferred, None
+        return self._restart_if_due(deferred["update"], deferred["spike"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the adaptive triggers and a deferred restart; plain values for a checkpoint."""
+        spikes = None if self._spikes is None else self._spikes.state_dict()
+        return {
+            "triggered_reset": self._triggered_reset,
+            "spikes": spikes,
+            "deferred": self._deferred,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from :meth:`state_dict`; checkpoints of older versions defer nothing."""
+        self._triggered_reset = state["triggered_reset"]
+        self._deferred = state.get("deferred")
+        if self._spikes is not None and state["spikes"] is not None:
+            self._spikes.load_state_dict(state["spikes"])
+
+    def _restart_if_due(self, update: int, spike: bool) -> RestartReport | None:
         refactorizing = self.schedule.refactorize_due(update)
         resetting = self.schedule.reset_due(update)
         trigger, measured = "period", None
-        if self._spike(update, gradient_norm) and not resetting:
+        if spike and self.schedule.in_window(update) and not resetting:
             resetting, trigger = True, "gradient_norm"
         if not refactorizing and self._imbalance_due(update):
             started = self._now()
@@ -119,23 +158,6 @@ class Restarts:
             return None
         report = RestartReport(update, trigger, imbalance=measured)
         return self._restart(report, refactorizing, resetting)
-
-    def after_load(self) -> None:
-        """To be called after an in-process ``engine.load_checkpoint``: restores DeepSpeed's own
-        access to optimizer states, which loading breaks."""
-        if self.config.active:
-            self._state.relink()
-
-    def state_dict(self) -> dict[str, Any]:
-        """What the adaptive triggers must remember; plain values for the client state."""
-        spikes = None if self._spikes is None else self._spikes.state_dict()
-        return {"triggered_reset": self._triggered_reset, "spikes": spikes}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from :meth:`state_dict`."""
-        self._triggered_reset = state["triggered_reset"]
-        if self._spikes is not None and state["spikes"] is not None:
-            self._spikes.load_state_dict(state["spikes"])
 
     def _restart(
         self, report: RestartReport, refactorizing: bool, resetting: bool
@@ -173,17 +195,20 @@ class Restarts:
                 self._triggered_reset = report.update
         self.seconds += report.refactorize_seconds + report.reset_seconds
         if config.verify and refactorizing:
-            check_weights(self._state, self._state.parameters())
+            verify_weights(self._state, self._state.parameters())
             report = replace(report, verified=True)
         return report
 
-    def _spike(self, update: int, gradient_norm: Tensor | float | None) -> bool:
+    def _is_last(self, update: int) -> bool:
+        return update >= self.schedule.total_updates
+
+    def _is_spike(self, update: int, gradient_norm: Tensor | float | None) -> bool:
         if self._spikes is None:
             return False
         if gradient_norm is None:
             raise ValueError("restarts.gradient_norm_spike needs the gradient norm of every update")
         norm = all_reduce_max(float(gradient_norm), self._state.device)
-        return self._spikes.observe(update, norm) and self.schedule.in_window(update)
+        return self._spikes.observe(update, norm)
 
     def _imbalance_due(self, update: int) -> bool:
         return (
@@ -216,7 +241,7 @@ def _check_factors(config: RestartsConfig, pairs: Sequence[FactorPair]) -> None:
 
 
 def _check_moments(config: RestartsConfig, optimizer: torch.optim.Optimizer) -> None:
-    """Refuse what can be seen before the first update; the reset itself sees the rest."""
+    """Reject what is known before the first update; the reset itself checks the rest."""
     defaults = optimizer.defaults
     has = {
         "first": "betas" in defaults or bool(defaults.get("momentum")),

@@ -1,8 +1,8 @@
-"""Momentum reset: the chosen moments of the chosen parameters become zero, where they lie.
+"""Momentum reset: the chosen moments of the chosen parameters become zero in place.
 
-Nothing is gathered: every rank zeroes the fragments that it owns and restarts the step counter of
-their param group. What was zeroed is counted and summed over ranks, because a reset that silently
-touches nothing is the classic failure (arXiv 2505.22922 resets every 200 updates).
+Nothing is gathered: every rank zeroes its fragments and restarts the step counter of their param
+group. The zeroed elements are counted and summed over ranks, because a reset that touches nothing
+and does not say so is the classic failure (arXiv 2505.22922 resets every 200 updates).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Counter = Literal["zero", "one", "keep"]
 
 @dataclass(frozen=True)
 class Reset:
-    """What a reset zeroed, summed over ranks (at stage 0 each counts its own copy)."""
+    """Counts of a reset, summed over ranks (at stage 0 each counts its own copy)."""
 
     elements: int  # moment elements that were zeroed
     total: int  # moment elements that exist; 0 before the first update
@@ -77,7 +77,7 @@ def reset_moments(
         counts = _zero_fragments(state, parameters, names)
         if counter != "keep":
             state.set_step_counters(parameters, 1 if counter == "one" else 0)
-    state.relink()  # so that DeepSpeed's own getters read the same moments
+    state.relink()  # so that the engine's own getters read the same moments
     elements, total = sum_over(counts, state, over_tensor_ranks=True)
     if total and parameters and not elements:
         raise RuntimeError(

@@ -179,7 +179,7 @@ class Relora:
         return keep
 
     def _of_all_parts(self, parameter: nn.Parameter, block: Tensor) -> Tensor:
-        """The elements of a whole matrix, in any order, from the parts of all tensor-parallel ranks."""
+        """Elements of a whole matrix, in any order, from the parts of all tensor-parallel ranks."""
         group = self.state.tensor_group
         if group is None or shard_of(parameter) is None:
             return block

@@ -1,4 +1,4 @@
-"""What one restart did, for the log and for ``metrics.jsonl``."""
+"""The outcome of one restart, for the log and for ``metrics.jsonl``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class RestartReport:
     """One restart; every number is the same on all ranks except the seconds.
 
     Attributes:
-        update: updates done when it came.
+        update: updates done before it.
         trigger: ``period``, ``imbalance`` or ``gradient_norm``.
         refactorized: factors were replaced by balanced ones.
         reset: moments were zeroed.
@@ -22,8 +22,8 @@ class RestartReport:
         reset_seconds: time of the reset.
         matrices: factorized matrices that were refactorized.
         matrices_by_qr: of these, too ill-conditioned for the fast path.
-        dead_directions: directions with singular value zero.
-        reseeded_directions: of these, brought back to life.
+        dead_directions: directions whose singular value is zero.
+        reseeded_directions: of these, given a new non-zero factor row or column.
         fraction_reset: share of all existing moment elements, over all ranks, that was zeroed;
             0 before the first update, when there are none.
         parameters_reset: which parameters were reset, see :func:`by_pattern`.
@@ -51,7 +51,7 @@ class RestartReport:
     verified: bool = False
 
     def metrics(self) -> dict[str, Any]:
-        """The fields of the ``restart`` event; those that do not apply are left out."""
+        """The fields of the ``restart`` event; only those that apply."""
         values: dict[str, Any] = {
             "trigger": self.trigger,
             "refactorized": self.refactorized,

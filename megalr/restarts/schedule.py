@@ -1,14 +1,20 @@
-"""When restarts happen and what they do to the learning rate: pure functions of the configuration.
+"""When restarts are due and their effect on the learning rate: functions of the configuration.
 
-Two counts occur and are told apart throughout: ``done`` is the number of updates made (a restart
-comes after an update, so it is due at some ``done`` >= 1), ``t`` is the zero-based number of an
-update about to be made. The first update after a restart at ``done`` = u has t = u.
+Two counts are used throughout: ``done`` is the number of updates made (a restart comes after an
+update, so it is due at some ``done`` >= 1), ``t`` is the zero-based number of an update about to be
+made. The first update after a restart at ``done`` = u has t = u.
+
+:class:`SpikeDetector` is the one trigger with a memory. Whether restarts should come by a clock is
+an open question of arXiv 2505.22922; the adaptive triggers are off by default.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
+from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 from megalr.config.restarts import RestartsConfig
 
@@ -49,7 +55,7 @@ class RestartSchedule:
     def learning_rate_factor(self, t: int, triggered_reset: int | None = None) -> float:
         """Factor of the peak learning rate at update t.
 
-        ``triggered_reset``: updates done at the last reset that no period asked for, if any.
+        ``triggered_reset``: updates done at the last reset by an adaptive trigger, if any.
 
         Without recovery it is ``base(t)``. With it, ``base(t)`` times a ramp over the R updates
         that follow a reset at u: with x = (t - u + 1) / (R + 1) the ramp is x (linear) or
@@ -87,8 +93,8 @@ class RestartSchedule:
         period = self.config.reset_period
         if period is None or t < period:
             return self.base(t)
-        # Where the period does not divide the run the published scheduler takes the run's length
-        # instead, in silence, while its loop goes on restarting: no recovery.
+        # Where the period does not divide the run the published scheduler uses the run's length
+        # instead, without a warning, while its loop goes on restarting: no recovery.
         cycle = period if self.total_updates % period == 0 else self.total_updates
         steps = self.config.recovery_updates
         start, past = divmod(t + 1, cycle)
@@ -97,3 +103,44 @@ class RestartSchedule:
         target = self.base(cycle * start + steps)
         share = 1.0 if steps == 1 else min(1.0, past / (steps - 1))
         return target * (_PUBLISHED_FLOOR + (1.0 - _PUBLISHED_FLOOR) * share)
+
+
+class SpikeDetector:
+    """Detects a gradient norm of more than ``ratio`` times its recent median.
+
+    The median is over the last ``window`` finite norms before the present one, of which at least
+    half must be there. After a spike none is reported for ``window`` updates, so a lasting rise
+    becomes the new median instead of a reset at every update. (The health check's window counts
+    standard deviations and reports every spike, because each of them costs one update, not all
+    moments.)
+    """
+
+    def __init__(self, ratio: float, window: int) -> None:
+        self.ratio = ratio
+        self.window = window
+        self._norms: deque[float] = deque(maxlen=window)
+        self._quiet_until = 0
+
+    def observe(self, update: int, norm: float) -> bool:
+        """Record the norm of an update; True if it is a spike."""
+        if not math.isfinite(norm):  # the health check's business
+            return False
+        enough = len(self._norms) >= self.window // 2
+        spike = (
+            enough
+            and update >= self._quiet_until
+            and norm > self.ratio * statistics.median(self._norms)
+        )
+        self._norms.append(norm)
+        if spike:
+            self._quiet_until = update + self.window
+        return spike
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers for a checkpoint."""
+        return {"norms": list(self._norms), "quiet_until": self._quiet_until}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from :meth:`state_dict`; a shorter window keeps the newest norms."""
+        self._norms = deque(state["norms"], maxlen=self.window)
+        self._quiet_until = state["quiet_until"]

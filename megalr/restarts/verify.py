@@ -1,4 +1,4 @@
-"""Checks after a restart that all ranks hold the same weights, and that these are the masters."""
+"""A check that all ranks hold the same weights, and that these are the rounded masters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def checksum(tensor: Tensor) -> Tensor:
-    """A 64-bit number that depends on every bit of a tensor and its place; int64 scalar.
+    """A 64-bit number that depends on every bit of a tensor and its position; int64 scalar.
 
     The sum over the elements i of (bits_i + 1) (2 i + 1), modulo 2^64.
     """
@@ -30,10 +30,10 @@ def checksum(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def check_weights(state: EngineState, parameters: Sequence[nn.Parameter]) -> None:
+def verify_weights(state: EngineState, parameters: Sequence[nn.Parameter]) -> None:
     """Raise RuntimeError, on all ranks, where weights differ between ranks or from their masters.
 
-    Collective over the data-parallel group and, for weights that are not cut, over the
+    Collective over the data-parallel group and, for weights that are not split, over the
     tensor-parallel one; under ZeRO-3 every parameter is gathered once.
     """
     sums, stale = [], []
@@ -65,11 +65,11 @@ def check_weights(state: EngineState, parameters: Sequence[nn.Parameter]) -> Non
         found = torch.stack((differ | (lowest != highest), count > 0)).to(torch.int32)
         dist.all_reduce(found, op=dist.ReduceOp.MAX, group=state.tensor_group)
         differ, count = found[0].bool(), found[1]
-    _complain(state, parameters, differ.tolist(), "differ between ranks")
-    _complain(state, parameters, (count > 0).tolist(), "are not the rounded masters")
+    _raise_if_any(state, parameters, differ.tolist(), "differ between ranks")
+    _raise_if_any(state, parameters, (count > 0).tolist(), "are not the rounded masters")
 
 
-def _complain(
+def _raise_if_any(
     state: EngineState, parameters: Sequence[nn.Parameter], bad: list[bool], what: str
 ) -> None:
     names = [state.name(p) for p, flag in zip(parameters, bad, strict=True) if flag]

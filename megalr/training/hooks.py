@@ -102,7 +102,9 @@ class RestartsHook(Hook):
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         self.restarts.load_state_dict(saved["restarts"])
-        self.restarts.after_load()
+        report = self.restarts.after_load()
+        if report is not None:  # deferred at the end of a shorter run
+            self.run.metrics.write("restart", report.update, **report.metrics())
 
 
 class LogHook(Hook):

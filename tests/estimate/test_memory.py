@@ -17,7 +17,7 @@ from megalr.config.schema import RunConfig
 from megalr.engine.config import resolve_deepspeed_config
 from megalr.errors import UserError
 from megalr.estimate.memory import data_parallel_size, estimate_memory
-from megalr.estimate.states import state_bytes, wrapper_of
+from megalr.estimate.states import state_bytes, wrapper_name
 from megalr.estimate.tensors import stored_tensors
 from megalr.hf.init_from_pretrained import with_pretrained_sizes
 from megalr.models.build import sizes_of
@@ -325,10 +325,10 @@ def test_recomputed_blocks_that_keep_their_bottlenecks() -> None:
 
 
 def test_wrappers_by_hand() -> None:
-    assert wrapper_of("bf16", 1, "fp32", offload=False) == "BF16_Optimizer"
-    assert wrapper_of("bf16", 1, "fp32", offload=True) == "DeepSpeedZeroOptimizer"
-    assert wrapper_of("paper_bf16", 0, "bf16", offload=False) == "none"
-    assert wrapper_of("paper_bf16", 1, "bf16", offload=False) == "DeepSpeedZeroOptimizer"
+    assert wrapper_name("bf16", 1, "fp32", offload=False) == "BF16_Optimizer"
+    assert wrapper_name("bf16", 1, "fp32", offload=True) == "DeepSpeedZeroOptimizer"
+    assert wrapper_name("paper_bf16", 0, "bf16", offload=False) == "none"
+    assert wrapper_name("paper_bf16", 1, "bf16", offload=False) == "DeepSpeedZeroOptimizer"
 
 
 def test_gpus_that_do_not_divide_are_refused() -> None:

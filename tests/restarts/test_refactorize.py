@@ -16,7 +16,7 @@ from megalr.restarts.refactorize import (
     refactorize,
 )
 from megalr.restarts.rounds import FactorRounds
-from megalr.restarts.verify import check_weights, checksum
+from megalr.restarts.verify import checksum, verify_weights
 from megalr.sharding.exchange import least_loaded
 from tests.ranks import run_distributed
 from tests.restarts.engines import KINDS, engine_of, logits, message_of, on_ranks, train
@@ -57,7 +57,7 @@ def _refactorize_once(engine, state: EngineState, work: FactorRounds) -> dict:
     untouched = [None if (m := state.master(p)) is None else m.clone() for p in others]
     assert nonfinite_parameters(state, state.parameters()) == []
     result = refactorize(work)
-    check_weights(state, state.parameters())
+    verify_weights(state, state.parameters())
     after = (logits(engine), _products(work), largest_imbalance(work))
     for parameter, value in zip(others, untouched, strict=True):
         master = state.master(parameter)
@@ -157,7 +157,7 @@ def _break_one_rank(kind: str, what: str) -> None:
             for p in state.parameters():
                 if (master := state.master(p)) is not None:
                     master.add_(1.0)
-        check_weights(state, state.parameters())
+        verify_weights(state, state.parameters())
 
 
 def test_verification_notices_one_wrong_element_on_one_rank_and_stale_weights() -> None:

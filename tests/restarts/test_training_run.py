@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megalr.config.schema import RunConfig
 from tests.ranks import run_distributed
 from tests.restarts.engines import message_of
 from tests.synthetic import write_dataset
-from tests.training.runs import events, run, settings, zero
+from tests.training.runs import events, losses, run, settings, zero
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +66,38 @@ def test_refactorization_of_a_dense_model_is_refused_and_reset_alone_works(
     run_distributed(run, 1, values, zero(1))
     happened = events(tmp_path / "run", "restart")
     assert [(e["update"], e["fraction_reset"]) for e in happened] == [(3, 1.0), (6, 1.0), (9, 1.0)]
+
+
+def _extend(values: dict[str, Any], ds_user: dict[str, Any]) -> None:
+    from megalr.training.pretrain import pretrain
+
+    pretrain(RunConfig.model_validate(values), ds_user, "test.json", allowed=("train.updates",))
+
+
+@pytest.mark.parametrize(
+    "last, restarts",  # a restart is due after the last update of the shorter run
+    [
+        (8, {"every": 4}),
+        (8, {"imbalance_threshold": 1e-4, "imbalance_every": 8, "refactorize_every": 5}),
+        (7, {"gradient_norm_spike": 1.001, "spike_window": 4}),
+    ],
+)
+def test_an_extended_run_equals_the_unbroken_longer_one(
+    last: int, restarts: dict[str, Any], data: Path, tmp_path: Path
+) -> None:
+    sections = {
+        "restarts": restarts,
+        "schedule": {"name": "constant", "warmup_updates": 2},
+        "checkpoint": {"every": 100},
+        "evaluation": {"every": 0},
+    }
+    unbroken, extended = tmp_path / "unbroken", tmp_path / "extended"
+    run_distributed(run, 2, settings(unbroken, data, **sections, train={"updates": 12}), zero(1))
+    run_distributed(run, 2, settings(extended, data, **sections, train={"updates": last}), zero(1))
+    assert all(e["update"] < last for e in events(extended, "restart"))  # its moments are kept
+    again = settings(extended, data, **sections, train={"updates": 12})
+    run_distributed(_extend, 2, again, zero(1))
+    assert losses(extended) == losses(unbroken)
+    expected = [(e["update"], e["trigger"]) for e in events(unbroken, "restart")]
+    assert [(e["update"], e["trigger"]) for e in events(extended, "restart")] == expected
+    assert last in dict(expected) and 12 not in dict(expected)

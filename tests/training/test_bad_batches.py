@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import pytest
 
-from megalr.engine import skip_step
+from megalr.engine.wrappers import ZeRO12
 from tests.ranks import RankFailed, run_distributed
 from tests.training.bad_batches import (
     run_and_see_the_engine,
@@ -127,7 +127,7 @@ def _told(folder: Path, kind: str) -> list[dict[str, str]]:
 def test_deepspeed_keeps_a_bad_gradient_for_ever_when_it_offloads(
     data: Path, tmp_path: Path
 ) -> None:
-    """The reason for ``_drop_offloaded_gradients``; if this fails it is no longer needed."""
+    """The reason for ``ZeRO12._after_skip``; if this fails it is no longer needed."""
     folder = tmp_path / "run"
     values = _values(folder, data, train={"precision": "bf16"}, checkpoint={"every": 0})
     run_distributed(_run_without_forgetting, 2, values, zero(2, **OFFLOAD), {3: "nan_loss"})
@@ -137,7 +137,7 @@ def test_deepspeed_keeps_a_bad_gradient_for_ever_when_it_offloads(
 def _run_without_forgetting(
     values: dict[str, Any], ds: dict[str, Any], bad: dict[int, str]
 ) -> None:
-    with patch.object(skip_step, "_drop_offloaded_gradients", lambda optimizer: None):
+    with patch.object(ZeRO12, "_after_skip", lambda self: None):
         run_with_bad_batches(values, ds, bad)
 
 
