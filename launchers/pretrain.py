@@ -91,8 +91,10 @@ def main() -> int:
             from megalr.engine.config import describe_deepspeed
 
             stage, described = describe_deepspeed(config, ds_user, source)
-            check_run(config, stage)
+            groups = check_run(config, stage)
         print(dump_config(config), end="")
+        for name, values in groups.items():
+            print(f"# {name}: peak lr {values['lr']:g}, weight decay {values['weight_decay']:g}")
         print(described)
         return 0
     from megalr.distributed.peer_errors import name_lost_peers

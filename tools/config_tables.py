@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from megalr.config.optimizers import LearningRateRatios, WeightDecayRatios
 from megalr.config.problems import section_classes
 from megalr.config.schema import DataSource, RunConfig
 from megalr.errors import UserError, exit_cleanly
@@ -28,6 +29,10 @@ def key_tables() -> str:
         for name, cls in classes.items():
             title = f"`{section}`" if not name else f"`{section}.name: {name}`"
             parts.append(_table(title, section, cls))
+    parts.append(_table("`optimizer.lr_ratio`", "optimizer.lr_ratio", LearningRateRatios))
+    parts.append(
+        _table("`optimizer.weight_decay_ratio`", "optimizer.weight_decay_ratio", WeightDecayRatios)
+    )
     parts.append(_table("An item of `data.train`", "", DataSource))
     return "\n".join(parts)
 
@@ -46,6 +51,8 @@ def _table(title: str, section: str, cls: type[BaseModel]) -> str:
     for name, field in cls.model_fields.items():
         described = schema["properties"][name]
         default = "required" if name in required else _code(_plain(field.default))
+        if isinstance(field.default, BaseModel):
+            default = "in its table"
         example = _code(_plain(field.examples[0])) if field.examples else ""
         key = f"{section}.{name}" if section else name
         meaning = " ".join((field.description or "").split())

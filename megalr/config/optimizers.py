@@ -8,11 +8,45 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from megalr.config.base import Betas, Section
 
 ADAMW_EPS = 1e-8
+
+
+class LearningRateRatios(Section):
+    """Learning rates by kind of parameter, as multiples of ``optimizer.lr``."""
+
+    embedding: float = Field(default=1.0, gt=0, le=10_000, examples=[4.0])
+    """Token embedding and learned positions; with model.tie_embeddings the head as well."""
+    head: float = Field(default=1.0, gt=0, le=10_000, examples=[4.0])
+    """Output head."""
+    norms: float = Field(default=1.0, gt=0, le=10_000, examples=[1.0])
+    """Weights of norms, and biases."""
+    factors: float = Field(default=1.0, gt=0, le=10_000, examples=[1.0])
+    """Factors of factorized matrices."""
+    sparse: float = Field(default=1.0, gt=0, le=10_000, examples=[1.0])
+    """Sparse values of SLTrain."""
+    matrices: float = Field(default=1.0, gt=0, le=10_000, examples=[1.0])
+    """Projection matrices of the layers that are not factorized."""
+
+
+class WeightDecayRatios(Section):
+    """Weight decay by kind of parameter, as multiples of ``optimizer.weight_decay``."""
+
+    embedding: float = Field(default=1.0, ge=0, le=10_000, examples=[0.0])
+    """Token embedding and learned positions; with model.tie_embeddings the head as well."""
+    head: float = Field(default=1.0, ge=0, le=10_000, examples=[1.0])
+    """Output head."""
+    norms: float = Field(default=0.0, ge=0, le=10_000, examples=[0.0])
+    """Weights of norms, and biases."""
+    factors: float = Field(default=1.0, ge=0, le=10_000, examples=[1.0])
+    """Factors of factorized matrices."""
+    sparse: float = Field(default=1.0, ge=0, le=10_000, examples=[1.0])
+    """Sparse values of SLTrain."""
+    matrices: float = Field(default=1.0, ge=0, le=10_000, examples=[1.0])
+    """Projection matrices of the layers that are not factorized."""
 
 
 class AdamSection(Section):
@@ -24,6 +58,15 @@ class AdamSection(Section):
     """Decay rates of the first and second moment, each in [0, 1)."""
     weight_decay: float = Field(default=0.0, ge=0, examples=[0.01])
     """Decoupled weight decay: an update shrinks the weights by learning rate x weight_decay."""
+    lr_ratio: LearningRateRatios = Field(
+        default=LearningRateRatios(), examples=[{"embedding": 4.0, "head": 4.0}]
+    )
+    """Learning rates by kind of parameter, as multiples of lr; the keys are below."""
+    weight_decay_ratio: WeightDecayRatios = Field(
+        default=WeightDecayRatios(), examples=[{"embedding": 0.0}]
+    )
+    """Weight decay by kind of parameter, as multiples of weight_decay; the keys are below. A decay
+    acts through the learning rate of its kind."""
 
     @field_validator("betas")
     @classmethod
@@ -31,6 +74,15 @@ class AdamSection(Section):
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError("must be two numbers in [0, 1)")
         return betas
+
+    @field_validator("weight_decay_ratio")
+    @classmethod
+    def _ratio_of_something(
+        cls, ratios: WeightDecayRatios, info: ValidationInfo
+    ) -> WeightDecayRatios:
+        if info.data.get("weight_decay") == 0 and ratios != WeightDecayRatios():
+            raise ValueError("has no effect: optimizer.weight_decay is 0")
+        return ratios
 
 
 class AdamWOptimizer(AdamSection):

@@ -51,6 +51,8 @@ KEYS_FIXED = {
     "method.state_bits": "the optimizer states in the checkpoint have that form",
     "method.proj": "the optimizer states in the checkpoint are projected by it",
     "optimizer.name": "the optimizer states in the checkpoint are of that rule",
+    "optimizer.lr_ratio": "the optimizer states in the checkpoint are grouped by it",
+    "optimizer.weight_decay_ratio": "the optimizer states in the checkpoint are grouped by it",
     "optimizer.density": "the optimizer states in the checkpoint have that mask",
     "train.precision": "the weights and optimizer states in the checkpoint have that dtype",
 }

@@ -22,7 +22,7 @@ from megalr.models.build import build_decoder, make_plan, sizes_of
 from megalr.models.decoder import Decoder
 from megalr.models.recompute import SELECTIVE
 from megalr.optim.build import build_optimizer
-from megalr.optim.groups import parameter_groups
+from megalr.optim.groups import describe_groups, parameter_groups
 from megalr.optim.methods import RunFacts
 from megalr.sharding.tensor_shard import shard_of
 from megalr.tensor_parallel.mesh import Mesh
@@ -105,7 +105,13 @@ def build_engine(config: RunConfig, ds_config: dict[str, Any], decoder: Decoder)
 
 
 def _optimizer_of(config: RunConfig, decoder: Decoder) -> torch.optim.Optimizer:
-    groups = parameter_groups(decoder, decoder.factor_parameters(), config.optimizer.weight_decay)
+    groups = parameter_groups(
+        decoder,
+        decoder.factor_parameters(),
+        config.optimizer.weight_decay,
+        config.optimizer.lr_ratio,
+        config.optimizer.weight_decay_ratio,
+    )
     facts = RunFacts(
         total_updates=config.train.updates,
         hidden_size=decoder.config.hidden_size,
@@ -116,17 +122,18 @@ def _optimizer_of(config: RunConfig, decoder: Decoder) -> torch.optim.Optimizer:
     return build_optimizer(config.optimizer, config.method, groups, facts)
 
 
-def check_run(config: RunConfig, stage: int | None = None) -> None:
+def check_run(config: RunConfig, stage: int | None = None) -> dict[str, dict[str, float]]:
     """Reject what the model, the optimizer or the engine would reject, without weights or GPUs.
 
     For use before a job waits in a queue. A run from a pretrained model is not checked: its sizes
-    are in a folder that may be elsewhere. ``stage``: of ZeRO, if it is known.
+    are in a folder that may be elsewhere. ``stage``: of ZeRO, if it is known. Returns the parameter
+    groups as :func:`describe_groups` does, {} for a pretrained model.
 
     Raises:
         UserError: as :func:`build_model` and :func:`build_engine`, except for CUDA graphs.
     """
     if config.model.from_pretrained is not None:
-        return
+        return {}
     sizes = sizes_of(config)
     mesh = Mesh(tensor_size=config.parallel.tensor)
     plan = make_plan(sizes, config.method, mesh, config.parallel.layout)
@@ -139,9 +146,10 @@ def check_run(config: RunConfig, stage: int | None = None) -> None:
             plan,
             initialize=False,
         )
-    _optimizer_of(config, decoder)
+    optimizer = _optimizer_of(config, decoder)
     if stage is not None:
         _check_stage(config, stage)
+    return describe_groups(optimizer.param_groups, config.optimizer.lr)
 
 
 def _check_stage(config: RunConfig, stage: int) -> None:
@@ -189,9 +197,14 @@ def _gradients_are_consumed(engine: Any) -> bool:
 
 
 def set_learning_rate(engine: Any, learning_rate: float) -> None:
-    """Set the learning rate of every group from the next update on."""
+    """Set the learning rate of every group, times the group's ratio, from the next update on."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
+
+
+def described_groups(engine: Any, config: RunConfig) -> dict[str, dict[str, float]]:
+    """Name to peak learning rate and weight decay of each parameter group."""
+    return describe_groups(engine.optimizer.param_groups, config.optimizer.lr)
 
 
 def data_parallel_ranks(engine: Any) -> int:

@@ -43,7 +43,7 @@ class RunFacts:
 
 
 def split_targets(groups: Groups, targets: tuple[str, ...] | None) -> Groups:
-    """Move target matrices out of the group ``matrices`` into one named ``targets``, before it.
+    """Move target matrices out of ``matrices`` (and ``sparse``) into a group ``targets`` before it.
 
     Target matrices are the parameters with ``row_blocks`` (embedding and head have none).
     ``targets`` are the last parts of their names; None means all. A parameter that stores several
@@ -52,7 +52,9 @@ def split_targets(groups: Groups, targets: tuple[str, ...] | None) -> Groups:
     result: Groups = []
     for group in groups:
         chosen = [
-            p for p in group["params"] if group["name"] == "matrices" and _is_target(p, targets)
+            p
+            for p in group["params"]
+            if group["name"] in ("matrices", "sparse") and _is_target(p, targets)
         ]
         ids = {id(p) for p in chosen}
         rest = [p for p in group["params"] if id(p) not in ids]

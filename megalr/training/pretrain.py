@@ -19,7 +19,7 @@ from megalr.distributed.process_group import limit_collectives, start_distribute
 from megalr.distributed.signals import STOPPED, StopRequest
 from megalr.distributed.stop_vote import StopVote
 from megalr.distributed.watchdog import Watchdog
-from megalr.engine.build import build_engine
+from megalr.engine.build import build_engine, described_groups
 from megalr.engine.config import resolve_deepspeed_config
 from megalr.hf.init_from_pretrained import (
     check_pretrained_tokenizer,
@@ -129,6 +129,7 @@ def _pretrain(
     with metrics, loader, watchdog:
         seconds = round(time.perf_counter() - started, 3)
         facts |= {"startup_seconds": seconds, "versions": versions(device)}
+        facts["parameter_groups"] = described_groups(engine, config)
         metrics.write("start", start.update, **facts)
         if imported is not None:
             metrics.write("import", start.update, **imported.metrics())
