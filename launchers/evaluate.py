@@ -97,9 +97,12 @@ def evaluate_perplexity(arguments: argparse.Namespace) -> tuple[dict[str, Any], 
         found = evaluate_run(arguments.run, arguments.tag, request, device)
     else:
         found = evaluate_model(arguments.model, request, device)
+    tokens, available = found["tokens"], found["available_tokens"]
+    share = "all" if tokens == available else f"{tokens:,} of"
     line = (
         f"{found['model']}: perplexity {found['perplexity']:.4f}, loss {found['loss']:.5f} on "
-        f"{found['tokens']:,} tokens in {found['eval_seconds']:.1f} s"
+        f"{share} {available:,} targets of {', '.join(found['data'])} "
+        f"({found['eval_seconds']:.1f} s)"
     )
     return found, "\n".join([line, *(f"note: {note}" for note in found["notes"])])
 

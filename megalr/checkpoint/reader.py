@@ -6,6 +6,7 @@ every parameter whole, in float32, read from the files on access.
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterator
 from functools import cached_property, lru_cache
@@ -23,6 +24,13 @@ from megalr.checkpoint.universal import UniversalFolder, is_universal
 from megalr.config.schema import RunConfig
 from megalr.errors import UserError
 from megalr.sharding.tensor_shard import TensorShard
+
+
+class NoSuchParameter(UserError, KeyError):
+    """A parameter's name that the checkpoint does not have."""
+
+    def __str__(self) -> str:  # KeyError would quote it
+        return str(self.args[0])
 
 
 class Checkpoint:
@@ -76,9 +84,16 @@ class Checkpoint:
         """A parameter whole, float32, on the CPU: the master if it is trained, else the weight.
 
         Raises:
-            KeyError: there is no parameter of that name.
+            NoSuchParameter: there is no parameter of that name; the nearest names are given.
             Damaged: a file cannot be read.
         """
+        names = self.names()
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names[:3]
+            raise NoSuchParameter(
+                f"{self.folder} has no parameter {name!r}; there are {len(names)}, among them "
+                f"{', '.join(near)}"
+            )
         return whole(self.source, name).float()
 
 

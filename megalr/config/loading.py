@@ -35,7 +35,8 @@ def load_run_config(
 ) -> RunConfig:
     """Merge the files in order, apply the overrides, check everything.
 
-    A key may stand in one file only; an override replaces the value of a file. ``presets`` are the
+    A key may stand in one file only; an override replaces the value of a file, and
+    ``model.from_pretrained`` that of ``model.preset`` and conversely. ``presets`` are the
     known names of models; without them ``model.preset`` is not checked here.
 
     Raises UserError with one line per problem.
@@ -55,12 +56,23 @@ def load_run_config(
         given[key] = text
         _override(merged, source)
         problems += source.problems
+    _replace_start(merged)
     config, found = _validate(merged)
     problems += found
     problems += _preset_problem(merged, presets)
     if problems or config is None:
         raise UserError(_report(problems))
     return config
+
+
+def _replace_start(merged: Source) -> None:
+    """``model.from_pretrained`` on the command line replaces a file's preset, and conversely."""
+    for given, other in (("from_pretrained", "preset"), ("preset", "from_pretrained")):
+        place = merged.places.get(f"model.{other}", COMMAND_LINE)
+        from_command_line = merged.places.get(f"model.{given}") == COMMAND_LINE
+        if from_command_line and place != COMMAND_LINE and _lookup(merged.values, f"model.{given}"):
+            merged.values["model"][other] = None
+            del merged.places[f"model.{other}"]
 
 
 def _report(problems: list[str]) -> str:

@@ -41,7 +41,8 @@ class ModelConfig(Section):
         default=None, min_length=1, examples=["models/llama-2-7b"]
     )
     """Folder of a Hugging Face LLaMA, Mistral or Qwen2 that the run starts from, instead of preset
-    and random weights. The sizes come from it: leave the keys below out, or give the same."""
+    and random weights; on the command line it replaces a file's preset. The sizes come from it:
+    leave the keys below out, or give the same."""
     preset: str | None = Field(
         default=None, min_length=1, validate_default=True, examples=["llama_60m"]
     )

@@ -39,6 +39,12 @@ LOGITS_PER_CHUNK = 2**26
 """Logits converted to float32 at a time."""
 
 
+PUBLISHED = (
+    "perplexity_published depends on the batch shape (micro_batch_size, sequence_length, ranks): "
+    "it is for comparison with printed numbers, not between runs"
+)
+
+
 @dataclass(frozen=True)
 class Request:
     """Options of an evaluation; None takes the run's or the model's value.
@@ -170,7 +176,12 @@ def _measure(
     )
     result = asdict(evaluate(model, batches, device))
     raise_on_any_rank(batches.error)
+    available = batches.num_targets
+    if limit is not None:
+        everything = EvaluationBatches(data, micro_batch_size=micro_batch_size)
+        available = everything.num_targets
     return result | {
+        "available_tokens": available,
         "data": [str(source.path) for source in data.sources],
         "samples": batches.num_samples,
         "sequence_length": data.sequence_length,
@@ -179,7 +190,7 @@ def _measure(
         "dtype": dtype,
         "ranks": world,
         "device": device.type,
-        "notes": notes,
+        "notes": [*notes, PUBLISHED],
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +17,7 @@ from megalr.hf.init_from_pretrained import read_supports
 from megalr.models.build import make_linear_of, sizes_of
 from megalr.models.decoder import Decoder
 from megalr.preprocessing.tokenizer import Tokenizer, open_tokenizer
+from megalr.run.folder import working_directory
 
 
 def open_verified(run: Path, tag: str | None) -> Checkpoint:
@@ -39,18 +41,32 @@ def open_verified(run: Path, tag: str | None) -> Checkpoint:
 
 
 def run_config(checkpoint: Checkpoint) -> RunConfig:
-    """The run's configuration at the time the checkpoint was saved.
+    """The run's configuration when the checkpoint was saved, with the paths of its data resolved.
+
+    Relative paths of data start from the working directory of the run, not of this process.
 
     Raises:
         UserError: this version of megalr does not accept it.
     """
     try:
-        return checkpoint.config
+        config = checkpoint.config
     except Damaged as error:
         raise UserError(
             f"checkpoint {checkpoint.folder}: {' '.join(str(error).split())}: use the version of "
             "megalr that wrote it"
         ) from error
+    start = working_directory(checkpoint.folder.parent.parent)
+
+    def located(path: str) -> str:
+        return str(start / path) if start is not None and (start / path).exists() else path
+
+    data = config.data
+    changes: dict[str, Any] = {
+        "train": tuple(s.model_copy(update={"path": located(s.path)}) for s in data.train)
+    }
+    if data.validation is not None:
+        changes["validation"] = tuple(map(located, data.validation))
+    return config.model_copy(update={"data": data.model_copy(update=changes)})
 
 
 def load_decoder(run: Path, checkpoint: Checkpoint) -> Decoder:

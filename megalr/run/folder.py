@@ -23,6 +23,8 @@ from megalr.errors import UserError
 from megalr.files import replace_file
 
 CONFIG = "config.yaml"
+STARTED_IN = "# relative paths start from"
+"""First line of CONFIG: a comment with the working directory of the run's last start."""
 DS_CONFIG = "ds_config.json"
 METRICS = "metrics.jsonl"
 RUN_LOCK = ".lock"
@@ -86,6 +88,26 @@ def _may_precede_a_run(path: Path) -> bool:
     return path.name in LAUNCHER_FILES or path.name.startswith(f".{CONFIG}.")
 
 
+def working_directory(folder: Path) -> Path | None:
+    """The folder that relative paths in a run's configuration start from; None if unknown.
+
+    A run of a version that did not record it was started where its ``run.dir`` leads to
+    ``folder``, if that is relative and the run has not been moved.
+    """
+    try:
+        text = (folder / CONFIG).read_text(encoding="utf-8")
+        first = text.split("\n", 1)[0]
+        if first.startswith(STARTED_IN):
+            return Path(json.loads(first.removeprefix(STARTED_IN)))
+        parts = Path(yaml.safe_load(text)["run"]["dir"]).parts
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        return None
+    found = folder.resolve()
+    if Path(*parts).is_absolute() or found.parts[-len(parts) :] != parts:
+        return None
+    return Path(*found.parts[: -len(parts)])
+
+
 def has_updates(folder: Path) -> bool:
     """Whether an update was logged in a run's folder."""
     metrics = folder / METRICS
@@ -103,7 +125,8 @@ def write_run_folder(config: RunConfig, ds_config: dict[str, Any]) -> None:
     folder = Path(config.run.dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        replace_file(folder / CONFIG, dump_config(config).encode())
+        start = f"{STARTED_IN} {json.dumps(str(Path.cwd()))}\n"
+        replace_file(folder / CONFIG, (start + dump_config(config)).encode())
         replace_file(folder / DS_CONFIG, (json.dumps(ds_config, indent=2) + "\n").encode())
         (folder / CHECKPOINTS).mkdir(exist_ok=True)
     except OSError as error:

@@ -230,3 +230,16 @@ def test_differences_between_runs_and_which_forbid_a_resume(tmp_path: Path) -> N
     whole = write(tmp_path, MINIMAL.replace("low_rank, rank: 128", "full_rank"), "whole.yaml")
     gone = diff_configs(old, load_run_config([whole]))
     assert ("method.rank", 128, ABSENT) in gone and ("method.alpha", 32.0, ABSENT) in gone
+
+
+def test_a_start_given_on_the_command_line_replaces_the_files(tmp_path: Path) -> None:
+    preset = write(tmp_path, MINIMAL)
+    config = load_run_config([preset], ["model.from_pretrained=models/llama"])
+    assert (config.model.from_pretrained, config.model.preset) == ("models/llama", None)
+    text = MINIMAL.replace("preset: llama_60m", "from_pretrained: models/llama")
+    config = load_run_config([write(tmp_path, text, "b.yaml")], ["model.preset=llama_60m"])
+    assert (config.model.from_pretrained, config.model.preset) == (None, "llama_60m")
+    both = ["model.from_pretrained=models/llama", "model.preset=llama_60m"]
+    assert "must be left out with model.from_pretrained" in problems_of([preset], both)
+    text = MINIMAL.replace("preset:", "from_pretrained: models/llama, preset:")
+    assert "must be left out with" in problems_of([write(tmp_path, text, "c.yaml")], [])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megalr.checkpoint import open_checkpoint
 from megalr.checkpoint.reshape import write_universal
+from megalr.config.schema import RunConfig
 from megalr.errors import UserError
 from megalr.evaluation.offline import Request, evaluate_model, evaluate_run
 from megalr.hf.export_run import export_run
-from megalr.hf.trained_run import load_decoder, open_verified
+from megalr.hf.trained_run import load_decoder, open_verified, run_config, tokenizer_of
+from megalr.run.folder import write_run_folder
 from tests.hf.data import write_data, write_tokenizer
 from tests.ranks import run_distributed
 from tests.training.runs import events, run, settings, zero
@@ -114,9 +118,11 @@ def test_the_last_evaluation_may_have_more_tokens(bf16_run: Path) -> None:
     on_the_way, last = events(bf16_run, "eval")
     assert 240 - 24 < on_the_way["tokens"] <= 240 < last["tokens"]
     everything = evaluate_run(bf16_run, "update_4", Request(tokens=0), CPU)
-    assert last["tokens"] == everything["tokens"]
+    assert last["tokens"] == everything["tokens"] == everything["available_tokens"]
+    assert any("perplexity_published depends on the batch shape" in n for n in everything["notes"])
     part = evaluate_run(bf16_run, "update_4", Request(tokens=240), CPU)
     assert part["tokens"] == on_the_way["tokens"]
+    assert part["available_tokens"] == everything["tokens"]
     assert abs(part["loss"] - last["loss"]) > 1e-4
 
 
@@ -213,6 +219,38 @@ def test_checkpoints_that_are_not_whole_are_refused_in_one_line(
     foreign.mkdir(parents=True)
     (foreign / "mp_rank_00_model_states.pt").write_bytes(b"another program's")
     refused("is damaged .*never finished", run=tmp_path / "foreign")
+
+
+def test_data_is_found_from_any_folder(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = tmp_path / "start"
+    start.mkdir()
+    shutil.copytree(data, start / "data")
+    monkeypatch.chdir(start)
+    values = settings(Path("runs/a"), Path("data"))
+    values["data"]["validation"] = ["data", "gone"]
+    config = RunConfig.model_validate(values)
+    write_run_folder(config, {})
+    monkeypatch.chdir(tmp_path)
+    saved = SimpleNamespace(config=config, folder=start / "runs/a/checkpoints/update_1")
+    found = run_config(saved)  # type: ignore[arg-type]
+    assert [source.path for source in found.data.train] == [str(start / "data")]
+    assert found.data.validation == (str(start / "data"), "gone")
+    assert tokenizer_of(found).path == start / "data" / "tokenizer"
+
+
+def test_the_example_of_the_checkpoints_page_runs(
+    bf16_run: Path, capsys: pytest.CaptureFixture
+) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "checkpoints.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(example.replace("runs/NAME", str(bf16_run)), names)
+    checkpoint = names["checkpoint"]
+    assert checkpoint.update == 4
+    with pytest.raises(UserError, match=r"no parameter 'layers.0.attention.qkv.weight'.*qkv.a"):
+        checkpoint.parameter("layers.0.attention.qkv.weight")
 
 
 def test_data_that_does_not_fit_is_refused(bf16_run: Path, tmp_path: Path) -> None:

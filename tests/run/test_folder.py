@@ -13,7 +13,12 @@ from megalr.config.schema import RunConfig
 from megalr.errors import UserError
 from megalr.files import replace_file, temporary_path
 from megalr.run import folder as run_folder
-from megalr.run.folder import check_run_folder, has_updates, write_run_folder
+from megalr.run.folder import (
+    check_run_folder,
+    has_updates,
+    working_directory,
+    write_run_folder,
+)
 from megalr.run.metrics_writer import MetricsWriter
 from tests.training.runs import settings
 
@@ -100,3 +105,23 @@ def test_folders_may_begin_with_the_home_folder(monkeypatch: pytest.MonkeyPatch)
     assert config.data.validation == ("/home/somebody/v", "w/~x")
     again = RunConfig.model_validate(config.model_dump(mode="json"))
     assert again == config
+
+
+def test_relative_paths_start_where_the_run_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = tmp_path / 'a "folder"'
+    start.mkdir()
+    monkeypatch.chdir(start)
+    write_run_folder(_config(Path("runs/a"), 0.01), {})
+    write_run_folder(_config(tmp_path / "absolute", 0.01), {})
+    monkeypatch.chdir(tmp_path)
+    assert working_directory(start / "runs/a") == start
+    assert working_directory(tmp_path / "absolute") == start
+    for folder, found in ((start / "runs/a", start), (tmp_path / "absolute", None)):
+        config = folder / "config.yaml"  # as written by a version that did not record it
+        config.write_text(config.read_text().split("\n", 1)[1])
+        assert working_directory(folder) == found
+    (start / "runs/a").rename(tmp_path / "moved")
+    assert working_directory(tmp_path / "moved") is None
+    assert working_directory(tmp_path / "nowhere") is None
