@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -47,6 +48,12 @@ def _is_lack_of_memory(error: Exception) -> bool:
     )
 
 
+def _print_error(text: str) -> None:
+    """One line on standard error; a log on a full disk must not change the exit code."""
+    with contextlib.suppress(OSError):
+        print(f"error: {text}", file=sys.stderr, flush=True)
+
+
 def exit_cleanly(main: Callable[[], int | None]) -> None:
     """Run a command line's ``main`` and end the process with its exit code.
 
@@ -61,24 +68,22 @@ def exit_cleanly(main: Callable[[], int | None]) -> None:
         if isinstance(error, AgreedError) and launched_number(RANK_VARIABLES) != 0:
             time.sleep(PEER_SECONDS)
         else:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            _print_error(str(error))
         sys.exit(2)
     except PeerLost as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        _print_error(str(error))
         sys.exit(1)
     except (MemoryError, RuntimeError) as error:
         if not _is_lack_of_memory(error):
             raise
         reason = (str(error).splitlines() or [repr(error)])[0]
-        print(
-            f"error: rank {launched_number(RANK_VARIABLES)}: out of memory ({reason}): lower the "
+        _print_error(
+            f"rank {launched_number(RANK_VARIABLES)}: out of memory ({reason}): lower the "
             "micro-batch size or the sequence length, or use more GPUs; tools/estimate_memory.py "
-            "says what a run needs",
-            file=sys.stderr,
-            flush=True,
+            "says what a run needs"
         )
         sys.exit(2)
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr, flush=True)
+        _print_error("interrupted")
         sys.exit(130)
     sys.exit(code or 0)

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megalr.distributed.agreement import is_rank0
-from megalr.distributed.signals import StopRequest
+from megalr.distributed.agreement import is_rank0, raise_on_any_rank
+from megalr.distributed.signals import FAILED, StopRequest
 
 STOP_FILE = "stop"
 """Name of the file in the run's folder that asks it to stop."""
@@ -68,6 +68,9 @@ class StopVote:
     def requested(self, now: bool = False) -> bool:
         """Whether the run is to stop; the same answer on every rank.
 
+        Raises:
+            AgreedError: the request of some rank holds an error; the same on all ranks.
+
         Every rank must make the same calls. Without ``now`` most of them only count.
         """
         if self.reason is not None:
@@ -81,6 +84,8 @@ class StopVote:
         self._calls, self._asked = 0, self._clock()
         if code == _STOP_FILE_SEEN:
             self.reason = "stop_file"
+        elif code == FAILED:
+            raise_on_any_rank(self.request.error)
         elif code:
             self.reason = signal.Signals(code).name
         return self.reason is not None

@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from megalr.errors import UserError
 from megalr.run.folder import METRICS
+from megalr.run.wandb_log import WandbLog
 
 
 class MetricsWriter:
@@ -31,6 +32,8 @@ class MetricsWriter:
         tensorboard: also write the numbers of ``step``, ``eval`` and ``restart`` events there.
         wandb_project: also send them to this Weights & Biases project; None: do not.
         config: resolved configuration, for Weights & Biases.
+        on_failure: called with the error when an event cannot be written, for the ranks to stop
+            together; None: it is raised. No event is written after a failure.
 
     Raises:
         UserError: Weights & Biases is requested but not installed; the files cannot be written.
@@ -44,12 +47,15 @@ class MetricsWriter:
         tensorboard: bool,
         wandb_project: str | None,
         config: dict[str, Any],
+        on_failure: Callable[[UserError], None] | None = None,
     ) -> None:
         self.active = active
+        self._on_failure = on_failure
+        self._failed = False
         self._folder = folder
         self._file: TextIO | None = None
         self._board: Any = None
-        self._wandb: Any = None
+        self._wandb: WandbLog | None = None
         self._bar: tqdm | None = None
         if not active:
             return
@@ -61,28 +67,43 @@ class MetricsWriter:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self._board = SummaryWriter(str(folder / "tensorboard"))
-        if wandb_project is not None:
-            self._wandb = _start_wandb(wandb_project, folder, config)
+            if wandb_project is not None:
+                self._wandb = WandbLog(wandb_project, folder, config)
         if sys.stderr.isatty():
             self._bar = tqdm(total=total_updates, unit="update", dynamic_ncols=True)
 
     def write(self, event: str, update: int, **numbers: Any) -> None:
-        """Record one event and show it on the console; UserError if the disk refuses."""
-        if self._file is None:
+        """Record one event and show it on the console.
+
+        Raises:
+            UserError: the disk refuses, and there is no ``on_failure``.
+        """
+        if self._file is None or self._failed:
             return
         record = {"event": event, "update": update, "time": round(time.time(), 3), **numbers}
-        with _one_line(self._folder):
-            self._file.write(json.dumps(record, allow_nan=True) + "\n")
-            self._file.flush()
-        self._show(event, update, numbers)
-        if event in ("step", "eval", "restart"):
-            kinds = {k: v for k, v in numbers.items() if isinstance(v, int | float)}
-            if self._board is not None:
-                with _one_line(self._folder):
-                    for key, value in kinds.items():
-                        self._board.add_scalar(f"{event}/{key}", value, update)
-            if self._wandb is not None:
-                self._wandb.log({f"{event}/{k}": v for k, v in kinds.items()}, step=update)
+        try:
+            with _one_line(self._folder):
+                self._file.write(json.dumps(record, allow_nan=True) + "\n")
+                self._file.flush()
+                self._copy(event, update, numbers)
+        except UserError as error:
+            self._failed = True
+            if self._on_failure is None:
+                raise
+            self._on_failure(error)
+        with contextlib.suppress(OSError):  # a full disk or a closed pipe: metrics.jsonl has it
+            self._show(event, update, numbers)
+
+    def _copy(self, event: str, update: int, numbers: dict[str, Any]) -> None:
+        """Write the numbers of an event to TensorBoard and Weights & Biases."""
+        if event not in ("step", "eval", "restart"):
+            return
+        kinds = {k: v for k, v in numbers.items() if isinstance(v, int | float)}
+        if self._board is not None:
+            for key, value in kinds.items():
+                self._board.add_scalar(f"{event}/{key}", value, update)
+        if self._wandb is not None:
+            self._wandb.write(update, {f"{event}/{k}": v for k, v in kinds.items()})
 
     def _show(self, event: str, update: int, numbers: dict[str, Any]) -> None:
         if self._bar is not None and event == "step":
@@ -103,7 +124,7 @@ class MetricsWriter:
                 with contextlib.suppress(OSError):
                     output.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            self._wandb.close()
         self._file = self._board = self._bar = self._wandb = None
 
     def __enter__(self) -> MetricsWriter:
@@ -128,17 +149,6 @@ def _one_line(folder: Path) -> Iterator[None]:
             f"metrics in run.dir {folder} could not be written ({error.strerror or error}): free "
             "space or fix the path and start again; the checkpoints are whole"
         ) from error
-
-
-def _start_wandb(project: str, folder: Path, config: dict[str, Any]) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError(
-            f"log.wandb_project is {project!r} but wandb is not installed: "
-            "pip install -e '.[wandb]', or leave the key out"
-        ) from error
-    return wandb.init(project=project, name=folder.name, dir=str(folder), config=config)
 
 
 def _drop_unfinished_line(path: Path) -> None:

@@ -14,7 +14,7 @@ from megalr.checkpoint.find import find_checkpoint, tidy
 from megalr.config.methods import ReloraMethod
 from megalr.config.schema import RunConfig
 from megalr.data import EvaluationBatches
-from megalr.distributed.agreement import is_rank0, run_on_all, run_on_rank0
+from megalr.distributed.agreement import is_rank0, raise_on_any_rank, run_on_all, run_on_rank0
 from megalr.distributed.process_group import limit_collectives, start_distributed
 from megalr.distributed.signals import STOPPED, StopRequest
 from megalr.distributed.stop_vote import StopVote
@@ -123,7 +123,7 @@ def _pretrain(
     data_may_differ = any(key.startswith("data.") for key, _, _ in changed)
     saved, resumed = resume_from(found, config, engine, train_data, data_may_differ)
     start = TrainProgress() if saved is None else TrainProgress.of(saved)
-    metrics = run_on_all(lambda: _metrics(config))
+    metrics = run_on_all(lambda: _metrics(config, stop.request))
     loader = make_loader(config, train_data, mesh, start.next_batch, device.type == "cuda")
     watchdog = Watchdog(config.health.stall_seconds, folder, dist.get_rank())
     with metrics, loader, watchdog:
@@ -148,6 +148,7 @@ def _pretrain(
         trainer.train()
         seconds = time.perf_counter() - started
         write_end(run, seconds, log.train_seconds, restarts.seconds, trainer.finished)
+        raise_on_any_rank(stop.request.error)
     return 0 if trainer.finished else STOPPED
 
 
@@ -189,7 +190,7 @@ def _hooks(
     return [*hooks, CheckpointHook(run, evaluation, hooks, identity)]
 
 
-def _metrics(config: RunConfig) -> MetricsWriter:
+def _metrics(config: RunConfig, request: StopRequest) -> MetricsWriter:
     return MetricsWriter(
         Path(config.run.dir),
         is_rank0(),
@@ -197,4 +198,5 @@ def _metrics(config: RunConfig) -> MetricsWriter:
         config.log.tensorboard,
         config.log.wandb_project,
         config.model_dump(mode="json"),
+        request.fail,
     )

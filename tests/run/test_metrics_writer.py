@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 
 from megalr.data.loader import UpdateBatch, UpdateLoader
-from megalr.errors import UserError
+from megalr.errors import AgreedError, UserError
 from megalr.run.metrics_writer import MetricsWriter
 from tests.ranks import run_distributed
 from tests.training.runs import events, run, settings, zero
@@ -49,6 +51,133 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(UserError, match=r"could not be written \(Is a directory\)"):
         _writer(tmp_path)
+
+
+def test_a_failure_is_passed_on_once_and_nothing_more_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failures: list[UserError] = []
+    options: dict[str, Any] = {"tensorboard": False, "wandb_project": None, "config": {}}
+    with MetricsWriter(tmp_path, True, 10, **options, on_failure=failures.append) as writer:
+        writer.write("step", 1, loss=2.5)
+        assert writer._file is not None
+        os.dup2(os.open("/dev/full", os.O_WRONLY), writer._file.fileno())
+        writer.write("step", 2, loss=2.5)
+        writer.write("step", 3, loss=2.5)
+    assert len(failures) == 1 and "No space left on device" in str(failures[0])
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["update"] == 1
+    assert "step 3" not in capsys.readouterr().out
+
+
+def _error_of_a_run_with_a_full_disk(values: dict[str, Any], full_at: str) -> str:
+    """The error on this rank when the disk of metrics.jsonl is full from this event on."""
+    write = MetricsWriter.write
+
+    def fill_and_write(self: MetricsWriter, event: str, update: int, **numbers: Any) -> None:
+        if self._file is not None and f"{event} {update}" == full_at:
+            os.dup2(os.open("/dev/full", os.O_WRONLY), self._file.fileno())
+        write(self, event, update, **numbers)
+
+    try:
+        with patch.object(MetricsWriter, "write", fill_and_write):
+            run(values, zero(1))
+    except AgreedError as error:
+        return str(error)
+    return "fine"
+
+
+@pytest.mark.parametrize("full_at", ["start 0", "step 5", "end 10"])
+def test_all_ranks_end_with_one_line_when_rank_0_cannot_write_metrics(
+    full_at: str, data: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    values = settings(folder, data)
+    first, second = run_distributed(_error_of_a_run_with_a_full_disk, 2, values, full_at)
+    assert first == second
+    expected = f"rank 0: metrics in run.dir {folder} could not be written (No space left on device)"
+    assert first.startswith(expected)
+    run_distributed(run, 2, values, zero(1))
+    assert [event["update"] for event in events(folder, "step")][-1] == 10
+
+
+class FakeWandb(ModuleType):
+    """Weights & Biases as far as it is used: rows of a run are kept across starts by id."""
+
+    Error = type("Error", (Exception,), {})
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.rows: dict[str, list[dict[str, float]]] = {}
+        self.started: list[dict[str, Any]] = []
+        self.axes: list[tuple[Any, ...]] = []
+
+    def init(self, **options: Any) -> FakeWandb:
+        self.started.append(options)
+        self.current = self.rows.setdefault(options["id"], [])
+        return self
+
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        self.axes.append((name, step_metric))
+
+    def log(self, row: dict[str, float], step: int | None = None) -> None:
+        assert step is None  # it would drop rows up to the newest step
+        self.current.append(row)
+
+    def finish(self) -> None:
+        pass
+
+
+def test_one_wandb_run_has_all_starts_and_all_updates_after_a_rollback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+
+    def start() -> MetricsWriter:
+        return MetricsWriter(tmp_path, True, 100, False, "project", {"seed": 1})
+
+    with start() as writer:
+        for update in (10, 20, 30):
+            writer.write("step", update, loss=1.0, mfu="n/a")
+        writer.write("rollback", 30, to_update=10)
+        writer.write("step", 20, loss=0.9)
+    with start() as writer:  # requeued
+        writer.write("eval", 20, loss=0.5)
+    (rows,) = fake.rows.values()
+    assert [(row["update"], row.get("step/loss")) for row in rows] == [
+        (10, 1.0),
+        (20, 1.0),
+        (30, 1.0),
+        (20, 0.9),
+        (20, None),
+    ]
+    assert rows[-1] == {"update": 20, "eval/loss": 0.5}
+    first, second = fake.started
+    assert first == second and first["resume"] == "allow" and first["project"] == "project"
+    assert fake.axes[:2] == [("update", None), ("*", "update")]
+    (tmp_path / "other").mkdir()
+    with MetricsWriter(tmp_path / "other", True, 1, False, "project", {}):
+        pass
+    assert fake.started[-1]["id"] != first["id"]
+
+
+def test_wandb_that_is_missing_or_does_not_start_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeWandb()
+
+    def refuse(**options: Any) -> None:
+        raise fake.Error("api_key not configured\nmore")
+
+    monkeypatch.setattr(fake, "init", refuse)
+    for module, message in (
+        (None, "wandb is not installed"),
+        (fake, r"\(api_key not configured\)"),
+    ):
+        monkeypatch.setitem(sys.modules, "wandb", module)
+        with pytest.raises(UserError, match=message):
+            MetricsWriter(tmp_path, True, 1, False, "project", {})
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
