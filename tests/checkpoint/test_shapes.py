@@ -77,10 +77,21 @@ SHAPES = {
     "apollo_mini": ((1, 0), (2, 2)),
     "muon": ((2, 2), (1, 1)),
     "cola": ((2, 3), (3, 1)),
+    "ratios": ((3, 2), (1, 0)),
+    "galore_ratios": ((2, 3), (2, 1)),
 }
 LIKE_OTHERS = ("fira", "golore", "apollo_mini", "muon", "cola")
 """In make test-all only."""
-FURTHER = {"spam_masked": {"optimizer": {**METHODS["spam"]["optimizer"], "density": 0.5}}}
+BY_KIND = {
+    "lr_ratio": {"embedding": 3.0, "head": 0.5, "norms": 2.0},
+    "weight_decay": 0.1,
+    "weight_decay_ratio": {"head": 0.0},
+}
+FURTHER = {
+    "spam_masked": {"optimizer": {**METHODS["spam"]["optimizer"], "density": 0.5}},
+    "ratios": {"optimizer": BY_KIND},
+    "galore_ratios": {**METHODS["galore"], "optimizer": BY_KIND},
+}
 
 
 @pytest.mark.parametrize(
