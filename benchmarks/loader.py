@@ -40,8 +40,8 @@ def entry(name: str, documents: int, tokens: int, idx_bytes: int) -> ShardEntry:
         max_id=VOCAB_SIZE - 1,
         bin_bytes=2 * tokens,
         idx_bytes=idx_bytes,
-        bin_sha256="",
-        idx_sha256="",
+        bin_sha256="0" * 64,
+        idx_sha256="0" * 64,
         source=SourceInfo(file=name, bytes=0, sha256=""),
     )
 

@@ -9,6 +9,7 @@ from typing import Any
 from megalr.errors import UserError
 
 ROWS = 256  # rows handled at a time
+BYTES_OF = {"string": "binary", "large_string": "large_binary", "string_view": "binary_view"}
 FEATHER_MAGIC = b"ARROW1"  # of Arrow's file format; its stream format has no magic
 
 
@@ -59,9 +60,7 @@ def _as_bytes(column: Any) -> Any:
         words = _as_bytes(column.dictionary)
         return pyarrow.DictionaryArray.from_arrays(column.indices, words).dictionary_decode()
     column.validate()
-    if pyarrow.types.is_string(column.type):
-        column = column.cast(pyarrow.binary())
-    elif str(column.type) in ("large_string", "string_view", "binary_view"):
-        column = column.cast(pyarrow.large_binary())
+    if (name := str(column.type)) in BYTES_OF:  # without a copy, so before the full check
+        column = column.view(getattr(pyarrow, BYTES_OF[name])())
     column.validate(full=True)
-    return column
+    return column.cast(pyarrow.large_binary()) if name.endswith("_view") else column
