@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megalr.errors import UserError, exit_cleanly
+from megalr.files import disk_errors, replace_file
 from megalr.run.metrics_reader import Run, perplexity_change, read_run
 
 if TYPE_CHECKING:
@@ -155,11 +156,9 @@ def _png(figure: Figure) -> bytes:
 
 
 def _save(output: Path, content: bytes) -> None:
-    try:
+    with disk_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_bytes(content)
-    except OSError as error:
-        raise UserError(f"{output}: cannot write: {error.strerror}") from error
+        replace_file(output, content)
 
 
 STYLE = """

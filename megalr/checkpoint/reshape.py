@@ -26,7 +26,7 @@ from megalr.checkpoint.universal import (
     write_tensor_state,
 )
 from megalr.errors import UserError
-from megalr.files import replace_file
+from megalr.files import replace_file, system_message
 
 UNIVERSAL_LAYOUT = {"universal": True}
 """Layout in the manifest of a universal folder: equal to that of no engine."""
@@ -77,10 +77,9 @@ def write_universal(
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             shutil.rmtree(saving)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(
-            f"{root / tag} could not be written ({reason}): free space or fix the path and start "
-            "again; the checkpoint itself is as it was"
+            f"{root / tag} could not be written ({system_message(error)}): free space or fix the "
+            "path and start again; the checkpoint itself is as it was"
         ) from error
     return root / tag
 

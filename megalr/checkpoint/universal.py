@@ -11,12 +11,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megalr.checkpoint.manifest import Damaged
 from megalr.checkpoint.source import MASTER, SavedState, StateSource, TensorState, whole
 from megalr.checkpoint.torch_files import load_mapped
+from megalr.engine.torch_pickle import write_tensors
 from megalr.errors import UserError
 
 PARAM = "param"
@@ -35,9 +35,9 @@ def write_parameter(source: StateSource, name: str, folder: Path) -> list[str]:
     target.mkdir(parents=True, exist_ok=True)
     for key in (MASTER, *source.element_states(name)):
         # A clone: a view would take the whole flat slice with it into the file.
-        torch.save({PARAM: whole(source, name, key).clone()}, target / f"{key}.pt")
+        write_tensors({PARAM: whole(source, name, key).clone()}, target / f"{key}.pt")
     for key, value in source.scalars(name).items():
-        torch.save(value, target / f"{key}.pt")
+        write_tensors(value, target / f"{key}.pt")
     return [str(path.relative_to(folder)) for path in sorted(target.iterdir())]
 
 
@@ -47,7 +47,7 @@ def write_tensor_state(source: StateSource, logical: str, folder: Path) -> list[
     target.mkdir(parents=True, exist_ok=True)
     state = source.tensor_state(logical)
     path = target / f"{logical}.pt"
-    torch.save({"averages": _cloned(state.averages), "matrix": _cloned(state.matrix)}, path)
+    write_tensors({"averages": _cloned(state.averages), "matrix": _cloned(state.matrix)}, path)
     return [str(path.relative_to(folder))]
 
 
@@ -62,7 +62,7 @@ def write_index(source: StateSource, folder: Path) -> list[str]:
         }
         for name in source.names()
     }
-    torch.save({"parameters": parameters, "tensors": source.logical_tensors()}, folder / INDEX)
+    write_tensors({"parameters": parameters, "tensors": source.logical_tensors()}, folder / INDEX)
     return [INDEX]
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from megalr.engine.checkpoint_layout import describe_files, fragments_file
-from megalr.engine.unpickle import unpickle
+from megalr.engine.torch_pickle import system_error, unpickle, write_tensors
 from megalr.engine.wrappers import wrapper_of
 
 
@@ -45,7 +44,7 @@ def write_engine_files(
                 plain(state_dict, path)
                 written.append(Path(path))
         except (OSError, RuntimeError) as error:
-            errors.append(error)
+            errors.append(system_error(error, path))
 
     def copy(folder: str) -> None:
         try:
@@ -68,5 +67,5 @@ def write_fragments(engine: Any, saving: Path) -> list[Path]:
         return []
     tensor_rank = engine.mpu.get_model_parallel_rank() if engine.mpu is not None else 0
     path = saving / fragments_file(data_rank, tensor_rank)
-    torch.save(describe_files(engine), path)
+    write_tensors(describe_files(engine), path)
     return [path]

@@ -7,7 +7,8 @@ import os
 import pickle
 import resource
 import shutil
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,9 +19,12 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 
 from megalr.checkpoint.find import find_checkpoint
 from megalr.checkpoint.manifest import manifest_text, read_manifest, record_of
+from megalr.checkpoint.reader import open_checkpoint
+from megalr.checkpoint.reshape import write_universal
 from megalr.checkpoint.retain import delete_superseded
 from megalr.config.schema import RunConfig
 from megalr.engine.checkpoint_files import read_engine_files
+from megalr.engine.torch_pickle import write_tensors
 from megalr.errors import UserError
 from tests.ranks import RankFailed, run_distributed
 from tests.training.runs import events, losses, run, settings, zero
@@ -220,9 +224,40 @@ def test_one_rank_with_a_full_disk_stops_all_with_one_line_and_nothing_is_lost(
     with pytest.raises(RankFailed) as failure:
         run_distributed(_run_with_full_disk, 2, values, size // 2)
     line = str(failure.value).splitlines()[-1]
-    assert "update_4 could not be written (rank 1: " in line
+    assert "update_4 could not be written (rank 1: File too large)" in line
     assert "the previous checkpoint is whole" in line
     assert not list(checkpoints.glob(".saving-*"))
     assert find_checkpoint(folder, verify=True).tag == "update_2"
     run_distributed(run, 2, values, zero(1))
     assert losses(folder) == losses(saved)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("mounting a file system needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_called_full(small_disk: Path, saved: Path, tmp_path: Path) -> None:
+    """Where torch's writer says "unexpected pos"; also with a name that is too long."""
+    for path, message in (
+        (small_disk / "x.pt", "No space left on device"),
+        (tmp_path / ("x" * 300), "File name too long"),
+    ):
+        with pytest.raises(OSError, match=message):
+            write_tensors({"a": torch.zeros(1 << 19)}, path)
+    (small_disk / "x.pt").unlink()
+
+    run_dir = small_disk / "run"
+    newest = shutil.copytree(saved / "checkpoints" / "update_6", run_dir / "checkpoints/update_6")
+    free = shutil.disk_usage(small_disk).free
+    (small_disk / "others").write_bytes(bytes(free - 40_000))
+    with pytest.raises(UserError, match=r"could not be written \(No space left on device\)"):
+        write_universal(open_checkpoint(run_dir))
+    assert [path.name for path in newest.parent.iterdir()] == ["update_6"]

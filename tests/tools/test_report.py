@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,26 @@ def test_page_is_self_contained_and_escapes_what_it_shows(tmp_path: Path) -> Non
     pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     assert len(pictures) == 1 and base64.b64decode(pictures[0]).startswith(PNG)
     assert not re.search(r'(src|href)="(?!data:)', page)
+
+
+def test_a_page_that_cannot_be_written_leaves_the_old_one(
+    tmp_path: Path,
+) -> None:
+    run = read_run(make_run(tmp_path / "a"))
+    page = tmp_path / "report.html"
+    page.write_text("old")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"report.html: cannot write \(File too large\)"):
+            write_html([run], page)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert page.read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "report.html"]
+    write_html([run], tmp_path / ("x" * 240 + ".html"))
+    with pytest.raises(UserError, match="name is too long"):
+        write_html([run], tmp_path / ("x" * 260 + ".html"))
 
 
 def test_runs_of_the_same_name_are_distinguished_by_their_folders(tmp_path: Path) -> None:

@@ -1,11 +1,12 @@
-"""Reading the engine's files without executing code in them.
+"""torch's files of pickled tensors: read without running code in them, written with plain errors.
 
-DeepSpeed reads them by ``torch.load(weights_only=False)``, which would run whatever somebody has
-planted in a checkpoint.
+DeepSpeed reads its files by ``torch.load(weights_only=False)``, which would run whatever somebody
+has planted in a checkpoint.
 """
 
 from __future__ import annotations
 
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -36,3 +37,33 @@ def unpickle(path: Path | str, mmap: bool = False) -> Any:
     mmap = mmap and zipfile.is_zipfile(path)
     with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
         return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
+
+
+def write_tensors(value: Any, path: Path) -> None:
+    """``torch.save``; a failure to write is an OSError.
+
+    Raises:
+        OSError: the system refused (disk full, no permission).
+    """
+    try:
+        torch.save(value, path)
+    except RuntimeError as error:
+        raise system_error(error, path) from error
+
+
+def system_error(error: Exception, path: Path | str) -> Exception:
+    """The system's reason for a failed write of ``path``; ``error`` itself if none shows.
+
+    torch's writer reports a full disk as "unexpected pos 576 vs 534". Writing on to the unusable
+    file meets the same reason again.
+    """
+    if isinstance(error, OSError):
+        return error
+    try:
+        with open(path, "ab") as file:
+            file.write(bytes(1 << 20))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as found:
+        return found
+    return error
