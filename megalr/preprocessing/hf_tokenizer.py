@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from megalr.errors import UserError
 from megalr.preprocessing.compare_tokenizers import PROBES, piece_difference, shortened
 
 UNIGRAM, BPE = 1, 2  # sentencepiece_model.proto, TrainerSpec.ModelType
@@ -68,10 +69,14 @@ def conversion_problem(model: Path) -> str | None:
 
 
 def _read(model: Path) -> Any:
+    from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2 as schema
 
     proto = schema.ModelProto()  # type: ignore[attr-defined]
-    proto.ParseFromString(model.read_bytes())
+    try:
+        proto.ParseFromString(model.read_bytes())
+    except DecodeError as error:
+        raise UserError(f"{model}: not a SentencePiece model ({error})") from None
     return proto
 
 
@@ -79,11 +84,24 @@ def _converted(model: Path, proto: Any) -> Any:
     """The ``tokenizers.Tokenizer``; raises Inconvertible."""
     import sentencepiece
 
-    tokenizer = _fast_tokenizer(proto)
-    _check_equal(
-        sentencepiece.SentencePieceProcessor(model_proto=model.read_bytes()), proto, tokenizer
-    )
+    try:
+        tokenizer = _fast_tokenizer(proto)
+        _check_equal(
+            sentencepiece.SentencePieceProcessor(model_proto=model.read_bytes()), proto, tokenizer
+        )
+    except Inconvertible:
+        raise
+    except BaseException as error:
+        if not is_library_error(error):
+            raise
+        text = (str(error).strip().splitlines() or [repr(error)])[0]
+        raise Inconvertible(f"tokenizers cannot hold it ({text[:200]})") from None
     return tokenizer
+
+
+def is_library_error(error: BaseException) -> bool:
+    """Whether an error is an exception, or a panic of the tokenizers library, which is none."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def _fast_tokenizer(proto: Any) -> Any:

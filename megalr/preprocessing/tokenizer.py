@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from megalr.data.manifest import TokenizerInfo
 from megalr.errors import UserError
 from megalr.files import read_json_object
+from megalr.preprocessing.hf_tokenizer import is_library_error, write_huggingface_files
 
 Ids = NDArray[np.int32]
 SENTENCEPIECE_NAME = "spiece.model"
@@ -87,6 +88,12 @@ class SentencePieceTokenizer:
             raise UserError(f"{path}: not a SentencePiece model (the file is empty)")
         self.fingerprint = hashlib.sha256(content).hexdigest()
         self.vocab_size = self._model.get_piece_size()
+        try:
+            self.piece_ids()
+        except UnicodeDecodeError:
+            raise UserError(
+                f"{path}: not a SentencePiece model (pieces that are no text)"
+            ) from None
         self.eos_id = self._model.eos_id() if self._model.eos_id() >= 0 else None
         self.pad_id = self._model.pad_id() if self._model.pad_id() >= 0 else self.eos_id or 0
 
@@ -105,8 +112,6 @@ class SentencePieceTokenizer:
         return fingerprint == self.fingerprint
 
     def copy_to(self, folder: Path) -> None:
-        from megalr.preprocessing.hf_tokenizer import write_huggingface_files
-
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(self.path, folder / SENTENCEPIECE_NAME)
         write_huggingface_files(folder / SENTENCEPIECE_NAME, folder, MARKER)
@@ -133,7 +138,9 @@ class HuggingFaceTokenizer:
                 str(path), local_files_only=True, trust_remote_code=False
             )
             self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
-        except Exception as error:  # transformers raises nearly anything for a bad folder
+        except BaseException as error:  # transformers raises nearly anything for a bad folder
+            if not is_library_error(error):
+                raise
             reason = (str(error).strip().splitlines() or [repr(error)])[0][:300]
             if "trust_remote_code" in str(error):
                 reason = "it needs the folder's own code, which is not run"
@@ -150,11 +157,19 @@ class HuggingFaceTokenizer:
             self._backend.encode_special_tokens = True
 
     def encode(self, texts: list[str], append_eos: bool) -> tuple[Ids, Ids]:
-        if self._backend is not None:
-            encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-            rows = [encoding.ids for encoding in encodings]
-        else:
-            rows = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+        try:
+            if self._backend is not None:
+                encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+                rows = [encoding.ids for encoding in encodings]
+            else:
+                rows = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+        except BaseException as error:
+            if not is_library_error(error):
+                raise
+            reason = str(error).splitlines()[0][:300]
+            raise UserError(
+                f"{self.path}: the tokenizer cannot encode a text ({reason})"
+            ) from error
         tail = [self.eos_id] if append_eos else []
         return _joined([np.array(row + tail, np.int32) for row in rows])
 
