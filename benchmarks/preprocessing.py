@@ -29,9 +29,9 @@ from typing import Any
 from record import ROOT, provenance, save
 
 from megalr.errors import exit_cleanly
-from megalr.preprocessing.documents import DocumentReader, ReadOptions
-from megalr.preprocessing.input_splits import plan_splits
 from megalr.preprocessing.tokenizer import open_tokenizer
+from megalr.readers.documents import DocumentReader, ReadOptions
+from megalr.readers.input_splits import plan_splits
 
 SMALL, LARGE = 10_000, 1_000_000  # documents of the memory measurement
 

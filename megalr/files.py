@@ -56,7 +56,7 @@ class DiskFull(UserError):
     """The output disk is full: the whole job stops, not only the current file."""
 
 
-def publish(temporary: Path, path: Path) -> None:
+def publish_file(temporary: Path, path: Path) -> None:
     """Give a completely written and synced file its final name, durably."""
     with disk_errors(path):
         _publish(temporary, path)

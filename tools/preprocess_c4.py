@@ -16,10 +16,10 @@ from pathlib import Path
 
 from megalr.distributed.mpi import launched_ranks, world_communicator
 from megalr.errors import UserError, exit_cleanly
-from megalr.preprocessing.documents import ReadOptions
 from megalr.preprocessing.job import PreprocessJob, run_local
 from megalr.preprocessing.mpi_workers import run_mpi
 from megalr.preprocessing.split_worker import WorkSettings
+from megalr.readers.documents import ReadOptions
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -10,8 +10,8 @@ import argparse
 from pathlib import Path
 
 from megalr.errors import UserError, exit_cleanly
-from megalr.preprocessing.documents import ReadOptions
 from megalr.preprocessing.tokenizer_training import default_threads, train_tokenizer
+from megalr.readers.documents import ReadOptions
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -24,9 +24,9 @@ from megalr.data.records import (
     OptionalSha256,
     Sha256,
     Text,
-    checksum,
     parse_record,
     read_json,
+    record_checksum,
     take_checksum,
 )
 from megalr.errors import UserError
@@ -115,7 +115,7 @@ class DataManifest:
         shards = record.pop("shards")
         content = {"format": FORMAT, "format_version": FORMAT_VERSION, **record}
         content["totals"] = self.totals()
-        content[CHECKSUM_KEY] = checksum({**content, "shards": shards})
+        content[CHECKSUM_KEY] = record_checksum({**content, "shards": shards})
         lines = ",\n  ".join(json.dumps(shard) for shard in shards)  # one shard a line
         text = json.dumps(content, indent=1)[:-2] + f',\n "shards": [\n  {lines}\n ]\n}}\n'
         write_atomic(folder / MANIFEST_NAME, text.encode(), job)

@@ -102,7 +102,7 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: not valid JSON ({error}); the file is damaged") from None
 
 
-def checksum(content: dict[str, Any]) -> str:
+def record_checksum(content: dict[str, Any]) -> str:
     """SHA-256 of a JSON object, whatever the order of its keys and its white space."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
@@ -111,4 +111,4 @@ def checksum(content: dict[str, Any]) -> str:
 def take_checksum(content: Any) -> bool:
     """Remove an object's own checksum; whether it matches. Older versions wrote none."""
     expected = content.pop(CHECKSUM_KEY, None) if isinstance(content, dict) else None
-    return expected is None or expected == checksum(content)
+    return expected is None or expected == record_checksum(content)

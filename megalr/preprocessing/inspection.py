@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from megalr.data.manifest import DataManifest, ShardEntry, check_sizes, load_manifest
 from megalr.data.megatron_index import IndexedShard
 from megalr.errors import UserError
-from megalr.files import sha256_of_file
+from megalr.files import disk_errors, sha256_of_file
 from megalr.preprocessing.tokenizer import Tokenizer, open_tokenizer
 
 TOKENS_AT_ONCE = 1 << 22
@@ -192,5 +192,6 @@ def draw_length_histogram(statistics: dict[str, Statistics], path: Path) -> None
     axes.set_ylabel("documents (%)")
     axes.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    with disk_errors(path):
+        figure.savefig(path, dpi=120, format="png")
     pyplot.close(figure)

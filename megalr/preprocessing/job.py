@@ -18,7 +18,6 @@ from megalr.data.records import read_json
 from megalr.errors import UserError
 from megalr.file_lock import JobLock
 from megalr.files import disk_errors, temporary_path, write_atomic
-from megalr.preprocessing.input_splits import InputSplit, plan_splits
 from megalr.preprocessing.progress_line import ProgressLine
 from megalr.preprocessing.split_pool import Failure, Outcome, Task, run_serial, run_workers
 from megalr.preprocessing.split_worker import (
@@ -30,6 +29,7 @@ from megalr.preprocessing.split_worker import (
     load_finished,
 )
 from megalr.preprocessing.tokenizer import Tokenizer, describe, open_tokenizer, require_eos
+from megalr.readers.input_splits import InputSplit, plan_splits
 from megalr.version import __version__
 
 JOB_NAME = "job.json"

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from megalr.data.megatron_index import HEADER, MAGIC, bin_path, dtype_code, idx_path, token_dtype
 from megalr.errors import UserError
-from megalr.files import HashingWriter, disk_errors, publish, temporary_path
+from megalr.files import HashingWriter, disk_errors, publish_file, temporary_path
 
 BLOCK = 1 << 18  # sequences of the index handled at a time
 
@@ -81,8 +81,8 @@ class ShardWriter:
         except BaseException:
             index.discard()
             raise
-        publish(self._bin.temporary, self._bin.path)
-        publish(index.temporary, index.path)
+        publish_file(self._bin.temporary, self._bin.path)
+        publish_file(index.temporary, index.path)
         self._lengths.unlink()
         return WrittenShard(
             self.documents,

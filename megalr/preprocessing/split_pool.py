@@ -14,8 +14,8 @@ from typing import Any
 
 from megalr.errors import UserError
 from megalr.files import DiskFull
-from megalr.preprocessing.input_splits import InputSplit
 from megalr.preprocessing.split_worker import Progress, SplitResult, SplitWorker, WorkSettings
+from megalr.readers.input_splits import InputSplit
 
 REPORT_SECONDS = 0.3  # between two progress messages of a worker
 

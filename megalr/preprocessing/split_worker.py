@@ -18,18 +18,18 @@ from megalr.data.manifest import ShardEntry, SourceInfo, check_entry
 from megalr.data.records import (
     CHECKSUM_KEY,
     EXACT,
-    checksum,
     parse_record,
     read_json,
+    record_checksum,
     take_checksum,
 )
 from megalr.errors import UserError
 from megalr.files import sha256_of_file, write_atomic
-from megalr.preprocessing.documents import DocumentReader, ReadOptions, ReadReport
-from megalr.preprocessing.input_splits import InputSplit, holds_tokens
 from megalr.preprocessing.shard_writer import ShardWriter
-from megalr.preprocessing.token_sources import TokenReader
 from megalr.preprocessing.tokenizer import Tokenizer, open_tokenizer
+from megalr.readers.documents import DocumentReader, ReadOptions, ReadReport
+from megalr.readers.input_splits import InputSplit, holds_tokens
+from megalr.readers.token_sources import TokenReader
 
 FINISHED_FOLDER = "finished"
 # Documents, bytes of text, tokens and bytes of input files since the last call.
@@ -160,8 +160,8 @@ class SplitWorker:
 
     def _batches(self, input_split: InputSplit, report: ReadReport) -> Iterator[_Batch]:
         if holds_tokens(input_split):
-            append_eos = self.settings.append_eos
-            for ids, lengths in TokenReader(input_split, self.tokenizer, append_eos, report):
+            eos_id = self.tokenizer.eos_id if self.settings.append_eos else None
+            for ids, lengths in TokenReader(input_split, self.tokenizer, eos_id, report):
                 pieces = np.split(ids, np.cumsum(lengths)[:-1]) if self._divides else []
                 keys = [piece.astype("<i8").tobytes() for piece in pieces]
                 yield _Batch(ids, lengths, np.zeros(len(lengths), np.int64), keys)
@@ -199,7 +199,7 @@ class SplitWorker:
             "shards": [asdict(shard) for shard in result.shards],
             "report": asdict(result.report),
         }
-        content[CHECKSUM_KEY] = checksum(content)
+        content[CHECKSUM_KEY] = record_checksum(content)
         path = finished_path(self.settings.output, result.name)
         write_atomic(path, (json.dumps(content, indent=1) + "\n").encode(), self.job)
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from megalr.errors import UserError
 from megalr.files import disk_errors
-from megalr.preprocessing.documents import DocumentReader, ReadOptions
-from megalr.preprocessing.input_splits import InputSplit, holds_tokens, plan_splits
 from megalr.preprocessing.tokenizer import (
     SENTENCEPIECE_NAME,
     SentencePieceTokenizer,
     open_tokenizer,
 )
+from megalr.readers.documents import DocumentReader, ReadOptions
+from megalr.readers.input_splits import InputSplit, holds_tokens, plan_splits
 
 LONGEST_SENTENCE = 4096  # bytes; SentencePiece skips longer ones, so they are split
 SMALLEST_VOCABULARY = 3 + 256  # pad, eos, unk and the 256 bytes

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megalr.preprocessing.documents import ReadOptions
 from megalr.preprocessing.tokenizer_training import train_tokenizer
+from megalr.readers.documents import ReadOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ROOT / "tools"

@@ -21,10 +21,10 @@ from megalr.data.megatron_index import IndexedShard
 from megalr.errors import UserError
 from megalr.file_lock import JobLock
 from megalr.files import HashingWriter
-from megalr.preprocessing.documents import ReadOptions
 from megalr.preprocessing.job import PreprocessJob, Summary, run_local
 from megalr.preprocessing.split_worker import WorkSettings
 from megalr.preprocessing.tokenizer import open_tokenizer
+from megalr.readers.documents import ReadOptions
 from tests.preprocessing.corpus import (
     TOOLS,
     prose,

@@ -14,10 +14,10 @@ import pytest
 import zstandard
 
 from megalr.errors import UserError
-from megalr.preprocessing.documents import DocumentReader, ReadOptions, ReadReport
-from megalr.preprocessing.input_splits import InputSplit
-from megalr.preprocessing.token_sources import TokenReader
 from megalr.preprocessing.tokenizer import open_tokenizer
+from megalr.readers.documents import DocumentReader, ReadOptions, ReadReport
+from megalr.readers.input_splits import InputSplit
+from megalr.readers.token_sources import TokenReader
 from tests.data.shards import random_documents, write_shard
 from tests.mutations import mutated_bytes, mutated_json
 from tests.preprocessing.corpus import prose, tiny_tokenizer, write_jsonl
@@ -93,7 +93,7 @@ def test_mutated_token_files_are_read_or_refused_in_one_line(tmp_path: Path, nam
     for seed in range(250):
         (tmp_path / name).write_bytes(mutated_bytes(whole, seed))
         try:
-            for ids, lengths in TokenReader(source, tokenizer, True, ReadReport()):
+            for ids, lengths in TokenReader(source, tokenizer, tokenizer.eos_id, ReadReport()):
                 assert len(ids) == lengths.sum()
                 assert ids.min() >= 0 and ids.max() < tokenizer.vocab_size
         except UserError as error:

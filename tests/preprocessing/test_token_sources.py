@@ -50,7 +50,7 @@ def test_datatrove_files_become_shards(tmp_path: Path, kind: str, metadata: bool
 def test_megatron_files_become_shards_in_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megalr.preprocessing.token_sources.TOKENS_AT_ONCE", 100)
+    monkeypatch.setattr("megalr.readers.token_sources.TOKENS_AT_ONCE", 100)
     write_shard(tmp_path, "a", [*DOCUMENTS, []], vocab_size=400)
     summary = preprocess([tmp_path / "a.bin"], tmp_path / "data")
     assert documents_of(tmp_path / "data" / "a") == WITH_EOS

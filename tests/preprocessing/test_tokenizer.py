@@ -11,9 +11,9 @@ import sentencepiece
 from transformers import AutoTokenizer
 
 from megalr.errors import UserError
-from megalr.preprocessing.documents import ReadOptions
 from megalr.preprocessing.tokenizer import open_tokenizer, require_eos
 from megalr.preprocessing.tokenizer_training import sentences, train_tokenizer
+from megalr.readers.documents import ReadOptions
 from tests.preprocessing.corpus import VOCAB_SIZE, prose, tiny_tokenizer, write_jsonl
 
 TEXTS = [

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megalr.errors import UserError
-from megalr.preprocessing.hub import HUB_PREFIX, hub_shards
-from megalr.preprocessing.input_folders import files_of_folder
+from megalr.readers.hub import HUB_PREFIX, hub_shards
+from megalr.readers.input_folders import files_of_folder
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 TOKEN_FILES = {".bin": "megatron", ".ds": "datatrove"}

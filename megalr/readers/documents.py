@@ -11,11 +11,16 @@ from typing import Any, BinaryIO
 from megalr.data.records import EXACT, Count, FileName, OptionalSha256
 from megalr.errors import UserError
 from megalr.files import sha256_of_file
-from megalr.preprocessing.columns import arrow_values, parquet_values
-from megalr.preprocessing.hub import hub_rows
-from megalr.preprocessing.input_splits import InputSplit, input_kind
-from megalr.preprocessing.streams import HashingReader, damage_reported, decompressed
-from megalr.preprocessing.unexpected import foreign_encoding, likely_format
+from megalr.readers.columns import arrow_values, parquet_values
+from megalr.readers.hub import hub_rows
+from megalr.readers.input_splits import InputSplit, input_kind
+from megalr.readers.streams import (
+    HashingReader,
+    damage_reported,
+    decompressed,
+    foreign_encoding,
+    likely_format,
+)
 
 BATCH_BYTES = 1 << 20  # text of a batch; one longer document is a batch by itself
 FIELDS_SHOWN = 20

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megalr.errors import UserError
-from megalr.preprocessing.input_splits import plan_splits
+from megalr.readers.input_splits import plan_splits
 from tests.preprocessing.corpus import prose, write_jsonl
 
 
@@ -69,7 +69,7 @@ def test_a_folder_with_several_splits_is_not_mixed(tmp_path: Path) -> None:
 def test_folders_of_save_to_disk_are_their_arrow_files_in_order(tmp_path: Path) -> None:
     import datasets
 
-    from megalr.preprocessing.documents import DocumentReader, ReadOptions
+    from megalr.readers.documents import DocumentReader, ReadOptions
 
     def texts(folder: Path) -> list[str]:
         plan = plan_splits([str(folder)], 1 << 30)

@@ -1,4 +1,9 @@
-"""Text streamed from the Hugging Face hub by ``datasets``."""
+"""Text streamed from the Hugging Face hub by ``datasets``.
+
+``hub:DATASET[:CONFIG[:SPLIT]]`` names a data set; the split is ``train`` by default. A local folder
+in the layout of a hub's data set is opened the same way. Nothing is stored: each file of the data
+set is an input split of its own, read in order.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +18,7 @@ ROWS = 256  # documents yielded at a time
 
 
 def _open(name: str) -> Any:
-    """``hub:DATASET[:CONFIG[:SPLIT]]`` as a streaming data set; the split is train by default."""
+    """The named data set, streaming."""
     dataset, _, rest = name.removeprefix(HUB_PREFIX).partition(":")
     config, _, split = rest.partition(":")
     if not config and dataset == "allenai/c4":
@@ -37,7 +42,10 @@ def _unreachable(name: str, error: Exception) -> str:
 
 
 def hub_shards(name: str) -> int:
-    """Number of files the data set consists of; each becomes one shard."""
+    """Number of files of the data set; each becomes one shard.
+
+    Raises UserError if the hub cannot be reached or has no such data set.
+    """
     return int(_open(name).num_shards)
 
 

@@ -14,8 +14,8 @@ import pytest
 import zstandard
 
 from megalr.errors import UserError
-from megalr.preprocessing.documents import DocumentReader, ReadOptions, ReadReport
-from megalr.preprocessing.input_splits import InputSplit, plan_splits
+from megalr.readers.documents import DocumentReader, ReadOptions, ReadReport
+from megalr.readers.input_splits import InputSplit, plan_splits
 from tests.preprocessing.corpus import prose, write_jsonl
 
 
@@ -116,8 +116,8 @@ def test_five_percent_of_malformed_lines_pass_with_a_limit_of_six(tmp_path: Path
 def test_a_hopeless_file_is_given_up_before_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megalr.preprocessing.documents.EARLY_CHECK", 100)
-    monkeypatch.setattr("megalr.preprocessing.documents.BATCH_BYTES", 1000)
+    monkeypatch.setattr("megalr.readers.documents.EARLY_CHECK", 100)
+    monkeypatch.setattr("megalr.readers.documents.BATCH_BYTES", 1000)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"not json\n" * 10_000)
     with pytest.raises(UserError, match=r"of 1\d\d records are bad"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,28 +18,38 @@ from megalr.data.mapped_file import MappedFile
 from megalr.data.megatron_index import IndexedShard
 from megalr.errors import UserError
 from megalr.files import sha256_of_file
-from megalr.preprocessing.documents import ReadReport
-from megalr.preprocessing.input_splits import InputSplit, input_kind
-from megalr.preprocessing.streams import damage_reported
-from megalr.preprocessing.tokenizer import Tokenizer
+from megalr.readers.documents import ReadReport
+from megalr.readers.input_splits import InputSplit, input_kind
+from megalr.readers.streams import damage_reported
 
 TOKENS_AT_ONCE = 1 << 20
 Documents = tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]  # tokens, starts, lengths
 
 
+class Vocabulary(Protocol):
+    """The part of a tokenizer that ids are checked against."""
+
+    path: Path
+    vocab_size: int
+
+
 class TokenReader:
     """Iterates over (ids, lengths) of batches of documents; ids concatenated, both int64.
 
-    With ``append_eos`` every document that does not end in EOS gets it appended. Documents without
+    With ``eos_id`` every document that does not end in EOS gets it appended. Documents without
     a token are skipped and counted. Memory: one batch (1 Mi tokens) or the longest document. Raises
     UserError for files that contradict each other.
     """
 
     def __init__(
-        self, input_split: InputSplit, tokenizer: Tokenizer, append_eos: bool, report: ReadReport
+        self,
+        input_split: InputSplit,
+        vocabulary: Vocabulary,
+        eos_id: int | None,
+        report: ReadReport,
     ) -> None:
-        self.input_split, self._tokenizer, self.report = input_split, tokenizer, report
-        self._eos_id = tokenizer.eos_id if append_eos else None
+        self.input_split, self._vocabulary, self.report = input_split, vocabulary, report
+        self._eos_id = eos_id
 
     def __iter__(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
         read = _megatron if input_kind(self.input_split.file) == "megatron" else _datatrove
@@ -68,12 +78,12 @@ class TokenReader:
         return np.insert(ids, ends[missing], self._eos_id), lengths + missing
 
     def _check_vocabulary(self, ids: NDArray[np.int64]) -> None:
-        vocab_size = self._tokenizer.vocab_size
+        vocab_size = self._vocabulary.vocab_size
         wrong = ids[(ids < 0) | (ids >= vocab_size)]
         if len(wrong):
             raise UserError(
                 f"{self.input_split.file}: was made with another tokenizer than "
-                f"{self._tokenizer.path}: it holds id {wrong[0]}, outside its vocabulary of "
+                f"{self._vocabulary.path}: it holds id {wrong[0]}, outside its vocabulary of "
                 f"{vocab_size}; give --tokenizer the one that made the file"
             )
 
