@@ -95,7 +95,7 @@ def _value_problem(key: str, value: Any, example: Any) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         if key == "steps_per_print" and value == math.inf:
             return ""
-        if math.isnan(value) or abs(value) >= 2**63:
+        if abs(value) >= 2**63 or value != value:  # NaN
             return "must be a number below 2^63"
         if key in AT_LEAST_ONE and value < 1:
             return "must be at least 1"

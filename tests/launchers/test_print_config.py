@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import random
@@ -113,7 +114,7 @@ def mutated(values: Any, rng: random.Random) -> Any:
         container, key = rng.choice(places(values))
         kind = rng.random()
         if kind < 0.7 or isinstance(container, list):
-            container[key] = rng.choice(NASTY)
+            container[key] = copy.deepcopy(rng.choice(NASTY))
         elif kind < 0.8:
             del container[key]
         elif kind < 0.9:
@@ -168,6 +169,7 @@ HOSTILE_JSON = [
     ("[" * 200_000, "nested too deeply"),
     ('{"a": ' + MANY + "}", "nested more than 32 deep"),
     ('{"steps_per_print": ' + "9" * 5000 + "}", "Exceeds the limit"),
+    ('{"steps_per_print": 1' + "0" * 400 + "}", "must be a number below 2^63"),
     ('{"a": "' + "x" * 1_000_000 + '"}', "larger than 1,000,000 bytes"),
     ('{"steps_per_print": 1e999, "gradient_clipping": NaN}', "gradient_clipping = nan: the run"),
     ('{"a\\nb": 1}', "'a\\nb' = 1: unknown key"),
