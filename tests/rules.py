@@ -40,7 +40,9 @@ TICS = re.compile(
 
 LONGEST_FILE, SHORTEST_FILE, MOST_FILES, LONGEST_FUNCTION = 400, 60, 16, 60
 
-FILE_SIZES: dict[str, str] = {}
+FILE_SIZES: dict[str, str] = {
+    "restarts/batched_eigh.py": "threads and streams, apart from the algebra that uses them",
+}
 """Files outside of the limits, each with the reason."""
 
 LONG_FUNCTIONS: dict[str, str] = {}

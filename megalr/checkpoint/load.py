@@ -24,7 +24,7 @@ from megalr.checkpoint.manifest import Damaged
 from megalr.checkpoint.reader import open_source
 from megalr.checkpoint.source import MASTER, SavedState, StateSource, whole
 from megalr.distributed.agreement import run_on_all, run_on_rank0
-from megalr.engine.checkpoint_files import read_engine_files
+from megalr.engine.checkpoint_files import read_engine_files, set_counters
 from megalr.engine.checkpoint_layout import frozen_parameters, layout_of
 from megalr.engine.state import EngineState
 from megalr.errors import AgreedError, UserError
@@ -52,8 +52,8 @@ def load_checkpoint(engine: Any, folder: Path, tag: str) -> Loaded:
     """Load a good checkpoint (:func:`find_checkpoint`) into the engine, whatever shape it has.
 
     Where layouts are equal the engine reads its own files and continues bitwise; otherwise masters
-    and optimizer states are put together from the files and cut anew. Options of the optimizer
-    (betas, weight decay, ...) stay those of the engine, not those that were saved.
+    and optimizer states are assembled from the files and split for this engine. Options of the
+    optimizer (betas, weight decay, ...) stay those of the engine, not those that were saved.
 
     Raises:
         UserError: it cannot be loaded into this engine; the reason is named.
@@ -106,14 +106,11 @@ def load_source(engine: Any, source: StateSource) -> None:
         state.base.state.pop(flat, None)
         if found:
             state.base.state[flat] = found
-    saved = source.saved.engine
-    engine.global_steps = saved["global_steps"]
-    engine.global_samples = saved["global_samples"]
-    engine.skipped_steps = saved["skipped_steps"]
+    set_counters(engine, source.saved.engine)
 
 
 def _check_model(engine: Any, state: EngineState, source: StateSource) -> None:
-    """Refuse a saved state of other parameters; decided from what every rank knows."""
+    """Reject a saved state of other parameters; every rank decides from the same facts."""
     expected = {state.name(p): (_full_shape(p, state.shape(p)), True) for p in state.parameters()}
     for name, parameter in frozen_parameters(engine, state):
         expected[name] = (_full_shape(parameter, state.shape(parameter)), False)
@@ -140,7 +137,7 @@ def _full_shape(parameter: nn.Parameter, shape: tuple[int, ...]) -> tuple[int, .
 def _part(
     source: StateSource, name: str, parameter: nn.Parameter, key: str, start: int, stop: int
 ) -> Tensor:
-    """Elements [start, stop) of what this tensor-parallel rank has of a parameter."""
+    """Elements [start, stop) of this tensor-parallel rank's part of a parameter."""
     shard = shard_of(parameter)
     if shard is None:
         return source.elements(name, key, start, stop)

@@ -30,7 +30,7 @@ from megalr.checkpoint.retain import delete_superseded
 from megalr.checkpoint.source import STATE, SavedState
 from megalr.config.schema import RunConfig
 from megalr.distributed.agreement import is_rank0, raise_on_any_rank, run_on_rank0
-from megalr.engine.checkpoint_files import write_engine_files, write_fragments
+from megalr.engine.checkpoint_files import counters, write_engine_files, write_fragments
 from megalr.engine.checkpoint_layout import layout_of
 from megalr.errors import AgreedError, UserError
 from megalr.files import replace_file, system_errors, system_message
@@ -85,7 +85,7 @@ def save_checkpoint(
         run_on_rank0(lambda: _prepare(root, tag))
         records, hashing = _write_files(engine, root, saving)
         loss = None if validation_loss is None or math.isnan(validation_loss) else validation_loss
-        saved = SavedState(update, config.model_dump(mode="json"), _counters(engine), state)
+        saved = SavedState(update, config.model_dump(mode="json"), counters(engine), state)
         text = saved.text()  # on every rank: a value that JSON cannot hold must fail on all
         manifest = CheckpointManifest(update, layout_of(engine), loss, records)
         size = run_on_rank0(lambda: _finish(root, tag, text, manifest))
@@ -139,14 +139,6 @@ def _one_line(path: Path) -> Iterator[None]:
 def _prepare(root: Path, tag: str) -> None:
     with system_errors():
         directory.prepare(root, tag)
-
-
-def _counters(engine: Any) -> dict[str, int]:
-    return {
-        "global_steps": engine.global_steps,
-        "global_samples": engine.global_samples,
-        "skipped_steps": engine.skipped_steps,
-    }
 
 
 def _finish(root: Path, tag: str, state_text: str, manifest: CheckpointManifest) -> int:

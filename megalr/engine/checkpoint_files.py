@@ -11,6 +11,8 @@ from megalr.engine.checkpoint_layout import describe_files, fragments_file
 from megalr.engine.torch_pickle import system_error, unpickle, write_tensors
 from megalr.engine.wrappers import wrapper_of
 
+COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+
 
 def read_engine_files(engine: Any, root: Path, tag: str) -> bool:
     """Have the engine load its own files of ``root/tag``; False if it found none. Collective."""
@@ -69,3 +71,14 @@ def write_fragments(engine: Any, saving: Path) -> list[Path]:
     path = saving / fragments_file(data_rank, tensor_rank)
     write_tensors(describe_files(engine), path)
     return [path]
+
+
+def counters(engine: Any) -> dict[str, int]:
+    """The engine's own counts of steps and samples."""
+    return {name: getattr(engine, name) for name in COUNTERS}
+
+
+def set_counters(engine: Any, saved: dict[str, int]) -> None:
+    """Continue the engine's counts from those of :func:`counters`."""
+    for name in COUNTERS:
+        setattr(engine, name, saved[name])

@@ -10,14 +10,14 @@ For B (m, r) and A (r, n) with the singular value decomposition BA = U S Vᵀ th
   the Cholesky factor B̂ᵀB̂ = LLᵀ (so B = QLᵀD, Q orthonormal) and the symmetric eigenproblem
   LᵀD(AAᵀ)DL = V S² Vᵀ, the factors are B' = B T and A' = T⁻¹ A with
   T = D⁻¹L⁻ᵀ V S^(1/2) and T⁻¹ = S^(-1/2) VᵀLᵀD. Everything but the last two products is r x r.
-* QR path, one matrix at a time, for what the first cannot do: B̂ = Q₁R₁, (DA)ᵀ = Q₂R₂ and the SVD
+* QR path, one matrix at a time, where the first cannot be used: B̂ = Q₁R₁, (DA)ᵀ = Q₂R₂ and the SVD
   R₁R₂ᵀ = Ū S V̄ᵀ give B' = Q₁Ū S^(1/2), A' = S^(1/2) V̄ᵀQ₂ᵀ, whatever the rank of B and A.
 
 A Gram matrix squares condition numbers, so the first way is taken only where its own r x r numbers
 promise an error below fp32 rounding; Cholesky failures are part of that test, nothing raises. All
 arithmetic is float64. Singular values descend. Signs: the largest entry of each column of BᵀB' is
-positive, i.e. a new direction points the way of the old one that it overlaps most; factors that are
-balanced already come back unchanged.
+positive, i.e. a new direction has the sign of the old one that it overlaps most; factors that
+are balanced already come back unchanged.
 
 Factors may be split over a process group, B by rows, A by columns: only r x r numbers are summed.
 """
@@ -65,7 +65,7 @@ class Transforms:
 
 @dataclass(frozen=True)
 class Balanced:
-    """Balanced factors of one product and what was met on the way."""
+    """Balanced factors of one product, and counts of the directions that are zero."""
 
     b: Tensor  # (m, r), dtype of the given factor
     a: Tensor  # (r, n), dtype of the given factor

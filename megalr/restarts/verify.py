@@ -15,7 +15,7 @@ _CHUNK = 1 << 22  # elements hashed at a time: 32 MiB of int64
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def checksum(tensor: Tensor) -> Tensor:
+def bit_checksum(tensor: Tensor) -> Tensor:
     """A 64-bit number that depends on every bit of a tensor and its position; int64 scalar.
 
     The sum over the elements i of (bits_i + 1) (2 i + 1), modulo 2^64.
@@ -39,7 +39,7 @@ def verify_weights(state: EngineState, parameters: Sequence[nn.Parameter]) -> No
     sums, stale = [], []
     for parameter in parameters:
         with state.wrapper.whole(parameter):
-            sums.append(checksum(parameter).to(state.device))
+            sums.append(bit_checksum(parameter).to(state.device))
             master = state.master(parameter)
             differs = torch.zeros((), dtype=torch.int64, device=state.device)
             if master is not None:

@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from megalr.engine.state import attach_layouts
+from megalr.engine.wrappers import BF16, Unfused, Unwrapped, ZeRO3, ZeRO12, wrapper_of
 from megalr.errors import UserError
 from megalr.optim import SPAM, GaLore, StableSPAM
 from megalr.sharding.exchange import assign_owners
 from megalr.sharding.fragment import LogicalTensor, share_fragments, slice_fragments, within
 from tests.optim import engines
 from tests.ranks import run_distributed
+from tests.restarts.engines import engine_of, make_decoder, train
 
 ALL = tuple(engines.METHODS)
 
@@ -124,3 +126,54 @@ def test_cut_matrices_are_owned_evenly_by_ranks_that_hold_much_of_them():
     assert [sum(t.owner == rank for t in owned) for rank in range(4)] == [3, 3, 3, 3]
     lopsided = LogicalTensor("x", (10, 10), slice_fragments(100, 5, 20 * 5, 2))
     assert assign_owners([lopsided], 2)[0].owner == 0
+
+
+ADAPTERS = {
+    "fp32 stage 0": Unwrapped,
+    "paper_bf16 stage 0": Unwrapped,
+    "bf16 stage 0": Unfused,
+    "bf16 stage 1": BF16,
+    "paper_bf16 stage 1": ZeRO12,
+    "fp32 stage 2 offload": ZeRO12,
+    "bf16 stage 3": ZeRO3,
+}
+
+
+def _adapter(kind: str) -> None:
+    """The adapter; its fragments against DeepSpeed's addresses; weights whole on every rank."""
+    with engine_of(kind) as engine:
+        wrapper = wrapper_of(engine)
+        assert type(wrapper) is ADAPTERS[kind] and wrapper_of(engine) is wrapper
+        expected = make_decoder().state_dict()
+        groups = wrapper.groups()
+        assert sum(len(group) for group in groups) == len(expected)
+        for parameter in (p for group in groups for p in group):
+            located = wrapper.fragment(parameter)
+            mapping = getattr(parameter, "_hp_mapping", None)
+            if isinstance(wrapper, BF16 | ZeRO12):
+                assert (mapping is None) == (located is None)
+                if located is not None:
+                    flat, here = located
+                    theirs = mapping.hp_fragment_address, mapping.lp_fragment_address
+                    assert [a.start for a in theirs] == [here.offset, here.start]
+                    assert mapping.hp_fragment_address.numel == here.numel
+                    assert mapping.hp_fragment.data_ptr() == here.of(flat).data_ptr()
+            with wrapper.whole(parameter):
+                assert parameter.shape == wrapper.shape(parameter)
+                value = expected[wrapper.name(parameter)].to(parameter.dtype)
+                assert torch.equal(parameter.detach(), value)
+        train(engine, 0)
+        norm, skipped = wrapper.step_result()
+        # Without a wrapper the norm is megalr's own, which build_engine installs.
+        assert not bool(skipped) and (float(norm) > 0 or isinstance(wrapper, Unwrapped))
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_every_kind_of_engine_has_its_adapter(kind: str) -> None:
+    run_distributed(_adapter, 2, kind)
+
+
+def test_an_unknown_wrapper_and_an_engine_without_optimizer_are_refused() -> None:
+    for optimizer, message in ((object(), "wrapper object is not supported"), (None, "has none")):
+        with pytest.raises(UserError, match=message):
+            wrapper_of(SimpleNamespace(optimizer=optimizer))

@@ -16,7 +16,7 @@ from megalr.restarts.refactorize import (
     refactorize,
 )
 from megalr.restarts.rounds import FactorRounds
-from megalr.restarts.verify import checksum, verify_weights
+from megalr.restarts.verify import bit_checksum, verify_weights
 from megalr.sharding.exchange import least_loaded
 from tests.ranks import run_distributed
 from tests.restarts.engines import KINDS, engine_of, logits, message_of, on_ranks, train
@@ -191,9 +191,9 @@ def test_checksum_sees_every_bit_and_place() -> None:
     swapped[[3, 500]] = swapped[[500, 3]]
     flipped = value.clone()
     flipped.view(torch.int16)[999] ^= 1
-    sums = {int(checksum(x)) for x in (value, swapped, flipped, value.float())}
+    sums = {int(bit_checksum(x)) for x in (value, swapped, flipped, value.float())}
     assert len(sums) == 4
-    assert int(checksum(value)) == int(checksum(value.clone()))
+    assert int(bit_checksum(value)) == int(bit_checksum(value.clone()))
 
 
 def test_work_is_shared_out_by_cost_the_same_way_everywhere() -> None:
