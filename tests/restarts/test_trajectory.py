@@ -119,7 +119,9 @@ def _interrupted(kind: str, folder: str) -> list:
     total = 10
 
     def make(engine) -> Restarts:
-        return Restarts(config, engine, engine.module.factor_pairs(), total, lambda t: 1 / (1 + t))
+        # The run is longer than the updates made here: restarts at its last one are deferred.
+        pairs = engine.module.factor_pairs()
+        return Restarts(config, engine, pairs, total + 1, lambda t: 1 / (1 + t))
 
     with engine_of(kind) as engine:
         restarts = make(engine)
