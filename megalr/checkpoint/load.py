@@ -24,8 +24,12 @@ from megalr.checkpoint.manifest import Damaged
 from megalr.checkpoint.reader import open_source
 from megalr.checkpoint.source import MASTER, SavedState, StateSource, whole
 from megalr.distributed.agreement import run_on_all, run_on_rank0
-from megalr.engine.checkpoint_files import read_engine_files, set_counters
-from megalr.engine.checkpoint_layout import frozen_parameters, layout_of
+from megalr.engine.checkpoint_files import (
+    frozen_parameters,
+    layout_of,
+    read_engine_files,
+    set_counters,
+)
 from megalr.engine.state import EngineState
 from megalr.errors import AgreedError, UserError
 from megalr.optim.base import ShardedOptimizer

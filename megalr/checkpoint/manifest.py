@@ -38,7 +38,7 @@ class CheckpointManifest:
     Attributes:
         update: updates done when it was saved.
         layout: how the state is distributed over ranks
-            (:func:`megalr.engine.checkpoint_layout.layout_of`).
+            (:func:`megalr.engine.checkpoint_files.layout_of`).
         validation_loss: of the saved model; None if it was not evaluated at that update.
         files: record of every file, by path relative to the folder.
     """

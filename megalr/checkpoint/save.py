@@ -30,8 +30,12 @@ from megalr.checkpoint.retain import delete_superseded
 from megalr.checkpoint.source import STATE, SavedState
 from megalr.config.schema import RunConfig
 from megalr.distributed.agreement import is_rank0, raise_on_any_rank, run_on_rank0
-from megalr.engine.checkpoint_files import counters, write_engine_files, write_fragments
-from megalr.engine.checkpoint_layout import layout_of
+from megalr.engine.checkpoint_files import (
+    counters,
+    layout_of,
+    write_engine_files,
+    write_fragments,
+)
 from megalr.errors import AgreedError, UserError
 from megalr.files import replace_file, system_errors, system_message
 
