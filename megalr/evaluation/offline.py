@@ -25,8 +25,9 @@ from megalr.data.manifest import load_manifest
 from megalr.distributed.agreement import raise_on_any_rank, run_on_all, run_on_rank0
 from megalr.errors import UserError
 from megalr.evaluation.perplexity import evaluate
+from megalr.files import read_json_object
 from megalr.hf.init_from_pretrained import check_same_tokenizers
-from megalr.hf.pretrained_config import first_line
+from megalr.hf.pretrained_config import IMPORTED, first_line, load_config
 from megalr.hf.trained_run import load_decoder, open_verified, run_config
 from megalr.hf.write import DTYPES
 from megalr.kernels.loss import IGNORE
@@ -245,6 +246,8 @@ def _check_tokenizer_of_model(folder: Path, data: TokenDataset) -> list[str]:
 def _transformers_model(folder: Path) -> Any:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no config.json: give a folder with a model")
+    if read_json_object(folder / "config.json").get("model_type") in IMPORTED:
+        load_config(folder)  # checks types and limits before transformers allocates anything
     from transformers import AutoModelForCausalLM
 
     try:

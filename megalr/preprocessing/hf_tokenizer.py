@@ -54,9 +54,10 @@ def write_huggingface_files(model: Path, folder: Path, marker: str) -> None:
     text = json.dumps({key: value for key, value in config.items() if value is not None}, indent=1)
     (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
     try:
-        _converted(model, proto).save(str(folder / "tokenizer.json"))
+        content = _converted(model, proto).to_str(pretty=True)
     except Inconvertible:
         return  # conversion_problem says why, where the file is needed
+    (folder / "tokenizer.json").write_text(content, encoding="utf-8")
 
 
 def conversion_problem(model: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shutil
@@ -47,8 +48,10 @@ def train_tokenizer(
     ``sample_bytes`` of text are read, the same share from the head of every input file, which
     bounds time and memory (about 20 bytes of memory per byte of text).
 
-    Raises UserError for unusable inputs, an occupied output folder, and a vocabulary size that is
-    too small for the characters or too large for the text.
+    Raises:
+        UserError: unusable inputs, an occupied output folder, a disk that cannot be written (the
+            folder does not appear then), a vocabulary size that is too small for the characters or
+            too large for the text.
     """
     import sentencepiece
 
@@ -65,13 +68,14 @@ def train_tokenizer(
             raise UserError(f"{split.file}: holds tokens; a tokenizer is trained on text")
     sample = _Sample(list(splits.values()), reading, sample_bytes)
     temporary = output.with_name(f".{output.name}.partial")
+    model = io.BytesIO()  # sentencepiece would not notice a full disk
     with disk_errors(output):
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        (temporary / "tokenizer").mkdir(parents=True)
         try:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=iter(sample),
-                model_prefix=str(temporary / Path(SENTENCEPIECE_NAME).stem),
+                model_writer=model,
                 vocab_size=vocab_size,
                 model_type="unigram",
                 byte_fallback=True,
@@ -88,8 +92,9 @@ def train_tokenizer(
                 num_threads=threads,
                 minloglevel=2,
             )
-            (temporary / Path(SENTENCEPIECE_NAME).with_suffix(".vocab")).unlink()
-            SentencePieceTokenizer(temporary / SENTENCEPIECE_NAME).copy_to(output)
+            (temporary / SENTENCEPIECE_NAME).write_bytes(model.getvalue())
+            SentencePieceTokenizer(temporary / SENTENCEPIECE_NAME).copy_to(temporary / "tokenizer")
+            os.replace(temporary / "tokenizer", output)  # also over an empty folder
         except RuntimeError as error:
             raise UserError(_explained(str(error), vocab_size, sample)) from None
         finally:

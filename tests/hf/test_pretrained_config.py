@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from megalr.errors import UserError
+from megalr.evaluation.offline import Request, evaluate_model
 from megalr.hf.compare_logits import check_same_function
 from megalr.hf.pretrained_config import pretrained_sizes
 from megalr.hf.read import open_weights
@@ -192,6 +193,27 @@ def test_code_of_a_folder_is_never_offered_to_be_run(
     assert check_same_function(folder, _sizes(folder)) < 1e-6  # transformers' own class
     other = _with_config(models / "llama", tmp_path / "own", auto_map=own, model_type="mine")
     _refused(other, "'mine' cannot be read .it needs the folder's own code, which is not run.")
+
+
+def test_evaluation_runs_no_code_and_checks_sizes_first(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(*_: Any) -> str:
+        raise AssertionError("asked whether to run the folder's code")
+
+    monkeypatch.setattr("builtins.input", asked)
+    own = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    request = Request(data=("nowhere",))
+    for name, changes, message in (
+        ("own", {"model_type": "mine", "auto_map": own}, "needs the folder's own code, which is"),
+        ("huge", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+        ("none", {"num_attention_heads": 0}, "num_attention_heads is 0"),
+    ):
+        folder = _with_config(models / "llama", tmp_path / name, **changes)
+        (folder / "code.py").write_text("raise SystemExit('ran')")
+        with pytest.raises(UserError, match=message) as caught:
+            evaluate_model(folder, request, torch.device("cpu"))
+        assert "\n" not in str(caught.value)
 
 
 def _rewrite(folder: Path, change: Any) -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -150,6 +152,24 @@ def test_training_explains_impossible_vocabularies_and_keeps_existing_folders(
     (tmp_path / "out" / "thesis.tex").write_text("precious")
     with pytest.raises(UserError, match="exists and is not empty"):
         train_tokenizer([text], tmp_path / "out", 400, ReadOptions())
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = str(write_jsonl(tmp_path / "a.jsonl", prose(1500)))
+
+    def full(path: Path, *_: object, **__: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    for name in ("write_bytes", "write_text"):  # the model; the files made of it
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, name, full)
+            with pytest.raises(UserError, match="out: no space left on the disk"):
+                train_tokenizer([text], tmp_path / "out", 400, ReadOptions())
+        assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+    train_tokenizer([text], tmp_path / "out", 400, ReadOptions())
+    assert open_tokenizer(tmp_path / "out").vocab_size == 400
 
 
 def test_long_lines_are_cut_at_spaces_and_between_characters() -> None:
