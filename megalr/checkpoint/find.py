@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megalr.checkpoint import directory
 from megalr.checkpoint.manifest import CheckpointManifest, Damaged, check_files, read_manifest
+from megalr.checkpoint.source import STATE, SavedState
 from megalr.checkpoint.torch_files import load_mapped
 from megalr.distributed.agreement import run_on_rank0
 from megalr.errors import AgreedError, UserError
@@ -93,7 +94,7 @@ def _check_share(
     """Why the first unusable one of these files cannot be used; None if all can.
 
     Tensor files are opened as well (their tensors stay unread): one that would have to run code is
-    as unusable as a damaged one.
+    as unusable as a damaged one. So is a state of the wrong types.
     """
     problem = check_files(folder, manifest.files, names, verify)
     if problem is not None:
@@ -102,6 +103,8 @@ def _check_share(
         for name in names:
             if name.endswith(".pt"):
                 load_mapped(folder / name)
+            elif name == STATE:
+                SavedState.read(folder)
     except Damaged as error:
         return str(error)
     return None

@@ -12,7 +12,17 @@ import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import (
+    BaseModel,
+    Field,
+    NonNegativeInt,
+    TypeAdapter,
+    ValidationError,
+)
+
+from megalr.files import LARGEST_JSON
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -27,8 +37,8 @@ class Damaged(ValueError):
 class FileRecord:
     """Size (bytes) and CRC-32 of a file."""
 
-    size: int
-    crc32: int
+    size: NonNegativeInt
+    crc32: Annotated[int, Field(ge=0, lt=1 << 32)]
 
 
 @dataclass(frozen=True)
@@ -43,10 +53,17 @@ class CheckpointManifest:
         files: record of every file, by path relative to the folder.
     """
 
-    update: int
+    update: NonNegativeInt
     layout: dict[str, Any]
     validation_loss: float | None
     files: dict[str, FileRecord]
+
+
+class _Version(BaseModel, strict=True):
+    format: int
+
+
+_MANIFEST = TypeAdapter(CheckpointManifest)
 
 
 def record_of(path: Path, durable: bool = False) -> FileRecord:
@@ -74,21 +91,44 @@ def read_manifest(folder: Path) -> CheckpointManifest:
         Damaged: there is none, or it is invalid.
     """
     try:
-        values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if values["format"] != _FORMAT:
-            raise Damaged(f"{MANIFEST} has format {values['format']}, this version reads {_FORMAT}")
-        files = {name: FileRecord(**record) for name, record in values["files"].items()}
-        return CheckpointManifest(
-            int(values["update"]), dict(values["layout"]), values["validation_loss"], files
-        )
+        content = read_limited(folder / MANIFEST)
+        version = _Version.model_validate_json(content).format
+        if version != _FORMAT:
+            raise Damaged(f"{MANIFEST} has format {version}, this version reads {_FORMAT}")
+        found = _MANIFEST.validate_json(content, strict=True)
     except FileNotFoundError:
         raise Damaged(f"no {MANIFEST}: it was never finished") from None
     except OSError as error:
         raise Damaged(f"{MANIFEST} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, Damaged):
-            raise
-        raise Damaged(f"{MANIFEST} is not a manifest ({type(error).__name__})") from error
+    except ValidationError as error:
+        raise Damaged(f"{MANIFEST} is not a manifest ({first_problem(error)})") from error
+    for name in found.files:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise Damaged(f"{MANIFEST} names a file outside the checkpoint: {name!r:.80}")
+    return found
+
+
+def read_limited(path: Path) -> bytes:
+    """The content of a small file of a checkpoint.
+
+    Raises:
+        OSError: it cannot be read.
+        Damaged: it is larger than LARGEST_JSON bytes or not a regular file.
+    """
+    if path.exists() and not path.is_file():
+        raise Damaged(f"{path.name} is not a regular file")
+    with path.open("rb") as file:
+        content = file.read(LARGEST_JSON + 1)
+    if len(content) > LARGEST_JSON:
+        raise Damaged(f"{path.name} is larger than {LARGEST_JSON >> 20} MiB")
+    return content
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first problem of a validation on one line, with its key."""
+    detail = error.errors(include_url=False, include_context=False)[0]
+    key = ".".join(map(str, detail["loc"]))
+    return f"{key}: {detail['msg']}" if key else detail["msg"]
 
 
 def check_files(

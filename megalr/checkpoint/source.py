@@ -8,15 +8,36 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, NonNegativeInt, ValidationError
 from torch import Tensor
 
-from megalr.checkpoint.manifest import Damaged
+from megalr.checkpoint.manifest import Damaged, first_problem, read_limited
 from megalr.config.schema import RunConfig
 
 STATE = "state.json"
 MASTER = "fp32"
 """Key of a parameter's master weights among its per-element tensors; DeepSpeed's name."""
+
+
+class _Counters(BaseModel, strict=True):
+    global_steps: NonNegativeInt
+    global_samples: NonNegativeInt
+    skipped_steps: NonNegativeInt
+
+
+class _LoopState(BaseModel, strict=True):
+    tokens: NonNegativeInt
+    batch_offset: NonNegativeInt = 0
+    data_fingerprint: str = ""
+    health: dict[str, Any] = {}
+    restarts: dict[str, Any] = {}
+
+
+class _StateFile(BaseModel, strict=True, extra="forbid"):
+    update: NonNegativeInt
+    config: dict[str, dict[str, Any]]
+    engine: _Counters
+    state: _LoopState
 
 
 @dataclass(frozen=True)
@@ -48,10 +69,13 @@ class SavedState:
     def read(cls, folder: Path) -> SavedState:
         """Read the file from a checkpoint's folder; raises Damaged."""
         try:
-            values = json.loads((folder / STATE).read_text(encoding="utf-8"))
-            return cls(**values)
+            content = read_limited(folder / STATE)
+            _StateFile.model_validate_json(content)
+            return cls(**json.loads(content))
+        except ValidationError as error:
+            raise Damaged(f"{STATE} is not a saved state ({first_problem(error)})") from error
         except (OSError, ValueError, TypeError) as error:
-            raise Damaged(f"{folder / STATE} cannot be read: {error}") from error
+            raise Damaged(f"{STATE} cannot be read: {error}") from error
 
     def run_config(self) -> RunConfig:
         """The configuration as an object; raises Damaged if this version does not accept it."""

@@ -19,6 +19,7 @@ from megalr.config.resuming import (
     differences_that_forbid_resume,
 )
 from megalr.config.schema import RunConfig
+from megalr.config.yaml_source import read_file
 from megalr.errors import UserError
 from megalr.files import replace_file
 
@@ -114,6 +115,27 @@ def has_updates(folder: Path) -> bool:
     return metrics.is_file() and b'"event": "step"' in metrics.read_bytes()
 
 
+def read_config(folder: Path) -> dict[str, dict[str, Any]]:
+    """The configuration in a run's folder: values by key by section, not validated further.
+
+    Raises:
+        UserError: there is none, or it is not such YAML within the limits of a configuration.
+    """
+    path = folder / CONFIG
+    read_file(path)  # for its limits on size, depth and aliases, and its errors
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: cannot read the configuration of the run ({reason})") from error
+    sections = values if isinstance(values, dict) else {}
+    if not sections or not all(isinstance(section, dict) for section in sections.values()):
+        raise UserError(
+            f"{path}: cannot read the configuration of the run: must hold sections with keys below"
+        )
+    return sections
+
+
 def write_run_folder(config: RunConfig, ds_config: dict[str, Any]) -> None:
     """Create the folder and write the resolved configurations into it; called on one rank.
 
@@ -135,11 +157,12 @@ def write_run_folder(config: RunConfig, ds_config: dict[str, Any]) -> None:
 
 def _compare(saved: Path, config: RunConfig, allowed: Sequence[str]) -> list[Difference]:
     try:
-        values = yaml.safe_load(saved.read_text(encoding="utf-8"))
-        old = RunConfig.model_validate(values)
-    except (yaml.YAMLError, ValidationError, OSError, UnicodeDecodeError) as error:
+        old = RunConfig.model_validate(read_config(saved.parent))
+    except ValidationError as error:
+        detail = error.errors(include_url=False)[0]
+        key = ".".join(map(str, detail["loc"]))
         raise UserError(
-            f"{saved} cannot be read as a run's configuration ({type(error).__name__}): "
+            f"{saved} cannot be read as a run's configuration ({key}: {detail['msg']}): "
             "choose another run.dir"
         ) from error
     different = differences_that_forbid_resume(old, config, allowed)

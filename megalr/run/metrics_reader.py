@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, model_validator
 
 from megalr.errors import UserError
-from megalr.run.folder import METRICS
+from megalr.run.folder import METRICS, read_config
 
 Event = dict[str, Any]
+
+SHOWN_LINES = 5
+"""Warnings about single lines of a file; the rest is counted."""
 
 
 @dataclass(frozen=True)
@@ -35,48 +39,64 @@ class Run:
         return [newest[update] for update in sorted(newest)]
 
 
+class _Event(BaseModel):
+    """The fields of an event that readers compute with; others may hold anything."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    event: str
+    update: NonNegativeInt
+    loss: float | None = None
+    perplexity: float | None = None
+    tokens: NonNegativeInt | None = None
+    tokens_per_second: float | None = None
+    refactorize_seconds: float = 0.0
+
+    @model_validator(mode="after")
+    def _check_evaluation(self) -> _Event:
+        if self.event == "eval" and (self.loss is None or self.perplexity is None):
+            raise ValueError("an evaluation needs loss and perplexity")
+        return self
+
+
 def read_run(folder: Path) -> Run:
     """Read a run folder.
 
-    A last line that was cut off by a crash is left out. Raises UserError when the folder holds no
-    run, a line of its metrics is damaged, or nothing was trained yet.
+    A last line that a crash cut short is ignored. Other lines that are no event are skipped with a
+    warning that names them.
+
+    Raises:
+        UserError: the folder holds no run, or no update was logged yet.
     """
     path = folder / METRICS
     try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        if path.exists() and not path.is_file():
+            raise UserError(f"{folder}: no run folder: {path.name} is not a regular file")
+        lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise UserError(
             f"{folder}: no run folder: cannot read {path.name}: {error.strerror}"
         ) from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: damaged: not UTF-8 text (byte {error.start})") from error
-    events = []
-    for number, line in enumerate(lines, start=1):
-        if number == len(lines) and not line.endswith("\n"):
-            break
+    events: list[Event] = []
+    bad: list[str] = []
+    for number, line in enumerate(lines[:-1], start=1):
         try:
-            event = json.loads(line)
-            if not isinstance(event["event"], str) or not isinstance(event["update"], int):
-                raise TypeError
-        except (json.JSONDecodeError, TypeError, KeyError) as error:
-            raise UserError(f"{path}: line {number} is no event of a run: {line!r:.60}") from error
-        events.append(event)
+            _Event.model_validate_json(line)
+            events.append(json.loads(line))
+        except ValueError:
+            bad.append(f"{path}:{number}: no event of a run, skipped: {line[:60]!r}")
+    for text in bad[:SHOWN_LINES]:
+        print(f"warning: {text}", file=sys.stderr)
+    if len(bad) > SHOWN_LINES:
+        print(f"warning: {path}: {len(bad) - SHOWN_LINES} more lines skipped", file=sys.stderr)
     if not any(event["event"] in ("step", "eval") for event in events):
         raise UserError(f"{path}: no update was logged yet")
-    return Run(folder.resolve().name, folder, _read_config(folder), tuple(events))
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.yaml"
-    try:
-        sections = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return {
-            f"{section}.{key}": value
-            for section, values in sections.items()
-            for key, value in values.items()
-        }
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError) as error:
-        raise UserError(f"{path}: cannot read the configuration of the run") from error
+    config = {
+        f"{section}.{key}": value
+        for section, values in read_config(folder).items()
+        for key, value in values.items()
+    }
+    return Run(folder.resolve().name, folder, config, tuple(events))
 
 
 def perplexity_change(run: Run) -> str:

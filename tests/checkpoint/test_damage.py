@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pickle
+import re
 import resource
 import shutil
 import subprocess
@@ -64,11 +65,28 @@ def _no_manifest(folder: Path) -> None:
     (folder / "manifest.json").unlink()
 
 
+def _manifest_without_a_size(folder: Path) -> None:
+    path = folder / "manifest.json"
+    path.write_text(re.sub(r'"size": \d+', '"size": null', path.read_text(), count=1))
+
+
+def _state_without_tokens(folder: Path) -> None:
+    """The manifest fits the file."""
+    path = folder / "state.json"
+    path.write_text(path.read_text().replace('"tokens":', '"tokenz":'))
+    manifest = read_manifest(folder)
+    files = {**manifest.files, path.name: record_of(path)}
+    text = manifest_text(dataclasses.replace(manifest, files=files))
+    (folder / "manifest.json").write_text(text)
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "flipped": (_flip, "optim_states.pt has another checksum"),
     "missing": (_remove, "model_states.pt is missing"),
     "cut": (_cut, "bytes instead of"),
     "unfinished": (_no_manifest, "it was never finished"),
+    "no size": (_manifest_without_a_size, "size: Input should be a valid integer"),
+    "no tokens": (_state_without_tokens, "state.json is not a saved state (state.tokens: Field"),
 }
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from pathlib import Path
+from random import Random
 
 import pytest
 
 from megalr.checkpoint import directory
+from megalr.checkpoint import manifest as manifest_module
 from megalr.checkpoint.manifest import (
     MANIFEST,
     CheckpointManifest,
@@ -21,7 +24,9 @@ from megalr.checkpoint.manifest import (
     record_of,
 )
 from megalr.checkpoint.retain import Candidate, delete_superseded, superseded
+from megalr.checkpoint.source import STATE, SavedState
 from megalr.config.schema import RunConfig
+from tests.mutations import mutated
 from tests.training.runs import settings
 
 
@@ -163,4 +168,88 @@ def test_every_kind_of_damage_is_named(tmp_path: Path) -> None:
             read_manifest(folder)
     path.unlink()
     with pytest.raises(Damaged, match="it was never finished"):
+        read_manifest(folder)
+
+
+NO_MANIFESTS = [
+    ("size", "null"),
+    ("size", "-1"),
+    ("size", "100.0"),
+    ("size", '"100"'),
+    ("size", "true"),
+    ("crc32", "4294967296"),
+    ("update", "null"),
+    ("update", "-3"),
+    ("update", "3.5"),
+    ("validation_loss", '"low"'),
+    ("layout", "[]"),
+    ("layout", "[" * 5000),
+    ("files", "[]"),
+    ("files", '{"/etc/passwd": {"size": 1, "crc32": 1}}'),
+    ("files", '{"a/../../b": {"size": 1, "crc32": 1}}'),
+    ("format", "true"),
+]
+
+
+@pytest.mark.parametrize("key, value", NO_MANIFESTS)
+def test_a_manifest_with_a_value_of_another_type_is_damaged(
+    key: str, value: str, tmp_path: Path
+) -> None:
+    folder = _write(tmp_path, "update_3", 3)
+    path = folder / MANIFEST
+    found = re.search(rf'"{key}": (\{{.*\}}|\S+?)(?=,?\n)', path.read_text(), re.DOTALL)
+    assert found is not None
+    path.write_text(path.read_text().replace(found[0], f'"{key}": {value}', 1))
+    with pytest.raises(Damaged) as damage:
+        read_manifest(folder)
+    assert "\n" not in str(damage.value) and len(str(damage.value)) < 300
+
+
+def test_a_manifest_may_hold_infinities(tmp_path: Path) -> None:
+    """A diverged run is evaluated and saved like any other."""
+    folder = _write(tmp_path, "update_3", 3)
+    text = (folder / MANIFEST).read_text()
+    (folder / MANIFEST).write_text(text.replace("1.5", "Infinity"))
+    assert read_manifest(folder).validation_loss == float("inf")
+
+
+def test_mutated_manifests_and_states_are_read_or_damaged(tmp_path: Path) -> None:
+    folder = _write(tmp_path, "update_3", 3)
+    counters = {"global_steps": 3, "global_samples": 9, "skipped_steps": 0}
+    loop = {"tokens": 7, "batch_offset": 0, "data_fingerprint": "ab", "health": {"skipped": 0}}
+    saved = SavedState(3, {"train": {"updates": 6}}, counters, loop)
+    (folder / STATE).write_text(saved.text())
+    assert SavedState.read(folder) == saved
+    random = Random(18)
+    for name, read in ((MANIFEST, read_manifest), (STATE, SavedState.read)):
+        path = folder / name
+        whole = path.read_bytes()
+        read_again = 0
+        for _ in range(400):
+            path.write_bytes(mutated(whole, random))
+            try:
+                result = read(folder)
+            except Damaged as error:
+                assert "\n" not in str(error)
+                continue
+            read_again += 1
+            assert isinstance(result, CheckpointManifest | SavedState)
+            assert type(result.update) is int and result.update >= 0
+            if isinstance(result, CheckpointManifest):
+                check_files(folder, result.files, result.files, checksums=True)
+        assert 0 < read_again < 200
+        path.write_bytes(whole)
+
+
+def test_a_file_that_is_no_regular_file_or_too_large_is_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = _write(tmp_path, "update_3", 3)
+    monkeypatch.setattr(manifest_module, "LARGEST_JSON", 1 << 20)
+    (folder / MANIFEST).write_text(" " * ((1 << 20) + 1))
+    with pytest.raises(Damaged, match="larger than 1 MiB"):
+        read_manifest(folder)
+    (folder / MANIFEST).unlink()
+    os.mkfifo(folder / MANIFEST)
+    with pytest.raises(Damaged, match="not a regular file"):
         read_manifest(folder)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -19,7 +21,9 @@ from megalr.run.folder import (
     working_directory,
     write_run_folder,
 )
+from megalr.run.metrics_reader import read_run
 from megalr.run.metrics_writer import MetricsWriter
+from tests.mutations import mutated
 from tests.training.runs import settings
 
 
@@ -94,6 +98,52 @@ def test_a_folder_that_cannot_be_read_is_one_line(
     monkeypatch.setattr(Path, "iterdir", refuse)
     with pytest.raises(UserError, match=f"{tmp_path}/run cannot be read: Permission denied"):
         check_run_folder(_config(tmp_path / "run", 0.01))
+
+
+HOSTILE = {
+    "deep": "a: " + "[" * 5000,
+    "aliases": "a: &a [x, x]\n"
+    + "".join(f"{b}: &{b} [*{a}, *{a}, *{a}, *{a}]\n" for a, b in pairwise("abcdefghijklmnopqrst")),
+    "large": "# " + "x" * 2_000_000,
+    "bytes": "\udcff",
+    "list": "- 1",
+    "empty": "",
+    "sections": "train: 5",
+    "tag": "train: !!python/object/apply:os.mkdir [ran]",
+    "date": "train: {updates: 2001-13-45}",
+    "number": "train: {updates: " + "9" * 5000 + "}",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_configuration_that_no_run_wrote_is_one_line(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    config = _config(folder, 0.01)
+    write_run_folder(config, {})
+    (folder / "metrics.jsonl").write_text('{"event": "step", "update": 1}\n')
+    assert check_run_folder(config) == []
+    (folder / "config.yaml").write_text(HOSTILE[name], errors="surrogateescape")
+    for read in (lambda: check_run_folder(config), lambda: read_run(folder)):
+        with pytest.raises(UserError) as error:
+            read()
+        assert str(folder / "config.yaml") in str(error.value) and "\n" not in str(error.value)
+    assert not Path("ran").exists()
+
+
+def test_mutated_configurations_are_compared_or_refused_in_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    config = _config(folder, 0.01)
+    write_run_folder(config, {})
+    (folder / "metrics.jsonl").write_text('{"event": "step", "update": 1}\n')
+    path = folder / "config.yaml"
+    whole = path.read_bytes()
+    random = Random(19)
+    for _ in range(60):
+        path.write_bytes(mutated(whole, random))
+        try:
+            check_run_folder(config)
+        except UserError as error:
+            assert "\n" not in str(error)
 
 
 def test_folders_may_begin_with_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from report import config_differences, curves, summary, write_html, write_png
 
 from megalr.errors import UserError
 from megalr.run.metrics_reader import perplexity_change, read_run
+from tests.mutations import mutated
 
 ROOT = Path(__file__).parents[2]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -135,8 +137,7 @@ def test_nothing_but_one_point_or_infinite_values_still_gives_a_picture(tmp_path
         (None, "no run folder: cannot read metrics.jsonl: No such file"),
         ("", "no update was logged yet"),
         ('{"event": "start", "update": 0}\n', "no update was logged yet"),
-        ('{"event": "step", "update": 1}\nnonsense\n{}\n', "line 2 is no event of a run"),
-        ('{"event": "step"}\n\n', "line 1 is no event of a run"),
+        ('{"event": "step"}\n\n', "no update was logged yet"),
     ],
 )
 def test_damaged_metrics_are_one_line(tmp_path: Path, content: str | None, said: str) -> None:
@@ -147,6 +148,71 @@ def test_damaged_metrics_are_one_line(tmp_path: Path, content: str | None, said:
         path.write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=said):
         read_run(folder)
+
+
+BAD_LINES = [
+    "nonsense",
+    "",
+    "[]",
+    "{}",
+    '{"event": "step"}',
+    '{"event": "step", "update": "1"}',
+    '{"event": "step", "update": true}',
+    '{"event": "step", "update": -1}',
+    '{"event": "step", "update": 1.5}',
+    '{"event": 5, "update": 1}',
+    '{"event": "step", "update": 1, "loss": "low"}',
+    '{"event": "step", "update": 1, "tokens": 1e300}',
+    '{"event": "step", "update": 1, "tokens_per_second": []}',
+    '{"event": "restart", "update": 1, "refactorize_seconds": null}',
+    '{"event": "eval", "update": 1, "loss": 2.0}',
+    '{"event": "eval", "update": 1, "loss": 2.0, "perplexity": "7"}',
+    '{"event": "step", "update": 1, "x": ' + "[" * 5000 + "}",
+    '{"event": "step", "update": 1, "x": ' + "9" * 5000 + "}",
+    '{"event": "step", "update": 1',
+]
+
+
+@pytest.mark.parametrize("line", [*(text.encode() for text in BAD_LINES), b'{"event": "\xff"}'])
+def test_a_bad_line_is_skipped_and_named(
+    line: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_run(tmp_path / "a")
+    expected = read_run(folder)
+    path = folder / "metrics.jsonl"
+    first, rest = path.read_bytes().split(b"\n", 1)
+    path.write_bytes(first + b"\n" + line + b"\n" + rest)
+    assert read_run(folder) == expected
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith(f"warning: {path}:2: no event of a run, skipped: ")
+    write_html([read_run(folder)], tmp_path / "report.html")
+
+
+def test_many_bad_lines_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_run(tmp_path / "a")
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write("nonsense\n" * 1000)
+    read_run(folder)
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 6 and warnings[-1].endswith("995 more lines skipped")
+
+
+def test_mutated_metrics_never_raise_anything_but_a_user_error(tmp_path: Path) -> None:
+    """Bytes flipped, removed and doubled at fixed random places."""
+    folder = make_run(tmp_path / "a")
+    path = folder / "metrics.jsonl"
+    whole = path.read_bytes()
+    random = Random(17)
+    for _ in range(300):
+        path.write_bytes(mutated(whole, random))
+        try:
+            run = read_run(folder)
+        except UserError as error:
+            assert "\n" not in str(error)
+            continue
+        summary(run)
+        perplexity_change(run)
+        config_differences([run, run])
 
 
 def test_command_line_writes_both_kinds_and_refuses_others(tmp_path: Path) -> None:
