@@ -98,30 +98,23 @@ class FlatLayout:
         object.__setattr__(self, "local", tuple((t, f) for t, f in pairs if f is not None))
 
 
-def split_rows(
-    name: str, shape: Sequence[int], row_blocks: Sequence[tuple[str, int, int]] | None
-) -> list[tuple[str, tuple[int, ...], int]]:
-    """(name, shape, first element) of each logical tensor of one parameter.
-
-    ``row_blocks`` holds (name, first row, end row) of matrices stacked in a 2-D parameter; None
-    means that the parameter is one tensor.
-    """
-    if not row_blocks:
-        return [(name, tuple(shape), 0)]
-    columns = math.prod(shape[1:])
-    return [
-        (block, (stop - start, *shape[1:]), start * columns) for block, start, stop in row_blocks
-    ]
-
-
 def logical_tensors(
     name: str, parameter: torch.Tensor, shape: Sequence[int], fragments: Sequence[Fragment]
 ) -> list[LogicalTensor]:
-    """The logical tensors of a parameter of the given full shape that lies in ``fragments``."""
-    blocks = split_rows(name, shape, getattr(parameter, "row_blocks", None))
+    """The logical tensors of a parameter of the given full shape that lies in ``fragments``.
+
+    ``parameter.row_blocks`` holds (name, first row, end row) of matrices stacked in a 2-D
+    parameter; without it the parameter is one tensor.
+    """
+    blocks = getattr(parameter, "row_blocks", None) or ((name, 0, shape[0] if shape else 1),)
+    columns = math.prod(shape[1:])
     return [
-        LogicalTensor(block, size, within(fragments, first, math.prod(size)))
-        for block, size, first in blocks
+        LogicalTensor(
+            block,
+            (stop - start, *shape[1:]) if shape else (),
+            within(fragments, start * columns, (stop - start) * columns),
+        )
+        for block, start, stop in blocks
     ]
 
 
