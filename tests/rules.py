@@ -55,6 +55,7 @@ SAME_FILES = {
     "__init__.py": "every room has one",
     "build.py": "builds the room's object from the configuration",
     "config.py": "the settings of the room",
+    "health.py": "config/ declares the section, training/ decides by it",
     "manifest.py": "the record of a folder that the room writes and reads",
 }
 """File names that several rooms share, each with the job it does."""

@@ -1,4 +1,4 @@
-"""Ends a run that stands still, after writing down where every thread of every rank is."""
+"""Ends a run that makes no progress, after writing the stacks of all threads of every rank."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ STALLED = 3
 """Exit code of a process that its watchdog ended."""
 
 STACKS = "stacks"
-"""Folder inside the run's where the stacks are written, a file for each rank."""
+"""Folder inside the run's where the stacks are written, one file per rank."""
 
 PEER_SECONDS = 5.0
-"""How long a rank waits after its dump: launchers kill the others as soon as one is gone."""
+"""How long a rank waits after its dump: launchers kill the others as soon as one has ended."""
 
 OWN_READS = 4096
-"""Bytes that looking at the counters may read itself; more is progress."""
+"""Bytes that reading the counters may itself read; more is progress."""
 
 
 class Watchdog:
     """A thread that expects :meth:`progress` at least every ``seconds``; use it in a ``with``.
 
-    Ranks stand still together, in the same collective or waiting for it, and each has a watchdog of
-    its own; so all of them write their stacks, to ``<folder>/stacks/rank-N.txt`` and to standard
-    error, before they end with exit code 3.
+    Ranks stall together, in the same collective or waiting for it, and each has its own watchdog:
+    all of them write their stacks, to ``<folder>/stacks/rank-N.txt`` and to standard error, before
+    they end with exit code 3.
 
     Args:
         seconds: longest time without progress; 0 = no thread, nothing happens.
@@ -52,13 +52,13 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="Watchdog", daemon=True)
 
     def progress(self, doing: str) -> None:
-        """Something was done; ``doing`` says what comes next."""
+        """Record progress; ``doing`` describes what follows, for the message of a stall."""
         self._last, self._doing = time.monotonic(), doing
 
     @contextmanager
     def transferring(self, doing: str) -> Iterator[None]:
-        """Meanwhile bytes that this process reads or writes are progress too: a save is one call,
-        and so is loading."""
+        """A context in which bytes that this process reads or writes are progress too: saving and
+        loading are one call each."""
         self.progress(doing)
         self._transferring = True
         try:
@@ -81,7 +81,7 @@ class Watchdog:
 
     def _end(self) -> None:
         line = (
-            f"rank {self.rank} stands still since {self.seconds:g} s (health.stall_seconds), "
+            f"rank {self.rank} has made no progress for {self.seconds:g} s (health.stall_seconds) "
             f"{self._doing}: stacks of its threads are in {self.file}"
         )
         print(f"error: {line}", file=sys.stderr, flush=True)

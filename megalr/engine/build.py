@@ -212,7 +212,7 @@ def data_parallel_ranks(engine: Any) -> int:
     return engine.dp_world_size
 
 
-def data_parallel_group(engine: Any) -> dist.ProcessGroup:
+def ranks_of_batches(engine: Any) -> dist.ProcessGroup:
     """The ranks with different batches."""
     return engine.seq_data_parallel_group
 

@@ -1,8 +1,8 @@
 """The scaled loss of a micro-batch; its forward and backward pass as one CUDA graph.
 
-A small model's kernels run faster than Python can launch them: at 60M parameters a third of a step
-is the GPU waiting. A CUDA graph launches all of them at once. The engine is not touched: its
-hooks see one autograd node that hands out every parameter's gradient.
+A small model's kernels run faster than Python can launch them: at 60M parameters the GPU is idle
+for a third of a step. A CUDA graph launches all kernels at once. The engine is unchanged: its hooks
+see one autograd node that returns every parameter's gradient.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ class MicroBatchGraph:
     """Replays ``loss = scale * decoder(input_ids, labels)`` and its gradients.
 
     Input ids, labels, scale, loss and gradients live in fixed buffers that a replay reads and
-    writes; everything else stays in the graph's own memory pool, of the size of one eager run. The
-    guard against a loss that is not finite is inside, because the gradients of a replay do not
-    depend on what is done with its loss.
+    writes; everything else stays in the graph's own memory pool, of the size of one eager run. A
+    loss that is not finite is poisoned inside, because the gradients of a replay do not depend on
+    operations on its loss.
 
     Args:
         decoder: in training mode, its parameters where they will stay (after the engine's start).
         shape: ``(B, S)`` of the micro-batches.
-        share_gradients: hand out the buffers themselves, which the next replay overwrites. Right
-            if the engine has used ``.grad`` up before the next micro-batch, else copies are made.
+        share_gradients: return the buffers themselves, which the next replay overwrites. Correct
+            if the engine has consumed ``.grad`` before the next micro-batch; else copies are made.
     """
 
     def __init__(self, decoder: Decoder, shape: tuple[int, int], share_gradients: bool) -> None:

@@ -1,4 +1,4 @@
-"""Replacements for methods of ``BF16_Optimizer`` (bf16 with ZeRO 1 or without ZeRO).
+"""Replacements for methods of ``BF16_Optimizer``: bf16 with ZeRO 1, accumulation in float32.
 
 Version, gain, test and rule for removal: :mod:`megalr.engine.patches`.
 """

@@ -1,4 +1,4 @@
-"""Replacements for methods of ``DeepSpeedZeroOptimizer`` (ZeRO 1 and 2 without offload).
+"""Replacements for methods of ``DeepSpeedZeroOptimizer``: ZeRO 1 and 2 without offload.
 
 Version, gain, test and rule for removal: :mod:`megalr.engine.patches`.
 """

@@ -30,7 +30,8 @@ from megalr.restarts.refactorize import (
 )
 from megalr.restarts.report import RestartReport, by_pattern
 from megalr.restarts.rounds import FactorRounds
-from megalr.restarts.schedule import BaseSchedule, RestartSchedule, SpikeDetector
+from megalr.restarts.schedule import BaseSchedule, RestartSchedule
+from megalr.restarts.spikes import SpikeDetector
 from megalr.restarts.verify import verify_weights
 
 

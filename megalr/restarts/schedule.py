@@ -3,18 +3,12 @@
 Two counts are used throughout: ``done`` is the number of updates made (a restart comes after an
 update, so it is due at some ``done`` >= 1), ``t`` is the zero-based number of an update about to be
 made. The first update after a restart at ``done`` = u has t = u.
-
-:class:`SpikeDetector` is the one trigger with a memory. Whether restarts should come by a clock is
-an open question of arXiv 2505.22922; the adaptive triggers are off by default.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
-from collections import deque
 from collections.abc import Callable
-from typing import Any
 
 from megalr.config.restarts import RestartsConfig
 
@@ -103,44 +97,3 @@ class RestartSchedule:
         target = self.base(cycle * start + steps)
         share = 1.0 if steps == 1 else min(1.0, past / (steps - 1))
         return target * (_PUBLISHED_FLOOR + (1.0 - _PUBLISHED_FLOOR) * share)
-
-
-class SpikeDetector:
-    """Detects a gradient norm of more than ``ratio`` times its recent median.
-
-    The median is over the last ``window`` finite norms before the present one, of which at least
-    half must be there. After a spike none is reported for ``window`` updates, so a lasting rise
-    becomes the new median instead of a reset at every update. (The health check's window counts
-    standard deviations and reports every spike, because each of them costs one update, not all
-    moments.)
-    """
-
-    def __init__(self, ratio: float, window: int) -> None:
-        self.ratio = ratio
-        self.window = window
-        self._norms: deque[float] = deque(maxlen=window)
-        self._quiet_until = 0
-
-    def observe(self, update: int, norm: float) -> bool:
-        """Record the norm of an update; True if it is a spike."""
-        if not math.isfinite(norm):  # the health check's business
-            return False
-        enough = len(self._norms) >= self.window // 2
-        spike = (
-            enough
-            and update >= self._quiet_until
-            and norm > self.ratio * statistics.median(self._norms)
-        )
-        self._norms.append(norm)
-        if spike:
-            self._quiet_until = update + self.window
-        return spike
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain numbers for a checkpoint."""
-        return {"norms": list(self._norms), "quiet_until": self._quiet_until}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from :meth:`state_dict`; a shorter window keeps the newest norms."""
-        self._norms = deque(state["norms"], maxlen=self.window)
-        self._quiet_until = state["quiet_until"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,8 @@ from megalr.models.decoder import Decoder
 from megalr.run.metrics_writer import MetricsWriter
 from megalr.training.device import CompileClock
 from megalr.training.health import Health
-from megalr.training.step_log import (
-    LogWindow,
-    PendingLog,
-    PendingMetrics,
-    StepResult,
-    Stopwatch,
-)
+from megalr.training.step import StepResult
+from megalr.training.step_log import LogWindow, PendingLog, PendingMetrics, Stopwatch
 
 
 @dataclass
@@ -120,6 +115,6 @@ class RunContext:
         for spike in spikes:
             action = self.config.health.spike_action
             self.metrics.write(
-                "spike", result.update, batch=result.batch, action=action, **spike.metrics()
+                "spike", result.update, batch=result.batch, action=action, **asdict(spike)
             )
         return bool(spikes)

@@ -85,14 +85,9 @@ def resume_from(
 def write_end(
     run: RunContext, seconds: float, train_seconds: float, restart_seconds: float, finished: bool
 ) -> None:
-    """Write the last event of this start.
+    """Write the last event of this start, which took ``seconds`` in all.
 
-    Args:
-        run: the run.
-        seconds: of this start, in all.
-        train_seconds: of the updates.
-        restart_seconds: of restarts.
-        finished: whether it ran to its end; else the reason is that of the stop.
+    ``finished``: whether the run came to its end; else the reason is that of the stop.
     """
     run.metrics.write(
         "end",

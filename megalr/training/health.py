@@ -5,77 +5,11 @@ Plain arithmetic on the host: ranks that are given the same numbers decide the s
 
 from __future__ import annotations
 
-import math
-from collections import deque
-from collections.abc import Collection
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from megalr.config.health import HealthConfig
 from megalr.errors import AgreedError
-
-
-@dataclass(frozen=True)
-class Spike:
-    """A value far above those before it; the fields of the ``spike`` event.
-
-    Attributes:
-        of: loss or gradient_norm.
-        value: of this update.
-        mean: of the window before.
-        deviations: distance from the mean in standard deviations of the window.
-    """
-
-    of: str
-    value: float
-    mean: float
-    deviations: float
-
-    def metrics(self) -> dict[str, Any]:
-        """The fields as a dictionary."""
-        return asdict(self)
-
-
-class SpikeWindow:
-    """Compares a value with the ``window`` finite values before it.
-
-    A spike is more than ``threshold`` standard deviations (of a sample) above the mean, with at
-    least half a window of values. Spikes enter the window as well, so that a lasting rise becomes
-    normal after a while instead of remaining a spike.
-    """
-
-    def __init__(self, of: str, window: int, threshold: float) -> None:
-        self.of = of
-        self.window = window
-        self.threshold = threshold
-        self._values: deque[float] = deque(maxlen=window)
-
-    def observe(self, value: float) -> Spike | None:
-        """Enter a value into the window; the spike if it is one."""
-        if not math.isfinite(value):
-            return None
-        spike = None
-        if len(self._values) >= max(2, self.window // 2):
-            mean, deviation = _mean_and_deviation(self._values)
-            if value > mean + self.threshold * deviation:
-                above = (value - mean) / deviation if deviation else math.inf
-                spike = Spike(self.of, value, mean, above)
-        self._values.append(value)
-        return spike
-
-    def state_dict(self) -> list[float]:
-        """The values, oldest first; plain numbers for a checkpoint."""
-        return list(self._values)
-
-    def load_state_dict(self, values: list[float]) -> None:
-        """Continue from :meth:`state_dict`; a shorter window keeps the newest values."""
-        self._values = deque(values, maxlen=self.window)
-
-
-def _mean_and_deviation(values: Collection[float]) -> tuple[float, float]:
-    """Mean and standard deviation of a sample; the module ``statistics`` takes 60 times as long."""
-    mean = math.fsum(values) / len(values)
-    return mean, math.sqrt(math.fsum((x - mean) ** 2 for x in values) / (len(values) - 1))
+from megalr.restarts.spikes import Spike, SpikeWindow
 
 
 class Health:

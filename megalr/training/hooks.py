@@ -15,14 +15,15 @@ import torch.distributed as dist
 from megalr.checkpoint.save import save_checkpoint
 from megalr.data.loader import EvaluationBatches, MicroBatch
 from megalr.distributed.agreement import raise_on_any_rank
-from megalr.engine.build import data_parallel_group
+from megalr.engine.build import ranks_of_batches
 from megalr.evaluation.perplexity import evaluate
 from megalr.models.flops import flops_per_token
 from megalr.restarts.controller import Restarts
 from megalr.restarts.relora import Relora
 from megalr.training.context import RunContext
 from megalr.training.device import peak_flops, peak_memory_gib, wait_for
-from megalr.training.step_log import PendingLog, StepResult
+from megalr.training.step import StepResult
+from megalr.training.step_log import PendingLog
 
 
 class Hook(ABC):
@@ -195,7 +196,7 @@ class EvaluationHook(Hook):
             return
         wait_for(run.device)
         batches = self.batches[update >= run.total_updates]
-        group = data_parallel_group(run.engine)
+        group = ranks_of_batches(run.engine)
         evaluation = evaluate(run.decoder, self._until_stopped(batches), run.device, group)
         raise_on_any_rank(batches.error)
         run.stopwatch.exclude(evaluation.eval_seconds)

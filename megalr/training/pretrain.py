@@ -14,6 +14,7 @@ from megalr.checkpoint.find import find_checkpoint, tidy
 from megalr.config.methods import ReloraMethod
 from megalr.config.schema import RunConfig
 from megalr.data import EvaluationBatches
+from megalr.data.build import make_loader, open_data, validation_batches
 from megalr.distributed.agreement import is_rank0, raise_on_any_rank, run_on_all, run_on_rank0
 from megalr.distributed.process_group import limit_collectives, start_distributed
 from megalr.distributed.signals import STOPPED, StopRequest
@@ -28,6 +29,7 @@ from megalr.hf.init_from_pretrained import (
     write_supports,
 )
 from megalr.layers.lora import LoRALinear
+from megalr.models.build import sizes_of
 from megalr.models.decoder import Decoder
 from megalr.optim.schedules import make_schedule
 from megalr.restarts.controller import Restarts
@@ -48,7 +50,6 @@ from megalr.training.hooks import (
     ReloraHook,
     RestartsHook,
 )
-from megalr.training.run_data import make_loader, open_data, validation_batches
 from megalr.training.trainer import Trainer
 
 
@@ -102,12 +103,15 @@ def _pretrain(
     config = with_pretrained_sizes(config)
     mesh = make_mesh(config.parallel.tensor, device.type)
     ds_config = resolve_deepspeed_config(config, ds_user, ds_source, mesh.data_size)
-    train_data, validation_data = open_data(config)
+    imports = config.model.from_pretrained is not None
+    # check_pretrained_tokenizer compares more than the size of the vocabulary.
+    vocab_size = None if imports else run_on_all(lambda: sizes_of(config).vocab_size)
+    train_data, validation_data = open_data(config, vocab_size)
     check_ranks_agree(config, ds_config, train_data.fingerprint)
     changed = run_on_rank0(lambda: check_run_folder(config, allowed))
     found = find_checkpoint(folder, config.checkpoint.verify)
     note_lost_checkpoints(folder, found)
-    if config.model.from_pretrained is not None and found.tag is None:
+    if imports and found.tag is None:
         run_on_rank0(lambda: check_pretrained_tokenizer(config, train_data))
     decoder, imported = initial_model(config, device, mesh, resuming=found.tag is not None)
     facts = start_facts(config, ds_config, decoder, train_data)

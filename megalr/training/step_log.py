@@ -15,49 +15,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from megalr.engine.skip_step import DeferredSkip, HostCopy
-
-
-@dataclass
-class StepResult:
-    """One update, made or skipped.
-
-    Attributes:
-        update: updates done, this one included.
-        batch: number of its batch.
-        targets: of the global batch.
-        samples: samples of the global batch by source of the data.
-        learning_rate: of all groups.
-        loss_sum: this rank's sum over its targets, on the device.
-        norm: global norm of the gradient before clipping; infinite or NaN where it was not finite.
-            On the device until :meth:`PendingMetrics.wait`.
-        skipped: whether nothing was changed; a DeferredSkip until :attr:`applied` is read.
-        spike: it was skipped because its loss is a spike.
-        loss: mean per target over all ranks; None until :meth:`PendingMetrics.wait`.
-    """
-
-    update: int
-    batch: int
-    targets: int
-    samples: tuple[int, ...]
-    learning_rate: float
-    loss_sum: torch.Tensor
-    norm: torch.Tensor | float = float("nan")
-    skipped: DeferredSkip | bool = False
-    spike: bool = False
-    loss: float | None = None
-
-    @property
-    def known(self) -> bool:
-        """Whether the host knows if the update was skipped."""
-        return not isinstance(self.skipped, DeferredSkip)
-
-    @property
-    def applied(self) -> bool:
-        """Whether weights and moments were changed; waits for the update unless it is known."""
-        if isinstance(self.skipped, DeferredSkip):
-            self.skipped = self.skipped.read()
-        return not self.skipped
+from megalr.engine.skip_step import HostCopy
+from megalr.training.step import StepResult
 
 
 class PendingMetrics:

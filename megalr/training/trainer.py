@@ -25,8 +25,8 @@ from megalr.restarts.momentum_reset import reset_moments
 from megalr.run.folder import CHECKPOINTS
 from megalr.training.context import RunContext, TrainProgress
 from megalr.training.hooks import Hook
-from megalr.training.step import train_step
-from megalr.training.step_log import LogWindow, StepResult
+from megalr.training.step import StepResult, train_step
+from megalr.training.step_log import LogWindow
 
 
 class Trainer:

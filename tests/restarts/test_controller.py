@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megalr.config.restarts import RestartsConfig
 from megalr.restarts.controller import Restarts
 from megalr.restarts.report import by_pattern
-from megalr.restarts.schedule import SpikeDetector
+from megalr.restarts.spikes import SpikeDetector
 from tests.ranks import run_distributed
 from tests.restarts.engines import engine_of, message_of, train
 

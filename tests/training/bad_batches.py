@@ -16,7 +16,7 @@ from megalr.engine.state import EngineState
 from megalr.models.decoder import Decoder
 from megalr.training import step as update
 from megalr.training.hooks import CheckpointHook
-from megalr.training.step_log import StepResult
+from megalr.training.step import StepResult
 from megalr.training.trainer import Trainer
 from tests.training.runs import run
 

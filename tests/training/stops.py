@@ -22,8 +22,7 @@ from megalr.distributed.signals import STOP_SIGNALS, StopRequest
 from megalr.training import hooks, pretrain
 from megalr.training import trainer as loop
 from megalr.training.hooks import EvaluationHook
-from megalr.training.step import train_step
-from megalr.training.step_log import StepResult
+from megalr.training.step import StepResult, train_step
 from megalr.training.trainer import Trainer
 
 

@@ -21,8 +21,10 @@ from megalr.distributed.stop_vote import StopVote
 from megalr.distributed.watchdog import Watchdog
 from megalr.engine.skip_step import HostCopy, poison_nonfinite
 from megalr.errors import AgreedError
-from megalr.training.health import Health, SpikeWindow
-from megalr.training.step_log import LogWindow, PendingMetrics, StepResult
+from megalr.restarts.spikes import SpikeWindow
+from megalr.training.health import Health
+from megalr.training.step import StepResult
+from megalr.training.step_log import LogWindow, PendingMetrics
 
 
 def _spikes_by_numpy(values: np.ndarray, window: int, threshold: float) -> list[int]:
@@ -159,18 +161,18 @@ def test_ranks_ask_about_once_a_second_and_sooner_when_told_to(tmp_path: Path) -
     now = [0.0]
     request = StopRequest()
     stop = StopVote(request, tmp_path, torch.device("cpu"), clock=lambda: now[0])
-    asked = []
+    voted = []
     for call in range(200):
         now[0] += 0.09  # seconds an update
-        before = stop._asked
+        before = stop._voted
         assert not stop.requested()
-        if stop._asked != before:
-            asked.append(call)
-    gaps = np.diff(asked)
+        if stop._voted != before:
+            voted.append(call)
+    gaps = np.diff(voted)
     assert list(gaps[:4]) == [2, 4, 8, 11] and set(gaps[4:]) == {11}
     assert not stop.requested(now=True)
     request.signal = int(signal.SIGTERM)
-    assert stop.requested() and stop.reason == "SIGTERM"  # the next call asks
+    assert stop.requested() and stop.reason == "SIGTERM"  # the next call votes
 
 
 def test_a_stop_file_is_seen_and_removed(tmp_path: Path) -> None:

@@ -133,6 +133,6 @@ def test_a_run_that_stands_still_leaves_the_stacks_of_all_ranks(data: Path, tmp_
     assert [e["update"] for e in events(tmp_path / "run", "step")] == [1]
     for rank, place in ((0, "train_update"), (1, "in hang")):
         text = (tmp_path / "run" / "stacks" / f"rank-{rank}.txt").read_text()
-        assert f"rank {rank} stands still since 6 s" in text and "after update 2" in text
+        assert f"rank {rank} has made no progress for 6 s" in text and "after update 2" in text
         assert place in text
         assert place in job.outputs[rank].read_text()

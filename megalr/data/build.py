@@ -1,4 +1,4 @@
-"""Opening and checking the data of a run, and the batches that this rank takes from it."""
+"""The data of a run from its configuration: opened, checked, and this rank's batches of them."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from megalr.data import (
 )
 from megalr.distributed.agreement import run_on_all
 from megalr.errors import AgreedError
-from megalr.models.build import sizes_of
 from megalr.tensor_parallel.mesh import Mesh
 
 
-def open_data(config: RunConfig) -> tuple[TokenDataset, TokenDataset | None]:
+def open_data(
+    config: RunConfig, vocab_size: int | None
+) -> tuple[TokenDataset, TokenDataset | None]:
     """The training data, and the validation data if there is any; every rank must call it.
 
     Without ``data.validation`` it is the validation split of the training data, if all sources have
-    one.
+    one. ``vocab_size``: of the model; None: not checked.
 
     Raises:
         AgreedError: data that cannot be read or do not fit the model, or ``checkpoint.keep_best``
             without validation data.
     """
-    training, validation = run_on_all(lambda: _open(config))
+    training, validation = run_on_all(lambda: _open(config, vocab_size))
     if config.checkpoint.keep_best and validation is None:
         raise AgreedError(
             f"checkpoint.keep_best is {config.checkpoint.keep_best} and there is no validation "
@@ -40,15 +41,15 @@ def open_data(config: RunConfig) -> tuple[TokenDataset, TokenDataset | None]:
     return training, validation
 
 
-def _open(config: RunConfig) -> tuple[TokenDataset, TokenDataset | None]:
+def _open(config: RunConfig, vocab_size: int | None) -> tuple[TokenDataset, TokenDataset | None]:
     data = config.data
     training = open_training_data(
         [{"path": s.path, "weight": s.weight} for s in data.train],
         sequence_length=data.sequence_length,
         packing=data.packing,
     )
-    if config.model.from_pretrained is None:  # else: check_pretrained_tokenizer
-        check_vocabulary(training, sizes_of(config).vocab_size)
+    if vocab_size is not None:
+        check_vocabulary(training, vocab_size)
     validation = None
     paths = list(data.validation or ())
     if not paths and all(has_validation_split(source.path) for source in data.train):
