@@ -75,7 +75,7 @@ def _acquire(folder: Path) -> IO[str]:
 def _open(folder: Path) -> IO[str]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return open(folder / RUN_LOCK, "a+", encoding="utf-8")
+        return open(folder / RUN_LOCK, "a+", encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(
             f"run.dir {folder} cannot be written: {error.strerror}; fix the path or its permissions"

@@ -73,3 +73,16 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     (tmp_path / RUN_LOCK).symlink_to("/dev/full")
     with pytest.raises(AgreedError, match=f"run.dir {tmp_path} cannot be written"):
         run_folder_lock(tmp_path).__enter__()
+
+
+def test_a_name_that_is_too_long_and_a_lock_file_of_bytes_are_no_tracebacks(tmp_path: Path) -> None:
+    with (
+        pytest.raises(AgreedError, match="cannot be written: File name too long"),
+        run_folder_lock(tmp_path / ("x" * 300)),
+    ):
+        pass
+    folder = tmp_path / ("x" * 240)
+    folder.mkdir()
+    (folder / RUN_LOCK).write_bytes(b"\xff\xfe")
+    with run_folder_lock(folder):
+        assert b"\xff" not in (folder / RUN_LOCK).read_bytes()
