@@ -262,7 +262,7 @@ class ShardedFiles:
         return follow(self._open(file), keys) or {}
 
     def _elementwise(self, flat: dict[str, Any]) -> dict[str, Tensor]:
-        """States with a value for every element of a flat tensor; those of a mask spread out."""
+        """States with one value per element of a flat tensor; masked ones are expanded."""
         if self._spread[0] == id(flat):
             return self._spread[1]
         state = self._state(flat)

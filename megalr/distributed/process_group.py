@@ -84,8 +84,8 @@ def own_device(local_rank: int) -> torch.device:
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if count == 1:
-        # SLURM and wrapper scripts show a process its own GPU only, in more ways than variables
-        # tell; the rendezvous finds processes that share one. DeepSpeed reads LOCAL_RANK.
+        # SLURM and wrapper scripts can show a process only its own GPU, in ways that no variable
+        # reveals; the rendezvous detects processes that share one. DeepSpeed reads LOCAL_RANK.
         os.environ["LOCAL_RANK"] = "0"
         local_rank = 0
     if local_rank >= count:

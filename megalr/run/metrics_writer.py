@@ -141,7 +141,7 @@ class MetricsWriter:
 
 @contextlib.contextmanager
 def _one_line(folder: Path) -> Iterator[None]:
-    """The system's words instead of a traceback where metrics cannot be written."""
+    """Report an error of writing metrics as one line."""
     try:
         yield
     except OSError as error:

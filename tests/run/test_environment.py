@@ -108,7 +108,7 @@ def test_the_collective_that_a_dead_rank_leaves_unanswered_is_named() -> None:
         run_distributed(_lose_rank_one, 2)
 
 
-def test_other_errors_keep_their_words() -> None:
+def test_other_errors_pass_unchanged() -> None:
     with pytest.raises(RuntimeError, match=r"^shapes differ$"), name_lost_peers(60):
         raise RuntimeError("shapes differ")
     with pytest.raises(PeerLost, match="a collective got no answer"), name_lost_peers(60):

@@ -122,7 +122,7 @@ def pretrain(
     overrides: tuple[str, ...] = (),
     **env: str,
 ) -> Job:
-    """Submit the shipped script with ``ranks`` a node, on these nodes or on any so many."""
+    """Submit the shipped script with ``ranks`` per node, on these nodes or this number of them."""
     count = nodes if isinstance(nodes, int) else len(nodes)
     header = [f"--nodes={count}", "--cpus-per-task=1"]
     if not isinstance(nodes, int):

@@ -75,7 +75,7 @@ def test_a_preempted_job_of_two_nodes_goes_on_exactly(
     job.start_again_soon()
     job.wait_for_state("COMPLETED")
     starts = [event["update"] for event in events(recipe.parent / "run", "start")]
-    assert starts[0] == 0 and 50 <= starts[1] < 200  # from the checkpoint made when told to stop
+    assert starts[0] == 0 and 50 <= starts[1] < 200  # from the checkpoint made on the stop request
     assert losses(recipe.parent / "run") == expected(reference)
     report = [line for line in job.text().splitlines() if line.startswith("[environment]")]
     assert "ranks 2 on 2 hosts: 127.0.0.2 (ranks 0: 1 x" in report[1]
@@ -141,7 +141,7 @@ def test_at_the_time_limit_it_saves_and_requeues_itself_and_scancel_ends_it(
 ) -> None:
     job, recipe = endless
     run = recipe.parent / "run"
-    # SLURM signals up to a minute before it was told to (300 s, in the script): at its next look.
+    # SLURM signals up to a minute before the set time (300 s, in the script): at its next look.
     limit = job.minutes_running() + 5
     cluster.query("scontrol", "update", f"jobid={job.number}", f"TimeLimit={limit}")
     job.wait_for_text("the time limit is near: the run saves and stops")
