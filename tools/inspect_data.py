@@ -47,8 +47,8 @@ def print_inspection(folder: Path, found: Inspection) -> None:
         per_shard = figures.tokens_per_shard
         print(
             f"{split}: {figures.shards} shards, {figures.documents:,} documents, "
-            f"{figures.tokens:,} tokens ({figures.bytes_per_token:.2f} bytes of text a token)\n"
-            f"  tokens a shard: {min(per_shard):,} to {max(per_shard):,}; tokens a document: "
+            f"{figures.tokens:,} tokens ({figures.bytes_per_token:.2f} bytes of text per token)\n"
+            f"  tokens per shard: {min(per_shard):,} to {max(per_shard):,}; tokens per document: "
             f"{figures.shortest:,} to {figures.longest:,}, "
             f"mean {figures.tokens / max(figures.documents, 1):.1f}\n"
             f"  skipped: {figures.bad_lines:,} bad records, {figures.empty_documents:,} empty "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,11 +41,13 @@ class MappedFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._map: mmap.mmap | None = None  # an empty file cannot be mapped
+        self.current_size: Callable[[], int] = lambda: 0  # one system call, no look at the path
         try:
             with open(path, "rb") as stream:
                 self.stamp = FileStamp.of(os.fstat(stream.fileno()))
                 if self.stamp.size:
                     self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+                    self.current_size = self._map.size
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
@@ -60,8 +63,8 @@ class MappedFile:
         return np.frombuffer(self._map, dtype, count, offset)
 
     def check_size(self) -> None:
-        """UserError if the file has become shorter; costs one system call, no look at the path."""
-        if self._map is not None and (size := self._map.size()) < self.stamp.size:
+        """UserError if the file has become shorter."""
+        if (size := self.current_size()) < self.stamp.size:
             raise UserError(
                 f"{self.path}: was truncated to {size} bytes while in use, it had "
                 f"{self.stamp.size}; {_ADVICE}"

@@ -25,6 +25,7 @@ import io
 import os
 import resource
 import struct
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -106,6 +107,7 @@ class IndexedShard:
         self.prefix = Path(prefix)
         self.idx, self.bin = idx_path(prefix), bin_path(prefix)
         self._files: dict[Path, MappedFile] = {}
+        self._sizes: list[tuple[Callable[[], int], int, MappedFile]] = []  # short: read often
         try:
             sizes = self._size(self.idx), self._size(self.bin)
             # Not a map: it would hold a descriptor that packing never needs.
@@ -173,13 +175,15 @@ class IndexedShard:
     def _mapped(self, path: Path) -> MappedFile:
         """The file at ``path``, mapped when it is first needed."""
         if path not in self._files:
-            self._files[path] = MappedFile(path)
+            file = self._files[path] = MappedFile(path)
+            self._sizes.append((file.current_size, file.stamp.size, file))
         return self._files[path]
 
     def check_sizes(self) -> None:
         """UserError if a mapped file has become shorter; call it before reading."""
-        for file in self._files.values():
-            file.check_size()
+        for size_now, size, file in self._sizes:
+            if size_now() < size:
+                file.check_size()
 
     def _array(self, dtype: str, offset: int, count: int) -> NDArray[Any]:
         return self._mapped(self.idx).array(dtype, count, offset)
@@ -268,7 +272,7 @@ class IndexedShard:
 
         start, stop = byte(first), byte(last)
         sound = (start >= 0) & (start <= stop) & (stop <= size) & (start % self.dtype.itemsize == 0)
-        # The usual index has one sequence a document: its length must span exactly these bytes.
+        # The usual index has one sequence per document: its length must span exactly these bytes.
         single = last - first == 1
         if self.num_sequences:
             held = self.lengths[np.minimum(first, self.num_sequences - 1)].astype(np.int64)
@@ -284,7 +288,7 @@ class IndexedShard:
 
     def sizes(self, documents: Integers) -> Integers:
         """Number of tokens of each document, without the checks of :meth:`spans`."""
-        if self.num_sequences == self.num_documents:  # one sequence a document
+        if self.num_sequences == self.num_documents:  # one sequence per document
             return self.lengths[documents].astype(np.int64)
         return self.spans(documents)[1]
 

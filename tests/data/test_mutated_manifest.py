@@ -11,8 +11,8 @@ import pytest
 
 from megalr.data import open_training_data, open_validation_data
 from megalr.errors import UserError
+from tests.damage import mutated_bytes, mutated_json
 from tests.data.shards import random_documents, write_dataset
-from tests.mutations import mutated_bytes, mutated_json
 
 
 def _contents(folder: Path) -> list[Any]:

@@ -18,8 +18,8 @@ from megalr.preprocessing.tokenizer import open_tokenizer
 from megalr.readers.documents import DocumentReader, ReadOptions, ReadReport
 from megalr.readers.input_splits import InputSplit
 from megalr.readers.token_sources import TokenReader
+from tests.damage import mutated_bytes, mutated_json
 from tests.data.shards import random_documents, write_shard
-from tests.mutations import mutated_bytes, mutated_json
 from tests.preprocessing.corpus import prose, tiny_tokenizer, write_jsonl
 from tests.preprocessing.test_job import contents, preprocess
 from tests.preprocessing.test_token_sources import write_ds
