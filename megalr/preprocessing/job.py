@@ -159,11 +159,12 @@ class PreprocessJob:
 
     def _check_same(self, found: Any, path: Path) -> None:
         record = found if isinstance(found, dict) else {}
-        for key in sorted(set(self._record) | set(record)):
-            if record.get(key) != self._record.get(key):
+        own = self.settings.record_like(record, self.tokenizer)
+        for key in sorted(set(own) | set(record)):
+            if record.get(key) != own.get(key):
                 raise UserError(
                     f"{path}: this folder was started with {key} = {record.get(key)!r}, now it is "
-                    f"{self._record.get(key)!r}; use the same settings or another output folder"
+                    f"{own.get(key)!r}; use the same settings or another output folder"
                 )
 
     def _collect(

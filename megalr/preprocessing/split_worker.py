@@ -71,6 +71,12 @@ class WorkSettings:
             "split": self.split,
         }
 
+    def record_like(self, earlier: Any, tokenizer: Tokenizer) -> dict[str, Any]:
+        """The record to compare with an earlier run's, with its form of the fingerprint."""
+        found = earlier.get("tokenizer") if isinstance(earlier, dict) else None
+        same = isinstance(found, str) and tokenizer.has_fingerprint(found)
+        return self.record(str(found) if same else tokenizer.fingerprint)
+
 
 @dataclass(frozen=True)
 class SplitResult:
@@ -272,7 +278,7 @@ def finished_split(
     except UserError:
         return None  # damaged: the input split is processed again
     source = result.shards[0].source
-    if recorded != settings.record(tokenizer.fingerprint) or (
+    if recorded != settings.record_like(recorded, tokenizer) or (
         source.bytes,
         source.start,
         source.stop,

@@ -180,7 +180,9 @@ class HuggingFaceTokenizer:
         return self._tokenizer.get_vocab()
 
     def has_fingerprint(self, fingerprint: str) -> bool:
-        return fingerprint in (self.fingerprint, _hash_files(self.path, FORMER_FILES))
+        return fingerprint == self.fingerprint or fingerprint == _hash_files(
+            self.path, FORMER_FILES
+        )
 
     def copy_to(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from megalr.errors import UserError
 from megalr.preprocessing.compare_tokenizers import tokenizer_difference
 from megalr.preprocessing.hf_tokenizer import conversion_problem
+from megalr.preprocessing.split_worker import WorkSettings
 from megalr.preprocessing.tokenizer import holds_tokenizer, open_tokenizer
 from tests.preprocessing.corpus import prose, tiny_tokenizer
 
@@ -163,6 +164,11 @@ def test_fingerprints_of_earlier_versions_are_recognized(tmp_path: Path) -> None
     tokenizer = open_tokenizer(folder)
     assert tokenizer.fingerprint != former() and tokenizer.has_fingerprint(former())
     assert not tokenizer.has_fingerprint("0" * 64)
+    settings = WorkSettings(tmp_path / "out", folder)
+    own, earlier = settings.record(tokenizer.fingerprint), settings.record(former())
+    assert settings.record_like(earlier, tokenizer) == earlier  # a job of before goes on
+    assert settings.record_like(settings.record("0" * 64), tokenizer) == own
+    assert settings.record_like(None, tokenizer) == own
 
 
 def test_code_of_a_tokenizers_folder_is_never_run(
