@@ -44,11 +44,7 @@ def test_a_lap_on_a_gpu_lasts_until_its_work_is_done() -> None:
     device = torch.device("cuda")
     watch = Stopwatch(device, lambda: 0.0)
     torch.cuda._sleep(100_000_000)
-    seconds = watch.lap()
-    end = torch.cuda.Event()
-    end.record()
-    assert seconds() > 0.01
-    assert end.query() or torch.cuda.current_stream().query()
+    assert watch.lap()() > 0.01  # the clock of the host stands at 0
 
 
 def _run_on_a_clock(values: dict[str, Any]) -> int:
