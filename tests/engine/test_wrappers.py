@@ -98,7 +98,7 @@ def test_a_flat_slice_without_a_layout_is_never_taken_for_a_tensor():
     flat = torch.nn.Parameter(weight.detach().flatten())
     optimizer.param_groups[0]["params"] = [flat]
     flat.grad = torch.randn(24)
-    with pytest.raises(RuntimeError, match="no layout for: call megalr"):
+    with pytest.raises(RuntimeError, match="no layout for: call attach_layouts"):
         optimizer.step()
 
 
