@@ -28,8 +28,8 @@ import torch
 from megalr.errors import exit_cleanly
 from megalr.models.config import decoder_config
 from megalr.optim import SPAM, Apollo, ApolloMini, Fira, GaLore, GoLore, Muon, StableSPAM
-from megalr.optim.base import ShardedOptimizer
 from megalr.optim.projection import side_of, subspace_basis, svd_bases
+from megalr.optim.sharded_optimizer import ShardedOptimizer
 from megalr.sharding.fragment import FlatLayout, Fragment, LogicalTensor
 
 Shape = tuple[int, int]

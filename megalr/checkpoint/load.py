@@ -32,7 +32,7 @@ from megalr.engine.checkpoint_files import (
 )
 from megalr.engine.state import EngineState
 from megalr.errors import AgreedError, UserError
-from megalr.optim.base import ShardedOptimizer
+from megalr.optim.sharded_optimizer import ShardedOptimizer
 from megalr.sharding.tensor_shard import shard_of
 
 

@@ -21,9 +21,8 @@ from megalr.errors import UserError
 from megalr.models.build import build_decoder, make_plan, sizes_of
 from megalr.models.decoder import Decoder
 from megalr.models.recompute import SELECTIVE
-from megalr.optim.build import build_optimizer
 from megalr.optim.groups import describe_groups, parameter_groups
-from megalr.optim.methods import RunFacts
+from megalr.optim.methods import RunFacts, build_optimizer
 from megalr.sharding.tensor_shard import shard_of
 from megalr.tensor_parallel.mesh import Mesh
 

@@ -22,7 +22,7 @@ from torch import nn
 from megalr.engine.state import EngineState
 from megalr.engine.torch_pickle import system_error, unpickle, write_tensors
 from megalr.engine.wrappers import wrapper_of
-from megalr.optim.base import ShardedOptimizer
+from megalr.optim.sharded_optimizer import ShardedOptimizer
 from megalr.sharding.tensor_shard import shard_of
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")

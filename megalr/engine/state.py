@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from megalr.engine.wrappers import wrapper_of
 from megalr.errors import UserError
-from megalr.optim.base import ShardedOptimizer
 from megalr.optim.loro import LORO
 from megalr.optim.matrix import MatrixOptimizer
 from megalr.optim.muon import Muon
+from megalr.optim.sharded_optimizer import ShardedOptimizer
 from megalr.optim.spam import SPAM
 from megalr.optim.stable_spam import StableSPAM
 from megalr.sharding.tensor_shard import shard_of

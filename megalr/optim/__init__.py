@@ -4,8 +4,7 @@ Must not know: the engine, ZeRO stages, the training loop.
 """
 
 from megalr.optim.apollo import Apollo, ApolloMini
-from megalr.optim.galore import Fira, GaLore
-from megalr.optim.golore import GoLore
+from megalr.optim.galore import Fira, GaLore, GoLore
 from megalr.optim.loro import LORO
 from megalr.optim.muon import Muon
 from megalr.optim.spam import SPAM

@@ -13,8 +13,8 @@ from megalr.config.optimizers import AdamWOptimizer
 from megalr.config.projected import LOROMethod
 from megalr.errors import UserError
 from megalr.optim import adam_h
-from megalr.optim.base import ShardedOptimizer
 from megalr.optim.options import check_options, with_defaults
+from megalr.optim.sharded_optimizer import ShardedOptimizer
 from megalr.sharding.exchange import buckets, from_owner, to_owner
 from megalr.sharding.fragment import FlatLayout, LogicalTensor
 

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import torch
 
 from megalr.optim import adam_h
-from megalr.optim.base import ShardedOptimizer, require_matrix
 from megalr.optim.projection import leading_bases, mixed_seed, refresh_due
+from megalr.optim.sharded_optimizer import ShardedOptimizer, require_matrix
 from megalr.sharding.exchange import Item, update_matrices
 from megalr.sharding.fragment import LogicalTensor
 

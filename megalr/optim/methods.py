@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from megalr.errors import UserError
+from megalr.kernels.adamw import AdamW
 from megalr.optim.apollo import Apollo, ApolloMini
-from megalr.optim.base import ShardedOptimizer
-from megalr.optim.galore import Fira, GaLore
-from megalr.optim.golore import GoLore
+from megalr.optim.galore import Fira, GaLore, GoLore
 from megalr.optim.loro import LORO
 from megalr.optim.matrix import MatrixOptimizer
 from megalr.optim.muon import Muon
 from megalr.optim.options import option_names
+from megalr.optim.sharded_optimizer import ShardedOptimizer
 from megalr.optim.spam import SPAM
 from megalr.optim.stable_spam import StableSPAM
 
@@ -149,3 +149,29 @@ OPTIMIZER_RULES: dict[str, type[ShardedOptimizer]] = {
     "stable_spam": StableSPAM,
     "muon": Muon,
 }
+
+
+def build_optimizer(
+    settings: Any, method: Any, groups: Groups, facts: RunFacts
+) -> torch.optim.Optimizer:
+    """The optimizer over ``groups`` (see optim.groups).
+
+    Plain ``adamw`` is torch's fused AdamW (decoupled decay, epsilon outside the bias correction),
+    on CUDA and on the CPU (offload), with a custom kernel for bf16 states (see kernels.adamw);
+    everything else is this package's (see :func:`make_optimizer`). The learning rate is 0 until the
+    loop sets it before every update, so that nothing the engine does before the first one can
+    change a weight.
+
+    Raises:
+        UserError: a method and an optimizer that do not go together, a rank beyond a matrix.
+    """
+    optimizer: torch.optim.Optimizer | None = make_optimizer(settings, method, groups, facts)
+    if optimizer is None:
+        options = {"lr": 0.0, "betas": settings.betas, "eps": settings.eps}
+        if facts.bf16_states and facts.kernels:
+            optimizer = AdamW(groups, **options)
+        else:
+            optimizer = torch.optim.AdamW(groups, **options, fused=True)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    return optimizer

@@ -9,8 +9,8 @@ import torch
 
 from megalr.config.optimizers import SPAMOptimizer
 from megalr.optim import adam_h
-from megalr.optim.base import ShardedOptimizer
 from megalr.optim.projection import mixed_seed
+from megalr.optim.sharded_optimizer import ShardedOptimizer
 from megalr.sharding.fragment import FlatLayout
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megalr.config.optimizers import StableSPAMOptimizer
 from megalr.optim import adam_h
-from megalr.optim.base import ShardedOptimizer, scalar_dtype
+from megalr.optim.sharded_optimizer import ShardedOptimizer, scalar_dtype
 from megalr.sharding.exchange import reduce_over_ranks
 from megalr.sharding.fragment import FlatLayout, Fragment
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from megalr.engine.state import EngineState
 from megalr.errors import UserError
-from megalr.optim.base import ShardedOptimizer
+from megalr.optim.sharded_optimizer import ShardedOptimizer
 from megalr.restarts.refactorize import sum_over
 
 Counter = Literal["zero", "one", "keep"]

@@ -17,8 +17,7 @@ import torch
 
 from megalr.engine.skip_step import step_or_skip
 from megalr.kernels.adamw import AdamW
-from megalr.optim.build import build_optimizer
-from megalr.optim.methods import RunFacts
+from megalr.optim.methods import RunFacts, build_optimizer
 from tests.kernels.where import DEVICE, needs_triton
 
 ONE_APART = 2.0**-7

@@ -16,9 +16,8 @@ from megalr.engine.build import set_learning_rate
 from megalr.errors import UserError
 from megalr.models.build import build_decoder
 from megalr.models.config import decoder_config
-from megalr.optim.build import build_optimizer
 from megalr.optim.groups import parameter_groups
-from megalr.optim.methods import RunFacts
+from megalr.optim.methods import RunFacts, build_optimizer
 from tests.optim.test_methods import METHODS, OPTIMIZERS
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "vocab_size": 64}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megalr.optim.orthogonal import muon_update, orthogonalized
+from megalr.optim.muon import muon_update, orthogonalized
 
 SHAPES = [(8, 5), (5, 8), (6, 6), (48, 160), (160, 48), (1, 7), (7, 1), (130, 129)]
 
