@@ -85,7 +85,7 @@ class ModelConfig(Section):
         if info.data["from_pretrained"] is None and preset is None:
             raise PydanticKnownError("missing")
         if info.data["from_pretrained"] is not None and preset is not None:
-            raise ValueError("must be left out with model.from_pretrained, which gives the sizes")
+            raise ValueError("must not be given with model.from_pretrained, which gives the sizes")
         return preset
 
 

@@ -120,7 +120,7 @@ def _hint(name: str, prefix: str, target: dict[str, Any]) -> str:
     if close:
         return f"did you mean {prefix}{close}?"
     if not prefix:
-        return "DeepSpeed would ignore it in silence"
+        return "DeepSpeed would silently ignore it"
     return f"known: {', '.join(sorted(known))}"
 
 

@@ -119,12 +119,7 @@ def state_bytes(
     master = 2 if precision == "paper_bf16" else 4
     added = 4 if accumulation == "fp32" else 2
 
-    own_rule = config.method.name in PROJECTED or config.optimizer.name in (
-        "spam",
-        "stable_spam",
-        "muon",
-    )
-    groups = group_sizes(tensors, layers, own_rule)
+    groups = group_sizes(tensors, layers, _splits_targets(config))
     total = sum(groups.values())
     flat = {name: round_up(size, 2 * data_size) for name, size in groups.items()}
     if stage == 0:
@@ -171,6 +166,12 @@ def state_bytes(
         4 * total + _frozen(tensors, layers, 4, 1),
         host,
     )
+
+
+def _splits_targets(config: RunConfig) -> bool:
+    """Whether the update rule keeps dense target matrices in a parameter group of their own."""
+    own_rules = ("spam", "stable_spam", "muon")
+    return config.method.name in PROJECTED or config.optimizer.name in own_rules
 
 
 def _directions(groups: dict[str, int]) -> int:

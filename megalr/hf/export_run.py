@@ -19,7 +19,7 @@ from megalr.hf.trained_run import (
     tokenizer_of,
 )
 from megalr.hf.write import ExportOptions, check_output, write_model
-from megalr.models.build import sizes_of
+from megalr.models.build import has_dense_weights, sizes_of
 from megalr.models.config import DecoderConfig
 from megalr.preprocessing.compare_tokenizers import tokenizer_difference
 from megalr.preprocessing.tokenizer import Tokenizer, open_tokenizer
@@ -58,10 +58,10 @@ def export_run(
     config = run_config(checkpoint)
     sizes = sizes_of(config)
     families_of(sizes)  # fail before reading gigabytes
-    if config.method.name == "cola":
+    if not has_dense_weights(config.method):
         raise UserError(
-            f"{run} was trained with method cola, which has a nonlinearity between its factors: "
-            "there are no dense weights with the same function to export"
+            f"{run} was trained with method {config.method.name}, which has a nonlinearity between "
+            "its factors: there are no dense weights with the same function to export"
         )
     chosen = _tokenizer(config, tokenizer)
     decoder = load_decoder(run, checkpoint)

@@ -38,7 +38,13 @@ from megalr.hf.read import (
 from megalr.layers.linear import FactorizedLinear, GroupedLinear
 from megalr.layers.lora import LoRALinear
 from megalr.layers.sltrain import SLTrainLinear
-from megalr.models.build import SparseIndices, build_decoder, build_model, sizes_of
+from megalr.models.build import (
+    SparseIndices,
+    build_decoder,
+    build_model,
+    has_sparse_indices,
+    sizes_of,
+)
 from megalr.models.config import decoder_config
 from megalr.models.decoder import Decoder
 from megalr.preprocessing.compare_tokenizers import tokenizer_difference
@@ -323,7 +329,7 @@ def read_supports(config: RunConfig, folder: Path) -> SparseIndices | None:
     Raises:
         UserError: the file is missing or damaged.
     """
-    if config.model.from_pretrained is None or config.method.name != "sltrain":
+    if config.model.from_pretrained is None or not has_sparse_indices(config.method):
         return None
     path = folder / SUPPORTS
     try:

@@ -126,6 +126,17 @@ def _why_not_bottleneck(config: DecoderConfig, method: Any, ranks: int) -> str |
     return None
 
 
+def has_dense_weights(method: Any) -> bool:
+    """Whether every layer of the method computes with some dense matrix (not CoLA's, which has a
+    nonlinearity between its factors)."""
+    return method.name != "cola"
+
+
+def has_sparse_indices(method: Any) -> bool:
+    """Whether layers of the method have sparse entries at fixed positions (SLTrain)."""
+    return method.name == "sltrain"
+
+
 def projection_names(shape: LinearShape) -> list[str]:
     """Short names of a group's matrices: ``["q", "k", "v"]``."""
     return [name.rsplit(".", 1)[1] for name in shape.names]

@@ -28,7 +28,7 @@ from megalr.preprocessing.split_worker import (
     finished_path,
     load_finished,
 )
-from megalr.preprocessing.tokenizer import Tokenizer, describe, open_tokenizer, require_eos
+from megalr.preprocessing.tokenizer import Tokenizer, open_tokenizer, require_eos, tokenizer_info
 from megalr.readers.input_splits import InputSplit, plan_splits
 from megalr.version import __version__
 
@@ -228,7 +228,7 @@ class PreprocessJob:
         if sum(shard.documents for shard in shards) == 0:
             raise UserError(f"{output}: the inputs hold no document; check --input and --text_key")
         manifest = DataManifest(
-            tokenizer=describe(self.tokenizer, TOKENIZER_FOLDER),
+            tokenizer=tokenizer_info(self.tokenizer, TOKENIZER_FOLDER),
             append_eos=self.settings.append_eos,
             dtype=token_dtype(self.tokenizer.vocab_size).name,
             shards=tuple(shards),

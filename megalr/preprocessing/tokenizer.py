@@ -265,7 +265,7 @@ def require_eos(tokenizer: Tokenizer) -> None:
         )
 
 
-def describe(tokenizer: Tokenizer, path: str) -> TokenizerInfo:
+def tokenizer_info(tokenizer: Tokenizer, path: str) -> TokenizerInfo:
     """The manifest's record of a tokenizer whose copy lies at ``path`` in the data folder."""
     return TokenizerInfo(
         path=path,

@@ -240,6 +240,6 @@ def test_a_start_given_on_the_command_line_replaces_the_files(tmp_path: Path) ->
     config = load_run_config([write(tmp_path, text, "b.yaml")], ["model.preset=llama_60m"])
     assert (config.model.from_pretrained, config.model.preset) == (None, "llama_60m")
     both = ["model.from_pretrained=models/llama", "model.preset=llama_60m"]
-    assert "must be left out with model.from_pretrained" in problems_of([preset], both)
+    assert "must not be given with model.from_pretrained" in problems_of([preset], both)
     text = MINIMAL.replace("preset:", "from_pretrained: models/llama, preset:")
-    assert "must be left out with" in problems_of([write(tmp_path, text, "c.yaml")], [])
+    assert "must not be given with" in problems_of([write(tmp_path, text, "c.yaml")], [])

@@ -223,7 +223,7 @@ def test_all_mistakes_of_a_json_are_reported_together() -> None:
         "zero_allow_untested_optimizer = false: megalr relies on true",
         "steps_per_print = 'often': must be like 1000000000",
         "comms_logger.enable = true: unknown key; did you mean comms_logger.enabled?",
-        "nonsense_of_mine = 1: unknown key; DeepSpeed would ignore it in silence",
+        "nonsense_of_mine = 1: unknown key; DeepSpeed would silently ignore it",
     ]
     lines = message.splitlines()
     for start in expected:

@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megalr.data.manifest import load_manifest
-from megalr.preprocessing.tokenizer import describe, open_tokenizer
+from megalr.preprocessing.tokenizer import open_tokenizer, tokenizer_info
 from tests.synthetic import VOCAB_SIZE, write_dataset
 
 
@@ -34,5 +34,5 @@ def write_data(folder: Path, prefix: str = "w") -> Path:
     write_dataset(folder)
     tokenizer = open_tokenizer(write_tokenizer(folder / "tokenizer", prefix))
     manifest = load_manifest(folder)
-    replace(manifest, tokenizer=describe(tokenizer, "tokenizer")).save(folder)
+    replace(manifest, tokenizer=tokenizer_info(tokenizer, "tokenizer")).save(folder)
     return folder
