@@ -87,6 +87,9 @@ def _worker(rank: int, world_size: int, port: int, pipe: Connection) -> None:
             pipe.send((True, function(*args)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
+        # Finalizers of the last engine run here. Those that import something, in the middle of
+        # another import, break it in Python 3.11 (KeyError in importlib, CPython issue 106176).
+        gc.collect()
     torch.distributed.destroy_process_group()
 
 

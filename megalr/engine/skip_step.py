@@ -9,8 +9,9 @@ An update is bad if its loss or gradient is not finite on some rank, or if the l
    ZeRO, ``BF16_Optimizer``) :func:`step_or_skip` tests it. The host waits for the answer, except
    with a fused AdamW, which skips inside its kernel, so a GPU goes on while Python prepares the
    next update.
-3. :func:`step_outcome` gives the norm and whether the step was skipped: a bool, or a
-   :class:`DeferredSkip` while only the device knows.
+3. ``step_result`` of the engine's adapter (engine.wrapper) gives the norm and whether the step was
+   skipped: a bool, or a number on the device, which a :class:`DeferredSkip` reads later.
+4. ``StepResult.applied`` (training.step) is what the loop asks; ``Health.count`` decides.
 
 DeepSpeed's side of this is in docs/dev/deepspeed-notes.md.
 """
@@ -22,8 +23,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-
-from megalr.engine.wrappers import wrapper_of
 
 
 class HostCopy:
@@ -85,7 +84,7 @@ def step_or_skip(
 
     The clipped gradient is g / max(1, (norm + 1e-6) / limit). Sets ``optimizer.overflow``, which
     the engine reads after the step: whether the host knows that the step was skipped. Sets
-    ``optimizer.skipped`` for :func:`step_outcome`: the same, or 1 or 0 on the device, shape ().
+    ``optimizer.skipped`` for ``step_result``: the same, or 1 or 0 on the device, shape ().
 
     Args:
         optimizer: the engine's; a wrapper has the run's optimizer in its attribute ``optimizer``.
@@ -118,13 +117,3 @@ def _skips_on_device(base: torch.optim.Optimizer) -> bool:
     """
     fused = isinstance(base, torch.optim.AdamW) and all(g["fused"] for g in base.param_groups)
     return fused and bool(base.state)
-
-
-def step_outcome(engine: Any) -> tuple[torch.Tensor | float, DeferredSkip | bool]:
-    """Norm of the averaged gradient of the last step before clipping, and whether it was skipped.
-
-    Call it once after each step. The norm may be on the device; NaN if the engine has none. Of a
-    step that was skipped nothing is left.
-    """
-    norm, skipped = wrapper_of(engine).step_result()
-    return norm, DeferredSkip(engine, skipped) if isinstance(skipped, torch.Tensor) else skipped

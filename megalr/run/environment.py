@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,6 @@ _INFINIBAND = Path("/sys/class/infiniband")
 
 def versions(device: torch.device) -> dict[str, str]:
     """Versions of everything the results depend on, and the device's name."""
-    import deepspeed
-
     nccl = "none"
     if device.type == "cuda":
         nccl = ".".join(map(str, torch.cuda.nccl.version()))
@@ -36,7 +35,7 @@ def versions(device: torch.device) -> dict[str, str]:
         "source": source_hash()[:12],
         "commit": commit(),
         "torch": torch.__version__,
-        "deepspeed": deepspeed.__version__,
+        "deepspeed": version("deepspeed"),
         "python": platform.python_version(),
         "cuda": torch.version.cuda or "none",
         "nccl": nccl,
@@ -122,14 +121,12 @@ def check_ranks_agree(config: RunConfig, ds_config: dict[str, Any], fingerprint:
     Raises:
         AgreedError: names the first rank that differs, its host, the keys and both values.
     """
-    import deepspeed
-
     own = {
         "host": host_name(),
         "code": {
             "megalr": f"{megalr.__version__} with source {source_hash()[:12]}",
             "torch": torch.__version__,
-            "deepspeed": deepspeed.__version__,
+            "deepspeed": version("deepspeed"),
             "python": platform.python_version(),
         },
         "config": config.model_dump(mode="json"),

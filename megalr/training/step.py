@@ -10,7 +10,8 @@ import torch
 
 from megalr.data.loader import UpdateBatch
 from megalr.engine.build import data_parallel_ranks, set_learning_rate
-from megalr.engine.skip_step import DeferredSkip, poison_nonfinite, step_outcome
+from megalr.engine.skip_step import DeferredSkip, poison_nonfinite
+from megalr.engine.wrappers import wrapper_of
 
 
 @dataclass
@@ -64,11 +65,10 @@ def train_step(
 ) -> StepResult:
     """Forward, backward and optimizer step; a bad update is skipped on all ranks.
 
-    Bad is a loss or gradient that is not finite, and what ``reject`` rejects. The host does not
-    wait for the device unless DeepSpeed or ``reject`` does. The gradient is that of the mean loss
-    per target over the global batch, whatever the number of ranks and micro-batches: each
-    micro-batch contributes its summed loss divided by the global number of targets, times the
-    number of ranks because the engine averages over them.
+    Bad is a loss or gradient that is not finite, and an update that ``reject`` rejects. The host
+    waits for the device only if DeepSpeed or ``reject`` does. The gradient is that of the mean loss
+    per target over the global batch, whatever the number of ranks and micro-batches: each adds its
+    summed loss divided by the global number of targets, times the ranks that the engine averages.
 
     Args:
         engine: DeepSpeed's engine around a Decoder.
@@ -78,9 +78,9 @@ def train_step(
         reject: called on every rank before the last backward pass, when ``loss_sum`` is complete;
             must return the same everywhere. None: nothing but non-finite numbers is bad.
     """
-    device = engine.device
+    device, targets = engine.device, batch.num_targets
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    targets, samples = batch.num_targets, batch.samples_by_source
+    samples = batch.samples_by_source
     result = StepResult(update, batch.update, targets, samples, learning_rate, loss_sum)
     set_learning_rate(engine, learning_rate)
     scale = data_parallel_ranks(engine) / max(1, targets)
@@ -99,5 +99,6 @@ def train_step(
         # micro-batches in spite of scale_wrt_gas (docs/dev/deepspeed-notes.md).
         engine.backward(poison_nonfinite(loss), scale_wrt_gas=False)
         engine.step()
-    result.norm, result.skipped = step_outcome(engine)
+    result.norm, skipped = wrapper_of(engine).step_result()
+    result.skipped = skipped if isinstance(skipped, bool) else DeferredSkip(engine, skipped)
     return result
