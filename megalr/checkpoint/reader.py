@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalr.checkpoint.description import read_description
 from megalr.checkpoint.directory import CHECKPOINTS, tags
 from megalr.checkpoint.manifest import CheckpointManifest, Damaged, check_files, read_manifest
 from megalr.checkpoint.source import MASTER, SavedState, StateSource, TensorState, whole
@@ -145,9 +146,12 @@ class ShardedFiles:
             raise Damaged("it has no fragments_*.pt: it was written by something else")
         self._ranks: dict[int, list[dict[str, Any]]] = {}  # by tensor-parallel rank
         for path in paths:
-            tensor_rank = int(path.stem.rsplit("_", 1)[1])
-            self._ranks.setdefault(tensor_rank, []).append(load_mapped(path))
+            tensor_rank = path.stem.rsplit("_", 1)[1]
+            if not tensor_rank.isdigit():
+                raise Damaged(f"{path.name} is not the name of a description of a rank's files")
+            self._ranks.setdefault(int(tensor_rank), []).append(read_description(path))
         self._first = self._ranks[min(self._ranks)][0]
+        self._check_parameters()
         self._open = lru_cache(maxsize=None)(lambda name: load_mapped(folder / name))
         self._spread: tuple[int, dict[str, Tensor]] = (0, {})  # of the flat tensor read last
         self._logical: dict[str, list[tuple[dict[str, Any], int]]] = {}
@@ -155,6 +159,16 @@ class ShardedFiles:
             for flat in description["flats"]:
                 for index, name in enumerate(flat["tensors"]):
                     self._logical.setdefault(name, []).append((flat, index))
+
+    def _check_parameters(self) -> None:
+        """Every rank describes the same parameters, and each is sharded on all ranks or none."""
+        first = {name: r["shard"] is None for name, r in self._first["parameters"].items()}
+        for rank, descriptions in self._ranks.items():
+            for description in descriptions:
+                found = {n: r["shard"] is None for n, r in description["parameters"].items()}
+                if found != first:
+                    names = sorted(n for n in {*found, *first} if found.get(n) != first.get(n))
+                    raise Damaged(f"tensor-parallel rank {rank} describes {names[0]} differently")
 
     def names(self) -> list[str]:
         return list(self._first["parameters"])
@@ -232,6 +246,8 @@ class ShardedFiles:
             if low >= high:
                 continue
             part = self._tensor(flat, key).view(-1)[offset + low - first : offset + high - first]
+            if part.numel() != high - low:
+                raise Damaged(f"{flat['master'][0]} holds too few elements of {name} ({key})")
             if low == start and high == stop:
                 return part
             if low != done:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import pickle
 import re
@@ -19,14 +20,16 @@ import torch
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
 from megalr.checkpoint.find import find_checkpoint
-from megalr.checkpoint.manifest import manifest_text, read_manifest, record_of
-from megalr.checkpoint.reader import open_checkpoint
+from megalr.checkpoint.manifest import Damaged, manifest_text, read_manifest, record_of
+from megalr.checkpoint.reader import open_checkpoint, open_source
 from megalr.checkpoint.reshape import write_universal
 from megalr.checkpoint.retain import delete_superseded
+from megalr.checkpoint.source import MASTER
 from megalr.config.schema import RunConfig
 from megalr.engine.checkpoint_files import read_engine_files
 from megalr.engine.torch_pickle import write_tensors
 from megalr.errors import UserError
+from tests.damage import mutated_json
 from tests.ranks import RankFailed, run_distributed
 from tests.training.runs import events, losses, run, settings, zero
 
@@ -279,3 +282,27 @@ def test_a_full_disk_is_called_full(small_disk: Path, saved: Path, tmp_path: Pat
     with pytest.raises(UserError, match=r"could not be written \(No space left on device\)"):
         write_universal(open_checkpoint(run_dir))
     assert [path.name for path in newest.parent.iterdir()] == ["update_6"]
+
+
+def test_mutated_descriptions_of_files_are_read_or_damaged(saved: Path, tmp_path: Path) -> None:
+    """One value of ``fragments_*.pt`` changed, as if the manifest had been made for it."""
+    folder = tmp_path / "update_6"
+    shutil.copytree(saved / "checkpoints" / "update_6", folder)
+    path = folder / "fragments_00001_000.pt"
+    whole = torch.load(path, weights_only=True)
+    for flat in whole["flats"]:
+        flat["master"], flat["state"] = list(flat["master"]), list(flat["state"])
+    outcomes = {"read": 0, "damaged": 0}
+    for seed in range(300):
+        torch.save(mutated_json(whole, seed), path)
+        try:
+            source = open_source(folder)
+            for name in source.names():
+                for key in (MASTER, *source.element_states(name)):
+                    source.elements(name, key, 0, math.prod(source.shape(name)))
+                source.scalars(name)
+            outcomes["read"] += 1
+        except Damaged as error:
+            assert "\n" not in str(error)
+            outcomes["damaged"] += 1
+    assert outcomes["damaged"] > 150 and outcomes["read"] > 5, outcomes

@@ -26,7 +26,7 @@ from megalr.checkpoint.manifest import (
 from megalr.checkpoint.retain import Candidate, delete_superseded, superseded
 from megalr.checkpoint.source import STATE, SavedState
 from megalr.config.schema import RunConfig
-from tests.mutations import mutated
+from tests.damage import mutated_bytes
 from tests.training.runs import settings
 
 
@@ -226,7 +226,7 @@ def test_mutated_manifests_and_states_are_read_or_damaged(tmp_path: Path) -> Non
         whole = path.read_bytes()
         read_again = 0
         for _ in range(400):
-            path.write_bytes(mutated(whole, random))
+            path.write_bytes(mutated_bytes(whole, random.randrange(2**32)))
             try:
                 result = read(folder)
             except Damaged as error:

@@ -23,7 +23,7 @@ from megalr.run.folder import (
 )
 from megalr.run.metrics_reader import read_run
 from megalr.run.metrics_writer import MetricsWriter
-from tests.mutations import mutated
+from tests.damage import mutated_bytes
 from tests.training.runs import settings
 
 
@@ -139,7 +139,7 @@ def test_mutated_configurations_are_compared_or_refused_in_one_line(tmp_path: Pa
     whole = path.read_bytes()
     random = Random(19)
     for _ in range(60):
-        path.write_bytes(mutated(whole, random))
+        path.write_bytes(mutated_bytes(whole, random.randrange(2**32)))
         try:
             check_run_folder(config)
         except UserError as error:

@@ -20,7 +20,7 @@ from report import config_differences, curves, summary, write_html, write_png
 
 from megalr.errors import UserError
 from megalr.run.metrics_reader import perplexity_change, read_run
-from tests.mutations import mutated
+from tests.damage import mutated_bytes
 
 ROOT = Path(__file__).parents[2]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -204,7 +204,7 @@ def test_mutated_metrics_never_raise_anything_but_a_user_error(tmp_path: Path) -
     whole = path.read_bytes()
     random = Random(17)
     for _ in range(300):
-        path.write_bytes(mutated(whole, random))
+        path.write_bytes(mutated_bytes(whole, random.randrange(2**32)))
         try:
             run = read_run(folder)
         except UserError as error:
