@@ -111,6 +111,7 @@ def _check_share(
 
 
 def try_manifest(folder: Path) -> tuple[CheckpointManifest | None, str | None]:
+    """The manifest in a checkpoint's folder, or None and what is wrong with it."""
     try:
         return read_manifest(folder), None
     except Damaged as error:

@@ -42,17 +42,6 @@ class GaLore(MatrixOptimizer):
 
     declared = (AdamWOptimizer, GaLoreMethod)
 
-    def _refresh(
-        self,
-        own: dict[str, Any],
-        tensor: LogicalTensor,
-        grad: torch.Tensor,
-        group: dict[str, Any],
-        done: int,
-    ) -> bool:
-        side = side_of(tensor.shape, group["proj_type"])
-        return self._leading(own, tensor, grad, group, done, side)
-
     def _rule(
         self,
         owns: list[dict[str, Any]],
@@ -92,17 +81,6 @@ class Fira(MatrixOptimizer):
     """
 
     declared = (AdamWOptimizer, FiraMethod)
-
-    def _refresh(
-        self,
-        own: dict[str, Any],
-        tensor: LogicalTensor,
-        grad: torch.Tensor,
-        group: dict[str, Any],
-        done: int,
-    ) -> bool:
-        side = side_of(tensor.shape, group["proj_type"])
-        return self._leading(own, tensor, grad, group, done, side)
 
     def _rule(
         self,

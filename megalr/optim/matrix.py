@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from megalr.optim import adam_h
-from megalr.optim.projection import leading_bases, mixed_seed, refresh_due
+from megalr.optim.projection import leading_bases, mixed_seed, refresh_due, side_of
 from megalr.optim.sharded_optimizer import ShardedOptimizer, require_matrix
 from megalr.sharding.exchange import Item, update_matrices
 from megalr.sharding.fragment import LogicalTensor
@@ -115,8 +115,12 @@ class MatrixOptimizer(ShardedOptimizer):
         group: dict[str, Any],
         done: int,
     ) -> bool:
-        """Renew the projector in ``own``; False when there is none (G is entirely zero)."""
-        raise NotImplementedError
+        """Renew the projector in ``own``; False when there is none (G is entirely zero).
+
+        Here: the leading singular vectors of G on the side that ``proj_type`` names.
+        """
+        side = side_of(tensor.shape, group["proj_type"])
+        return self._leading(own, tensor, grad, group, done, side)
 
     def _rule(
         self,
