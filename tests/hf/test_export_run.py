@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -15,13 +16,17 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megalr.checkpoint import open_checkpoint
+from megalr.checkpoint.manifest import MANIFEST, manifest_text, read_manifest, record_of
 from megalr.checkpoint.reshape import write_universal
+from megalr.checkpoint.source import STATE
 from megalr.config.schema import RunConfig
+from megalr.data.manifest import load_manifest
 from megalr.errors import UserError
 from megalr.evaluation.offline import Request, evaluate_model, evaluate_run
 from megalr.hf.export_run import export_run
 from megalr.hf.trained_run import load_decoder, open_verified, run_config, tokenizer_of
 from megalr.run.folder import write_run_folder
+from tests.damage import mutated_bytes, mutated_json
 from tests.hf.data import write_data, write_tokenizer
 from tests.ranks import run_distributed
 from tests.training.runs import events, run, settings, zero
@@ -266,3 +271,49 @@ def test_data_that_does_not_fit_is_refused(bf16_run: Path, tmp_path: Path) -> No
         evaluate_model(tmp_path / "out", Request(), CPU)
     with pytest.raises(UserError, match=r"holds no config.json"):
         evaluate_model(other, Request(data=(str(other),)), CPU)
+
+
+def _restamp(folder: Path) -> None:
+    """Make a checkpoint's manifest agree with its ``state.json`` again."""
+    manifest = read_manifest(folder)
+    files = {**manifest.files, STATE: record_of(folder / STATE)}
+    (folder / MANIFEST).write_text(manifest_text(dataclasses.replace(manifest, files=files)))
+
+
+@pytest.mark.parametrize("target", ["state", "data manifest", "tokenizer"])
+def test_a_mutated_run_is_exported_or_refused_in_one_line(
+    target: str, bf16_run: Path, data: Path, tmp_path: Path
+) -> None:
+    folder, copy, output = tmp_path / "run", tmp_path / "data", tmp_path / "out"
+    shutil.copytree(bf16_run, folder)
+    shutil.copytree(data, copy)
+    checkpoint = folder / "checkpoints" / "update_4"
+    state = json.loads((checkpoint / STATE).read_text())
+    state["config"]["data"]["train"][0]["path"] = str(copy)
+    (checkpoint / STATE).write_text(json.dumps(state))
+    _restamp(checkpoint)
+    _export(folder, output)
+    manifest = load_manifest(copy)
+    path = {
+        "state": checkpoint / STATE,
+        "data manifest": copy / "manifest.json",
+        "tokenizer": copy / manifest.tokenizer.path / "tokenizer.json",
+    }[target]
+    whole = path.read_bytes()
+    outcomes = {"exported": 0, "refused": 0}
+    for seed in range(100):
+        shutil.rmtree(output, ignore_errors=True)
+        if target == "tokenizer":
+            path.write_bytes(mutated_bytes(whole, seed))
+        else:
+            path.write_text(json.dumps(mutated_json(json.loads(whole), seed)))
+        if target == "state":
+            _restamp(checkpoint)
+        try:
+            _export(folder, output)
+        except UserError as error:
+            assert "\n" not in str(error) and not output.exists()
+            outcomes["refused"] += 1
+        else:
+            outcomes["exported"] += 1
+    assert outcomes["refused"] > 10, outcomes
