@@ -29,7 +29,7 @@ from megalr.files import read_json_object
 from megalr.hf.init_from_pretrained import check_same_tokenizers
 from megalr.hf.pretrained_config import IMPORTED, first_line, load_config
 from megalr.hf.trained_run import load_decoder, open_verified, run_config
-from megalr.hf.write import DTYPES
+from megalr.hf.write import DTYPES, EVALUATION
 from megalr.kernels.loss import IGNORE
 from megalr.preprocessing.compare_tokenizers import tokenizer_difference
 from megalr.preprocessing.tokenizer import holds_tokenizer, open_tokenizer
@@ -111,8 +111,9 @@ def evaluate_run(
 def evaluate_model(folder: Path, request: Request, device: torch.device) -> dict[str, Any]:
     """Perplexity of a model in a transformers folder, computed by transformers. Collective.
 
-    ``sequence_length`` defaults to the model's longest, at most LONGEST; samples are packed and all
-    targets are evaluated.
+    ``sequence_length`` defaults to the model's longest, at most LONGEST. A folder that megalr
+    exported is evaluated on the targets of its run's last evaluation by default, on the same data;
+    any other on all targets of packed samples.
 
     Returns:
         Plain values, as :func:`evaluate_run`.
@@ -129,7 +130,9 @@ def evaluate_model(folder: Path, request: Request, device: torch.device) -> dict
     length = request.sequence_length or min(meant, LONGEST)
     if length > meant:
         raise UserError(f"--sequence_length {length}: the model in {folder} is meant for {meant}")
-    packing = True if request.packing is None else request.packing
+    recorded = run_on_all(lambda: _recorded_evaluation(folder, model.config))
+    packing = recorded["packing"] if request.packing is None else request.packing
+    tokens = recorded["tokens"] if request.tokens is None else request.tokens
     data = run_on_all(lambda: _open(request.data, request.split, length, packing))
     run_on_all(lambda: check_vocabulary(data, model.config.vocab_size))
     notes = run_on_all(lambda: _check_tokenizer_of_model(folder, data))
@@ -137,7 +140,22 @@ def evaluate_model(folder: Path, request: Request, device: torch.device) -> dict
     wrapped = SummedLoss(model).to(device)
     facts = {"model": str(folder), "architecture": type(model).__name__}
     micro = request.micro_batch_size or 8
-    return facts | _measure(wrapped, data, micro, request.tokens or None, dtype, notes, device)
+    return facts | _measure(wrapped, data, micro, tokens or None, dtype, notes, device)
+
+
+def _recorded_evaluation(folder: Path, config: Any) -> dict[str, Any]:
+    """``packing`` and ``tokens`` (None: all) that an export recorded; the defaults without any."""
+    recorded = getattr(config, EVALUATION, None)
+    if recorded is None:
+        return {"packing": True, "tokens": None}
+    values = recorded if isinstance(recorded, dict) else {}
+    packing, tokens = values.get("packing"), values.get("tokens", 0)
+    if type(packing) is not bool or not (tokens is None or (type(tokens) is int and tokens > 0)):
+        raise UserError(
+            f"{folder}: config.json has {EVALUATION} {recorded!r:.80}: must hold packing (true or "
+            "false) and tokens (a positive number or null); export the run again, or remove the key"
+        )
+    return {"packing": packing, "tokens": tokens}
 
 
 class SummedLoss(nn.Module):

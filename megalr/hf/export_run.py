@@ -65,7 +65,11 @@ def export_run(
         )
     chosen = _tokenizer(config, tokenizer)
     decoder = load_decoder(run, checkpoint)
-    options = ExportOptions(dtype, max_shard_size, config.data.sequence_length)
+    evaluation = {
+        "tokens": config.evaluation.limit(last=True),
+        "packing": config.data.packing,
+    }
+    options = ExportOptions(dtype, max_shard_size, config.data.sequence_length, evaluation)
     rows = _facts(run, checkpoint, config, sizes, dtype)
     tags = [config.method.name, config.optimizer.name, families_of(sizes)[0]]
     write_model(decoder, output, options, chosen, model_card(run.resolve().name, tags, rows))

@@ -24,6 +24,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 SIZE = re.compile(r"\d+(\.\d+)?[KMGT]B")
 
 
+EVALUATION = "megalr_evaluation"
+"""Key of config.json that transformers carries along and does not read."""
+
+
 @dataclass(frozen=True)
 class ExportOptions:
     """How a model is written.
@@ -32,6 +36,9 @@ class ExportOptions:
         dtype: name in ``DTYPES``; the product of factors is rounded to it once.
         max_shard_size: largest weight file, a number with a unit ("5GB").
         max_positions: longest trained sequence (tokens).
+        evaluation: how the run evaluated after its last update, ``packing`` and largest number of
+            targets, ``tokens`` (None: all); recorded in config.json under :data:`EVALUATION`, so
+            that the folder is evaluated on the same targets by default. None: not recorded.
 
     Raises:
         UserError: a malformed size.
@@ -40,6 +47,7 @@ class ExportOptions:
     dtype: str
     max_shard_size: str
     max_positions: int
+    evaluation: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if not SIZE.fullmatch(self.max_shard_size):
@@ -135,13 +143,16 @@ def _choose_family(
 def _config(
     decoder: Decoder, family: str, options: ExportOptions, tokenizer: Tokenizer | None
 ) -> Any:
-    return transformers_config(
+    config = transformers_config(
         decoder.config,
         family,
         options.max_positions,
         tokenizer.eos_id if tokenizer is not None else None,
         tokenizer.pad_id if tokenizer is not None else None,
     )
+    if options.evaluation is not None:
+        setattr(config, EVALUATION, options.evaluation)
+    return config
 
 
 def transformers_model(
