@@ -29,12 +29,11 @@ from megalr.preprocessing.split_worker import (
     load_finished,
 )
 from megalr.preprocessing.tokenizer import Tokenizer, open_tokenizer, require_eos, tokenizer_info
-from megalr.readers.input_splits import InputSplit, plan_splits
+from megalr.readers.input_splits import InputSplit, failed_inputs, plan_splits
 from megalr.version import __version__
 
 JOB_NAME = "job.json"
 TOKENIZER_FOLDER = "tokenizer"
-FAILURES_SHOWN = 3
 Runner = Callable[[list[Task], WorkSettings, str, Progress], Iterator[Outcome]]
 
 
@@ -187,10 +186,9 @@ class PreprocessJob:
         return results, failures
 
     def _failed(self, failures: list[Failure], finished: int) -> UserError:
-        shown = "; ".join(failure.message for failure in failures[:FAILURES_SHOWN])
-        more = f"; and {len(failures) - FAILURES_SHOWN} more" * (len(failures) > FAILURES_SHOWN)
+        listed = failed_inputs([failure.message for failure in failures], len(self.tasks))
         return UserError(
-            f"{len(failures)} of {len(self.tasks)} inputs failed: {shown}{more}. {finished} are "
+            f"{listed}. {finished} are "
             f"finished and kept in {self.settings.output}; repair the rest and start again"
         )
 

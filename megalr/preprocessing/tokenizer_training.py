@@ -18,7 +18,7 @@ from megalr.preprocessing.tokenizer import (
     open_tokenizer,
 )
 from megalr.readers.documents import DocumentReader, ReadOptions
-from megalr.readers.input_splits import InputSplit, holds_tokens, plan_splits
+from megalr.readers.input_splits import InputSplit, failed_inputs, holds_tokens, plan_splits
 
 LONGEST_SENTENCE = 4096  # bytes; SentencePiece skips longer ones, so they are split
 SMALLEST_VOCABULARY = 3 + 256  # pad, eos, unk and the 256 bytes
@@ -47,6 +47,9 @@ def train_tokenizer(
     white space is dropped: decoding the ids of a text gives the text back, byte for byte. At most
     ``sample_bytes`` of text are read, the same share from the head of every input file, which
     bounds time and memory (about 20 bytes of memory per byte of text).
+
+    A tokenizer is made of all inputs: where some cannot be read, the others are read all the same,
+    so that one error names every unusable input, and nothing is written.
 
     Raises:
         UserError: unusable inputs, an occupied output folder, a disk that cannot be written (the
@@ -92,10 +95,12 @@ def train_tokenizer(
                 num_threads=threads,
                 minloglevel=2,
             )
+            _check_inputs(sample, len(splits))
             (temporary / SENTENCEPIECE_NAME).write_bytes(model.getvalue())
             SentencePieceTokenizer(temporary / SENTENCEPIECE_NAME).copy_to(temporary / "tokenizer")
             os.replace(temporary / "tokenizer", output)  # also over an empty folder
         except RuntimeError as error:
+            _check_inputs(sample, len(splits))
             raise UserError(_explained(str(error), vocab_size, sample)) from None
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -104,28 +109,45 @@ def train_tokenizer(
     return tokenizer, SampledText(len(splits), sample.documents, sample.text_bytes)
 
 
+def _check_inputs(sample: _Sample, inputs: int) -> None:
+    if sample.failures:
+        raise UserError(
+            f"{failed_inputs(sample.failures, inputs)}. No tokenizer was written; repair these or "
+            "take them out of --input, and start again"
+        )
+
+
 class _Sample:
-    """Iterates over sentences from the head of every input."""
+    """Iterates over sentences from the head of every input.
+
+    Attributes:
+        failures: one line for every input that could not be read.
+    """
 
     def __init__(self, splits: list[InputSplit], reading: ReadOptions, sample_bytes: int) -> None:
         self._splits, self._reading = splits, reading
         self._share = max(1, sample_bytes // len(splits))
         self.documents = self.text_bytes = 0
+        self.failures: list[str] = []
 
     def __iter__(self) -> Iterator[bytes]:
         for split in self._splits:
-            left = self._share
-            for texts in DocumentReader(split, self._reading):
-                for text in texts:
-                    encoded = text.encode()
-                    yield from sentences(encoded[:left])
-                    self.documents += 1
-                    self.text_bytes += min(left, len(encoded))
-                    left -= len(encoded)
-                    if left <= 0:
-                        break
+            try:
+                yield from self._head(split)
+            except UserError as error:
+                self.failures.append(str(error))
+
+    def _head(self, split: InputSplit) -> Iterator[bytes]:
+        left = self._share
+        for texts in DocumentReader(split, self._reading):
+            for text in texts:
+                encoded = text.encode()
+                yield from sentences(encoded[:left])
+                self.documents += 1
+                self.text_bytes += min(left, len(encoded))
+                left -= len(encoded)
                 if left <= 0:
-                    break
+                    return
 
 
 def sentences(text: bytes) -> Iterator[bytes]:

@@ -20,6 +20,7 @@ TOKEN_FILES = {".bin": "megatron", ".ds": "datatrove"}
 FILE_KINDS = {".parquet": "parquet", ".arrow": "arrow", **TOKEN_FILES}  # never compressed
 LONGEST_NAME = 240  # with .validation.bin at most 255 bytes, the limit of file systems
 COMPRESSIONS = (".gz", ".zst")
+FAILURES_SHOWN = 3  # in one error
 
 
 @dataclass(frozen=True)
@@ -163,3 +164,11 @@ def _name(split: InputSplit, stem: str, hashed: bool) -> str:
     if len(stem) + len(digest) * hashed + len(end) > LONGEST_NAME:
         stem, hashed = stem[: LONGEST_NAME - len(digest) - len(end)], True
     return stem + digest * hashed + end
+
+
+def failed_inputs(messages: Sequence[str], inputs: int) -> str:
+    """``2 of 9 inputs failed: ...; ...``: the first messages and the number of the others."""
+    shown = "; ".join(messages[:FAILURES_SHOWN])
+    more = len(messages) - FAILURES_SHOWN
+    rest = f"; and {more} more" if more > 0 else ""
+    return f"{len(messages)} of {inputs} inputs failed: {shown}{rest}"

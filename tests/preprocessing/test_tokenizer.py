@@ -154,6 +154,19 @@ def test_training_explains_impossible_vocabularies_and_keeps_existing_folders(
         train_tokenizer([text], tmp_path / "out", 400, ReadOptions())
 
 
+def test_every_unusable_input_is_named_and_no_tokenizer_is_written(tmp_path: Path) -> None:
+    whole = write_jsonl(tmp_path / "a.json.gz", prose(1500)).read_bytes()
+    for name in ("b", "d"):
+        (tmp_path / f"{name}.json.gz").write_bytes(whole[: len(whole) // 2])
+    write_jsonl(tmp_path / "c.jsonl", prose(100))
+    inputs = [str(tmp_path / "*.gz"), str(tmp_path / "c.jsonl")]
+    pattern = r"^2 of 4 inputs failed: .*b\.json\.gz: .*; .*d\.json\.gz: .*No tokenizer was written"
+    with pytest.raises(UserError, match=pattern) as caught:
+        train_tokenizer(inputs, tmp_path / "out", 400, ReadOptions())
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_full_disk_is_one_line_and_leaves_no_tokenizer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
