@@ -30,9 +30,10 @@ import torch.distributed as dist
 from scaling.traffic import block_messages
 
 from megalr.errors import UserError, exit_cleanly
+from megalr.models.attention import rope_tables
 from megalr.models.build import build_decoder
 from megalr.models.config import PRESETS, DecoderConfig
-from megalr.models.decoder import Decoder, rope_tables
+from megalr.models.decoder import Decoder
 from megalr.tensor_parallel.mesh import make_mesh
 from megalr.tensor_parallel.plan import Plan
 

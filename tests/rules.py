@@ -59,6 +59,7 @@ SAME_NAMES: dict[str, str] = {}
 
 SAME_FILES = {
     "__init__.py": "every room has one",
+    "attention.py": "the layer and its custom kernel",
     "build.py": "builds the room's object from the configuration",
     "config.py": "the settings of the room",
     "health.py": "config/ declares the section, training/ decides by it",

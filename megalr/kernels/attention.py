@@ -149,7 +149,7 @@ def attention(
     rounded for the product with v. Gradients are summed in float32 too and rounded once, after the
     rotation back (autograd of the reference rounds before it as well). No sum is atomic: results
     are the same bits on every run. ``rope`` must hold the same angles in both halves of D, as in
-    models.decoder.rope_tables.
+    models.attention.rope_tables.
 
     Args:
         projections: q, k, v with shapes as in attention_reference, any stride of B and S; or one

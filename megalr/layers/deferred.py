@@ -77,3 +77,8 @@ class _ScaleRows(torch.autograd.Function):
         dy = grads[0].float()
         dfactor = (dy * y.float()).sum(dim=-1, keepdim=True) / factor
         return (dy * factor).to(y.dtype), dfactor
+
+
+def values_of(x: torch.Tensor | DeferredRMSNorm) -> torch.Tensor:
+    """A tensor with the device, dtype and shape of a layer's input."""
+    return x if isinstance(x, torch.Tensor) else x.values

@@ -23,8 +23,9 @@ from megalr.layers.linear import (
 )
 from megalr.layers.lora import LoRALinear
 from megalr.layers.sltrain import SLTrainLinear
+from megalr.models.attention import MakeLinear
 from megalr.models.config import DecoderConfig, decoder_config
-from megalr.models.decoder import Decoder, MakeLinear
+from megalr.models.decoder import Decoder
 from megalr.models.recompute import FOR_FACTORS
 from megalr.tensor_parallel.mesh import ONE_RANK, Mesh
 from megalr.tensor_parallel.plan import SINGLE, Plan

@@ -21,9 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from megalr.kernels import half_on_gpu
-from megalr.kernels.attention import attention, attention_applies, attention_reference
 from megalr.kernels.norm import add_norm, add_norm_applies
-from megalr.layers.deferred import DeferredRMSNorm, DeferredSwiGLU
+from megalr.layers.deferred import DeferredRMSNorm, DeferredSwiGLU, values_of
 from megalr.layers.embedding import Embedding, init_rows
 from megalr.layers.factors import FactorPair, LinearShape
 from megalr.layers.head import Head
@@ -34,12 +33,10 @@ from megalr.layers.linear import (
     GroupedLinear,
 )
 from megalr.layers.norm import FinalNorm, ShardedRMSNorm
+from megalr.models.attention import Attention, MakeLinear, rope_tables
 from megalr.models.config import DecoderConfig
 from megalr.models.recompute import recomputed
 from megalr.tensor_parallel.plan import SINGLE, Plan
-
-MakeLinear = Callable[[LinearShape, bool], GroupedLinear]
-"""Builds the linear layer of one group of matrices, ``(shape, bias)``; the method decides which."""
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
@@ -55,89 +52,6 @@ def make_norm(config: DecoderConfig, plan: Plan) -> nn.RMSNorm | nn.LayerNorm | 
     if config.norm == "rms":
         return nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
     return nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
-
-
-def rope_tables(length: int, head_dim: int, theta: float, device: torch.device) -> torch.Tensor:
-    """``(2, S, D)`` float32: cosines and sines of ``position / theta^(2i/D)``, half-split.
-
-    RoFormer, arXiv 2104.09864 §3.2; element i is paired with element i + D/2.
-    """
-    exponent = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
-    angles = torch.outer(torch.arange(length, device=device).float(), theta**-exponent)
-    angles = torch.cat((angles, angles), dim=-1)  # (S, D)
-    return torch.stack((angles.cos(), angles.sin()))
-
-
-def _values(x: torch.Tensor | DeferredRMSNorm) -> torch.Tensor:
-    """A tensor with the device, dtype and shape of a layer's input."""
-    return x if isinstance(x, torch.Tensor) else x.values
-
-
-class Attention(nn.Module):
-    """Causal grouped-query attention (arXiv 2305.13245).
-
-    Args:
-        config: sizes and choices.
-        prefix: logical name of this layer, ``layers.3.attention``.
-        make_linear: builds the linear layers.
-        plan: how the weights are sharded.
-
-    Attributes:
-        fused: whether :meth:`core` uses the kernel of kernels.attention where it applies.
-    """
-
-    def __init__(
-        self, config: DecoderConfig, prefix: str, make_linear: MakeLinear, plan: Plan
-    ) -> None:
-        super().__init__()
-        h, kv = config.hidden_size, config.kv_heads * config.head_dim
-        self.config = config
-        self.fused = False
-        qkv = LinearShape(
-            tuple(f"{prefix}.{name}" for name in "qkv"),
-            h,
-            (h, kv, kv),
-            h,
-            (h, kv, kv),
-            plan.column_parallel(),
-        )
-        self.qkv = make_linear(qkv, config.attention_bias)
-        o = LinearShape((f"{prefix}.o",), h, (h,), h, (h,), plan.row_parallel())
-        self.o = make_linear(o, config.output_bias)
-
-    def forward(
-        self,
-        x: torch.Tensor | DeferredRMSNorm,
-        rope: torch.Tensor | None,
-        mask: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """``o(core(x))``: ``(B, S, h)`` to ``(B, S, h)``, or a shard of it along h."""
-        (y,) = self.o(self.core(x, rope, mask))
-        return y
-
-    def core(
-        self,
-        x: torch.Tensor | DeferredRMSNorm,
-        rope: torch.Tensor | None,
-        mask: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """``softmax(q k^T / sqrt(D)) v``, heads side by side: the input of ``o``, ``(B, S, H D)``.
-
-        Under tensor parallelism H are this rank's heads.
-
-        Args:
-            x: ``(B, S, h)``, normalized.
-            rope: tables of :func:`rope_tables`; None for no rotation.
-            mask: ``(S, S)``, True where a position may look; None for causal attention.
-        """
-        if self.fused and attention_applies(_values(x), mask, self.config.head_dim):
-            # The operator takes the stack of a bottleneck layer, (3, B, S, H D), but not the one
-            # of a dense layer, (B, S, 3 H D).
-            stacked = isinstance(self.qkv, BottleneckLinear)
-            projections = self.qkv.forward_stacked(x) if stacked else self.qkv(x)
-            return attention(projections, rope, self.config.head_dim)
-        q, k, v = self.qkv(x)
-        return attention_reference(q, k, v, rope, mask, self.config.head_dim)
 
 
 class MLP(nn.Module):
@@ -177,7 +91,7 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor | DeferredRMSNorm) -> torch.Tensor:
         """``(B, S, h)`` to ``(B, S, h)``, or a shard of it along h."""
-        if self.fused and half_on_gpu(_values(x)):
+        if self.fused and half_on_gpu(values_of(x)):
             (y,) = self.down(DeferredSwiGLU(self.gate_up.forward_stacked(x)))
         else:
             (y,) = self.down(self.activate(self.gate_up(x)))

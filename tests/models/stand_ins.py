@@ -10,6 +10,7 @@ from unittest import mock
 import torch
 
 import megalr.layers.embedding
+import megalr.models.attention
 import megalr.models.decoder
 from megalr.kernels.attention import apply_rope, attention_reference
 
@@ -24,7 +25,7 @@ def kernels_on_the_cpu() -> Iterator[list[int]]:
         return _forward(projections, rope, head_dim)
 
     with (
-        mock.patch.object(megalr.models.decoder, "attention_applies", lambda *_: True),
+        mock.patch.object(megalr.models.attention, "attention_applies", lambda *_: True),
         mock.patch.object(megalr.models.decoder, "half_on_gpu", lambda _: True),
         mock.patch.object(megalr.models.decoder, "add_norm_applies", lambda _: True),
         mock.patch.object(megalr.layers.embedding, "half_on_gpu", lambda _: True),
