@@ -258,10 +258,13 @@ class EvaluationConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """Checkpoints; the last update is always saved."""
+    """Checkpoints; one is also written when a run is stopped by a signal."""
 
     every: int = Field(default=1000, ge=0, examples=[1000])
     """Updates between two checkpoints; 0 = only at the end."""
+    at_end: bool = Field(default=True, examples=[False])
+    """Whether a run that comes to its end is saved; false suits the runs of a sweep, of which only
+    the metrics are wanted."""
     keep_last: int = Field(default=2, ge=1, examples=[2])
     """Newest checkpoints kept; older ones are deleted unless the next two keys keep them."""
     keep_every: int = Field(default=0, ge=0, examples=[10000])

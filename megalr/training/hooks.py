@@ -243,9 +243,9 @@ class CheckpointHook(Hook):
 
     def due(self, update: int) -> bool:
         # Not among skipped updates: the newest checkpoint is where a rollback goes.
-        reached = _reached(update, self.run.config.checkpoint.every)
-        periodic = reached and not self.run.health.skipped_in_row
-        return update == self.run.total_updates or periodic or self.run.stop.reason is not None
+        wanted, last = self.run.config.checkpoint, update == self.run.total_updates
+        periodic = _reached(update, wanted.every) and not self.run.health.skipped_in_row
+        return (last and wanted.at_end) or periodic or self.run.stop.reason is not None
 
     def at_start(self) -> None:
         update = self.run.progress.update

@@ -74,6 +74,19 @@ def test_a_finished_run_started_again_changes_nothing(data: Path, tmp_path: Path
     assert events(folder, "end")[-1]["updates"] == 10
 
 
+def test_without_a_checkpoint_at_the_end_a_run_is_the_same_and_saves_nothing(
+    data: Path, tmp_path: Path
+) -> None:
+    values = settings(tmp_path / "saved", data)
+    run_distributed(run, 1, values, zero(1))
+    values["run"]["dir"] = str(tmp_path / "unsaved")
+    values["checkpoint"] = {"every": 0, "at_end": False}
+    run_distributed(run, 1, values, zero(1))
+    assert losses(tmp_path / "unsaved") == losses(tmp_path / "saved")
+    assert events(tmp_path / "unsaved", "end")[-1]["reason"] == "finished"
+    assert not list((tmp_path / "unsaved" / "checkpoints").glob("update_*"))
+
+
 def test_what_does_not_belong_together_is_refused_and_left_alone(
     data: Path, tmp_path: Path
 ) -> None:
