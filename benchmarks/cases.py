@@ -65,6 +65,15 @@ def tensor_cases(preset: str, low_rank: dict[str, Any]) -> dict[str, Case]:
     }
 
 
+def sharded_cases() -> dict[str, Case]:
+    """Full-rank models whose weights are divided over the GPUs: ZeRO 3, whole blocks recomputed."""
+    train = {"compile": False, "cuda_graphs": False, **keeping("full")}
+    return {
+        f"{size}_full_rank_zero3": Case(f"llama_{size}", FULL, 16, stage=3, train=train)
+        for size in ("1b", "7b", "13b")
+    }
+
+
 def method_cases(preset: str, rank: int) -> dict[str, Case]:
     """Every method at a size, on the micro-batch of the published figures."""
     factors = {"rank": rank, "alpha": 32.0}
@@ -115,6 +124,7 @@ CASES: dict[str, Case] = {
     "7b_low_rank": Case("llama_7b", LOW_7B, 32, accumulation=8),
     **tensor_cases("llama_7b", LOW_7B),
     **tensor_cases("llama_1b", LOW_1B),
+    **sharded_cases(),
     **method_cases("llama_350m", 256),
     **method_cases("llama_1b", 512),
 }

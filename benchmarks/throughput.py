@@ -37,6 +37,8 @@ LONGEST_SECONDS = 300
 """After which a case counts as failed."""
 
 ROOT = Path(__file__).resolve().parent.parent
+OVERRIDES = ("stage", "tensor", "accumulation", "micro_batch", "layout")
+"""Fields of a case that options of the same name replace."""
 
 
 TARGETS: dict[str, tuple[int, float]] = {
@@ -99,6 +101,17 @@ def run_settings(
         "checkpoint": {"every": 0},
         "log": {"every": log_every or max(1, updates // 10), "tensorboard": False},
     }
+
+
+def changed(case: Case, arguments: argparse.Namespace) -> Case:
+    """The case with what the command line gives instead."""
+    given = {key: getattr(arguments, key) for key in OVERRIDES}
+    case = replace(case, **{key: value for key, value in given.items() if value is not None})
+    return replace(
+        case,
+        train={**case.train, **arguments.train},
+        optimizer={**case.optimizer, **arguments.optimizer},
+    )
 
 
 def run_case(name: str, case: Case, data: Path, work: Path, arguments: argparse.Namespace) -> dict:
@@ -246,6 +259,11 @@ def main() -> None:
         "--zero", type=json.loads, default={}, help="more keys of zero_optimization, as JSON"
     )
     parser.add_argument("--train", type=json.loads, default={}, help="more keys of train, as JSON")
+    parser.add_argument(
+        "--optimizer", type=json.loads, default={}, help="more keys of optimizer, as JSON"
+    )
+    parser.add_argument("--layout", help="of tensor parallelism, instead of the case's")
+    parser.add_argument("--micro_batch", type=int, help="sequences instead of the case's")
     parser.add_argument("--data", type=Path, help="preprocessed data set (default: random tokens)")
     parser.add_argument("--commit", default="unknown", help="commit to note in the result")
     parser.add_argument("--name", default="throughput", help="first part of the result's name")
@@ -257,14 +275,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         data = arguments.data or random_data(Path(work) / "data")
         for name in arguments.cases:
-            case = CASES[name]
-            case = replace(case, train={**case.train, **arguments.train})
-            if arguments.stage is not None:
-                case = replace(case, stage=arguments.stage)
-            if arguments.tensor is not None:
-                case = replace(case, tensor=arguments.tensor)
-            if arguments.accumulation is not None:
-                case = replace(case, accumulation=arguments.accumulation)
+            case = changed(CASES[name], arguments)
             try:
                 result = run_case(name, case, data, Path(work), arguments)
             except UserError as error:

@@ -117,28 +117,31 @@ def run_config(
 
 def recorded(folder: Path = RESULTS) -> list[Measured]:
     """Every recorded run of a kind that is predicted, on any number of GPUs."""
+    paths = sorted(folder.glob("throughput_*.json"))
+    return [run for path in paths for run in recorded_rows(json.loads(path.read_text()))]
+
+
+def recorded_rows(rows: list[dict[str, Any]]) -> list[Measured]:
+    """The runs of a kind that is predicted among rows of benchmarks/throughput.py."""
     runs = []
-    for path in sorted(folder.glob("throughput_*.json")):
-        for row in json.loads(path.read_text()):
-            if not _is_predicted(row):
-                continue
-            tensor, layout = row.get("tensor", 1), row.get("layout", "auto")
-            config = run_config(row["preset"], row["method"], 1, 1, 256)
-            sizes = PRESETS[row["preset"]]
-            job = Job(
-                sizes,
-                config.method,
-                row["micro_batch"],
-                256,
-                accumulation=row.get("accumulation", 1),
-                plan=plan_of(sizes, config.method, tensor, layout),
-                data_size=row["gpus"] // tensor,
-                stage=row["stage"],
-                recompute=_level(row) == "full",
-            )
-            name = f"{row['case']}, {row['gpus']} GPU" + (f", TP {tensor}" if tensor > 1 else "")
-            name += f", {job.accumulation} micro-batches" if job.accumulation > 1 else ""
-            runs.append(Measured(name, job, job.tokens / row["tokens_per_second"]))
+    for row in filter(_is_predicted, rows):
+        tensor, layout = row.get("tensor", 1), row.get("layout", "auto")
+        config = run_config(row["preset"], row["method"], 1, 1, 256)
+        sizes = PRESETS[row["preset"]]
+        job = Job(
+            sizes,
+            config.method,
+            row["micro_batch"],
+            256,
+            accumulation=row.get("accumulation", 1),
+            plan=plan_of(sizes, config.method, tensor, layout),
+            data_size=row["gpus"] // tensor,
+            stage=row["stage"],
+            recompute=_level(row) == "full",
+        )
+        name = f"{row['case']}, {row['gpus']} GPU" + (f", TP {tensor}" if tensor > 1 else "")
+        name += f", {job.accumulation} micro-batches" if job.accumulation > 1 else ""
+        runs.append(Measured(name, job, job.tokens / row["tokens_per_second"]))
     return runs
 
 
