@@ -18,6 +18,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["megalr", "megalr.*"]),
+    package_data={"megalr": ["py.typed"]},
     install_requires=[
         "deepspeed>=0.19.8",
         "torch>=2.6",

@@ -54,7 +54,9 @@ FILE_SIZES: dict[str, str] = {
 LONG_FUNCTIONS: dict[str, str] = {}
 """``file:function`` longer than a screen, each with the reason."""
 
-SAME_NAMES: dict[str, str] = {}
+SAME_NAMES: dict[str, str] = {
+    "Restarts": "restarts/ for a run inside an engine, library/ the same for any training loop",
+}
 """Public names with more than one definition, each with the reason."""
 
 SAME_FILES = {
@@ -67,6 +69,7 @@ SAME_FILES = {
     "methods.py": "config/ declares the methods, optim/ chooses their optimizer",
     "embedding.py": "the layer and its custom kernel",
     "norm.py": "the layer and its custom kernel",
+    "restarts.py": "config/ declares the section, library/ has its class for any training loop",
 }
 """File names that several rooms share, each with the job it does."""
 

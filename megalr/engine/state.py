@@ -10,7 +10,7 @@ before the first update, and loading a checkpoint replaces their tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -22,17 +22,12 @@ from megalr.errors import UserError
 from megalr.optim.loro import LORO
 from megalr.optim.matrix import MatrixOptimizer
 from megalr.optim.muon import Muon
-from megalr.optim.sharded_optimizer import ShardedOptimizer
+from megalr.optim.sharded_optimizer import ShardedOptimizer, moment_names, set_step
 from megalr.optim.spam import SPAM
 from megalr.optim.stable_spam import StableSPAM
+from megalr.sharding.fragment import Fragment
 from megalr.sharding.tensor_shard import shard_of
 
-# Names of per-element states, over the optimizers of torch, DeepSpeed and megalr. An optimizer may
-# instead say so itself with an attribute ``moment_names = {"first": (...), "second": (...)}``.
-MOMENT_NAMES: dict[str, tuple[str, ...]] = {
-    "first": ("exp_avg", "momentum_buffer", "exp_avg_diff"),
-    "second": ("exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg"),
-}
 WHOLE_MATRIX = (MatrixOptimizer, LORO, Muon)
 
 
@@ -95,6 +90,10 @@ class EngineState:
         located = self.wrapper.fragment(parameter)
         return (located[1].start, located[1].stop) if located else (0, 0)
 
+    def fragments(self, parameter: nn.Parameter) -> tuple[Tensor, tuple[Fragment, ...]]:
+        """The tensor that holds a parameter's master on this rank, and all ranks' fragments."""
+        return self.wrapper.fragments(parameter)
+
     def master(self, parameter: nn.Parameter) -> Tensor | None:
         """View of this rank's fragment of the master, 1-D; None if it holds nothing of it."""
         located = self.wrapper.fragment(parameter)
@@ -122,8 +121,7 @@ class EngineState:
 
     def moment_names(self, kinds: Iterable[str]) -> tuple[str, ...]:
         """Names of the states that are first and/or second moments for this optimizer."""
-        table: Mapping[str, tuple[str, ...]] = getattr(self.base, "moment_names", MOMENT_NAMES)
-        return tuple(name for kind in kinds for name in table.get(kind, ()))
+        return moment_names(self.base, kinds)
 
     def entries(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
         """The tensors of the base optimizer that hold some of ``parameters`` on this rank."""
@@ -137,12 +135,7 @@ class EngineState:
         whole groups.
         """
         for flat in self.entries(parameters):
-            state = self.base.state.get(flat, {})
-            step = state.get("step")
-            if isinstance(step, Tensor):
-                step.fill_(value)
-            elif step is not None:
-                state["step"] = value
+            set_step(self.base.state.get(flat, {}), value)
 
     def step_counters(self, parameters: Iterable[nn.Parameter]) -> list[int]:
         """Counters of the slices that hold ``parameters`` here; empty before the first update."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import megalr
 from megalr.checkpoint.reader import Checkpoint
 from megalr.config.restarts import RestartsConfig
 from megalr.config.schema import RunConfig
@@ -24,6 +23,7 @@ from megalr.models.config import DecoderConfig
 from megalr.preprocessing.compare_tokenizers import tokenizer_difference
 from megalr.preprocessing.tokenizer import Tokenizer, open_tokenizer
 from megalr.run.metrics_reader import perplexity_of, read_run
+from megalr.version import __version__
 
 NO_TOKENIZER = "none"
 """Given instead of a tokenizer's path: export without a tokenizer."""
@@ -123,7 +123,7 @@ def _facts(
         "data": ", ".join(Path(source.path).name for source in config.data.train),
         "dtype of these weights": dtype,
         "checkpoint": checkpoint.folder.name,
-        "megalr": megalr.__version__,
+        "megalr": __version__,
     }
 
 

@@ -206,10 +206,15 @@ class FactorizedLinear(GroupedLinear):
         stacked = len(shape.names) * rank
         self.a = nn.Parameter(torch.empty(stacked, shape.local_in))
         self.b = nn.Parameter(torch.empty(sum(self.sizes), rank))
-        set_row_blocks(self.a, tuple(f"{n}.A" for n in shape.names), self._a_ranges())
-        set_row_blocks(self.b, tuple(f"{n}.B" for n in shape.names), shape.row_ranges())
+        self.mark_factors()
         set_shard(self.a, shape.shard(rows=stacked))
         set_shard(self.b, shape.shard(columns=rank))
+
+    def mark_factors(self) -> None:
+        """Record on ``a`` and ``b`` which rows are whose; copies and wrappers lose the marks."""
+        names = self.shape.names
+        set_row_blocks(self.a, tuple(f"{n}.A" for n in names), self._a_ranges())
+        set_row_blocks(self.b, tuple(f"{n}.B" for n in names), self.shape.row_ranges())
 
     def _a_ranges(self) -> list[tuple[int, int]]:
         return [(i * self.rank, (i + 1) * self.rank) for i in range(len(self.shape.names))]

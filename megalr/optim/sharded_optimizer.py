@@ -35,6 +35,29 @@ from megalr.optim.options import check_options, with_defaults
 from megalr.sharding.fragment import FlatLayout, LogicalTensor, single_process_layout
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+MOMENT_NAMES: dict[str, tuple[str, ...]] = {
+    "first": ("exp_avg", "momentum_buffer", "exp_avg_diff"),
+    "second": ("exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg"),
+}
+"""Names of per-element states, over the optimizers of torch, DeepSpeed and megalr."""
+
+
+def moment_names(optimizer: torch.optim.Optimizer, kinds: Iterable[str]) -> tuple[str, ...]:
+    """Names of the states that are first and/or second moments for an optimizer.
+
+    An optimizer may say so itself with an attribute ``moment_names = {"first": (...), ...}``.
+    """
+    table: Mapping[str, tuple[str, ...]] = getattr(optimizer, "moment_names", MOMENT_NAMES)
+    return tuple(name for kind in kinds for name in table.get(kind, ()))
+
+
+def set_step(state: dict[str, Any], value: int) -> None:
+    """Set the step counter in an optimizer's state of one tensor, if it has one."""
+    step = state.get("step")
+    if isinstance(step, torch.Tensor):
+        step.fill_(value)
+    elif step is not None:
+        state["step"] = value
 
 
 def scalar_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -8,7 +8,6 @@ after a restart there, so it is deferred, and made when a longer run resumes fro
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,14 +20,10 @@ from megalr.distributed.agreement import all_reduce_max
 from megalr.engine.state import EngineState
 from megalr.errors import UserError
 from megalr.layers.factors import FactorPair
-from megalr.restarts.momentum_reset import check_groups, reset_moments
-from megalr.restarts.refactorize import (
-    factor_parameters,
-    largest_imbalance,
-    nonfinite_parameters,
-    refactorize,
-)
-from megalr.restarts.report import RestartReport, by_pattern
+from megalr.restarts.momentum_reset import check_groups
+from megalr.restarts.perform import has_moments, now, perform
+from megalr.restarts.refactorize import factor_parameters, largest_imbalance
+from megalr.restarts.report import RestartReport
 from megalr.restarts.rounds import FactorRounds
 from megalr.restarts.schedule import BaseSchedule, RestartSchedule
 from megalr.restarts.spikes import SpikeDetector
@@ -150,9 +145,9 @@ class Restarts:
         if spike and self.schedule.in_window(update) and not resetting:
             resetting, trigger = True, "gradient_norm"
         if not refactorizing and self._imbalance_due(update):
-            started = self._now()
+            started = now(self._state.device)
             measured = largest_imbalance(self._work)
-            self.seconds += self._now() - started
+            self.seconds += now(self._state.device) - started
             if measured > (self.config.imbalance_threshold or 1.0):
                 refactorizing, resetting, trigger = True, True, "imbalance"
         if not refactorizing and not resetting:
@@ -164,38 +159,12 @@ class Restarts:
         self, report: RestartReport, refactorizing: bool, resetting: bool
     ) -> RestartReport:
         config = self.config
-        if refactorizing:
-            started = self._now()
-            bad = nonfinite_parameters(self._state, self._factors)
-            if bad:
-                return replace(report, skipped_nonfinite=tuple(bad))
-            done = refactorize(self._work)
-            report = replace(
-                report,
-                refactorized=True,
-                matrices=done.matrices,
-                matrices_by_qr=done.by_qr,
-                dead_directions=done.dead,
-                reseeded_directions=done.reseeded,
-                refactorize_seconds=self._now() - started,
-            )
-        if resetting:
-            started = self._now()
-            reset = reset_moments(
-                self._state, self._to_reset, config.reset_moments, config.reset_counter
-            )
-            report = replace(
-                report,
-                reset=True,
-                fraction_reset=reset.fraction,
-                parameters_reset=by_pattern(reset.parameters),
-                moments_reset=config.reset_moments,
-                reset_seconds=self._now() - started,
-            )
-            if not self.schedule.reset_due(report.update):
-                self._triggered_reset = report.update
+        work = self._work if refactorizing else None
+        report = perform(report, config, self._state, work, self._to_reset if resetting else None)
+        if report.reset and not self.schedule.reset_due(report.update):
+            self._triggered_reset = report.update
         self.seconds += report.refactorize_seconds + report.reset_seconds
-        if config.verify and refactorizing:
+        if config.verify and report.refactorized:
             verify_weights(self._state, self._state.parameters())
             report = replace(report, verified=True)
         return report
@@ -218,11 +187,6 @@ class Restarts:
             and self.schedule.in_window(update)
         )
 
-    def _now(self) -> float:
-        if self._state.device.type == "cuda":
-            torch.cuda.synchronize(self._state.device)
-        return time.perf_counter()
-
 
 def _check_factors(config: RestartsConfig, pairs: Sequence[FactorPair]) -> None:
     if pairs:
@@ -243,12 +207,7 @@ def _check_factors(config: RestartsConfig, pairs: Sequence[FactorPair]) -> None:
 
 def _check_moments(config: RestartsConfig, optimizer: torch.optim.Optimizer) -> None:
     """Reject what is known before the first update; the reset itself checks the rest."""
-    defaults = optimizer.defaults
-    has = {
-        "first": "betas" in defaults or bool(defaults.get("momentum")),
-        "second": "betas" in defaults or "alpha" in defaults,
-    }
-    if not any(has[kind] for kind in config.reset_moments):
+    if not has_moments(optimizer, config.reset_moments):
         raise UserError(
             f"restarts.reset_moments = {', '.join(config.reset_moments)}: the optimizer "
             f"{type(optimizer).__name__} has no such moments; use restarts.refactorize_every alone"

@@ -14,9 +14,9 @@ from typing import Literal
 import torch
 from torch import nn
 
-from megalr.engine.state import EngineState
 from megalr.errors import UserError
 from megalr.optim.sharded_optimizer import ShardedOptimizer
+from megalr.restarts.masters import Masters
 from megalr.restarts.refactorize import sum_over
 
 Counter = Literal["zero", "one", "keep"]
@@ -36,7 +36,7 @@ class Reset:
         return self.elements / self.total if self.total else 0.0
 
 
-def check_groups(state: EngineState, parameters: Sequence[nn.Parameter], counter: Counter) -> None:
+def check_groups(state: Masters, parameters: Sequence[nn.Parameter], counter: Counter) -> None:
     """Raise UserError if ``parameters`` cannot be reset without the rest of their param groups.
 
     Under ZeRO a group has one step counter; optimizers of :mod:`megalr.optim` keep whole-matrix
@@ -59,7 +59,7 @@ def check_groups(state: EngineState, parameters: Sequence[nn.Parameter], counter
 
 @torch.no_grad()
 def reset_moments(
-    state: EngineState,
+    state: Masters,
     parameters: Sequence[nn.Parameter],
     kinds: Sequence[str] = ("first", "second"),
     counter: Counter = "zero",
@@ -88,7 +88,7 @@ def reset_moments(
 
 
 def _zero_fragments(
-    state: EngineState, parameters: Sequence[nn.Parameter], names: Sequence[str]
+    state: Masters, parameters: Sequence[nn.Parameter], names: Sequence[str]
 ) -> tuple[int, int]:
     """Zero the named states of ``parameters`` here; elements zeroed and elements of moments."""
     chosen = {id(p) for p in parameters}

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megalr.engine.state import EngineState
 from megalr.layers.factors import FactorPair
 from megalr.restarts.balance import balance_in_place, gram, imbalance
+from megalr.restarts.masters import Masters
 from megalr.restarts.rounds import FactorRounds, workspace_of
 
 
@@ -70,7 +70,7 @@ def largest_imbalance(work: FactorRounds) -> float:
 
 
 @torch.no_grad()
-def nonfinite_parameters(state: EngineState, parameters: Sequence[nn.Parameter]) -> list[str]:
+def nonfinite_parameters(state: Masters, parameters: Sequence[nn.Parameter]) -> list[str]:
     """Names of the parameters whose master holds inf or nan on some rank; equal on all ranks."""
     if not parameters:
         return []
@@ -90,11 +90,10 @@ def factor_parameters(pairs: Sequence[FactorPair]) -> list[nn.Parameter]:
     return list({id(p): p for pair in pairs for p in (pair.b, pair.a)}.values())
 
 
-def sum_over(
-    values: Sequence[int], state: EngineState, over_tensor_ranks: bool = False
-) -> list[int]:
+def sum_over(values: Sequence[int], state: Masters, over_tensor_ranks: bool = False) -> list[int]:
     """Sums over the ranks that share the masters; also over those that hold other parts of them."""
     total = torch.tensor(list(values), dtype=torch.int64, device=state.device)
     for group in state.all_groups() if over_tensor_ranks else [state.process_group]:
-        dist.all_reduce(total, group=group)
+        if group is not None:
+            dist.all_reduce(total, group=group)
     return [int(value) for value in total.tolist()]

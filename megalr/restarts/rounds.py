@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megalr.engine.state import EngineState
 from megalr.layers.factors import FactorPair
+from megalr.restarts.masters import Masters
 from megalr.sharding.exchange import (
     Located,
     broadcast_from_owners,
@@ -34,7 +34,7 @@ class FactorRounds:
     """The rounds for a model's factor pairs; the same on all ranks.
 
     Args:
-        state: of the engine.
+        state: where the masters lie.
         pairs: the factorized matrices.
         bucket_bytes: fp32 bytes of factors that a rank works on in one round (at least one pair);
             the buffers of the exchange take twice as much. None: :func:`bucket_of` all factors.
@@ -46,7 +46,7 @@ class FactorRounds:
     """
 
     def __init__(
-        self, state: EngineState, pairs: Sequence[FactorPair], bucket_bytes: int | None = None
+        self, state: Masters, pairs: Sequence[FactorPair], bucket_bytes: int | None = None
     ) -> None:
         self.state = state
         self.pairs = list(pairs)
@@ -150,7 +150,7 @@ def _cost(pair: FactorPair) -> float:
     return 20.0 * pair.rank**3 + 4.0 * sum(pair.shape) * pair.rank**2
 
 
-def _located(state: EngineState, pair: FactorPair, owner: int) -> tuple[Located, Located]:
+def _located(state: Masters, pair: FactorPair, owner: int) -> tuple[Located, Located]:
     """B and A of a pair, each with the flat tensor of masters in which it lies on this rank."""
     (m, n), r = pair.shape, pair.rank
     found = []
@@ -158,7 +158,7 @@ def _located(state: EngineState, pair: FactorPair, owner: int) -> tuple[Located,
         ("B", pair.b, pair.b_rows[0] * r, (m, r)),
         ("A", pair.a, pair.a_rows[0] * n, (r, n)),
     ):
-        flat, fragments = state.wrapper.fragments(parameter)
+        flat, fragments = state.fragments(parameter)
         inside = within(fragments, first, shape[0] * shape[1])
         tensor = LogicalTensor(f"{pair.name}.{name}", shape, inside, owner)
         found.append((tensor, flat.detach().view(-1)))

@@ -15,13 +15,15 @@ import psutil
 import torch
 import torch.distributed as dist
 
-import megalr
 from megalr.config.schema import RunConfig
 from megalr.distributed.agreement import raise_on_any_rank
 from megalr.distributed.launcher_env import host_name
 from megalr.errors import UserError
+from megalr.version import __version__
 
 _SHOWN_PREFIXES = ("NCCL_", "TORCH_NCCL_", "GLOO_", "FI_", "UCX_", "DS_ACCELERATOR", "OMP_NUM")
+PACKAGE = Path(__file__).resolve().parents[1]
+"""The folder of megalr's source."""
 _INFINIBAND = Path("/sys/class/infiniband")
 
 
@@ -31,7 +33,7 @@ def versions(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         nccl = ".".join(map(str, torch.cuda.nccl.version()))
     return {
-        "megalr": megalr.__version__,
+        "megalr": __version__,
         "source": source_hash()[:12],
         "commit": commit(),
         "torch": torch.__version__,
@@ -52,22 +54,20 @@ def device_name(device: torch.device) -> str:
 
 def source_hash() -> str:
     """SHA-256 of the package's Python files with their names: equal only for equal code."""
-    root = Path(megalr.__file__).parent
     digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode() + b"\0")
+    for path in sorted(PACKAGE.rglob("*.py")):
+        digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0")
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 
 
 def commit() -> str:
     """The git commit of the source folder, with ``+changes`` if files differ from it; or none."""
-    folder = Path(megalr.__file__).parent
-    if not (folder.parent / ".git").exists():
+    if not (PACKAGE.parent / ".git").exists():
         return "none"
     try:
-        number = _git(folder, "rev-parse", "--short=12", "HEAD")
-        changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
+        number = _git(PACKAGE, "rev-parse", "--short=12", "HEAD")
+        changed = _git(PACKAGE, "status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):
         return "none"  # git is not installed, or the repository belongs to another user
     return number + ("+changes" if changed else "")
@@ -124,7 +124,7 @@ def check_ranks_agree(config: RunConfig, ds_config: dict[str, Any], fingerprint:
     own = {
         "host": host_name(),
         "code": {
-            "megalr": f"{megalr.__version__} with source {source_hash()[:12]}",
+            "megalr": f"{__version__} with source {source_hash()[:12]}",
             "torch": torch.__version__,
             "deepspeed": version("deepspeed"),
             "python": platform.python_version(),

@@ -50,9 +50,11 @@ class Ranks:
     group: dist.ProcessGroup | None = None
 
     @classmethod
-    def of(cls, group: dist.ProcessGroup) -> Ranks:
-        """The processes of a group, seen from this one."""
-        return cls(dist.get_rank(group), dist.get_world_size(group), group)
+    def of(cls, group: dist.ProcessGroup | None) -> Ranks:
+        """The processes of a group, seen from this one; None: this process alone."""
+        return (
+            cls() if group is None else cls(dist.get_rank(group), dist.get_world_size(group), group)
+        )
 
 
 @dataclass(frozen=True)
