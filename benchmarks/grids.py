@@ -7,7 +7,7 @@
 
 ``compare`` prints, for each run of the grids, the largest difference of its losses from those of
 the one rank, and its speed beside the scaling model's. ``resume`` trains 6 updates with restarts
-on TP 2 x DP and goes on from the checkpoint of update 3 with other grids; the losses should agree.
+on TP 2 x DP and goes on from the checkpoint of update 4 with other grids; the losses should agree.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from throughput import ROOT, free_port, variables_of
 
 from megalr.errors import UserError, exit_cleanly
 
-UPDATES, SAVED = 6, 3
+UPDATES, SAVED = 6, 4
 """Updates of a run of ``resume``, and the checkpoint from which the others go on."""
 
 
@@ -89,7 +89,6 @@ def resume(arguments: argparse.Namespace) -> None:
         for tensor in (gpus, 1):
             folder = Path(work) / f"tensor_{tensor}"
             shutil.copytree(first, folder)
-            shutil.rmtree(folder / "checkpoints" / f"update_{UPDATES}")
             (folder / "metrics.jsonl").unlink()
             name = f"from update {SAVED} with TP {tensor} x DP {gpus // tensor}"
             losses[name] = _losses(folder, tensor, arguments)
@@ -117,7 +116,7 @@ def _losses(folder: Path, tensor: int, arguments: argparse.Namespace) -> dict[in
             "micro_batch_size": 8,
             "precision": arguments.precision,
         },
-        "checkpoint": {"every": SAVED, "verify": False},
+        "checkpoint": {"every": SAVED, "at_end": False, "verify": False},
         "log": {"every": 1, "tensorboard": False},
     }
     recipe, log = folder.with_suffix(".yaml"), folder.with_suffix(".log")
