@@ -17,6 +17,7 @@ def cross_problems(value_of: Callable[[str], Any]) -> Iterator[tuple[str, str]]:
     """
     yield from _batch_problems(value_of)
     yield from _method_problems(value_of)
+    yield from _rounding_problems(value_of)
     warmup, updates = value_of("schedule.warmup_updates"), value_of("train.updates")
     if warmup is not None and updates is not None and warmup > updates:
         yield (
@@ -57,6 +58,24 @@ def _cycle_problems(
         yield (
             "schedule.cycle_updates",
             f"must be at least warmup_updates + adjust_updates = {first}",
+        )
+
+
+def _rounding_problems(value_of: Callable[[str], Any]) -> Iterator[tuple[str, str]]:
+    """Stochastic rounding needs AdamW with bfloat16 weights and states."""
+    if value_of("optimizer.stochastic_rounding") in (None, "none"):
+        return
+    precision, method = value_of("train.precision"), value_of("method.name")
+    if precision not in (None, "paper_bf16"):
+        yield (
+            "optimizer.stochastic_rounding",
+            f"train.precision {precision} keeps weights and optimizer state in float32, where "
+            "there is nothing to round: use none, or train.precision=paper_bf16",
+        )
+    if method in PROJECTED_NAMES:
+        yield (
+            "optimizer.stochastic_rounding",
+            f"method {method} brings its own update rule, which rounds to nearest: use none",
         )
 
 

@@ -91,6 +91,12 @@ class AdamWOptimizer(AdamSection):
     name: Literal["adamw"] = "adamw"
     eps: float = Field(default=ADAMW_EPS, gt=0, examples=[1e-8])
     """Added to the root of the bias-corrected second moment."""
+    stochastic_rounding: Literal["none", "moments", "weights", "all"] = Field(
+        default="none", examples=["moments"]
+    )
+    """What is rounded to bfloat16 up or down at random, so that the result is right on average,
+    instead of to the nearest number, where small changes are lost: the optimizer's moments, the
+    weights, or all. Only with train.precision paper_bf16 and methods without an update rule."""
 
 
 class SPAMOptimizer(AdamSection):

@@ -201,6 +201,13 @@ def set_learning_rate(engine: Any, learning_rate: float) -> None:
         group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
 
 
+def set_update(engine: Any, update: int) -> None:
+    """Tell an optimizer that rounds stochastically the number of the next update, from 1 on."""
+    for group in engine.optimizer.param_groups:
+        if "update" in group:
+            group["update"] = update
+
+
 def described_groups(engine: Any, config: RunConfig) -> dict[str, dict[str, float]]:
     """Name to peak learning rate and weight decay of each parameter group."""
     return describe_groups(engine.optimizer.param_groups, config.optimizer.lr)

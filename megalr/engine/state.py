@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from megalr.engine.wrappers import wrapper_of
 from megalr.errors import UserError
+from megalr.kernels.adamw import AdamW
 from megalr.optim.loro import LORO
 from megalr.optim.matrix import MatrixOptimizer
 from megalr.optim.muon import Muon
@@ -157,7 +158,8 @@ class EngineState:
 def attach_layouts(engine: Any) -> None:
     """Hand the layouts of the engine's flat tensors to its optimizer, right after initialize.
 
-    Does nothing for optimizers that need none (torch's AdamW).
+    An AdamW that rounds stochastically gets the numbers of the elements instead. Nothing is done
+    for optimizers that need neither.
 
     Raises:
         UserError: a whole-matrix optimizer at stage 0 on several ranks (every rank would keep all
@@ -167,6 +169,8 @@ def attach_layouts(engine: Any) -> None:
     """
     wrapper = wrapper_of(engine)
     base = wrapper.base
+    if isinstance(base, AdamW) and base.rounding is not None:
+        base.attach_runs(wrapper.runs)
     if not isinstance(base, ShardedOptimizer):
         return
     _check_tensor_parallelism(engine, base)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -14,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from megalr.errors import UserError
+from megalr.kernels.stochastic_rounding import Run
 from megalr.sharding.exchange import assign_owners
 from megalr.sharding.fragment import FlatLayout, Fragment, Ranks, logical_tensors
+from megalr.sharding.tensor_shard import shard_of
 
 Place = tuple[str, list[Any]]
 """A file of the checkpoint and the keys that lead to something in it."""
@@ -140,6 +143,27 @@ class Wrapper(ABC):
         """All ranks' fragments of the logical tensors in one tensor of the optimizer."""
         return self.layouts[flat]
 
+    @cached_property
+    def runs(self) -> dict[Tensor, tuple[Run, ...]]:
+        """The numbers of the elements on this rank, for stochastic rounding.
+
+        Whole parameters are counted through in the optimizer's order, so that a number depends on
+        neither the ranks nor the ZeRO stage. A tensor-parallel shard counts from the number of its
+        parameter on: shards draw the same, and what is replicated stays equal.
+        """
+        found: dict[Tensor, tuple[Run, ...]] = {}
+        first = 0
+        for storage in self.storages:
+            runs: list[Run] = []
+            for parameter, fragments in storage.parameters:
+                here = next((f for f in fragments if f.rank == storage.ranks.rank), None)
+                if here is not None:
+                    runs.append((here.offset, first + here.start, here.numel))
+                shard = shard_of(parameter)
+                first += math.prod(shard.full_shape if shard else self.shape(parameter))
+            found[storage.flat] = _joined(runs)
+        return found
+
     def check_reachable(self) -> None:
         """Raise UserError where DeepSpeed keeps masters or states outside these tensors."""
         for attribute, key in _UNREACHABLE.items():
@@ -217,3 +241,16 @@ class Wrapper(ABC):
     def zero_file(self) -> str:
         """Name of the file with this rank's slices of masters and optimizer state."""
         return Path(self.engine._get_zero_ckpt_name("", "tag")).name
+
+
+def _joined(runs: list[Run]) -> tuple[Run, ...]:
+    """The runs in the order of their offsets, those that go on from one another as one."""
+    joined: list[Run] = []
+    for offset, first, count in sorted(runs):
+        if joined:
+            start, number, length = joined[-1]
+            if start + length == offset and number + length == first:
+                joined[-1] = (start, number, length + count)
+                continue
+        joined.append((offset, first, count))
+    return tuple(joined)

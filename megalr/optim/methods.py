@@ -9,6 +9,7 @@ import torch
 
 from megalr.errors import UserError
 from megalr.kernels.adamw import AdamW
+from megalr.kernels.stochastic_rounding import StochasticRounding
 from megalr.optim.apollo import Apollo, ApolloMini
 from megalr.optim.galore import Fira, GaLore, GoLore
 from megalr.optim.loro import LORO
@@ -168,10 +169,17 @@ def build_optimizer(
     optimizer: torch.optim.Optimizer | None = make_optimizer(settings, method, groups, facts)
     if optimizer is None:
         options = {"lr": 0.0, "betas": settings.betas, "eps": settings.eps}
-        if facts.bf16_states and facts.kernels:
-            optimizer = AdamW(groups, **options)
+        rounding = _rounding(settings.stochastic_rounding, facts.seed)
+        if rounding is not None or (facts.bf16_states and facts.kernels):
+            optimizer = AdamW(groups, **options, rounding=rounding, kernel=facts.kernels)
         else:
             optimizer = torch.optim.AdamW(groups, **options, fused=True)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     return optimizer
+
+
+def _rounding(choice: str, seed: int) -> StochasticRounding | None:
+    if choice == "none":
+        return None
+    return StochasticRounding(seed, choice in ("moments", "all"), choice in ("weights", "all"))

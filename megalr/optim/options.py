@@ -18,8 +18,8 @@ from megalr.config.optimizers import AdamSection
 from megalr.errors import UserError
 
 DEFAULT_LR = 1e-3
-NOT_OPTIONS = ("name", "targets", "lr_ratio", "weight_decay_ratio")
-"""Keys of a section that select the rule, its tensors and their groups."""
+NOT_OPTIONS = ("name", "targets", "lr_ratio", "weight_decay_ratio", "stochastic_rounding")
+"""Keys of a section that select the rule, its tensors and their groups; the last is AdamW's own."""
 CHECKED_ELSEWHERE = {"lr": 1.0, "rank": 1}
 """Options whose limits are not those of the schema, with a value that the schema accepts: the
 current learning rate may be 0, and the largest rank depends on the matrix."""

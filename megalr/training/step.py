@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megalr.data.loader import UpdateBatch
-from megalr.engine.build import data_parallel_ranks, set_learning_rate
+from megalr.engine.build import data_parallel_ranks, set_learning_rate, set_update
 from megalr.engine.skip_step import DeferredSkip, poison_nonfinite
 from megalr.engine.wrappers import wrapper_of
 
@@ -83,6 +83,7 @@ def train_step(
     samples = batch.samples_by_source
     result = StepResult(update, batch.update, targets, samples, learning_rate, loss_sum)
     set_learning_rate(engine, learning_rate)
+    set_update(engine, update)
     scale = data_parallel_ranks(engine) / max(1, targets)
     for number, (input_ids, labels) in enumerate(batch.micro_batches, start=1):
         loss = engine(

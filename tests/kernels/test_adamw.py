@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from megalr.config.optimizers import AdamWOptimizer
 from megalr.engine.skip_step import step_or_skip
 from megalr.kernels.adamw import AdamW
 from megalr.optim.methods import RunFacts, build_optimizer
@@ -296,7 +297,7 @@ def test_hooks_run_once_by_either_step() -> None:
 )
 def test_runs_of_paper_bf16_take_it(bf16_states: bool, kernels: bool, ours: bool) -> None:
     """Unless ``train.kernels`` is torch; checkpoints record the same class name."""
-    settings = SimpleNamespace(name="adamw", betas=(0.9, 0.95), eps=1e-8)
+    settings = AdamWOptimizer(lr=0.01, betas=(0.9, 0.95))
     facts = RunFacts(10, 8, 0, bf16_states=bf16_states, kernels=kernels)
     groups = [{"params": _parameters(device="cpu"), "weight_decay": 0.1}]
     made = build_optimizer(settings, SimpleNamespace(name="full_rank"), groups, facts)
