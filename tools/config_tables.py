@@ -95,6 +95,8 @@ def _type(described: dict[str, Any], schema: dict[str, Any]) -> str:
         if "prefixItems" in described:
             return f"list of {len(described['prefixItems'])} numbers"
         return f"list of {_type(described.get('items', {}), schema)}"
+    if kind == "object" and "additionalProperties" in described:
+        return f"names with {_type(described['additionalProperties'], schema)} each"
     words = {"string": "text", "boolean": "true or false", "null": "null"}.get(kind, kind)
     limits = [
         f"{sign} {described[name]:g}"

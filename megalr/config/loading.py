@@ -109,6 +109,9 @@ def _override(merged: Source, source: Source) -> None:
         for old in list(merged.places):
             if old.startswith(f"{key}.") or key.startswith(f"{old}."):
                 del merged.places[old]
+        section, _, name = key.partition(".")
+        if _lookup(source.values, key) is None and isinstance(merged.values.get(section), dict):
+            merged.values[section].pop(name, None)  # null replaces a mapping in a section too
     _update(merged.values, source.values)
     merged.places.update(source.places)
 

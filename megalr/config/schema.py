@@ -6,12 +6,14 @@ checked across keys is in ``megalr.config.checks``.
 
 from __future__ import annotations
 
+import os.path
+import re
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticKnownError
 
-from megalr.config.base import AsTuple, Folder, Section
+from megalr.config.base import Folder, Section
 from megalr.config.checks import cross_problems
 from megalr.config.health import HealthConfig
 from megalr.config.methods import FullRankMethod, MethodConfig
@@ -155,8 +157,29 @@ def _sources(value: Any) -> Any:
     return tuple({"path": item} if isinstance(item, str) else item for item in items)
 
 
-def _paths(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else value
+ValidationPaths = tuple[str, ...] | dict[str, tuple[str, ...]]
+"""Folders of one set, or of several by name."""
+
+
+def _validation_paths(value: Any) -> ValidationPaths | None:
+    """Any of the forms of ``data.validation``; a union's own errors would name its members."""
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        return _folders(value)
+    if not value:
+        raise ValueError("must name at least one set")
+    for name in value:
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, re.ASCII):
+            raise ValueError(f"must have names of letters, digits and _ . -, not {name!r:.40}")
+    return {name: _folders(paths) for name, paths in value.items()}
+
+
+def _folders(value: Any) -> tuple[str, ...]:
+    paths = (value,) if isinstance(value, str) else value
+    if not isinstance(paths, list | tuple) or not all(isinstance(p, str) for p in paths):
+        raise ValueError("must be a folder, a list of folders, or a mapping of names to these")
+    return tuple(map(os.path.expanduser, paths))
 
 
 class DataConfig(Section):
@@ -166,11 +189,14 @@ class DataConfig(Section):
         min_length=1, examples=["data/c4", [{"path": "data/c4", "weight": 0.9}]]
     )
     """Training data: one preprocessed folder, a list of them, or a list of {path, weight}."""
-    validation: Annotated[tuple[Folder, ...], AsTuple, BeforeValidator(_paths)] | None = Field(
-        default=None, examples=["data/c4-validation"]
-    )
+    validation: Annotated[
+        ValidationPaths | None,
+        BeforeValidator(_validation_paths, json_schema_input_type=str | ValidationPaths | None),
+    ] = Field(default=None, examples=["data/c4-validation"])
     """Validation data: one preprocessed folder or a list of them; null = the documents that
-    preprocessing held out in the training folder, if any; no evaluation otherwise."""
+    preprocessing held out in the training folder, if any; no evaluation otherwise. Several sets
+    have names, {c4: data/c4-validation, mix: data/mix-validation}: the first is the one that counts
+    for checkpoint.keep_best and in reports."""
     sequence_length: int = Field(default=256, ge=2, le=100_000_000, examples=[256])
     """Positions of a sample (tokens)."""
     packing: bool = Field(default=True, examples=[True])
@@ -185,6 +211,13 @@ class DataConfig(Section):
         if len({source.weight is None for source in train}) > 1:
             raise ValueError("must give a weight to every item or to none")
         return train
+
+    @property
+    def validation_sets(self) -> dict[str, tuple[str, ...]]:
+        """Folders of each validation set by its name, "" if it has none; {} without any."""
+        if isinstance(self.validation, dict):
+            return self.validation
+        return {"": self.validation} if self.validation else {}
 
 
 class TrainConfig(Section):

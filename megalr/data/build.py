@@ -22,18 +22,18 @@ from megalr.tensor_parallel.mesh import Mesh
 
 def open_data(
     config: RunConfig, vocab_size: int | None
-) -> tuple[TokenDataset, TokenDataset | None]:
-    """The training data, and the validation data if there is any; every rank must call it.
+) -> tuple[TokenDataset, dict[str, TokenDataset]]:
+    """The training data, and the validation sets by name; every rank must call it.
 
-    Without ``data.validation`` it is the validation split of the training data, if all sources have
-    one. ``vocab_size``: of the model; None: not checked.
+    Without ``data.validation`` there is one set without a name, the validation split of the
+    training data, if all sources have one. ``vocab_size``: of the model; None: not checked.
 
     Raises:
         AgreedError: data that cannot be read or do not fit the model, or ``checkpoint.keep_best``
             without validation data.
     """
     training, validation = run_on_all(lambda: _open(config, vocab_size))
-    if config.checkpoint.keep_best and validation is None:
+    if config.checkpoint.keep_best and not validation:
         raise AgreedError(
             f"checkpoint.keep_best is {config.checkpoint.keep_best} and there is no validation "
             "data to tell the best by: give data.validation, or set it to 0"
@@ -41,7 +41,9 @@ def open_data(
     return training, validation
 
 
-def _open(config: RunConfig, vocab_size: int | None) -> tuple[TokenDataset, TokenDataset | None]:
+def _open(
+    config: RunConfig, vocab_size: int | None
+) -> tuple[TokenDataset, dict[str, TokenDataset]]:
     data = config.data
     training = open_training_data(
         [{"path": s.path, "weight": s.weight} for s in data.train],
@@ -50,17 +52,24 @@ def _open(config: RunConfig, vocab_size: int | None) -> tuple[TokenDataset, Toke
     )
     if vocab_size is not None:
         check_vocabulary(training, vocab_size)
-    validation = None
-    paths = list(data.validation or ())
-    if not paths and all(has_validation_split(source.path) for source in data.train):
-        paths = [source.path for source in data.train]
-    if paths:
-        validation = open_validation_data(
-            paths, sequence_length=data.sequence_length, packing=data.packing
+    validation = {
+        name: open_validation_data(
+            list(paths), sequence_length=data.sequence_length, packing=data.packing
         )
-    if validation is not None:
-        check_same_tokenizer(training, validation)
+        for name, paths in validation_folders(config).items()
+    }
+    for dataset in validation.values():
+        check_same_tokenizer(training, dataset)
     return training, validation
+
+
+def validation_folders(config: RunConfig) -> dict[str, tuple[str, ...]]:
+    """Folders of the validation sets by name: those of ``data.validation``, else those of the
+    training data under the name "" if each has held documents out, else {}."""
+    training = tuple(source.path for source in config.data.train)
+    if config.data.validation_sets or not all(map(has_validation_split, training)):
+        return config.data.validation_sets
+    return {"": training}
 
 
 def make_loader(
@@ -82,14 +91,10 @@ def make_loader(
 
 
 def validation_batches(
-    config: RunConfig, data: TokenDataset | None, mesh: Mesh
-) -> dict[bool, EvaluationBatches] | None:
-    """This rank's batches of evaluations during the run (False) and after the last update (True).
-
-    None without validation data.
-    """
-    if data is None:
-        return None
+    config: RunConfig, data: TokenDataset, mesh: Mesh
+) -> dict[bool, EvaluationBatches]:
+    """This rank's batches of a set's evaluations during the run (False) and after the last update
+    (True)."""
     limits = {last: config.evaluation.limit(last) for last in (False, True)}
     batches = {  # one set where both are the same
         limit: EvaluationBatches(

@@ -17,10 +17,10 @@ from megalr.data import (
     EvaluationBatches,
     TokenDataset,
     check_vocabulary,
-    has_validation_split,
     open_training_data,
     open_validation_data,
 )
+from megalr.data.build import validation_folders
 from megalr.data.manifest import load_manifest
 from megalr.distributed.agreement import raise_on_any_rank, run_on_all, run_on_rank0
 from megalr.errors import UserError
@@ -220,12 +220,10 @@ def _data_of_run(config: RunConfig, request: Request) -> TokenDataset:
         return _open(request.data, request.split, length, packing)
     if request.split == "train":
         return _open([source.path for source in config.data.train], "train", length, packing)
-    paths = list(config.data.validation or ())
-    if not paths and all(has_validation_split(source.path) for source in config.data.train):
-        paths = [source.path for source in config.data.train]
-    if not paths:
+    sets = validation_folders(config)
+    if not sets:
         raise UserError("the run had no validation data: name some with --data FOLDER")
-    return _open(paths, "validation", length, packing)
+    return _open(next(iter(sets.values())), "validation", length, packing)
 
 
 def _open(paths: Any, split: str, length: int, packing: bool) -> TokenDataset:

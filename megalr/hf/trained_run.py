@@ -64,7 +64,9 @@ def run_config(checkpoint: Checkpoint) -> RunConfig:
     changes: dict[str, Any] = {
         "train": tuple(s.model_copy(update={"path": located(s.path)}) for s in data.train)
     }
-    if data.validation is not None:
+    if isinstance(data.validation, dict):
+        changes["validation"] = {n: tuple(map(located, p)) for n, p in data.validation.items()}
+    elif data.validation is not None:
         changes["validation"] = tuple(map(located, data.validation))
     return config.model_copy(update={"data": data.model_copy(update=changes)})
 

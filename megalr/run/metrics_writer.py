@@ -29,7 +29,8 @@ class MetricsWriter:
         folder: the run's folder.
         active: whether this rank writes.
         total_updates: length of the run, for the progress bar.
-        tensorboard: also write the numbers of ``step``, ``eval`` and ``restart`` events there.
+        tensorboard: also write the numbers of ``step``, ``eval``, ``eval_further`` and ``restart``
+            events there, those of a further validation set under ``eval_NAME``.
         wandb_project: also send them to this Weights & Biases project; None: do not.
         config: resolved configuration, for Weights & Biases.
         on_failure: called with the error when an event cannot be written, for the ranks to stop
@@ -96,8 +97,10 @@ class MetricsWriter:
 
     def _copy(self, event: str, update: int, numbers: dict[str, Any]) -> None:
         """Write the numbers of an event to TensorBoard and Weights & Biases."""
-        if event not in ("step", "eval", "restart"):
+        if event not in ("step", "eval", "eval_further", "restart"):
             return
+        if event == "eval_further":
+            event = f"eval_{numbers['validation']}"
         kinds = {k: v for k, v in numbers.items() if isinstance(v, int | float)}
         if self._board is not None:
             for key, value in kinds.items():

@@ -16,7 +16,7 @@ from megalr.checkpoint.save import save_checkpoint
 from megalr.data.loader import EvaluationBatches, MicroBatch
 from megalr.distributed.agreement import raise_on_any_rank
 from megalr.engine.build import ranks_of_batches
-from megalr.evaluation.perplexity import evaluate
+from megalr.evaluation.perplexity import Evaluation, evaluate
 from megalr.models.flops import flops_per_token
 from megalr.restarts.controller import Restarts
 from megalr.restarts.relora import Relora
@@ -158,23 +158,25 @@ class LogHook(Hook):
 
 
 class EvaluationHook(Hook):
-    """Evaluates on the validation set (event ``eval``).
+    """Evaluates on the validation sets (events ``eval`` for the first, ``eval_further``).
 
     An evaluation that a stop prevented or interrupted is made first when the run continues.
 
     Args:
         run: the run.
-        batches: the fixed validation batches, iterable repeatedly, during the run (False) and after
-            the last update (True); None: there is no validation set.
+        batches: the fixed batches of every validation set by its name, iterable repeatedly, during
+            the run (False) and after the last update (True).
     """
 
-    def __init__(self, run: RunContext, batches: Mapping[bool, EvaluationBatches] | None) -> None:
+    def __init__(
+        self, run: RunContext, batches: Mapping[str, Mapping[bool, EvaluationBatches]]
+    ) -> None:
         self.run, self.batches = run, batches
         self._last: tuple[int, float | None] = (0, None)  # update and loss of the last evaluation
 
     def due(self, update: int) -> bool:
         reached = _reached(update, self.run.config.evaluation.every)
-        return self.batches is not None and (update == self.run.total_updates or reached)
+        return bool(self.batches) and (update == self.run.total_updates or reached)
 
     def at_start(self) -> None:
         if self.pending:
@@ -185,25 +187,33 @@ class EvaluationHook(Hook):
         self._evaluate()
 
     def loss_after(self, update: int) -> float | None:
-        """Validation loss after ``update`` updates; None if it was not evaluated then."""
+        """Loss on the first set after ``update`` updates; None if it was not evaluated then."""
         evaluated, loss = self._last
         return loss if evaluated == update else None
 
     def _evaluate(self) -> None:
         """Evaluate and report it, unless the run is to stop."""
         run, update = self.run, self.run.progress.update
-        if self.batches is None or run.stop.requested(now=True):
+        if not self.batches or run.stop.requested(now=True):
             return
         wait_for(run.device)
-        batches = self.batches[update >= run.total_updates]
         group = ranks_of_batches(run.engine)
-        evaluation = evaluate(run.decoder, self._until_stopped(batches), run.device, group)
-        raise_on_any_rank(batches.error)
-        run.stopwatch.exclude(evaluation.eval_seconds)
-        if not run.stop.requested(now=True):
-            run.metrics.write("eval", update, **asdict(evaluation))
-            self._last = (update, evaluation.loss)
-            self.pending = False
+        found: dict[str, Evaluation] = {}
+        for name, by_time in self.batches.items():
+            batches = by_time[update >= run.total_updates]
+            evaluation = evaluate(run.decoder, self._until_stopped(batches), run.device, group)
+            raise_on_any_rank(batches.error)
+            run.stopwatch.exclude(evaluation.eval_seconds)
+            if run.stop.requested(now=True):
+                return
+            found[name] = evaluation
+        (name, first), *further = found.items()
+        named = {"validation": name} if name else {}
+        run.metrics.write("eval", update, **named, **asdict(first))
+        for name, evaluation in further:
+            run.metrics.write("eval_further", update, validation=name, **asdict(evaluation))
+        self._last = (update, first.loss)
+        self.pending = False
 
     def _until_stopped(self, batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
         """The batches, ending early, on all ranks at the same one, when the run is to stop."""
@@ -217,7 +227,7 @@ class EvaluationHook(Hook):
         return {"evaluation_pending": self.pending}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        self.pending = saved["evaluation_pending"] and self.batches is not None
+        self.pending = saved["evaluation_pending"] and bool(self.batches)
         self._last = (0, None)
 
 

@@ -144,7 +144,9 @@ def _pretrain(
             config, engine, decoder, device, metrics, stop, watchdog, compile_clock, start
         )
         log = LogHook(run)
-        batches = validation_batches(config, validation_data, mesh)
+        batches = {
+            name: validation_batches(config, data, mesh) for name, data in validation_data.items()
+        }
         hooks = _hooks(run, relora, restarts, log, batches, train_data.fingerprint)
         trainer = Trainer(run, loader, restarts.learning_rate_factor, hooks)
         if saved is not None:
@@ -183,7 +185,7 @@ def _hooks(
     relora: Relora | None,
     restarts: Restarts,
     log: LogHook,
-    validation: dict[bool, EvaluationBatches] | None,
+    validation: dict[str, dict[bool, EvaluationBatches]],
     data_fingerprint: str,
 ) -> list[Hook]:
     """What is done after some updates, in its order."""

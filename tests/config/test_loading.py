@@ -243,3 +243,33 @@ def test_a_start_given_on_the_command_line_replaces_the_files(tmp_path: Path) ->
     assert "must not be given with model.from_pretrained" in problems_of([preset], both)
     text = MINIMAL.replace("preset:", "from_pretrained: models/llama, preset:")
     assert "must not be given with" in problems_of([write(tmp_path, text, "c.yaml")], [])
+
+
+def test_validation_data_are_one_set_or_several_by_name(tmp_path: Path) -> None:
+    base = write(tmp_path, MINIMAL.replace("data/c4", "data/c4, validation: {c4: v, mix: [m, n]}"))
+    data = load_run_config([base]).data
+    assert data.validation_sets == {"c4": ("v",), "mix": ("m", "n")}
+    again = write(tmp_path, dump_config(load_run_config([base])), "again.yaml")
+    assert load_run_config([again]).data == data
+    one = load_run_config([base], ["data.validation=v"]).data
+    assert one.validation == ("v",) and one.validation_sets == {"": ("v",)}
+    none = load_run_config([base], ["data.validation=null"]).data
+    assert none.validation is None and none.validation_sets == {}
+    more = load_run_config([base], ["data.validation.books=b"]).data
+    assert list(more.validation_sets) == ["c4", "mix", "books"]
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        ("{}", "must name at least one set"),
+        ("{a b: v}", "must have names of letters, digits and _ . -, not 'a b'"),
+        ("{a: 3}", "must be a folder, a list of folders, or a mapping of names to these"),
+        ("[v, 3]", "must be a folder, a list of folders, or a mapping of names to these"),
+        ("7", "must be a folder, a list of folders, or a mapping of names to these"),
+    ],
+)
+def test_other_validation_data_are_refused(tmp_path: Path, value: str, message: str) -> None:
+    found = problems_of([write(tmp_path, MINIMAL)], [f"data.validation={value}"])
+    assert "data.validation = " in found and message in found
+    assert "\n" not in found

@@ -226,8 +226,10 @@ def test_every_event_is_documented_with_its_fields_and_waiting_for_data_is_repor
     assert set(re.findall(r'metrics\.write\(\s*"(\w+)"', text)) == documented.keys()
 
     folder = tmp_path / "run"
-    run_distributed(_run_with_a_slow_loader, 2, settings(folder, data), zero(1))
-    for event in ("start", "step", "eval", "checkpoint", "end"):
+    values = settings(folder, data)
+    values["data"]["validation"] = {"one": str(data), "two": str(data)}
+    run_distributed(_run_with_a_slow_loader, 2, values, zero(1))
+    for event in ("start", "step", "eval", "eval_further", "checkpoint", "end"):
         fields = events(folder, event)[-1].keys() - {"event", "update", "time"}
         assert fields == documented[event], event
     for step in events(folder, "step"):
