@@ -46,6 +46,7 @@ FILE_SIZES: dict[str, str] = {
     "config/health.py": "one section, a file like those of the others",
     "distributed/peer_errors.py": "one contract: a lost rank's error in one line",
     "distributed/signals.py": "standard library only, so that a launcher listens at once",
+    "hf/auto.py": "one import with one effect: the Auto classes know the factorized ones",
     "hf/card.py": "one text: the model card",
     "restarts/batched_eigh.py": "threads and streams, apart from the algebra that uses them",
 }

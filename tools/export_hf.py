@@ -1,6 +1,6 @@
 """Export a run's checkpoint as a folder that transformers loads.
 
-python tools/export_hf.py runs/NAME --output out/ [--dtype bfloat16] [--tag update_1000]
+python tools/export_hf.py runs/NAME --output out/ [--form factorized] [--dtype bfloat16]
 """
 
 from __future__ import annotations
@@ -29,6 +29,12 @@ def parse_arguments() -> argparse.Namespace:
         default="float32",
         help="of the weights (default: %(default)s, the unrounded master weights)",
     )
+    add(
+        "--form",
+        choices=("dense", "factorized"),
+        default="dense",
+        help="matrices multiplied out, or the factors as trained (default: %(default)s)",
+    )
     add("--max_shard_size", default="5GB", help="largest weight file (default: %(default)s)")
     add("--tokenizer", help="tokenizer to add, or none (default: that of the training data)")
     return parser.parse_args()
@@ -47,8 +53,10 @@ def main() -> None:
         arguments.dtype,
         arguments.max_shard_size,
         arguments.tokenizer,
+        arguments.form,
     )
-    print(f"written: {arguments.output} ({checkpoint.folder.name}, {arguments.dtype})")
+    facts = f"{checkpoint.folder.name}, {arguments.form}, {arguments.dtype}"
+    print(f"written: {arguments.output} ({facts})")
 
 
 if __name__ == "__main__":

@@ -43,6 +43,8 @@ def run_tasks(
         import lm_eval
         import lm_eval.models.huggingface
         from lm_eval.tasks import TaskManager
+
+        import megalr.hf.auto  # noqa: F401  (registers the classes of factorized folders)
     except ImportError as error:
         raise UserError(
             "--tasks needs lm-eval, which is not installed: pip install -e '.[lm_eval]'"

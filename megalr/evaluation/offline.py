@@ -266,6 +266,8 @@ def _transformers_model(folder: Path) -> Any:
         load_config(folder)  # checks types and limits before transformers allocates anything
     from transformers import AutoModelForCausalLM
 
+    import megalr.hf.auto  # noqa: F401  (registers the classes of factorized folders)
+
     try:
         return AutoModelForCausalLM.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False

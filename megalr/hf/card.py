@@ -5,14 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+DENSE = """The weights are dense: factors were multiplied out in float32
+and rounded once."""
+FACTORIZED = """The matrices are stored as factors, with
+the code that applies them, `modeling_factorized.py`. Where megalr is installed, `import
+megalr.hf.auto` loads the model without `trust_remote_code`."""
 
-def model_card(name: str, tags: list[str], rows: Mapping[str, Any]) -> str:
+
+def model_card(
+    name: str, tags: list[str], rows: Mapping[str, Any], factorized: bool = False
+) -> str:
     """Markdown with Hugging Face's metadata: a table of ``rows`` and how to load the model.
 
     Args:
         name: title.
         tags: search terms.
         rows: facts about the training by name; None is shown as "not known".
+        factorized: whether the folder holds factors instead of dense matrices.
     """
     from huggingface_hub import ModelCardData
 
@@ -20,14 +29,14 @@ def model_card(name: str, tags: list[str], rows: Mapping[str, Any]) -> str:
         library_name="transformers", pipeline_tag="text-generation", tags=["megalr", *tags]
     )
     table = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows.items())
+    trust = ", trust_remote_code=True" if factorized else ""
     return f"""---
 {data.to_yaml()}
 ---
 
 # {name}
 
-A language model trained by megalr. The weights are dense: factors were multiplied out in float32
-and rounded once.
+A language model trained by megalr. {FACTORIZED if factorized else DENSE}
 
 | | |
 |---|---|
@@ -36,7 +45,7 @@ and rounded once.
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{trust})
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```
 """

@@ -18,7 +18,7 @@ from megalr.hf.trained_run import (
     tokenizer_of,
 )
 from megalr.hf.write import ExportOptions, check_output, write_model
-from megalr.models.build import has_dense_weights, sizes_of
+from megalr.models.build import has_dense_weights, has_factors, sizes_of
 from megalr.models.config import DecoderConfig
 from megalr.preprocessing.compare_tokenizers import tokenizer_difference
 from megalr.preprocessing.tokenizer import Tokenizer, open_tokenizer
@@ -36,6 +36,7 @@ def export_run(
     dtype: str,
     max_shard_size: str,
     tokenizer: str | None,
+    form: str = "dense",
 ) -> Checkpoint:
     """Write the model of a checkpoint to ``output``; all of it or nothing.
 
@@ -46,6 +47,7 @@ def export_run(
         dtype: key of ``megalr.hf.write.DTYPES``.
         max_shard_size: largest weight file ("5GB").
         tokenizer: path of a tokenizer, ``none``, or None for that of the training data.
+        form: ``dense`` or ``factorized``.
 
     Returns:
         The checkpoint that was exported.
@@ -58,22 +60,34 @@ def export_run(
     config = run_config(checkpoint)
     sizes = sizes_of(config)
     families_of(sizes)  # fail before reading gigabytes
-    if not has_dense_weights(config.method):
-        raise UserError(
-            f"{run} was trained with method {config.method.name}, which has a nonlinearity between "
-            "its factors: there are no dense weights with the same function to export"
-        )
+    _check_form(run, config, form)
     chosen = _tokenizer(config, tokenizer)
     decoder = load_decoder(run, checkpoint)
     evaluation = {
         "tokens": config.evaluation.limit(last=True),
         "packing": config.data.packing,
     }
-    options = ExportOptions(dtype, max_shard_size, config.data.sequence_length, evaluation)
+    options = ExportOptions(dtype, max_shard_size, config.data.sequence_length, evaluation, form)
     rows = _facts(run, checkpoint, config, sizes, dtype)
     tags = [config.method.name, config.optimizer.name, families_of(sizes)[0]]
-    write_model(decoder, output, options, chosen, model_card(run.resolve().name, tags, rows))
+    card = model_card(run.resolve().name, tags, rows, form == "factorized")
+    write_model(decoder, output, options, chosen, card)
     return checkpoint
+
+
+def _check_form(run: Path, config: RunConfig, form: str) -> None:
+    """Raise UserError unless the run's model has this form."""
+    name = config.method.name
+    if form == "factorized" and not has_factors(config.method):
+        raise UserError(
+            f"--form factorized: {run} was trained with method {name}, which stores dense "
+            "matrices: use --form dense"
+        )
+    if form == "dense" and not has_dense_weights(config.method):
+        raise UserError(
+            f"{run} was trained with method {name}, which has a nonlinearity between its factors: "
+            "no dense weights have the same function; use --form factorized"
+        )
 
 
 def _tokenizer(config: RunConfig, given: str | None) -> Tokenizer | None:

@@ -48,6 +48,7 @@ def transformers_config(
     max_positions: int,
     eos_id: int | None = None,
     pad_id: int | None = None,
+    factorized: bool = False,
 ) -> Any:
     """The ``PretrainedConfig`` of the decoder.
 
@@ -56,9 +57,11 @@ def transformers_config(
         family: one of :func:`families_of`.
         max_positions: longest trained sequence (tokens).
         eos_id, pad_id: special ids of the tokenizer; None if it has none.
+        factorized: take the class of modeling_factorized instead of transformers' own.
     """
-    import transformers
+    from megalr.hf.modeling_factorized import FACTORIZED, TRANSFORMERS
 
+    config_class: Any = (FACTORIZED if factorized else TRANSFORMERS)[family][0]
     common: dict[str, Any] = {
         "vocab_size": config.vocab_size,
         "tie_word_embeddings": config.tie_embeddings,
@@ -68,7 +71,7 @@ def transformers_config(
         "pad_token_id": pad_id,
     }
     if family == "gpt2":
-        return transformers.GPT2Config(
+        return config_class(
             n_embd=config.hidden_size,
             n_inner=config.intermediate_size,
             n_layer=config.num_layers,
@@ -91,14 +94,14 @@ def transformers_config(
         "rope_theta": config.rope_theta,
     }
     if family == "mistral":
-        result: Any = transformers.MistralConfig(sliding_window=config.sliding_window, **common)
+        result: Any = config_class(sliding_window=config.sliding_window, **common)
     elif family == "qwen2":
         window: dict[str, Any] = {}
         if config.sliding_window is not None:  # in all layers, from the first on
             window = {"sliding_window": config.sliding_window, "max_window_layers": 0}
-        result = transformers.Qwen2Config(use_sliding_window=bool(window), **window, **common)
+        result = config_class(use_sliding_window=bool(window), **window, **common)
     else:
         common |= {"attention_bias": config.attention_bias, "mlp_bias": config.output_bias}
-        result = transformers.LlamaConfig(**common)
+        result = config_class(**common)
     result.rope_theta = config.rope_theta  # for readers that do not know rope_parameters
     return result

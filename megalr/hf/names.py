@@ -67,23 +67,54 @@ def dense_tensors(decoder: Decoder, family: str | None = None) -> Tensors:
         UserError: no transformers architecture computes this decoder's function.
     """
     chosen = family or families_of(decoder.config)[0]
-    return _gpt2_tensors(decoder) if chosen == "gpt2" else _llama_tensors(decoder, chosen)
+    yield from other_tensors(decoder, chosen)
+    for number, block in enumerate(decoder.blocks()):
+        for name, layer, indices in block_modules(block, number, chosen):
+            yield f"{name}.weight", dense_module_weight(layer, indices, chosen)
 
 
-def _llama_tensors(decoder: Decoder, family: str) -> Tensors:
+def dense_module_weight(layer: GroupedLinear, indices: list[int], family: str) -> torch.Tensor:
+    """The dense weight of a transformers module that holds these matrices of a layer, float32."""
+    stack = torch.cat([layer.dense_weight(index) for index in indices])
+    return stack.t().contiguous() if family == "gpt2" else stack  # Conv1D stores (in, out)
+
+
+def other_tensors(decoder: Decoder, family: str) -> Tensors:
+    """Name and tensor of everything but the block matrices, without padding, float32."""
+    if family == "gpt2":
+        yield from _gpt2_other_tensors(decoder)
+        return
     for name, tensor in plain_tensors(decoder):
         yield name, tensor.float()
     if family == "llama" and decoder.config.attention_bias and not decoder.config.output_bias:
         for number in range(decoder.config.num_layers):
             zero = torch.zeros(decoder.config.hidden_size)
             yield f"model.layers.{number}.self_attn.o_proj.bias", zero
-    for number, block in enumerate(decoder.blocks()):
-        for layer, names in block_linears(block, number):
-            for index, name in enumerate(names):
-                yield f"{name}.weight", layer.dense_weight(index)
 
 
-def _gpt2_tensors(decoder: Decoder) -> Tensors:
+def block_modules(
+    block: Block, number: int, family: str
+) -> Iterator[tuple[str, GroupedLinear, list[int]]]:
+    """Name of every linear module of a block in transformers, our layer, its matrices in there."""
+    if family == "gpt2":
+        for name, layer in _gpt2_linears(block):
+            yield f"transformer.h.{number}.{name}", layer, list(range(len(layer.shape.names)))
+        return
+    for layer, names in block_linears(block, number):
+        for index, name in enumerate(names):
+            yield name, layer, [index]
+
+
+def _gpt2_linears(block: Block) -> list[tuple[str, GroupedLinear]]:
+    return [
+        ("attn.c_attn", block.attention.qkv),
+        ("attn.c_proj", block.attention.o),
+        ("mlp.c_fc", block.mlp.gate_up),
+        ("mlp.c_proj", block.mlp.down),
+    ]
+
+
+def _gpt2_other_tensors(decoder: Decoder) -> Tensors:
     V = decoder.config.vocab_size
     yield "transformer.wte.weight", decoder.embedding.weight.detach()[:V].float()
     if decoder.positions is not None:
@@ -95,16 +126,9 @@ def _gpt2_tensors(decoder: Decoder) -> Tensors:
         prefix = f"transformer.h.{number}"
         yield from _layer_norm(f"{prefix}.ln_1", block.attention_norm)
         yield from _layer_norm(f"{prefix}.ln_2", block.mlp_norm)
-        for name, layer in (
-            ("attn.c_attn", block.attention.qkv),
-            ("attn.c_proj", block.attention.o),
-            ("mlp.c_fc", block.mlp.gate_up),
-            ("mlp.c_proj", block.mlp.down),
-        ):
-            count = len(layer.shape.names)
-            stack = torch.cat([layer.dense_weight(index) for index in range(count)])
-            yield f"{prefix}.{name}.weight", stack.t().contiguous()  # Conv1D stores (in, out)
+        for name, layer in _gpt2_linears(block):
             if layer.bias is not None:
+                count = len(layer.shape.names)
                 used = [layer.bias.detach()[layer.used_rows(index)] for index in range(count)]
                 yield f"{prefix}.{name}.bias", torch.cat(used).float()
 

@@ -14,13 +14,16 @@ import torch
 from safetensors import SafetensorError
 
 from megalr.errors import UserError
+from megalr.hf.factorized import auto_map, factorization, factorized_tensors
 from megalr.hf.families import families_of, transformers_config
+from megalr.hf.modeling_factorized import FACTORIZED, TRANSFORMERS
 from megalr.hf.names import dense_tensors
 from megalr.hf.write_tokenizer import exported_difference, write_tokenizer
 from megalr.models.decoder import Decoder
 from megalr.preprocessing.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FOLDER_FORMS = ("dense", "factorized")
 SIZE = re.compile(r"\d+(\.\d+)?[KMGT]B")
 
 
@@ -33,12 +36,14 @@ class ExportOptions:
     """How a model is written.
 
     Attributes:
-        dtype: name in ``DTYPES``; the product of factors is rounded to it once.
+        dtype: name in ``DTYPES``, to which every tensor is rounded once.
         max_shard_size: largest weight file, a number with a unit ("5GB").
         max_positions: longest trained sequence (tokens).
         evaluation: how the run evaluated after its last update, ``packing`` and largest number of
             targets, ``tokens`` (None: all); recorded in config.json under :data:`EVALUATION`, so
             that the folder is evaluated on the same targets by default. None: not recorded.
+        form: one of FOLDER_FORMS. ``dense``: factors are multiplied out in float32.
+            ``factorized``: the factors as trained, with the scale in B.
 
     Raises:
         UserError: a malformed size.
@@ -48,6 +53,7 @@ class ExportOptions:
     max_shard_size: str
     max_positions: int
     evaluation: dict[str, Any] | None = None
+    form: str = "dense"
 
     def __post_init__(self) -> None:
         if not SIZE.fullmatch(self.max_shard_size):
@@ -149,7 +155,11 @@ def _config(
         options.max_positions,
         tokenizer.eos_id if tokenizer is not None else None,
         tokenizer.pad_id if tokenizer is not None else None,
+        options.form == "factorized",
     )
+    if options.form == "factorized":
+        config.factorization = factorization(decoder, family)
+        config.auto_map = auto_map(family)
     if options.evaluation is not None:
         setattr(config, EVALUATION, options.evaluation)
     return config
@@ -158,20 +168,25 @@ def _config(
 def transformers_model(
     decoder: Decoder, family: str, options: ExportOptions, tokenizer: Tokenizer | None
 ) -> Any:
-    """The transformers model with the decoder's dense weights in ``options.dtype``.
+    """The transformers model with the decoder's weights in ``options.form`` and ``options.dtype``.
 
     Raises:
         UserError: as in :func:`write_model`.
     """
-    from transformers import AutoModelForCausalLM
-
     config = _config(decoder, family, options, tokenizer)
+    if options.form == "factorized":
+        causal: Any = FACTORIZED[family][2]
+        tensors = factorized_tensors(decoder, family, config.factorization)
+    else:
+        causal = TRANSFORMERS[family][2]
+        tensors = dense_tensors(decoder, family)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = causal._from_config(config)
     dtype = DTYPES[options.dtype]
     state = {}
-    for name, tensor in dense_tensors(decoder, family):
-        state[name] = tensor.to(dtype, copy=True).contiguous()
+    for name, tensor in tensors:
+        stored_as = dtype if tensor.is_floating_point() else tensor.dtype
+        state[name] = tensor.to(stored_as, copy=True).contiguous()
         if not bool(state[name].isfinite().all()):
             finite = bool(tensor.isfinite().all())
             reason = f"too large for {options.dtype}" if finite else "not finite: the run diverged"

@@ -20,6 +20,8 @@ class CoLALinear(BottleneckLinear):
         shape, rank, bias: as in FactorizedLinear.
     """
 
+    form = "silu"
+
     def __init__(self, shape: LinearShape, rank: int, bias: bool = False) -> None:
         super().__init__(shape, rank, float(rank), bias)  # scale 1
 

@@ -122,6 +122,15 @@ class GroupedLinear(nn.Module, ABC):
         """The factorized matrices of this layer; none for a dense layer."""
         return []
 
+    def stored_matrix(self, index: int) -> dict[str, torch.Tensor]:
+        """What is stored of matrix ``index`` in factorized form, whole and without padding.
+
+        ``a (r, n)`` and ``b (m, r)``, the scale included, float32, and what is added to ``b a``:
+        ``base (m, n)``, or ``values`` at ``positions`` (row n + column, int64). Empty for a dense
+        layer.
+        """
+        return {}
+
     def extra_repr(self) -> str:
         return (
             f"in={self.shape.in_used}, out={list(self.shape.out_used)}, "
@@ -197,7 +206,12 @@ class FactorizedLinear(GroupedLinear):
         rank: r, at most min(m, n) of every matrix of the group.
         alpha: numerator of the scale alpha / r.
         bias: adds a dense vector to each output.
+
+    Attributes:
+        form: what the layer computes from its factors, one of hf.modeling_factorized.FORMS.
     """
+
+    form = "product"
 
     def __init__(self, shape: LinearShape, rank: int, alpha: float, bias: bool = False) -> None:
         super().__init__(shape, bias)
@@ -248,6 +262,11 @@ class FactorizedLinear(GroupedLinear):
         a_start = index * self.rank
         a = self.a.detach()[a_start : a_start + self.rank, self.used_columns()]
         return a, self.b.detach()[self.used_rows(index)]
+
+    def stored_matrix(self, index: int) -> dict[str, torch.Tensor]:
+        """``a (r, n)`` and ``b (m, r)`` times the scale, in float32."""
+        a, b = self.used_factors(index)
+        return {"a": a.float(), "b": self.scale * b.float()}
 
     @torch.no_grad()
     def load_factors(self, index: int, a: torch.Tensor, b: torch.Tensor) -> None:

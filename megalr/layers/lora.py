@@ -25,6 +25,8 @@ class LoRALinear(FactorizedLinear):
         shape, rank, alpha, bias: as in FactorizedLinear.
     """
 
+    form = "base"
+
     def __init__(self, shape: LinearShape, rank: int, alpha: float, bias: bool = False) -> None:
         super().__init__(shape, rank, alpha, bias)
         self.weight = nn.Parameter(
@@ -74,6 +76,11 @@ class LoRALinear(FactorizedLinear):
         """This rank's shard of ``W0 + scale * B A``, without padding, float32."""
         frozen = self.weight.detach()[self.used_rows(index), self.used_columns()].float()
         return frozen + super().dense_weight(index)
+
+    def stored_matrix(self, index: int) -> dict[str, torch.Tensor]:
+        """The factors, and ``base (m, n)``: W0."""
+        frozen = self.weight.detach()[self.used_rows(index), self.used_columns()].float()
+        return {**super().stored_matrix(index), "base": frozen}
 
     @torch.no_grad()
     def load_dense(self, index: int, weight: torch.Tensor) -> None:

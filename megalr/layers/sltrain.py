@@ -57,6 +57,7 @@ class SLTrainLinear(FactorizedLinear):
     """
 
     support: torch.Tensor
+    form = "sparse"
 
     def __init__(
         self,
@@ -183,6 +184,12 @@ class SLTrainLinear(FactorizedLinear):
         chosen = slice(sum(self.counts[:index]), sum(self.counts[: index + 1]))
         row, column = np.divmod(self.support[chosen].long().cpu().numpy(), self.shape.local_in)
         return (row - self.used_rows(index).start) * self.shape.in_used + column
+
+    def stored_matrix(self, index: int) -> dict[str, torch.Tensor]:
+        """The factors, and S as ``values`` at ``positions``; for a layer that is not sharded."""
+        values = self.values.detach().split(self.counts)[index].float()
+        positions = torch.from_numpy(self.support_positions(index))
+        return {**super().stored_matrix(index), "values": values, "positions": positions}
 
     def weight_count(self) -> int:
         """The factors and the sparse values."""

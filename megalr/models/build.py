@@ -127,6 +127,11 @@ def _why_not_bottleneck(config: DecoderConfig, method: Any, ranks: int) -> str |
     return None
 
 
+def has_factors(method: Any) -> bool:
+    """Whether the target matrices are stored as factors."""
+    return method.name in FACTORIZED
+
+
 def has_dense_weights(method: Any) -> bool:
     """Whether every layer of the method computes with some dense matrix (not CoLA's, which has a
     nonlinearity between its factors)."""

@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_is_exported_and_the_model_evaluated(folder: Path, tmp_path: Path) -> None:
     done = _start("tools/export_hf.py", folder, "--output", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == f"written: {tmp_path / 'out'} (update_2, float32)"
+    assert done.stdout.splitlines()[-1] == f"written: {tmp_path / 'out'} (update_2, dense, float32)"
     data = folder.parent / "data"
     done = _start("launchers/evaluate.py", "--model", tmp_path / "out", "--data", data)
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,319 @@
+"""Language models with factorized matrices, as transformers' own architectures.
+
+The file imports torch and transformers only: an exported folder holds a copy of it, which
+``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` runs.
+
+A model is transformers' model of its family; the linear layers that config.json lists under
+``factorization`` are replaced. Attention, cache, generation and checkpointing stay transformers'.
+
+``factorization`` holds: ``form``, one of FORMS; ``modules``, for each replaced layer its ``rank``
+and, for form ``sparse``, the number ``entries`` of S; ``shared``, whether the factors A of layers
+with one input are one matrix; ``transformers``, the lowest version.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from packaging.version import Version
+from torch import nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    MistralConfig,
+    MistralForCausalLM,
+    MistralModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Model,
+)
+
+FORMS = ("product", "silu", "sparse", "base")
+"""``y = B A x``; ``B silu(A x)``; ``(B A + S) x`` with sparse S; ``(W0 + B A) x``. Any scale of the
+product is in B."""
+
+SHARED_INPUT = {
+    "self_attn": ("q_proj", "k_proj", "v_proj"),
+    "mlp": ("gate_proj", "up_proj"),
+}
+"""Layers of a block that read one input."""
+
+
+class SparseEntries(nn.Module):
+    """``x S^T`` for a sparse S ``(rows, columns)``.
+
+    Parameter ``values (count,)`` and buffer ``positions (count,)`` int32, each row * columns +
+    column.
+    """
+
+    positions: torch.Tensor
+
+    def __init__(self, rows: int, columns: int, count: int) -> None:
+        super().__init__()
+        self.rows, self.columns = rows, columns
+        self.values = nn.Parameter(torch.zeros(count))
+        spread = torch.arange(count) * (rows * columns) // max(1, count)
+        self.register_buffer("positions", spread.int())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``x (..., columns)`` to ``(..., rows)``.
+
+        For few tokens the entries are gathered and summed in float32. For many, which would take
+        more memory than S as a dense matrix, S is filled in and multiplied.
+        """
+        flat = x.reshape(-1, self.columns)  # (N, columns)
+        if flat.shape[0] * self.values.numel() <= self.rows * self.columns:
+            row, column = self.positions // self.columns, self.positions % self.columns
+            terms = flat[:, column].float() * self.values.float()  # (N, count)
+            y = terms.new_zeros(flat.shape[0], self.rows).index_add(1, row, terms).to(x.dtype)
+        else:
+            dense = self.values.new_zeros(self.rows * self.columns)
+            dense = dense.index_add(0, self.positions, self.values)
+            y = F.linear(flat, dense.view(self.rows, self.columns))
+        return y.view(*x.shape[:-1], self.rows)
+
+
+class Projection(nn.Module):
+    """A linear layer in one of FORMS: ``x (..., n)`` to ``(..., sum m_i)``.
+
+    Modules: ``a``, all A_i stacked, ``(parts r, n)``; ``b``, B ``(m, r)`` with the bias, or a list
+    of the B_i if several matrices are side by side (GPT-2's q, k, v); ``sparse``: S; ``base``: W0.
+
+    Args:
+        old: the layer that is replaced, which has the sizes.
+        form: one of FORMS.
+        rank: r of each matrix.
+        parts: matrices side by side.
+        entries: numbers in S.
+    """
+
+    def __init__(self, old: Any, form: str, rank: int, parts: int, entries: int) -> None:
+        super().__init__()
+        n, m = _sizes(old)
+        bias = old.bias is not None
+        self.silu = form == "silu"
+        self.a = nn.Linear(n, parts * rank, bias=False)
+        blocks = [nn.Linear(rank, m // parts, bias=bias) for _ in range(parts)]
+        self.b: Any = blocks[0] if parts == 1 else nn.ModuleList(blocks)
+        self.sparse = SparseEntries(m, n, entries) if form == "sparse" else None
+        self.base = nn.Linear(n, m, bias=False) if form == "base" else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``x (..., n)`` to ``(..., sum m_i)``."""
+        h = self.a(x)  # (..., parts r)
+        h = F.silu(h) if self.silu else h
+        if isinstance(self.b, nn.ModuleList):
+            pairs = zip(self.b, h.chunk(len(self.b), dim=-1), strict=True)
+            y = torch.cat([b(part) for b, part in pairs], dim=-1)
+        else:
+            y = self.b(h)
+        for rest in (self.sparse, self.base):
+            y = y if rest is None else y + rest(x)
+        return y
+
+
+class SharedProjection(nn.Module):
+    """The factor B of a layer whose A is part of its parent's ``shared_a``; forms product, silu.
+
+    Args:
+        old: the layer that is replaced.
+        form: ``product`` or ``silu``.
+        start: first of this layer's r columns in the output of ``shared_a``.
+        rank: r.
+    """
+
+    def __init__(self, old: Any, form: str, start: int, rank: int) -> None:
+        super().__init__()
+        self.silu = form == "silu"
+        self.start, self.stop = start, start + rank
+        self.b = nn.Linear(rank, _sizes(old)[1], bias=old.bias is not None)
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        """``h (..., all ranks)``, the output of ``shared_a``, to ``(..., m)``."""
+        h = h[..., self.start : self.stop]
+        return self.b(F.silu(h) if self.silu else h)
+
+
+def _apply_shared_a(module: Any, args: Any, kwargs: Any) -> Any:
+    """Before attention or MLP: its input becomes ``A x`` of all layers that read it."""
+    if args:
+        return (module.shared_a(args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": module.shared_a(kwargs["hidden_states"])}
+
+
+def _sizes(layer: Any) -> tuple[int, int]:
+    """Inputs and outputs of a Linear or of GPT-2's Conv1D."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    return layer.nx, layer.nf
+
+
+def check_config(config: Any) -> dict[str, Any]:
+    """``config.factorization``, checked as far as it can be without the model.
+
+    Raises:
+        ValueError: in one line: missing or malformed, for another version, or quantized.
+    """
+    settings = getattr(config, "factorization", None)
+    if not isinstance(settings, dict) or not isinstance(settings.get("modules"), dict):
+        raise ValueError(
+            "config.json has no factorization with modules: it is not of a factorized model; "
+            "export the run again"
+        )
+    lowest = str(settings.get("transformers", "0"))
+    if Version(transformers.__version__) < Version(lowest):
+        raise ValueError(
+            f"this model needs transformers {lowest} or later, not {transformers.__version__}: "
+            "pip install --upgrade transformers"
+        )
+    form = settings.get("form")
+    if form not in FORMS or (settings.get("shared") and form not in ("product", "silu")):
+        raise ValueError(
+            f"config.json: factorization.form {form!r} with shared {settings.get('shared')!r}: "
+            f"must be one of {', '.join(FORMS)}, shared for the first two only"
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            "factors cannot be quantized, their errors would multiply: quantize a dense export"
+        )
+    return settings
+
+
+def factorize(base: Any, config: Any) -> None:
+    """Replace the linear layers of a base model that ``config.factorization`` lists.
+
+    Raises:
+        ValueError: in one line: the settings do not fit the model.
+    """
+    settings = check_config(config)
+    form, modules = settings["form"], settings["modules"]
+    for block in base.h if isinstance(base, GPT2Model) else base.layers:
+        starts = _share_factors(block, modules) if settings.get("shared") else {}
+        for name, values in modules.items():
+            parent_name, _, leaf = name.partition(".")
+            parent = getattr(block, parent_name, None)
+            old = getattr(parent, leaf, None)
+            if not isinstance(old, nn.Module):
+                raise ValueError(
+                    f"config.json: factorization.modules names {name}, which a "
+                    f"{type(block).__name__} does not have"
+                )
+            parts = 3 if leaf == "c_attn" else 1
+            rank, entries = _checked(name, values, old, parts, form)
+            if name in starts:
+                new: nn.Module = SharedProjection(old, form, starts[name], rank)
+            else:
+                new = Projection(old, form, rank, parts, entries)
+            setattr(parent, leaf, new)
+
+
+def _checked(name: str, values: Any, old: Any, parts: int, form: str) -> tuple[int, int]:
+    """Rank and entries of a layer."""
+    n, m = _sizes(old)
+    rank = values.get("rank") if isinstance(values, dict) else None
+    if type(rank) is not int or not 1 <= rank <= min(n, m // parts):
+        raise ValueError(
+            f"config.json: factorization.modules {name} has rank {rank!r}: must be 1 to "
+            f"{min(n, m // parts)}"
+        )
+    entries = values.get("entries", 0)
+    if type(entries) is not int or not 0 <= entries <= n * m or (form == "sparse") > entries:
+        raise ValueError(
+            f"config.json: factorization.modules {name} has entries {entries!r}: must be 1 to "
+            f"{n * m}"
+        )
+    return rank, entries
+
+
+def _share_factors(block: Any, modules: dict[str, Any]) -> dict[str, int]:
+    """Give attention and MLP one matrix ``shared_a (sum r_i, n)``; where each layer's rows start.
+
+    A parent whose layers are not all listed gets none.
+    """
+    starts: dict[str, int] = {}
+    for parent_name, leaves in SHARED_INPUT.items():
+        names = [f"{parent_name}.{leaf}" for leaf in leaves]
+        parent = getattr(block, parent_name, None)
+        if parent is None or not all(name in modules for name in names):
+            continue
+        width = 0
+        for name, leaf in zip(names, leaves, strict=True):
+            starts[name] = width
+            width += _checked(name, modules[name], getattr(parent, leaf), 1, "product")[0]
+        parent.shared_a = nn.Linear(_sizes(getattr(parent, leaves[0]))[0], width, bias=False)
+        parent.register_forward_pre_hook(_apply_shared_a, with_kwargs=True)
+    return starts
+
+
+class FactorizedModel:
+    """What all classes below add to transformers' class of their family."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        check_config(config)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        factorize(self.base_model, config)  # type: ignore[attr-defined]
+        self.post_init()  # type: ignore[attr-defined]  # initializes the new layers
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', but tensors that are missing or of another shape are an error.
+
+        Raises:
+            ValueError: in one line, as ``check_config``, or the first such tensor.
+        """
+        with_info = kwargs.pop("output_loading_info", False)
+        tolerant = kwargs.pop("ignore_mismatched_sizes", False)
+        model, info = super().from_pretrained(  # type: ignore[misc]
+            *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+        for name, stored, expected in sorted(info["mismatched_keys"]) if not tolerant else ():
+            raise ValueError(
+                f"{name} has shape {tuple(stored)}, config.json says {tuple(expected)}: the files "
+                "of the folder do not belong together; copy or export it again"
+            )
+        for name in sorted(info["missing_keys"]):
+            raise ValueError(
+                f"{name} is missing from the weights although config.json has it: the files of the "
+                "folder do not belong together; copy or export it again"
+            )
+        return (model, info) if with_info else model
+
+
+def _classes(family: str, config: type, model: type, causal: type) -> tuple[type, type, type]:
+    """The family's configuration, base model and causal language model with factors."""
+    name = f"Megalr{config.__name__.removesuffix('Config')}"
+    own: dict[str, Any] = {
+        "__module__": __name__,
+        "_tp_plan": None,
+    }  # the plans name layers that are replaced
+    settings = {"model_type": f"megalr_{family}", "base_model_tp_plan": None}
+    new_config = type(f"{name}Config", (config,), {**own, **settings, "_auto_class": "AutoConfig"})
+    own["config_class"] = new_config
+    bodies = {"Model": (model, "AutoModel"), "ForCausalLM": (causal, "AutoModelForCausalLM")}
+    new_model, new_causal = (
+        type(f"{name}{suffix}", (FactorizedModel, base), {**own, "_auto_class": auto})
+        for suffix, (base, auto) in bodies.items()
+    )
+    return new_config, new_model, new_causal
+
+
+TRANSFORMERS = {
+    "llama": (LlamaConfig, LlamaModel, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralModel, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2Model, Qwen2ForCausalLM),
+    "gpt2": (GPT2Config, GPT2Model, GPT2LMHeadModel),
+}
+"""transformers' configuration, base model and causal language model of each family."""
+
+FACTORIZED = {family: _classes(family, *classes) for family, classes in TRANSFORMERS.items()}
+"""The same with factors: MegalrLlamaConfig, MegalrLlamaModel, MegalrLlamaForCausalLM, ..."""
+
+# transformers finds the classes of a folder by their names in the module.
+globals().update({cls.__name__: cls for classes in FACTORIZED.values() for cls in classes})
