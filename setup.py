@@ -46,6 +46,8 @@ setup(
             "import-linter>=2.15",
             "types-PyYAML",
             "pandas>=2.0",
+            "accelerate>=1.10",
+            "peft>=0.17",
         ],
         "lm_eval": ["lm-eval[hf]>=0.4.13"],
         "benchmarks": ["liger-kernel>=0.5.5"],

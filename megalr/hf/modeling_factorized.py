@@ -263,7 +263,7 @@ class FactorizedModel:
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', but tensors that are missing or of another shape are an error.
+        """As transformers', but tensors of another shape, missing or unknown, are an error.
 
         Raises:
             ValueError: in one line, as ``check_config``, or the first such tensor.
@@ -273,15 +273,18 @@ class FactorizedModel:
         model, info = super().from_pretrained(  # type: ignore[misc]
             *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
-        for name, stored, expected in sorted(info["mismatched_keys"]) if not tolerant else ():
+        problems = [
+            f"{name} has shape {tuple(stored)}, config.json says {tuple(expected)}"
+            for name, stored, expected in sorted(info["mismatched_keys"])
+            if not tolerant
+        ]
+        problems += [f"{name} is missing from the weights" for name in sorted(info["missing_keys"])]
+        unknown = set(info["unexpected_keys"]) - {"lm_head.weight"}  # a base model has no head
+        problems += [f"{name} is not in the model of config.json" for name in sorted(unknown)]
+        if problems:
             raise ValueError(
-                f"{name} has shape {tuple(stored)}, config.json says {tuple(expected)}: the files "
-                "of the folder do not belong together; copy or export it again"
-            )
-        for name in sorted(info["missing_keys"]):
-            raise ValueError(
-                f"{name} is missing from the weights although config.json has it: the files of the "
-                "folder do not belong together; copy or export it again"
+                f"{problems[0]}: the files of the folder do not belong together; copy or export it "
+                "again"
             )
         return (model, info) if with_info else model
 

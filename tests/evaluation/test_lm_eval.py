@@ -16,7 +16,7 @@ from megalr.hf.write import ExportOptions, write_model
 from megalr.preprocessing.tokenizer import open_tokenizer
 from tests.hf.data import write_tokenizer
 from tests.hf.models import lively
-from tests.models.settings import full_rank
+from tests.models.settings import low_rank
 
 TASK = """
 task: megalr_words
@@ -42,14 +42,15 @@ def test_without_lm_eval_the_message_says_how_to_install_it(
         run_tasks(tmp_path, ["piqa"], 8)
 
 
+@pytest.mark.parametrize("form", ["dense", "factorized"])
 def test_accuracy_of_a_task_is_that_of_the_models_logits(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    form: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra lm_eval)")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     tokenizer = open_tokenizer(write_tokenizer(tmp_path / "tokenizer"))
-    decoder = lively(full_rank(), vocab_size=120)
-    options = ExportOptions("float32", "5GB", 64)
+    decoder = lively(low_rank(), vocab_size=120)
+    options = ExportOptions("float32", "5GB", 64, form=form)
     write_model(decoder, tmp_path / "model", options, tokenizer, "card")
     questions = [(first, first % 2) for first in range(10, 41)]
     lines = [json.dumps({"question": f"w{q} w9", "answer": a}) for q, a in questions]

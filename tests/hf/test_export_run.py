@@ -41,6 +41,8 @@ RUNS: dict[str, tuple[int, dict[str, dict]]] = {
     "sltrain_zero2": (2, METHODS["sltrain"]),
     "lora_zero3": (3, METHODS["lora"]),
     "galore_zero1": (1, METHODS["galore"]),
+    "cola_zero1": (1, METHODS["cola"]),
+    "relora_zero2": (2, METHODS["relora"]),
     "sltrain_tensor2": (1, {**METHODS["sltrain"], **TP}),
 }
 
@@ -79,19 +81,25 @@ def test_exported_weights_give_the_loss_and_logits_of_the_engine(
     assert again["loss"] == pytest.approx(engine["loss"], abs=1e-6)
     assert (again["tokens"], again["update"]) == (engine["tokens"], 4)
 
-    _export(folder, tmp_path / "out")
     length = values["data"]["sequence_length"]
-    request = Request(data=(str(data),), tokens=again["tokens"])
-    exported = evaluate_model(tmp_path / "out", request, CPU)
-    assert exported["sequence_length"] == length
-    assert exported["tokens"] == engine["tokens"]
-    assert exported["loss"] == pytest.approx(engine["loss"], abs=1e-5)
-
     decoder = load_decoder(folder, open_verified(folder, None))
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     ids = torch.randint(0, 120, (2, length))
-    with torch.no_grad():
-        torch.testing.assert_close(model(ids).logits, decoder(ids), atol=1e-5, rtol=1e-4)
+    absent = {"galore_zero1": "factorized", "cola_zero1": "dense"}.get(name)
+    for form in ("dense", "factorized"):
+        output = tmp_path / form
+        if form == absent:
+            with pytest.raises(UserError, match=r"stores dense matrices: use --form|nonlinearity"):
+                _export(folder, output, form=form)
+            continue
+        _export(folder, output, form=form)
+        request = Request(data=(str(data),), tokens=again["tokens"])
+        exported = evaluate_model(output, request, CPU)
+        assert exported["sequence_length"] == length
+        assert exported["tokens"] == engine["tokens"]
+        assert exported["loss"] == pytest.approx(engine["loss"], abs=1e-5)
+        model = AutoModelForCausalLM.from_pretrained(output).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(model(ids).logits, decoder(ids), atol=1e-5, rtol=1e-4)
 
 
 def _evaluate(folder: str, tag: str) -> dict[str, Any]:
@@ -158,6 +166,10 @@ def test_the_folder_has_tokenizer_generation_settings_and_a_card(
         "| megalr | ",
     ):
         assert row in card, (row, card)
+    assert "The weights are dense" in card and "trust_remote_code" not in card
+    _export(bf16_run, tmp_path / "factors", form="factorized")
+    card = (tmp_path / "factors" / "README.md").read_text()
+    assert "stored as factors" in card and "trust_remote_code=True)" in card
 
 
 def test_files_of_another_model_beside_a_tokenizer_are_left_out(
