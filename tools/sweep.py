@@ -11,8 +11,14 @@ import sys
 import time
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megalr.errors import UserError, exit_cleanly
+
+if TYPE_CHECKING:
+    from megalr.sweep.grid import PlannedRun
+    from megalr.sweep.local import Planner
+    from megalr.sweep.widening import Extensions
 
 PRETRAIN = Path(__file__).resolve().parents[1] / "launchers" / "pretrain.py"
 
@@ -32,9 +38,36 @@ def parse_arguments() -> argparse.Namespace:
     add("--only", metavar="GLOB", help="runs whose name matches, such as 'low_rank__*'")
     add("--limit_minutes", type=float, help="stop cleanly after so long; the next call goes on")
     add("--retry_failed", action="store_true", help="run failed and diverged runs again")
+    add("--extend", action="store_true", help="widen an axis whose best value is at its edge")
+    add("--extend_limit", type=int, default=3, help="values added to one axis at most (default: 3)")
     add("--dry_run", action="store_true", help="check and list the runs, start none")
     add("overrides", nargs="*", metavar="section.key=value")
     return parser.parse_intermixed_args()
+
+
+def planner(arguments: argparse.Namespace) -> tuple[str, Planner]:
+    """The sweep's name, and its runs as a function of the values that were added to axes."""
+    from megalr.sweep.grid import Scope, plan_runs
+    from megalr.sweep.selection import select
+    from megalr.sweep.sweep_file import read_sweep_file
+
+    sweep = read_sweep_file(arguments.sweep)
+    folders = [Path(), arguments.sweep.parent]
+    selected = select(sweep, folders)
+    if selected is not None and arguments.extend:
+        raise UserError("--extend with a sweep that has from: the settings are chosen already")
+
+    def plan(extensions: Extensions) -> list[PlannedRun]:
+        scope = Scope(arguments.overrides, extensions, selected)
+        runs = plan_runs(sweep, folders, arguments.output, scope)
+        if arguments.only is None:
+            return runs
+        chosen = [run for run in runs if fnmatchcase(run.name, arguments.only)]
+        if not chosen:
+            raise UserError(f"--only {arguments.only}: matches no run, such as {runs[0].name}")
+        return chosen
+
+    return sweep.name, plan
 
 
 def main() -> int:
@@ -46,39 +79,32 @@ def main() -> int:
     arguments = parse_arguments()
     if arguments.limit_minutes is not None and not arguments.limit_minutes > 0:
         raise UserError(f"--limit_minutes is {arguments.limit_minutes}: give more than 0")
+    if arguments.extend_limit < 1:
+        raise UserError(f"--extend_limit is {arguments.extend_limit}: give 1 or more")
     started = time.monotonic()
-    given = os.environ.get("DS_ACCELERATOR")
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # planning needs no GPU; DeepSpeed would warn
-    from megalr.sweep.grid import plan_runs
-    from megalr.sweep.sweep_file import read_sweep_file
+    environment = dict(os.environ)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # for planning; runs get the environment
+    from megalr.sweep.local import LocalOptions, run_locally
+    from megalr.sweep.widening import read_extensions
 
-    sweep = read_sweep_file(arguments.sweep)
-    folders = [Path(), arguments.sweep.parent]
-    runs = plan_runs(sweep, folders, arguments.output, arguments.overrides)
-    if given is None:
-        del os.environ["DS_ACCELERATOR"]  # the runs choose for themselves
-    if arguments.only is not None:
-        names = [run.name for run in runs]
-        runs = [run for run in runs if fnmatchcase(run.name, arguments.only)]
-        if not runs:
-            raise UserError(f"--only {arguments.only}: matches no run; the first is {names[0]}")
+    name, plan = planner(arguments)
     if arguments.dry_run:
-        for run in runs:
-            print(run.name)
+        runs = plan(read_extensions(arguments.output))
+        print("\n".join(run.name for run in runs))
         print(f"{len(runs)} runs", file=sys.stderr)
         return 0
-    from megalr.sweep.local import LocalOptions, run_locally
-
     options = LocalOptions(
         program=PRETRAIN,
+        environment=environment,
         gpus=arguments.gpus.split(",") if arguments.gpus else None,
         per_gpu=arguments.per_gpu,
         deadline=None
         if arguments.limit_minutes is None
         else started + 60 * arguments.limit_minutes,
         retry_failed=arguments.retry_failed,
+        extend=arguments.extend_limit if arguments.extend else 0,
     )
-    return run_locally(sweep.name, arguments.output, runs, options)
+    return run_locally(name, arguments.output, plan, options)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,19 @@ from megalr.errors import UserError
 from megalr.estimate.memory import GIB, estimate_memory
 from megalr.hf.init_from_pretrained import with_pretrained_sizes
 from megalr.models.config import PRESETS
-from megalr.sweep.sweep_file import AxisSection, GroupSection, SweepFile, many_problems
+from megalr.sweep.sweep_file import (
+    AxisSection,
+    GroupSection,
+    SweepFile,
+    find_path,
+    many_problems,
+)
 
 DEFAULT_DEEPSPEED = {"zero_optimization": {"stage": 1}}
 LONGEST_RUN_NAME = 200
 """Characters; file systems allow 255, and files of the run carry more than its name."""
+NUMBER = re.compile(r"-?\d+(\.\d+)?(e-?\d+)?", re.ASCII)
+"""Labels that :func:`number_label` writes."""
 OWN_KEYS = ("run.dir", "run.resume")
 """Keys that the sweep gives every run."""
 
@@ -40,6 +48,21 @@ class Point:
     label: str
     overrides: tuple[str, ...]
     number: float | None = None
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What is run of a sweep, beside its file.
+
+    Attributes:
+        overrides: of all runs, from the command line.
+        extensions: further values by group and axis.
+        selected: the settings to run by group, as labels by axis; None: all combinations.
+    """
+
+    overrides: Sequence[str] = ()
+    extensions: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
+    selected: Mapping[str, Sequence[Mapping[str, str]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +105,10 @@ class PlannedRun:
         return [*words, *self.overrides]
 
 
+EVERYTHING = Scope()
+"""All combinations of the file."""
+
+
 def number_label(value: float) -> str:
     """A number in names: the shortest that is exact, ``1.5e-3`` below 0.01 and from 1e6 on."""
     if isinstance(value, int) and abs(value) < 10**6:
@@ -111,16 +138,32 @@ def value_points(keys: Sequence[str], values: Sequence[Any]) -> tuple[Point, ...
     return tuple(points)
 
 
-def points_of(axis: AxisSection) -> tuple[Point, ...]:
-    """All points of an axis, in the order of the file."""
+def points_of(axis: AxisSection, further: Sequence[float] = ()) -> tuple[Point, ...]:
+    """All points of an axis, in the order of the file, then ``further`` values."""
     if axis.choices is not None:
         return tuple(Point(name, overrides) for name, overrides in axis.choices.items())
     keys = axis.keys if axis.keys is not None else (axis.key or "",)
-    return value_points(keys, axis.values or ())
+    return value_points(keys, (*(axis.values or ()), *further))
+
+
+def point_of(name: str, axis: AxisSection, label: str) -> Point:
+    """The point of an axis with this label: one of the file's, or any number of a numeric axis.
+
+    Raises:
+        UserError: there is none.
+    """
+    for point in points_of(axis):
+        if point.label == label:
+            return point
+    if axis.choices is None and NUMBER.fullmatch(label):
+        value = int(label) if label.isdigit() else float(label)
+        return points_of(AxisSection(key=axis.key, keys=axis.keys), (value,))[0]
+    labels = ", ".join(point.label for point in points_of(axis))
+    raise UserError(f"axis {name} has no value {label}: add it (it has {labels or 'none'})")
 
 
 def plan_runs(
-    sweep: SweepFile, folders: Sequence[Path], output: Path, overrides: Sequence[str] = ()
+    sweep: SweepFile, folders: Sequence[Path], output: Path, scope: Scope = EVERYTHING
 ) -> list[PlannedRun]:
     """All runs of a sweep, in the order of the file, seeds innermost.
 
@@ -128,7 +171,7 @@ def plan_runs(
         sweep: the file's content.
         folders: where relative paths of the file start from; the first that leads to a file counts.
         output: folder of the sweep; a run's folder is ``output/runs/NAME``.
-        overrides: of all runs, from the command line.
+        scope: what is run of it.
 
     Raises:
         UserError: mistakes in the runs, one line each; the same mistake of several runs once.
@@ -137,7 +180,7 @@ def plan_runs(
     runs: dict[str, PlannedRun] = {}
     for name, group in sweep.groups.items():
         try:
-            drafts = list(_drafts(sweep, name, group, folders, overrides))
+            drafts = list(_drafts(sweep, name, group, folders, scope))
         except UserError as error:
             problems.setdefault(f"groups.{name}: {error}", [])
             continue
@@ -155,19 +198,6 @@ def plan_runs(
         lines = [f"{_where(labels)}{line}" for line, labels in problems.items()]
         raise UserError(many_problems(lines, "the runs of the sweep"))
     return list(runs.values())
-
-
-def find_path(text: str, folders: Sequence[Path]) -> Path:
-    """A file that a sweep names.
-
-    Raises:
-        UserError: it is in none of the folders.
-    """
-    for folder in folders:
-        path = folder / Path(text).expanduser()
-        if path.is_file():
-            return path
-    raise UserError(f"{text}: no such file in {' or '.join(str(f.resolve()) for f in folders)}")
 
 
 def _lines(error: UserError) -> list[str]:
@@ -239,32 +269,39 @@ def _states_gib(config: RunConfig, deepspeed_config: Path | None) -> float:
 
 
 def _drafts(
-    sweep: SweepFile,
-    name: str,
-    group: GroupSection,
-    folders: Sequence[Path],
-    overrides: Sequence[str],
+    sweep: SweepFile, name: str, group: GroupSection, folders: Sequence[Path], scope: Scope
 ) -> Iterator[_Draft]:
-    """Every combination of a group, not checked yet."""
+    """The runs of a group, not checked yet."""
     base = find_path(group.base or sweep.base or "", folders)
     deepspeed = sweep.deepspeed_config
     deepspeed_config = None if deepspeed is None else find_path(deepspeed, folders)
-    fixed = _by_key(sweep.set, "set") | _by_key(group.set, "set of the group")
-    fixed |= _by_key(overrides, "command line")
-    axes = {axis: points_of(section) for axis, section in group.axes.items()}
+    last = _by_key(scope.overrides, "command line")
+    fixed = _by_key(sweep.set, "set") | _by_key(group.set, "set of the group") | last
     seeds: tuple[int | None, ...] = group.seeds or sweep.seeds or (None,)
-    for chosen, seed in itertools.product(itertools.product(*axes.values()), seeds):
-        points = dict(zip(axes, chosen, strict=True))
+    for points, seed in itertools.product(_settings(name, group, scope), seeds):
         varied: dict[str, str] = {}
         for axis, point in points.items():
             own = _by_key(point.overrides, f"axis {axis}")
-            twice = [key for key in own if key in varied or key in _by_key(overrides, "")]
+            twice = [key for key in own if key in varied or key in last]
             if twice:
                 raise UserError(f"axis {axis} sets {twice[0]}, which is also set elsewhere")
             varied |= own
         if "run.seed" in fixed | varied and seed is not None:
             raise UserError("run.seed is set and there are seeds: remove one of them")
-        yield _Draft(name, points, seed, base, deepspeed_config, tuple((fixed | varied).values()))
+        overrides = tuple((fixed | varied).values())
+        yield _Draft(name, points, seed, base, deepspeed_config, overrides)
+
+
+def _settings(name: str, group: GroupSection, scope: Scope) -> list[dict[str, Point]]:
+    """Points by axis: every combination, or those that are selected."""
+    if scope.selected is not None:
+        return [
+            {axis: point_of(axis, section, labels[axis]) for axis, section in group.axes.items()}
+            for labels in scope.selected[name]
+        ]
+    further = scope.extensions.get(name, {})
+    axes = {axis: points_of(s, further.get(axis, ())) for axis, s in group.axes.items()}
+    return [dict(zip(axes, chosen, strict=True)) for chosen in itertools.product(*axes.values())]
 
 
 def _by_key(overrides: Sequence[str], where: str) -> dict[str, str]:

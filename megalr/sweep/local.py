@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megalr.distributed.signals import STOPPED
+from megalr.errors import UserError
 from megalr.file_lock import JobLock
 from megalr.files import disk_errors
+from megalr.sweep.figure import write_figure
 from megalr.sweep.grid import PlannedRun
 from megalr.sweep.live import LiveTable, best_rows, result_line
 from megalr.sweep.results import Results
 from megalr.sweep.run_record import current_record
 from megalr.sweep.runner import Runner, machine_slots
+from megalr.sweep.summary import write_table
+from megalr.sweep.widening import Extensions, read_extensions, widen, write_extensions
+
+Planner = Callable[[Extensions], list[PlannedRun]]
 
 
 @dataclass(frozen=True)
@@ -22,21 +29,31 @@ class LocalOptions:
 
     Attributes:
         program: launchers/pretrain.py.
+        environment: of the runs.
         gpus: as in CUDA_VISIBLE_DEVICES; None: all.
         per_gpu: runs at a time on each.
         deadline: of ``time.monotonic``; None: no limit.
         retry_failed: whether failed and diverged runs are run again.
+        extend: values that may be added to an axis whose best one lies at its edge.
     """
 
     program: Path
+    environment: Mapping[str, str]
     gpus: Sequence[str] | None
     per_gpu: int
     deadline: float | None
     retry_failed: bool
+    extend: int = 0
 
 
-def run_locally(name: str, output: Path, runs: Sequence[PlannedRun], options: LocalOptions) -> int:
-    """Run the runs that are not done, writing the results after each.
+def run_locally(name: str, output: Path, plan: Planner, options: LocalOptions) -> int:
+    """Run what is not done, writing the results after each run; then widen axes and go on.
+
+    Args:
+        name: of the sweep.
+        output: its folder.
+        plan: the runs, given the values that were added to axes.
+        options: how.
 
     Returns:
         0: all finished or diverged; 1: some failed; STOPPED: some are still to be done.
@@ -44,39 +61,88 @@ def run_locally(name: str, output: Path, runs: Sequence[PlannedRun], options: Lo
     Raises:
         UserError: another sweep uses the folder, or a run has started with other settings.
     """
-    slots = machine_slots(options.gpus, options.per_gpu)
+    extensions = read_extensions(output)
+    runs = plan(extensions)
+    with output_lock(output):
+        while True:
+            results = Results(name, output, runs)
+            code = _run_pending(results, runs, options)
+            options = replace(options, retry_failed=False)
+            if code == STOPPED or not options.extend:
+                return code
+            rows = [results.rows[run.name] for run in runs]
+            wider, notes = widen(rows, extensions, options.extend, lambda e: _reason(plan, e))
+            print("\n".join(notes), flush=True)
+            if wider == extensions:
+                return code
+            write_extensions(output, wider)
+            extensions, runs = wider, plan(wider)
+
+
+@contextmanager
+def output_lock(output: Path) -> Iterator[None]:
+    """Make the folder of a sweep and keep other sweeps out of it.
+
+    Raises:
+        UserError: another process writes there; names it.
+    """
     with disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
     lock = JobLock(output)
     try:
-        for run in runs:
-            current_record(run.name, run.config, run.folder)
-        results = Results(name, output, runs)
-        results.write()
-        again = ("failed", "diverged") if options.retry_failed else ()
-        todo = [run for run in runs if results.rows[run.name]["status"] in ("pending", *again)]
-        table = LiveTable(results, len(todo), len(slots))
-        print(f"{len(runs)} runs, {len(todo)} to do, {len(slots)} at a time", flush=True)
-
-        def note(run: PlannedRun) -> None:
-            row = results.update(run)
-            results.write()
-            table.end_of(row)
-
-        stopped = Runner(options.program, slots, options.deadline, note, table.redraw).run(todo)
+        yield
     finally:
         lock.release()
-    return _close(results, runs, stopped)
 
 
-def _close(results: Results, runs: Sequence[PlannedRun], stopped: str | None) -> int:
-    """Print what came out; the exit code."""
+def write_results(results: Results) -> None:
+    """Write both CSV files and the table."""
+    results.write()
+    write_table(results.rows.values(), results.output)
+
+
+def print_summary(results: Results, runs: Sequence[PlannedRun]) -> int:
+    """Draw the figure, print what came out; the exit code as :func:`run_locally`."""
+    write_figure(results.rows.values(), results.output)
     states = [results.rows[run.name]["status"] for run in runs]
     counts = {state: states.count(state) for state in dict.fromkeys(states)}
     print(", ".join(f"{number} {state}" for state, number in counts.items()))
     for row in best_rows(results.rows.values()).values():
-        print(f"best of {row['group']}: {result_line(row)}")
+        print(f"best of {row['group']}: {result_line(row)}", flush=True)
     if counts.get("pending"):
-        print(f"stopped by {stopped}: the same command goes on" if stopped else "some were stopped")
         return STOPPED
     return 1 if counts.get("failed") else 0
+
+
+def _reason(plan: Planner, extensions: Extensions) -> str | None:
+    try:
+        plan(extensions)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _run_pending(results: Results, runs: Sequence[PlannedRun], options: LocalOptions) -> int:
+    """One pass over the runs; the exit code."""
+    slots = machine_slots(options.gpus, options.per_gpu)
+    for run in runs:
+        current_record(run.name, run.config, run.folder)
+    write_results(results)
+    again = ("failed", "diverged") if options.retry_failed else ()
+    todo = [run for run in runs if results.rows[run.name]["status"] in ("pending", *again)]
+    table = LiveTable(results, len(todo), len(slots))
+    print(f"{len(runs)} runs, {len(todo)} to do, {len(slots)} at a time", flush=True)
+
+    def note(run: PlannedRun) -> None:
+        row = results.update(run)
+        write_results(results)
+        table.end_of(row)
+
+    runner = Runner(
+        options.program, options.environment, slots, options.deadline, note, table.redraw
+    )
+    stopped = runner.run(todo)
+    code = print_summary(results, runs)
+    if stopped is not None and code == STOPPED:
+        print(f"stopped by {stopped}: the same command goes on", flush=True)
+    return code

@@ -120,6 +120,7 @@ def run_row(run: PlannedRun, record: RunRecord | None, events: list[Event]) -> R
     tokens: Any = step.get("tokens")
     available: Any = start.get("train_tokens")
     speeds = [s["tokens_per_second"] for s in steps if "tokens_per_second" in s]
+    named = [e for e in (last, *_last_of_sets(events)) if "validation" in e]
     seen = [e["perplexity"] for e in evaluations if math.isfinite(e["perplexity"])]
     attempts = record.attempts if record is not None else []
     versions = start.get("versions", {})
@@ -142,6 +143,7 @@ def run_row(run: PlannedRun, record: RunRecord | None, events: list[Event]) -> R
         "unique_tokens": None if None in (tokens, available) else min(tokens, available),
         "loss": last.get("loss"),
         "perplexity": last.get("perplexity"),
+        **{f"perplexity_{e['validation']}": e["perplexity"] for e in named},
         "best_perplexity": min(seen, default=None),
         "parameters": start.get("parameters"),
         "weights_and_states_gib": round(run.states_gib, 6),
@@ -181,8 +183,8 @@ def training_seconds(steps: list[Event]) -> list[tuple[int, float]]:
 
 
 def history_rows(name: str, events: list[Event]) -> list[Row]:
-    """One row per evaluation. Tokens and seconds are those of the log line at its update, or,
-    between two lines, in proportion."""
+    """One row per evaluation and set. Tokens and seconds are those of the log line at its
+    update, or, between two lines, in proportion."""
     steps = _series(events, "step")
     tokens = [(0, 0.0), *((s["update"], float(s["tokens"])) for s in steps if "tokens" in s)]
     seconds = [(0, 0.0), *training_seconds(steps)]
@@ -196,7 +198,7 @@ def history_rows(name: str, events: list[Event]) -> list[Row]:
             "loss": e["loss"],
             "perplexity": e["perplexity"],
         }
-        for e in _series(events, "eval")
+        for e in (*_series(events, "eval"), *_series(events, "eval_further"))
     ]
 
 
@@ -215,9 +217,14 @@ def _gpu_seconds(steps: list[Event], start: Event) -> float | None:
 
 
 def _series(events: list[Event], kind: str) -> list[Event]:
-    """Events of a kind by update; the newest of a repeated update."""
-    newest = {event["update"]: event for event in events if event["event"] == kind}
-    return [newest[update] for update in sorted(newest)]
+    """Events of a kind by update and validation set; the newest of repeated ones."""
+    newest = {(e["update"], e.get("validation")): e for e in events if e["event"] == kind}
+    return sorted(newest.values(), key=lambda event: event["update"])
+
+
+def _last_of_sets(events: list[Event]) -> list[Event]:
+    """The last evaluation on every further set."""
+    return list({e["validation"]: e for e in _series(events, "eval_further")}.values())
 
 
 def _last(events: list[Event], kind: str) -> Event:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +112,7 @@ class Runner:
 
     Args:
         program: launchers/pretrain.py.
+        environment: of the runs, completed for each by :func:`environment_of`.
         slots: where runs may run.
         deadline: of ``time.monotonic``: no run starts after it, and running ones are stopped.
         on_end: called with every run that has ended, after its record was written.
@@ -121,12 +122,13 @@ class Runner:
     def __init__(
         self,
         program: Path,
+        environment: Mapping[str, str],
         slots: Sequence[Slot],
         deadline: float | None,
         on_end: Callable[[PlannedRun], None],
         on_wait: Callable[[Sequence[RunningRun]], None],
     ) -> None:
-        self.program, self.deadline = program, deadline
+        self.program, self.environment, self.deadline = program, environment, deadline
         self.on_end, self.on_wait = on_end, on_wait
         self.free = list(slots)
         self.running: list[RunningRun] = []
@@ -176,7 +178,7 @@ class Runner:
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
-                    env=environment_of(slot),
+                    env=environment_of(slot, self.environment),
                     start_new_session=True,  # Ctrl-C reaches this program, which passes it on
                     preexec_fn=_end_with_parent,
                 )
@@ -212,9 +214,9 @@ class Runner:
             self._wait()
 
 
-def environment_of(slot: Slot) -> dict[str, str]:
+def environment_of(slot: Slot, outer: Mapping[str, str]) -> dict[str, str]:
     """The environment of a run in a slot: a world of one process, one GPU, its share of cores."""
-    environment = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
+    environment = {k: v for k, v in outer.items() if k not in LAUNCHER_VARIABLES}
     environment |= {"RANK": "0", "WORLD_SIZE": "1", "OMP_NUM_THREADS": str(slot.threads)}
     if slot.gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = slot.gpu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,7 +44,7 @@ class AxisSection(Section):
     keys: Annotated[tuple[str, ...], AsTuple] | None = Field(default=None, min_length=1)
     """Keys that take the same value."""
     values: Annotated[tuple[Any, ...], AsTuple] | None = Field(default=None, min_length=1)
-    """Values of key or keys."""
+    """Values of key or keys; not needed for numbers that a table of an earlier sweep gives."""
     choices: dict[Name, Overrides] | None = Field(default=None, min_length=1)
     """Lists of overrides by name, instead of key and values."""
 
@@ -52,8 +53,8 @@ class AxisSection(Section):
         given = [name for name in ("key", "keys", "choices") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError("needs one of key, keys and choices")
-        if (self.values is None) != (self.choices is not None):
-            raise ValueError("needs values with key or keys, and none with choices")
+        if self.values is not None and self.choices is not None:
+            raise ValueError("has choices, which take no values")
         return self
 
 
@@ -75,6 +76,17 @@ class GroupSection(Section):
         return {} if value is None else value
 
 
+class FromSection(Section):
+    """The settings of an earlier sweep that are run, in place of all combinations."""
+
+    csv: str = Field(min_length=1)
+    """Its runs.csv."""
+    best: int = Field(default=3, ge=1)
+    """Settings of each group, those with the lowest perplexity."""
+    neighbours: bool = True
+    """Whether those one step away along a numeric axis are run too."""
+
+
 class SweepFile(Section):
     """A sweep: a base run and groups of runs that differ from it."""
 
@@ -88,6 +100,8 @@ class SweepFile(Section):
     """Overrides of all runs."""
     seeds: Seeds | None = None
     """Values of run.seed; that of the base where it is missing."""
+    source: FromSection | None = Field(default=None, alias="from")
+    """An earlier sweep whose best settings are run."""
     groups: dict[Name, GroupSection] = Field(min_length=1)
     """The grids by name."""
 
@@ -118,6 +132,12 @@ def read_sweep_file(path: Path) -> SweepFile:
             for name, group in sweep.groups.items()
             if group.base is None and sweep.base is None
         ]
+        problems += [
+            f"{path}: groups.{name}.axes.{axis}: no values: give a list of at least one"
+            for name, group in sweep.groups.items()
+            for axis, section in group.axes.items()
+            if section.values is None and section.choices is None and sweep.source is None
+        ]
         if not problems:
             return sweep
     raise UserError(many_problems(problems, "the sweep"))
@@ -128,6 +148,19 @@ def many_problems(problems: list[str], of: str) -> str:
     if len(problems) == 1:
         return problems[0]
     return "\n".join([f"{len(problems)} problems in {of}:", *(f"  {line}" for line in problems)])
+
+
+def find_path(text: str, folders: Sequence[Path]) -> Path:
+    """A file that a sweep names.
+
+    Raises:
+        UserError: it is in none of the folders.
+    """
+    for folder in folders:
+        path = folder / Path(text).expanduser()
+        if path.is_file():
+            return path
+    raise UserError(f"{text}: no such file in {' or '.join(str(f.resolve()) for f in folders)}")
 
 
 def _describe(source: Source, path: Path, detail: Any) -> str:
@@ -141,7 +174,10 @@ def _describe(source: Source, path: Path, detail: Any) -> str:
     text = detail["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     if detail["type"] == "extra_forbidden":
         sections: dict[int, type[Section]] = {1: SweepFile, 3: GroupSection, 5: AxisSection}
-        known = list(sections[len(parts)].model_fields) if len(parts) in sections else []
+        if parts[0] == "from":
+            sections = {2: FromSection}
+        fields = sections[len(parts)].model_fields if len(parts) in sections else {}
+        known = [field.alias or name for name, field in fields.items()]
         close = nearest(parts[-1], known)
         hint = f"; did you mean {close}?" if close else ""
         text = f"unknown key{hint} (the keys are {', '.join(known)})"
