@@ -14,7 +14,7 @@ from megalr.config.projected import LOROMethod
 from megalr.errors import UserError
 from megalr.optim import adam_h
 from megalr.optim.options import check_options, with_defaults
-from megalr.optim.sharded_optimizer import ShardedOptimizer
+from megalr.optim.sharded_optimizer import ShardedOptimizer, flat_grad, flat_part
 from megalr.sharding.exchange import buckets, from_owner, to_owner
 from megalr.sharding.fragment import FlatLayout, LogicalTensor
 
@@ -51,6 +51,11 @@ class LORO(ShardedOptimizer):
         self.exact_every, self.refresh = own["exact_every"], own["refresh"]
         self.refresh_every = own["refresh_every"] or self.exact_every
         super().__init__(params, **options)
+        if not self._pairs():
+            raise UserError(
+                "LORO found no factors among its parameters: give it those of a factorized model "
+                "(after fully_shard: as megalr.split_parameters returns them)"
+            )
 
     def _pairs(self) -> list[tuple[Located, Located]]:
         """(B, A) of every pair among the entries that ``param_groups`` shows now."""
@@ -80,14 +85,15 @@ class LORO(ShardedOptimizer):
         sizes: dict[torch.Tensor, float] = {}
         exact = False
         for group, parameter in entries:
-            state, grad = self.state[parameter], parameter.grad
-            assert grad is not None  # _entries
+            state = self.state[parameter]
             state["updates"] = state.get("updates", 0) + 1
             state["step"] = state.get("step", 0) + 1
             exact = state["updates"] % self.exact_every == 0
             sizes[parameter] = adam_h.step_size(group["lr"], group["betas"], state["step"])
             dtype = self._moment_dtype(parameter)
-            found = adam_h.direction(state, grad.reshape(-1), group["betas"], group["eps"], dtype)
+            found = adam_h.direction(
+                state, flat_grad(parameter), group["betas"], group["eps"], dtype
+            )
             directions[parameter] = found.to(parameter.dtype)
             self._step_entry(
                 parameter, directions[parameter], sizes[parameter], group, rank_of, exact
@@ -106,7 +112,7 @@ class LORO(ShardedOptimizer):
         exact: bool,
     ) -> None:
         """Plain and approximate updates of the tensors in one entry of ``param_groups``."""
-        flat = parameter.detach().view(-1)
+        flat = flat_part(parameter)
         for tensor, fragment in self.layout(parameter).local:
             weight, part = fragment.of(flat), fragment.of(update)
             rank = rank_of.get(tensor.name)
@@ -125,12 +131,12 @@ class LORO(ShardedOptimizer):
     ) -> None:
         """The exact update of all pairs: factors and directions to the owner of B, and back."""
         ranks = pairs[0][0][1].ranks
-        like = pairs[0][0][0].detach()
+        like = flat_part(pairs[0][0][0])
         for bucket in buckets(pairs, lambda pair: pair[0][2].numel):
             members = []
             for (b_entry, _, b), (a_entry, _, a) in bucket:
                 members += [(b_entry, b), (a_entry, replace(a, owner=b.owner))]
-            flats = [(tensor, entry.detach().view(-1)) for entry, tensor in members]
+            flats = [(tensor, flat_part(entry)) for entry, tensor in members]
             factors = to_owner(ranks, flats, like)
             steps = to_owner(ranks, [(t, directions[entry]) for entry, t in members], like)
             updated: dict[str, torch.Tensor] = {}

@@ -14,7 +14,7 @@ import torch
 from megalr.optim import adam_h
 from megalr.optim.projection import leading_bases, mixed_seed, refresh_due, side_of
 from megalr.optim.sharded_optimizer import ShardedOptimizer, require_matrix
-from megalr.sharding.exchange import Item, update_matrices
+from megalr.sharding.exchange import Item, MatrixUpdate
 from megalr.sharding.fragment import LogicalTensor
 
 
@@ -42,7 +42,7 @@ class MatrixOptimizer(ShardedOptimizer):
         flat: torch.Tensor,
         grad: torch.Tensor,
         group: dict[str, Any],
-    ) -> None:
+    ) -> MatrixUpdate | None:
         state = self.state[parameter]
         # Projectors follow a count of their own: a momentum reset may restart Adam's counter.
         state["updates"] = state.get("updates", 0) + 1
@@ -53,8 +53,8 @@ class MatrixOptimizer(ShardedOptimizer):
         if group["rank"] is None:
             dtype = self._moment_dtype(parameter)
             adam_h.update_flat(flat, grad, state, group, (size, decay), dtype)
-            return
-        update_matrices(
+            return None
+        return MatrixUpdate(
             self.layout(parameter),
             flat,
             grad,

@@ -11,7 +11,7 @@ from megalr.config.optimizers import MuonOptimizer
 from megalr.errors import UserError
 from megalr.optim import adam_h
 from megalr.optim.sharded_optimizer import ShardedOptimizer
-from megalr.sharding.exchange import update_matrices
+from megalr.sharding.exchange import MatrixUpdate
 from megalr.sharding.fragment import LogicalTensor
 
 STEPS = 5
@@ -50,19 +50,19 @@ class Muon(ShardedOptimizer):
         flat: torch.Tensor,
         grad: torch.Tensor,
         group: dict[str, Any],
-    ) -> None:
+    ) -> MatrixUpdate | None:
         state, lr = self.state[parameter], group["lr"]
         state["step"] = state.get("step", 0) + 1
         if not group["use_muon"]:
             self._adamw(parameter, flat, grad, group)
-            return
+            return None
 
         def move(weights: list[torch.Tensor], updates: list[torch.Tensor]) -> None:
             if weights:
                 torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
                 torch._foreach_add_(weights, updates, alpha=-lr)
 
-        update_matrices(
+        return MatrixUpdate(
             self.layout(parameter),
             flat,
             grad,

@@ -19,6 +19,8 @@ Design, and how it lives under ZeRO
 7. All state is tensors and plain numbers in plain dicts: readable with ``weights_only=True``.
 8. ZeRO 1 and 2 call ``step`` once per parameter group and show one group at a time, ZeRO 3 once
    per sub-group: every counter therefore lives in the state of its flat storage.
+9. Without an engine, FSDP2 splits parameters by rows (DTensors). The layout then has one flat
+   tensor for each parameter, this rank's rows, and the rules are the same.
 """
 
 from __future__ import annotations
@@ -27,13 +29,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT
 
 from megalr.config.base import Section
 from megalr.errors import UserError
 from megalr.optim.options import check_options, with_defaults
-from megalr.sharding.fragment import FlatLayout, LogicalTensor, single_process_layout
+from megalr.sharding.dtensor import local_part, local_shard, parameter_layout
+from megalr.sharding.exchange import MatrixUpdate, update_matrices
+from megalr.sharding.fragment import FlatLayout, LogicalTensor, Ranks
 
+OWN = "rank"
+"""Key of a saved state that belongs to one rank: its rank and the number of ranks."""
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 MOMENT_NAMES: dict[str, tuple[str, ...]] = {
     "first": ("exp_avg", "momentum_buffer", "exp_avg_diff"),
@@ -65,7 +72,20 @@ def scalar_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def flat_part(parameter: torch.Tensor) -> torch.Tensor:
+    """View of this rank's elements of a parameter, 1-D."""
+    return local_part(parameter).view(-1)
+
+
+def flat_grad(parameter: torch.Tensor) -> torch.Tensor:
+    """This rank's elements of a parameter's gradient, 1-D."""
+    assert parameter.grad is not None  # _entries
+    return local_part(parameter.grad).reshape(-1)
+
+
 def _to_device(value: Any, device: torch.device) -> Any:
+    if isinstance(value, DTensor):
+        return local_part(value).to(device, copy=True).view(-1)
     if isinstance(value, torch.Tensor):
         return value.to(device, copy=True)
     if isinstance(value, dict):
@@ -87,6 +107,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
     marks: ClassVar[dict[str, Any]] = {}
     """Options beyond those of the sections, or with another default: those that differ between the
     groups of a run or follow from it."""
+    per_tensor_states: ClassVar[tuple[str, ...]] = ()
+    """States with one number for each logical tensor of a flat storage, in the layout's order."""
 
     def __init__(
         self,
@@ -105,13 +127,25 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch; its options are checked and its tensors get their numbers."""
         super().add_param_group(param_group)
+        self._lay_out()
+        self._check_group(self.param_groups[-1])
+
+    def _lay_out(self) -> None:
+        """Describe the parameters as they are: whole on this rank, or DTensors that are split."""
         self._layouts, number = {}, 1
+        loads: dict[int, list[float]] = {}
         for group in self.param_groups:
-            for parameter in group["params"]:
-                layout = single_process_layout(parameter, f"tensor{number}", number)
+            names = group.get("param_names")  # of ``Optimizer(model.named_parameters())``
+            for index, parameter in enumerate(group["params"]):
+                name = f"tensor{number}" if names is None else names[index]
+                if not local_part(parameter).is_contiguous():
+                    raise UserError(
+                        f"{name} of shape {tuple(parameter.shape)} is not contiguous in memory: "
+                        "replace the parameter by a contiguous one"
+                    )
+                layout = parameter_layout(parameter, name, number, loads)
                 self._layouts[parameter] = layout
                 number += len(layout.tensors)
-        self._check_group(self.param_groups[-1])
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise UserError for options out of range or without a meaning for the group's tensors."""
@@ -152,6 +186,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for parameter in group["params"]
             if parameter.grad is not None
         ]
+        if any(p not in self._layouts and isinstance(p, DTensor) for _, p in found):
+            self._lay_out()  # accelerate shards the model and puts the shards into param_groups
         unknown = [parameter for _, parameter in found if parameter not in self._layouts]
         if not unknown:
             yield from found
@@ -162,10 +198,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
             )
 
     def _step_groups(self) -> None:
+        pending = []
         for group, parameter in self._entries():
-            flat, grad = parameter.detach().view(-1), parameter.grad
-            assert grad is not None  # _entries
-            self._update(parameter, flat, grad.reshape(-1), group)
+            update = self._update(parameter, flat_part(parameter), flat_grad(parameter), group)
+            if update is not None:
+                pending.append(update)
+        update_matrices(pending)
 
     def _update(
         self,
@@ -173,21 +211,71 @@ class ShardedOptimizer(torch.optim.Optimizer):
         flat: torch.Tensor,
         grad: torch.Tensor,
         group: dict[str, Any],
-    ) -> None:
-        """Update the flat storage of one entry of ``param_groups`` in place."""
+    ) -> MatrixUpdate | None:
+        """Update the flat storage of one entry of ``param_groups`` in place.
+
+        What whole matrices need is returned, and done with that of all entries.
+        """
         raise NotImplementedError
 
     # -- state ------------------------------------------------------------------------------
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, readable with ``weights_only=True``.
+
+        Under FSDP2 a state with the elements of a parameter is a DTensor like it; states of whole
+        matrices are those that this rank owns, marked with its rank.
+        """
+        saved = super().state_dict()
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for index, state in saved["state"].items():
+            parameter = parameters[index]
+            if isinstance(parameter, DTensor):
+                ranks = self.layout(parameter).ranks
+                saved["state"][index] = self._shared_state(state, parameter, ranks)
+        return saved
+
+    def _shared_state(
+        self, state: dict[str, Any], parameter: DTensor, ranks: Ranks
+    ) -> dict[str, Any]:
+        """The state of a DTensor as several ranks may save it together."""
+        shared: dict[str, Any] = {}
+        numel = local_part(parameter).numel()
+        for key, value in state.items():
+            if not isinstance(value, torch.Tensor) or key in self.per_tensor_states:
+                own = isinstance(value, dict)
+            else:
+                own = value.numel() != numel
+                value = value if own else local_shard(value, parameter)
+            shared[key] = value
+            if own and ranks.size > 1:
+                shared[OWN] = [ranks.rank, ranks.size]
+        return shared
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict`` returned. Unlike torch's own, it keeps every state's dtype."""
+        """Load what ``state_dict`` returned. Unlike torch's own, it keeps every state's dtype.
+
+        Raises:
+            UserError: states of another rank or number of ranks (FSDP2, whole matrices).
+        """
         groups = state_dict["param_groups"]
         super().load_state_dict({"state": {}, "param_groups": groups})
         saved = [index for group in groups for index in group["params"]]
         current = [p for group in self.param_groups for p in group["params"]]
         for index, parameter in zip(saved, current, strict=True):
             if index in state_dict["state"]:
-                self.state[parameter] = _to_device(state_dict["state"][index], parameter.device)
+                state = dict(state_dict["state"][index])
+                self._check_rank(state.pop(OWN, None), parameter)
+                self.state[parameter] = _to_device(state, parameter.device)
+
+    def _check_rank(self, saved: list[int] | None, parameter: torch.Tensor) -> None:
+        ranks = self.layout(parameter).ranks
+        if saved is not None and saved != [ranks.rank, ranks.size]:
+            raise UserError(
+                f"states of rank {saved[0]} of {saved[1]} cannot be loaded on rank {ranks.rank} of "
+                f"{ranks.size}: states of whole matrices are not shared, so every rank must save "
+                "its state_dict() in a file of its own, and as many ranks load them"
+            )
 
     def tensor_states(self, parameter: torch.Tensor) -> Iterable[tuple[str, dict[str, Any]]]:
         """(name, state) of the whole-matrix states that this rank keeps for one entry."""

@@ -52,8 +52,6 @@ class StableSPAM(ShardedOptimizer):
     """
 
     per_tensor_states = ("max_average", "norm_average", "squared_norm_average")
-    """States with one number for each logical tensor of a flat storage, in the layout's order."""
-
     declared = (StableSPAMOptimizer,)
 
     def _update(

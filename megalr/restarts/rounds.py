@@ -110,8 +110,10 @@ class FactorRounds:
         return [factor for index in indices for factor in self._factors[index]]
 
     def _like(self) -> Tensor:
-        """Factors travel and are worked on as these elements."""
-        return torch.empty(0, dtype=torch.float32, device=self.state.device)
+        """Factors travel and are worked on as these elements: float32, or float64 as they are."""
+        double = any(flat.dtype == torch.float64 for pair in self._factors for _, flat in pair)
+        dtype = torch.float64 if double else torch.float32
+        return torch.empty(0, dtype=dtype, device=self.state.device)
 
     def _bytes(self, index: int) -> int:
         return 4 * sum(tensor.numel for tensor, _ in self._factors[index])

@@ -8,13 +8,21 @@ its own, of which each rank holds the elements of its rows.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from megalr.errors import UserError
-from megalr.sharding.fragment import Fragment, Ranks
+from megalr.sharding.exchange import assign_owners
+from megalr.sharding.fragment import (
+    FlatLayout,
+    Fragment,
+    Ranks,
+    logical_tensors,
+    single_process_layout,
+)
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
@@ -60,6 +68,38 @@ def row_fragments(tensor: torch.Tensor, name: str) -> tuple[Ranks, tuple[Fragmen
 def _by_rows(placed: Placement) -> bool:
     """Not so for the strided shards of FSDP2 over tensor parallelism, a subclass of Shard."""
     return type(placed) is Shard and placed.dim == 0
+
+
+def parameter_layout(
+    parameter: torch.Tensor, name: str, first_number: int, loads: dict[int, list[float]]
+) -> FlatLayout:
+    """The layout of a parameter outside of an engine: this rank's part of it is the flat tensor.
+
+    Split matrices get owners such that all ranks own about as many elements; ``loads`` (ranks to
+    elements owned) has those of earlier parameters, and is increased.
+    """
+    if not isinstance(parameter, DTensor):
+        return single_process_layout(parameter, name, first_number)
+    ranks, fragments = row_fragments(parameter, name)
+    load = loads.setdefault(ranks.size, [0.0] * ranks.size)
+    tensors = logical_tensors(name, parameter, parameter.shape, fragments)
+    owned = assign_owners(tensors, ranks.size, load)
+    return FlatLayout(
+        tuple(replace(tensor, number=first_number + i) for i, tensor in enumerate(owned)), ranks
+    )
+
+
+def local_shard(flat: torch.Tensor, parameter: DTensor) -> DTensor:
+    """The elements of a parameter that this rank holds, 1-D, as a DTensor placed like it."""
+    local = flat.view(parameter.to_local().shape)
+    return DTensor.from_local(
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
 
 
 def replica_groups(tensor: torch.Tensor) -> list[dist.ProcessGroup]:

@@ -7,8 +7,8 @@ move: under ZeRO 1 and 2, for gradients, those of the few matrices that a slice 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -41,13 +41,16 @@ def least_loaded(
     return chosen
 
 
-def assign_owners(tensors: Sequence[LogicalTensor], world_size: int) -> list[LogicalTensor]:
+def assign_owners(
+    tensors: Sequence[LogicalTensor], world_size: int, load: list[float] | None = None
+) -> list[LogicalTensor]:
     """Give every tensor an owner: its only holder, or the least loaded rank among its holders.
 
     Of the ranks that hold a split tensor, those with at least half of the largest fragment are
     candidates, which keeps the exchange small; the load of a rank is the elements that it owns.
+    ``load`` has those of earlier tensors, and is increased.
     """
-    load = [0.0] * world_size
+    load = [0.0] * world_size if load is None else load
     for tensor in tensors:
         if not tensor.is_split:
             load[tensor.fragments[0].rank] += tensor.numel
@@ -162,40 +165,67 @@ def broadcast_from_owners(ranks: Ranks, tensors: Sequence[Located]) -> None:
                 view.copy_(part)
 
 
-def update_matrices(
-    layout: FlatLayout,
-    flat: Tensor,
-    grad: Tensor,
-    rule: Callable[[list[Item]], list[Tensor]],
-    apply: Callable[[list[Tensor], list[Tensor]], Any],
-) -> None:
-    """Update every matrix of a flat tensor, each by its owner.
+@dataclass(frozen=True)
+class MatrixUpdate:
+    """The update of all matrices in one flat tensor.
 
     ``rule`` turns (tensor, G) of whole matrices into their updates U, on the owner only; ``apply``
     changes the elements of weights that this rank holds by those of U, 1-D views. Both are called
-    with one bucket of matrices at a time.
+    with some of the matrices at a time.
     """
-    ranks = layout.ranks
-    local = {tensor.name: fragment for tensor, fragment in layout.local}
-    for bucket in buckets([t for t, _ in layout.local if not t.is_split], _numel):
-        fragments = [local[tensor.name] for tensor in bucket]
-        items = [
-            (tensor, fragment.of(grad).view(tensor.shape))
-            for tensor, fragment in zip(bucket, fragments, strict=True)
-        ]
-        updates = [update.reshape(-1) for update in rule(items)]
-        apply([fragment.of(flat) for fragment in fragments], updates)
-    for bucket in buckets([t for t in layout.tensors if t.is_split], _numel):
-        matrices = to_owner(ranks, [(tensor, grad) for tensor in bucket], grad)
-        mine = [tensor for tensor in bucket if tensor.owner == ranks.rank]
-        found = rule([(tensor, matrices[tensor.name]) for tensor in mine])
-        whole = {tensor.name: update for tensor, update in zip(mine, found, strict=True)}
-        parts = from_owner(ranks, bucket, whole, flat)
-        apply([local[name].of(flat) for name in parts], list(parts.values()))
+
+    layout: FlatLayout
+    flat: Tensor
+    grad: Tensor
+    rule: Callable[[list[Item]], list[Tensor]]
+    apply: Callable[[list[Tensor], list[Tensor]], Any]
+
+    def local(self, names: Iterable[str]) -> list[Tensor]:
+        """This rank's elements of the weights with these names."""
+        held = {tensor.name: fragment for tensor, fragment in self.layout.local}
+        return [held[name].of(self.flat) for name in names]
 
 
-def _numel(tensor: LogicalTensor) -> int:
-    return tensor.numel
+def update_matrices(updates: Sequence[MatrixUpdate]) -> None:
+    """Update every matrix of some flat tensors, each by its owner.
+
+    Owners work at the same time: the split matrices of all flat tensors are exchanged in common
+    buckets, where the ranks and dtypes are the same. Every rank gives the same flat tensors.
+    """
+    for update in updates:
+        whole = [(t, fragment) for t, fragment in update.layout.local if not t.is_split]
+        for bucket in buckets(whole, lambda entry: entry[0].numel):
+            items = [(t, fragment.of(update.grad).view(t.shape)) for t, fragment in bucket]
+            found = [matrix.reshape(-1) for matrix in update.rule(items)]
+            update.apply([fragment.of(update.flat) for _, fragment in bucket], found)
+    alike: dict[Any, list[tuple[LogicalTensor, MatrixUpdate]]] = {}
+    for update in updates:
+        key = (id(update.layout.ranks.group), update.grad.dtype, update.flat.dtype)
+        split = [(tensor, update) for tensor in update.layout.tensors if tensor.is_split]
+        alike.setdefault(key, []).extend(split)
+    for entries in alike.values():
+        for members in buckets(entries, lambda entry: entry[0].numel):
+            _update_split(members)
+
+
+def _update_split(bucket: list[tuple[LogicalTensor, MatrixUpdate]]) -> None:
+    """Update matrices that several ranks hold: gradients to the owners, updates back."""
+    first = bucket[0][1]
+    ranks = first.layout.ranks
+    of_update: dict[int, list[LogicalTensor]] = {}
+    for tensor, update in bucket:
+        of_update.setdefault(id(update), []).append(tensor)
+    updates = {id(update): update for _, update in bucket}
+    matrices = to_owner(ranks, [(tensor, update.grad) for tensor, update in bucket], first.grad)
+    whole: dict[str, Tensor] = {}
+    for key, tensors in of_update.items():
+        mine = [tensor for tensor in tensors if tensor.owner == ranks.rank]
+        found = updates[key].rule([(tensor, matrices[tensor.name]) for tensor in mine])
+        whole |= {tensor.name: matrix for tensor, matrix in zip(mine, found, strict=True)}
+    parts = from_owner(ranks, [tensor for tensor, _ in bucket], whole, first.flat)
+    for key, tensors in of_update.items():
+        names = [tensor.name for tensor in tensors if tensor.name in parts]
+        updates[key].apply(updates[key].local(names), [parts[name] for name in names])
 
 
 def _collective_device(ranks: Ranks, like: Tensor) -> torch.device:

@@ -49,7 +49,7 @@ def batch(update: int, rows: int = 6, length: int = 5, vocabulary: int = 17) -> 
 def loss_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Mean next-token cross-entropy of a model that returns logits."""
     logits = model(ids[:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
 
 def llama(**sizes):
