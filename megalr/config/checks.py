@@ -32,6 +32,12 @@ def cross_problems(value_of: Callable[[str], Any]) -> Iterator[tuple[str, str]]:
             "the best checkpoint is found by evaluations at its update, and evaluation.every is 0; "
             "evaluate at a period of which checkpoint.every is a multiple",
         )
+    if value_of("data.document_mask") and value_of("data.packing") is False:
+        yield (
+            "data.document_mask",
+            "needs packing, and data.packing is false, where each sample is one document already; "
+            "leave one of the two out",
+        )
     if value_of("health.spike_action") == "skip" and value_of("train.cuda_graphs"):
         yield (
             "health.spike_action",

@@ -202,6 +202,10 @@ class DataConfig(Section):
     packing: bool = Field(default=True, examples=[True])
     """true: samples are windows of the token stream, no position is wasted. false: one document a
     sample, cut at sequence_length and padded, as in the published comparisons."""
+    document_mask: bool = Field(default=False, examples=[True])
+    """Whether attention stays within documents and positions restart at each, with packing: loss
+    and gradients of a window are those of its documents alone, in training and evaluation. No
+    position then predicts the first token of the next document."""
     prefetch_updates: int = Field(default=2, ge=0, examples=[2])
     """Batches prepared ahead of the training step (updates)."""
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from megalr.data.dataset import (
-    TokenDataset,
+from megalr.data.dataset import TokenDataset
+from megalr.data.opening import (
     check_same_tokenizer,
     check_vocabulary,
     has_validation_split,

@@ -49,12 +49,16 @@ def _open(
         [{"path": s.path, "weight": s.weight} for s in data.train],
         sequence_length=data.sequence_length,
         packing=data.packing,
+        document_mask=data.document_mask,
     )
     if vocab_size is not None:
         check_vocabulary(training, vocab_size)
     validation = {
         name: open_validation_data(
-            list(paths), sequence_length=data.sequence_length, packing=data.packing
+            list(paths),
+            sequence_length=data.sequence_length,
+            packing=data.packing,
+            document_mask=data.document_mask,
         )
         for name, paths in validation_folders(config).items()
     }

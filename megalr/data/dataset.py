@@ -15,16 +15,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megalr.data.manifest import DataManifest, ShardEntry, TokenizerInfo, check_sizes, load_manifest
+from megalr.data.document_ends import (
+    check_document_ends,
+    count_starts,
+    mark_starts,
+    positions_in_documents,
+)
+from megalr.data.manifest import DataManifest, ShardEntry, TokenizerInfo
 from megalr.data.mapped_file import FileStamp, check_stamp
 from megalr.data.megatron_index import IndexedShard, allow_open_files, token_dtype
 from megalr.data.shuffle import SampleOrder
 from megalr.errors import UserError
 
 Integers = NDArray[np.int64]
+SAMPLES_ESTIMATED = 256  # that a mean over all samples is estimated from
 CHECK_SECONDS = 5.0  # between two looks at the files of open shards
 NO_TARGET = -100  # the label of a position without a target, as in torch's cross entropy
-DataPath = str | Path | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,11 @@ class TokenDataset:
     an epoch, and a shard has ceil((T - 1) / S) samples. Windows cross document ends; EOS ids mark
     them.
 
+    ``document_mask=True``, with packing only: the first token of a document is no target, since a
+    document alone has none before it, and each sample also has the positions of its tokens within
+    their documents, from 0. A document that began in an earlier window has position 0 at the first
+    token of this one.
+
     ``packing=False``: sample i is document i, truncated to S ids of which the last is then EOS (if
     the documents were written with EOS), padded to S; a document of L ids has min(L, S) - 1
     targets.
@@ -106,11 +117,15 @@ class TokenDataset:
         packing: bool,
         weights: Sequence[Fraction] | None = None,
         stamps: Mapping[str, FileStamp] | None = None,
+        document_mask: bool = False,
     ) -> None:
         if sequence_length < 2:
             raise UserError(f"data.sequence_length is {sequence_length}, it must be at least 2")
         self.sequence_length = sequence_length
         self.packing = packing
+        self.document_mask = document_mask
+        if document_mask:
+            _check_document_mask(manifests, sequence_length, packing)
         self.tokenizer: TokenizerInfo = _common_tokenizer(manifests)
         self.append_eos: bool = manifests[0][1].append_eos
         self.tokenizer_path: Path = manifests[0][0] / self.tokenizer.path
@@ -120,7 +135,7 @@ class TokenDataset:
             for folder, _, entries in manifests
             for entry in entries
         ]
-        allow_open_files(len(self._shards) * (1 if packing else 2) + 256)
+        allow_open_files(len(self._shards) * (1 if packing and not document_mask else 2) + 256)
         tokens = np.array([shard.entry.tokens for shard in self._shards], np.int64)
         documents = np.array([shard.entry.documents for shard in self._shards], np.int64)
         counts = -(-np.maximum(tokens - 1, 0) // sequence_length) if packing else documents
@@ -168,6 +183,7 @@ class TokenDataset:
             "tokenizer": self.tokenizer.fingerprint,
             "sequence_length": self.sequence_length,
             "packing": self.packing,
+            **({"document_mask": True} if self.document_mask else {}),  # older ones lack the key
             "sources": [[s.first, s.count, str(s.weight)] for s in self.sources],
             "shards": [[s.entry.bin_sha256, s.entry.idx_sha256] for s in self._shards],
         }
@@ -184,39 +200,70 @@ class TokenDataset:
 
     def count_targets(self, samples: Integers) -> Integers:
         """Number of targets of each sample, from the index alone; int64, shape of ``samples``."""
+        result = np.empty(len(samples), np.int64)
         if self.packing:
             owner = np.searchsorted(self._firsts, samples, side="right") - 1
             start = (samples - self._firsts[owner]) * self.sequence_length
-            return np.minimum(self._tokens[owner] - 1 - start, self.sequence_length)
-        result = np.empty(len(samples), np.int64)
+            result = np.minimum(self._tokens[owner] - 1 - start, self.sequence_length)
+            if self.document_mask:
+                for shard, rows, _ in self._by_shard(samples):
+                    result[rows] -= count_starts(shard.files, start[rows], result[rows])
+            return result
         for shard, rows, local in self._by_shard(samples):
             result[rows] = shard.files.sizes(local)
         return np.maximum(np.minimum(result, self.sequence_length) - 1, 0)
 
     def read(
-        self, samples: Integers, out: tuple[Integers, Integers] | None = None
-    ) -> tuple[Integers, Integers]:
-        """Inputs and labels of the given samples; both int64 (n, S), written to ``out`` if given.
+        self, samples: Integers, out: Sequence[NDArray[Any]] | None = None
+    ) -> Sequence[NDArray[Any]]:
+        """Inputs and labels of the given samples, int64 (n, S); written to ``out`` if given.
 
-        Raises UserError for an id outside the vocabulary and for damaged files.
+        With ``document_mask`` also the positions, int32 (n, S), as the third array. Raises
+        UserError for an id outside the vocabulary and for damaged files.
         """
         if time.monotonic() >= self._next_check:
             self.check_unchanged()
         n, length = len(samples), self.sequence_length
         tokens = np.full((n, length + 1), self.pad_id, self._dtype)
         used = np.empty(n, np.int64)  # ids of each row, inputs and last target together
+        starts = np.zeros((n, length + 1), np.int32)  # places where documents start
         for shard, rows, local in self._by_shard(samples):
             read = self._read_windows if self.packing else self._read_documents
             used[rows] = read(shard.files, local, rows, tokens)
+            if self.document_mask:
+                mark_starts(shard.files, local * length, used[rows], rows, starts)
         if n and (tokens.min() < 0 or tokens.max() >= self.vocab_size):
             raise self._wrong_id(samples, tokens)
-        inputs, labels = out or (np.empty((n, length), np.int64), np.empty((n, length), np.int64))
+        if out is None:
+            out = [np.empty((n, length), dtype) for dtype in self.dtypes]
+        inputs, labels = out[:2]
         inputs[...], labels[...] = tokens[:, :-1], tokens[:, 1:]
         short = np.flatnonzero(used <= length)
         if len(short):
             missing = np.arange(length) >= used[short, None] - 1
             labels[short] = np.where(missing, NO_TARGET, labels[short])
-        return inputs, labels
+        if self.document_mask:
+            labels[starts[:, 1:] > 0] = NO_TARGET
+            out[2][...] = positions_in_documents(starts[:, :-1])
+        return out
+
+    @property
+    def dtypes(self) -> tuple[type, ...]:
+        """Of the arrays that :meth:`read` gives."""
+        return (np.int64, np.int64, np.int32)[: 3 if self.document_mask else 2]
+
+    def mean_visible(self, seed: int, window: int | None) -> float:
+        """Mean number of positions that a position attends to, itself included.
+
+        With ``document_mask`` estimated from the first samples of the order of ``seed``.
+        ``window``: positions that a sliding window keeps; None: all.
+        """
+        length = self.sequence_length
+        positions = np.arange(length)
+        if self.document_mask:
+            samples = np.arange(min(self.num_samples, SAMPLES_ESTIMATED), dtype=np.int64)
+            positions = self.read(self.sample_ids(samples, seed))[2]
+        return float(np.minimum(positions + 1, window or length).mean())
 
     def check_unchanged(self) -> None:
         """UserError if a file of an open shard has changed since the data set was opened."""
@@ -287,6 +334,20 @@ def _copy_rows(
         out[row, :count] = tokens[start : start + count]
 
 
+def _check_document_mask(
+    manifests: Sequence[tuple[Path, DataManifest, tuple[ShardEntry, ...]]],
+    sequence_length: int,
+    packing: bool,
+) -> None:
+    if not packing:
+        raise UserError(
+            "data.document_mask is true and data.packing false, where each sample is one document "
+            "already: leave data.document_mask out"
+        )
+    for folder, _, entries in manifests:
+        check_document_ends(folder, entries, sequence_length)
+
+
 def _common_tokenizer(
     manifests: Sequence[tuple[Path, DataManifest, tuple[ShardEntry, ...]]],
 ) -> TokenizerInfo:
@@ -300,98 +361,3 @@ def _common_tokenizer(
                 f"{manifest.append_eos}); preprocess them with one"
             )
     return first.tokenizer
-
-
-def _parse_item(item: DataPath) -> tuple[Path, Fraction | None]:
-    if not isinstance(item, Mapping):
-        return Path(item), None
-    unknown = sorted(set(item) - {"path", "weight"})
-    if unknown or "path" not in item:
-        raise UserError(
-            f"data source {dict(item)}: the keys are 'path' and 'weight', "
-            + (f"not '{unknown[0]}'" if unknown else "'path' is missing")
-        )
-    weight = item.get("weight")
-    if weight is None:
-        return Path(item["path"]), None
-    try:
-        value = Fraction(str(weight))  # of the decimal as written: 0.1 is one tenth
-    except ValueError:
-        value = Fraction(0)
-    if value <= 0:
-        raise UserError(f"data source {item['path']}: weight {weight!r} must be a positive number")
-    return Path(item["path"]), value
-
-
-def _open(
-    data: DataPath | Sequence[DataPath], split: str, sequence_length: int, packing: bool
-) -> TokenDataset:
-    items = [data] if isinstance(data, str | Path | Mapping) else list(data)
-    if not items:
-        raise UserError("no data set was given; set data.train to a preprocessed folder")
-    parsed = [_parse_item(item) for item in items]
-    given = [weight for _, weight in parsed if weight is not None]
-    if given and len(given) < len(parsed):
-        missing = next(path for path, weight in parsed if weight is None)
-        raise UserError(f"data source {missing} has no weight and others have; give all or none")
-    if given and split == "validation":
-        raise UserError("data.validation takes no weights: every sample is evaluated once")
-    manifests = []
-    stamps: dict[str, FileStamp] = {}
-    for path, _ in parsed:
-        manifest = load_manifest(path)
-        folder = path if path.is_dir() else path.parent
-        shards = manifest.split(split)
-        if split == "validation" and not shards:
-            shards = manifest.shards  # a data set made for validation only need not say so
-        if not shards:
-            raise UserError(f"{path}: no shard of the split '{split}'")
-        stamps |= check_sizes(folder, shards)
-        manifests.append((folder, manifest, shards))
-    return TokenDataset(manifests, sequence_length, packing, given or None, stamps)
-
-
-def open_training_data(
-    train: DataPath | Sequence[DataPath], *, sequence_length: int, packing: bool = True
-) -> TokenDataset:
-    """Open the ``train`` split of a data folder, or of several as a mixture.
-
-    ``train`` is a folder, or a list of folders (one pool, every sample once an epoch), or a list of
-    ``{"path": folder, "weight": w}`` (samples drawn in the proportion of the weights).
-    """
-    return _open(train, "train", sequence_length, packing)
-
-
-def open_validation_data(
-    validation: DataPath | Sequence[DataPath], *, sequence_length: int, packing: bool = True
-) -> TokenDataset:
-    """Open the ``validation`` split of a data folder; all of it if it has no such split.
-
-    A list of folders is one pool; weights have no meaning here and are refused.
-    """
-    return _open(validation, "validation", sequence_length, packing)
-
-
-def has_validation_split(train: DataPath) -> bool:
-    """Whether the data folder holds a validation split of its own."""
-    return bool(load_manifest(_parse_item(train)[0]).split("validation"))
-
-
-def check_vocabulary(dataset: TokenDataset, model_vocab_size: int) -> None:
-    """UserError unless every id of the tokenizer has a row in the model's embedding."""
-    if dataset.vocab_size > model_vocab_size:
-        raise UserError(
-            f"{dataset.sources[0].path}: the tokenizer has {dataset.vocab_size} ids (largest in "
-            f"the data {dataset.max_id}) and model.vocab_size is {model_vocab_size}; set "
-            f"model.vocab_size to at least {dataset.vocab_size}"
-        )
-
-
-def check_same_tokenizer(first: TokenDataset, second: TokenDataset) -> None:
-    """UserError unless both data sets were made with the same tokenizer."""
-    if first.tokenizer.fingerprint != second.tokenizer.fingerprint:
-        raise UserError(
-            f"{first.sources[0].path} and {second.sources[0].path} were made with different "
-            f"tokenizers ({first.tokenizer.fingerprint[:12]}, "
-            f"{second.tokenizer.fingerprint[:12]}); preprocess both with one"
-        )

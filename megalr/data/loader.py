@@ -13,10 +13,25 @@ import torch
 from megalr.data.dataset import NO_TARGET, TokenDataset
 from megalr.errors import UserError
 
-MicroBatch = tuple[torch.Tensor, torch.Tensor]
+MicroBatch = tuple[torch.Tensor, ...]
+"""input_ids, labels, both int64 (b, S); with document masks also positions, int32 (b, S)."""
+
 STOP_POLL_SECONDS = 0.2
 SAMPLES_PLANNED = 1 << 16  # samples whose order is computed in one call
 SAMPLES_AT_ONCE = 1 << 20  # samples whose targets are counted in one call
+
+
+_TORCH = {np.int64: torch.int64, np.int32: torch.int32}
+
+
+def _padding(dataset: TokenDataset, rows: int) -> MicroBatch:
+    """A micro-batch without targets; of one document a row."""
+    shape = (rows, dataset.sequence_length)
+    input_ids = torch.full(shape, dataset.pad_id, dtype=torch.int64)
+    labels = torch.full(shape, NO_TARGET, dtype=torch.int64)
+    if not dataset.document_mask:
+        return input_ids, labels
+    return input_ids, labels, torch.arange(shape[1], dtype=torch.int32).repeat(rows, 1)
 
 
 @dataclass(frozen=True)
@@ -24,10 +39,11 @@ class UpdateBatch:
     """The micro-batches of one rank for one optimizer update.
 
     micro_batches: (input_ids, labels), both int64 (b, S); ``labels[:, t]`` is the target of
-    position t, -100 where there is none. num_targets: targets of the *global* batch, all ranks and
-    micro-batches. samples_by_source: samples of the global batch from each source of the data set.
-    error: why the batch could not be read; it then holds padding without targets, and the update
-    must be skipped (see ``defer_errors``).
+    position t, -100 where there is none. Of a data set with document masks (input_ids, labels,
+    positions): places of the tokens within their documents, int32 (b, S). num_targets: targets of
+    the *global* batch, all ranks and micro-batches. samples_by_source: samples of the global batch
+    from each source of the data set. error: why the batch could not be read; it then holds padding
+    without targets, and the update must be skipped (see ``defer_errors``).
     """
 
     update: int
@@ -125,10 +141,8 @@ class UpdateLoader:
                 if not self._defer_errors:
                     raise
                 self.error = error
-        shape = (self._micro_batch_size, self._dataset.sequence_length)
-        padding = torch.full(shape, self._dataset.pad_id, dtype=torch.int64)
-        nothing = torch.full(shape, NO_TARGET, dtype=torch.int64)
-        micro_batches = [(padding, nothing)] * (len(self._mine) // self._micro_batch_size)
+        padding = _padding(self._dataset, self._micro_batch_size)
+        micro_batches = [padding] * (len(self._mine) // self._micro_batch_size)
         sources = (0,) * len(self._dataset.sources)
         return UpdateBatch(update, micro_batches, 0, sources, self.error)
 
@@ -139,11 +153,13 @@ class UpdateLoader:
             self._dataset.source_of(samples), minlength=len(self._dataset.sources)
         )
         shape = (len(self._mine), self._dataset.sequence_length)
-        inputs = torch.empty(shape, dtype=torch.int64, pin_memory=self._pin_memory)
-        labels = torch.empty_like(inputs, pin_memory=self._pin_memory)
-        self._dataset.read(samples[self._mine], (inputs.numpy(), labels.numpy()))
-        size = self._micro_batch_size
-        micro_batches = list(zip(inputs.split(size), labels.split(size), strict=True))
+        tensors = [
+            torch.empty(shape, dtype=_TORCH[dtype], pin_memory=self._pin_memory)
+            for dtype in self._dataset.dtypes
+        ]
+        self._dataset.read(samples[self._mine], [tensor.numpy() for tensor in tensors])
+        split = [tensor.split(self._micro_batch_size) for tensor in tensors]
+        micro_batches = list(zip(*split, strict=True))
         return UpdateBatch(update, micro_batches, num_targets, tuple(sources.tolist()))
 
     def _plan(self, update: int) -> tuple[np.ndarray, int]:
@@ -204,7 +220,7 @@ class EvaluationBatches:
     targets (at least one sample), otherwise all. Every rank gets the same number of micro-batches
     of ``(b, S)``; surplus rows have no targets.
 
-    Iterating yields (input_ids, labels) as in UpdateBatch. ``len()``: micro-batches of a rank;
+    Iterating yields micro-batches as in UpdateBatch. ``len()``: micro-batches of a rank;
     ``num_targets``: targets over all ranks; ``num_samples``: samples over all ranks.
     ``defer_errors``: as in UpdateLoader; the rest of the batches then has no targets.
     """
@@ -255,23 +271,21 @@ class EvaluationBatches:
 
     def __iter__(self) -> Iterator[MicroBatch]:
         size = self._micro_batch_size
-        shape = (size, self._dataset.sequence_length)
         for number in range(self._length):
             first = (number * self._world_size + self._rank) * size
             rows = np.arange(first, min(first + size, self.num_samples), dtype=np.int64)
-            input_ids = torch.full(shape, self._dataset.pad_id, dtype=torch.int64)
-            labels = torch.full(shape, NO_TARGET, dtype=torch.int64)
+            batch = _padding(self._dataset, size)
             if len(rows) and self.error is None:
-                self._fill(rows, input_ids, labels)
-            yield input_ids, labels
+                self._fill(rows, batch)
+            yield batch
 
-    def _fill(self, rows: np.ndarray, input_ids: torch.Tensor, labels: torch.Tensor) -> None:
+    def _fill(self, rows: np.ndarray, batch: MicroBatch) -> None:
         try:
-            values, targets = self._dataset.read(self._order(rows))
+            arrays = self._dataset.read(self._order(rows))
         except UserError as error:
             if not self._defer_errors:
                 raise
             self.error = error
             return
-        input_ids[: len(rows)] = torch.from_numpy(values)
-        labels[: len(rows)] = torch.from_numpy(targets)
+        for tensor, array in zip(batch, arrays, strict=True):
+            tensor[: len(rows)] = torch.from_numpy(array)

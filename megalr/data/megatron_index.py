@@ -21,6 +21,7 @@ Source: ``megatron/core/datasets/indexed_dataset.py`` of Megatron-LM.
 
 from __future__ import annotations
 
+import bisect
 import io
 import os
 import resource
@@ -51,6 +52,8 @@ DTYPE_CODES: dict[int, type] = {
     8: np.uint16,
 }
 Integers = NDArray[np.int64]
+SEARCH_STEPS = 20
+"""Documents that a search of one may look at before a copy of all their offsets is cheaper."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -285,6 +288,22 @@ class IndexedShard:
                 f"{int(stop[place])}, which contradicts its length or the {size} bytes of the .bin",
             )
         return start // self.dtype.itemsize, (stop - start) // self.dtype.itemsize
+
+    @cached_property
+    def _starts(self) -> Integers:
+        """First byte of each document in the ``.bin``, ascending, (num_documents,)."""
+        if self.num_sequences == self.num_documents:  # one sequence per document
+            return self.pointers
+        return self.spans(np.arange(self.num_documents))[0] * self.dtype.itemsize
+
+    def documents_before(self, tokens: Integers) -> Integers:
+        """Number of documents whose first token comes before each token; int64, (n,)."""
+        places = tokens * self.dtype.itemsize
+        if len(places) * SEARCH_STEPS > self.num_documents:
+            return np.searchsorted(self._starts, places)
+        # numpy would copy the whole array first, since 34 + 4 S bytes are not aligned.
+        starts = memoryview(self._starts.view(np.uint8)).cast("q")
+        return np.array([bisect.bisect_left(starts, place) for place in places.tolist()], np.int64)
 
     def sizes(self, documents: Integers) -> Integers:
         """Number of tokens of each document, without the checks of :meth:`spans`."""
