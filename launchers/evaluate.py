@@ -18,6 +18,7 @@ from typing import Any
 
 from megalr.errors import UserError, exit_cleanly
 
+FLAGS = {"true": True, "false": False, None: None}
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -52,6 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--split", default="validation", choices=("validation", "train"), help="of the folders")
     add("--sequence_length", type=positive, help="positions of a sample (default: the run's)")
     add("--packing", choices=("true", "false"), help="windows or documents (default: the run's)")
+    add("--document_mask", choices=("true", "false"), help="of windows (default: the run's)")
     add("--tokens", type=natural, help="largest number of targets; 0: all")
     add("--micro_batch_size", type=positive, help="sequences per forward pass and rank")
     add("--dtype", choices=DTYPES, help="compute dtype (default: the run's, the model's)")
@@ -87,7 +89,8 @@ def evaluate_perplexity(arguments: argparse.Namespace) -> tuple[dict[str, Any], 
         data=tuple(arguments.data),
         split=arguments.split,
         sequence_length=arguments.sequence_length,
-        packing={"true": True, "false": False, None: None}[arguments.packing],
+        packing=FLAGS[arguments.packing],
+        document_mask=FLAGS[arguments.document_mask],
         tokens=arguments.tokens,
         micro_batch_size=arguments.micro_batch_size,
         dtype=arguments.dtype,

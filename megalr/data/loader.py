@@ -21,7 +21,7 @@ SAMPLES_PLANNED = 1 << 16  # samples whose order is computed in one call
 SAMPLES_AT_ONCE = 1 << 20  # samples whose targets are counted in one call
 
 
-_TORCH = {np.int64: torch.int64, np.int32: torch.int32}
+_TORCH: dict[type, torch.dtype] = {np.int64: torch.int64, np.int32: torch.int32}
 
 
 def _padding(dataset: TokenDataset, rows: int) -> MicroBatch:

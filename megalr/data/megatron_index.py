@@ -302,7 +302,7 @@ class IndexedShard:
         if len(places) * SEARCH_STEPS > self.num_documents:
             return np.searchsorted(self._starts, places)
         # numpy would copy the whole array first, since 34 + 4 S bytes are not aligned.
-        starts = memoryview(self._starts.view(np.uint8)).cast("q")
+        starts = self._starts.view(np.uint8).data.cast("q")
         return np.array([bisect.bisect_left(starts, place) for place in places.tolist()], np.int64)
 
     def sizes(self, documents: Integers) -> Integers:

@@ -65,7 +65,10 @@ def build_engine(config: RunConfig, ds_config: dict[str, Any], decoder: Decoder)
     _check_stage(config, stage)
     if config.train.kernels == "auto":
         # ZeRO 3 gathers the weights of a module for its own forward pass only.
-        decoder.use_kernels(fuse_across_modules=stage != 3)
+        selective = config.train.activation_checkpointing in SELECTIVE
+        decoder.use_kernels(
+            fuse_across_modules=stage != 3, flex=config.train.compile or not selective
+        )
     if config.train.compile:
         compile_blocks(decoder)
     unwrapped = is_unwrapped(config.train.precision, stage)
@@ -98,7 +101,8 @@ def build_engine(config: RunConfig, ds_config: dict[str, Any], decoder: Decoder)
     graph = None
     if config.train.cuda_graphs:
         shape = config.train.micro_batch_size, config.data.sequence_length
-        graph = MicroBatchGraph(decoder, shape, _gradients_are_consumed(engine))
+        consumed = _gradients_are_consumed(engine)
+        graph = MicroBatchGraph(decoder, shape, consumed, config.data.document_mask)
     decoder.forward = ScaledLoss(decoder, graph)  # type: ignore[method-assign]
     return engine
 

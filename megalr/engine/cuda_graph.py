@@ -7,6 +7,7 @@ see one autograd node that returns every parameter's gradient.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,31 +20,38 @@ WARMUP_RUNS = 3
 
 
 class MicroBatchGraph:
-    """Replays ``loss = scale * decoder(input_ids, labels)`` and its gradients.
+    """Replays ``loss = scale * decoder(input_ids, labels, positions)`` and its gradients.
 
-    Input ids, labels, scale, loss and gradients live in fixed buffers that a replay reads and
-    writes; everything else stays in the graph's own memory pool, of the size of one eager run. A
-    loss that is not finite is poisoned inside, because the gradients of a replay do not depend on
-    operations on its loss.
+    Input ids, labels, positions (with document masks), scale, loss and gradients live in fixed
+    buffers that a replay reads and writes; everything else stays in the graph's own memory pool, of
+    the size of one eager run. A loss that is not finite is poisoned inside, because the gradients
+    of a replay do not depend on operations on its loss.
 
     Args:
         decoder: in training mode, its parameters where they will stay (after the engine's start).
         shape: ``(B, S)`` of the micro-batches.
+        document_mask: whether there are positions.
         share_gradients: return the buffers themselves, which the next replay overwrites. Correct
             if the engine has consumed ``.grad`` before the next micro-batch; else copies are made.
     """
 
-    def __init__(self, decoder: Decoder, shape: tuple[int, int], share_gradients: bool) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        shape: tuple[int, int],
+        share_gradients: bool,
+        document_mask: bool = False,
+    ) -> None:
         device = decoder.embedding.weight.device
         self.shape = shape
         self.share_gradients = share_gradients
         self.parameters = [p for p in decoder.parameters() if p.requires_grad]
-        self.input_ids = torch.zeros(shape, dtype=torch.int64, device=device)
-        self.labels = torch.zeros(shape, dtype=torch.int64, device=device)
+        dtypes = (torch.int64, torch.int64, torch.int32)[: 3 if document_mask else 2]
+        self.inputs = [torch.zeros(shape, dtype=dtype, device=device) for dtype in dtypes]
         self.scale = torch.ones((), dtype=torch.float32, device=device)
 
         def run() -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-            loss = poison_nonfinite(decoder.summed_loss(self.input_ids, self.labels) * self.scale)
+            loss = poison_nonfinite(decoder.summed_loss(*self.inputs) * self.scale)
             return loss.detach(), torch.autograd.grad(loss, self.parameters)
 
         for _ in range(WARMUP_RUNS):
@@ -54,13 +62,13 @@ class MicroBatchGraph:
         with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream(device)):
             self.loss, self.gradients = run()
 
-    def __call__(self, input_ids: torch.Tensor, labels: torch.Tensor, scale: float) -> torch.Tensor:
+    def __call__(self, inputs: Sequence[torch.Tensor], scale: float) -> torch.Tensor:
         """The scaled loss of a micro-batch; its ``backward()`` gives the parameters' gradients.
 
         ``backward`` must be called on it as it is (with gradient 1), before the next call.
         """
-        self.input_ids.copy_(input_ids)
-        self.labels.copy_(labels)
+        for buffer, tensor in zip(self.inputs, inputs, strict=True):
+            buffer.copy_(tensor)
         self.scale.fill_(scale)
         if self.share_gradients:
             for parameter in self.parameters:
@@ -69,7 +77,7 @@ class MicroBatchGraph:
 
 
 class ScaledLoss:
-    """The decoder's forward pass as the engine calls it: ``(input_ids, labels, scale)``.
+    """The decoder's forward pass as the engine calls it: ``(input_ids, labels, positions, scale)``.
 
     Assigned to ``decoder.forward``, as torch.cuda.make_graphed_callables does: names of parameters
     and the hooks of the module stay. Without ``labels`` or ``scale`` it is the decoder's own.
@@ -86,14 +94,16 @@ class ScaledLoss:
         self,
         input_ids: torch.Tensor,
         labels: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
         scale: float | None = None,
     ) -> torch.Tensor:
         """The decoder's loss times ``scale``, float32 scalar; logits without ``labels``."""
         if labels is None or scale is None:
-            return self.forward(input_ids, labels)
+            return self.forward(input_ids, labels, positions)
         if self.graph is not None and torch.is_grad_enabled():
-            return self.graph(input_ids, labels, scale)
-        return self.forward(input_ids, labels) * scale
+            inputs = (input_ids, labels) if positions is None else (input_ids, labels, positions)
+            return self.graph(inputs, scale)
+        return self.forward(input_ids, labels, positions) * scale
 
 
 class _Replay(torch.autograd.Function):

@@ -30,6 +30,7 @@ from megalr.hf.init_from_pretrained import check_same_tokenizers
 from megalr.hf.pretrained_config import IMPORTED, first_line, load_config
 from megalr.hf.trained_run import load_decoder, open_verified, run_config
 from megalr.hf.write import DTYPES, EVALUATION
+from megalr.kernels.documents import document_bounds, visible
 from megalr.kernels.loss import IGNORE
 from megalr.preprocessing.compare_tokenizers import tokenizer_difference
 from megalr.preprocessing.tokenizer import holds_tokenizer, open_tokenizer
@@ -55,6 +56,8 @@ class Request:
         split: ``validation`` (all shards of a folder without that split) or ``train``.
         sequence_length: positions of a sample (tokens).
         packing: whether samples are windows of the token stream rather than documents.
+        document_mask: whether attention stays within the documents of a window; never without
+            packing.
         tokens: largest number of targets; 0: all.
         micro_batch_size: sequences per forward pass and rank.
         dtype: compute dtype, a key of ``megalr.hf.write.DTYPES``.
@@ -64,6 +67,7 @@ class Request:
     split: str = "validation"
     sequence_length: int | None = None
     packing: bool | None = None
+    document_mask: bool | None = None
     tokens: int | None = None
     micro_batch_size: int | None = None
     dtype: str | None = None
@@ -131,9 +135,10 @@ def evaluate_model(folder: Path, request: Request, device: torch.device) -> dict
     if length > meant:
         raise UserError(f"--sequence_length {length}: the model in {folder} is meant for {meant}")
     recorded = run_on_all(lambda: _recorded_evaluation(folder, model.config))
-    packing = recorded["packing"] if request.packing is None else request.packing
     tokens = recorded["tokens"] if request.tokens is None else request.tokens
-    data = run_on_all(lambda: _open(request.data, request.split, length, packing))
+    samples = _samples(request, length, recorded["packing"], recorded["document_mask"])
+    run_on_all(lambda: _check_masks(model.config, samples))
+    data = run_on_all(lambda: _open(request.data, request.split, samples))
     run_on_all(lambda: check_vocabulary(data, model.config.vocab_size))
     notes = run_on_all(lambda: _check_tokenizer_of_model(folder, data))
     dtype = str(model.dtype).removeprefix("torch.")
@@ -144,18 +149,46 @@ def evaluate_model(folder: Path, request: Request, device: torch.device) -> dict
 
 
 def _recorded_evaluation(folder: Path, config: Any) -> dict[str, Any]:
-    """``packing`` and ``tokens`` (None: all) that an export recorded; the defaults without any."""
+    """``packing``, ``document_mask`` and ``tokens`` (None: all) that an export recorded.
+
+    The defaults without a record; exports of older versions have no ``document_mask``.
+    """
     recorded = getattr(config, EVALUATION, None)
     if recorded is None:
-        return {"packing": True, "tokens": None}
+        return {"packing": True, "document_mask": False, "tokens": None}
     values = recorded if isinstance(recorded, dict) else {}
-    packing, tokens = values.get("packing"), values.get("tokens", 0)
-    if type(packing) is not bool or not (tokens is None or (type(tokens) is int and tokens > 0)):
+    flags = [values.get("packing"), values.get("document_mask", False)]
+    tokens = values.get("tokens", 0)
+    if any(type(flag) is not bool for flag in flags) or not (
+        tokens is None or (type(tokens) is int and tokens > 0)
+    ):
         raise UserError(
             f"{folder}: config.json has {EVALUATION} {recorded!r:.80}: must hold packing (true or "
             "false) and tokens (a positive number or null); export the run again, or remove the key"
         )
-    return {"packing": packing, "tokens": tokens}
+    return {"packing": flags[0], "document_mask": flags[1], "tokens": tokens}
+
+
+def _samples(request: Request, length: int, packing: bool, document_mask: bool) -> dict[str, Any]:
+    """How samples are cut, from the request or, where it does not say, from the other arguments."""
+    packing = packing if request.packing is None else request.packing
+    wanted = document_mask and packing
+    return {
+        "sequence_length": length,
+        "packing": packing,
+        "document_mask": wanted if request.document_mask is None else request.document_mask,
+    }
+
+
+def _check_masks(config: Any, samples: dict[str, Any]) -> None:
+    """UserError if transformers cannot combine a document mask with the model's own."""
+    window = getattr(config, "sliding_window", None)
+    if samples["document_mask"] and window is not None and window < samples["sequence_length"]:
+        raise UserError(
+            f"--document_mask true: the model has sliding_window {window}, which transformers "
+            f"drops when it is given a mask; give --sequence_length {window} or less, or evaluate "
+            "the run"
+        )
 
 
 class SummedLoss(nn.Module):
@@ -165,9 +198,22 @@ class SummedLoss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Sum of -log p(label) over all targets, float32; labels as the Decoder takes them."""
-        logits = self.model(input_ids=input_ids, use_cache=False).logits.flatten(0, 1)  # (B S, V)
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        positions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Sum of -log p(label) over all targets, float32; arguments as the Decoder takes them."""
+        masks: dict[str, torch.Tensor] = {}
+        if positions is not None:
+            sees = visible(document_bounds(positions))  # (B, 1, S, S)
+            hidden = torch.finfo(self.model.dtype).min
+            mask = torch.zeros(sees.shape, dtype=self.model.dtype, device=sees.device)
+            masks = {"position_ids": positions.long(), "attention_mask": mask}
+            mask.masked_fill_(~sees, hidden)
+        logits = self.model(input_ids=input_ids, use_cache=False, **masks).logits
+        logits = logits.flatten(0, 1)  # (B S, V)
         total = torch.zeros((), dtype=torch.float32, device=logits.device)
         rows = max(1, LOGITS_PER_CHUNK // logits.shape[1])
         for part, targets in zip(logits.split(rows), labels.flatten().split(rows), strict=True):
@@ -205,6 +251,7 @@ def _measure(
         "samples": batches.num_samples,
         "sequence_length": data.sequence_length,
         "packing": data.packing,
+        "document_mask": data.document_mask,
         "micro_batch_size": micro_batch_size,
         "dtype": dtype,
         "ranks": world,
@@ -215,20 +262,20 @@ def _measure(
 
 def _data_of_run(config: RunConfig, request: Request) -> TokenDataset:
     length = request.sequence_length or config.data.sequence_length
-    packing = config.data.packing if request.packing is None else request.packing
+    samples = _samples(request, length, config.data.packing, config.data.document_mask)
     if request.data:
-        return _open(request.data, request.split, length, packing)
+        return _open(request.data, request.split, samples)
     if request.split == "train":
-        return _open([source.path for source in config.data.train], "train", length, packing)
+        return _open([source.path for source in config.data.train], "train", samples)
     sets = validation_folders(config)
     if not sets:
         raise UserError("the run had no validation data: name some with --data FOLDER")
-    return _open(next(iter(sets.values())), "validation", length, packing)
+    return _open(next(iter(sets.values())), "validation", samples)
 
 
-def _open(paths: Any, split: str, length: int, packing: bool) -> TokenDataset:
+def _open(paths: Any, split: str, samples: dict[str, Any]) -> TokenDataset:
     opener = open_training_data if split == "train" else open_validation_data
-    return opener(list(paths), sequence_length=length, packing=packing)
+    return opener(list(paths), **samples)
 
 
 def _check_tokenizer_of_run(config: RunConfig, data: TokenDataset) -> list[str]:

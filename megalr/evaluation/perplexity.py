@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from megalr.data.loader import MicroBatch
 from megalr.kernels.loss import IGNORE
 from megalr.run.metrics_reader import perplexity_of
 
@@ -39,11 +40,13 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    batches: Iterable[MicroBatch],
     device: torch.device,
     group: dist.ProcessGroup | None = None,
 ) -> Evaluation:
     """Token-weighted loss of ``model(input_ids, labels)`` over the batches of all ranks.
+
+    With document masks ``model(input_ids, labels, positions)``, as the batches have them.
 
     Every rank must have the same number of batches (ZeRO 3 gathers weights in each); padding rows
     have no targets and no weight. The order of summation over batches is fixed, so equal weights
@@ -54,10 +57,10 @@ def evaluate(
     was_training = model.training
     model.eval()
     totals = torch.zeros(4, dtype=torch.float64, device=device)
-    for input_ids, labels in batches:
-        labels = labels.to(device, non_blocking=True)
-        nll = model(input_ids.to(device, non_blocking=True), labels).double()
-        count = (labels != IGNORE).sum()
+    for batch in batches:
+        tensors = [tensor.to(device, non_blocking=True) for tensor in batch]
+        nll = model(*tensors).double()
+        count = (tensors[1] != IGNORE).sum()
         has_targets = (count > 0).double()
         totals += torch.stack((nll, count.double(), nll / count.clamp(min=1), has_targets))
     model.train(was_training)

@@ -66,6 +66,7 @@ def export_run(
     evaluation = {
         "tokens": config.evaluation.limit(last=True),
         "packing": config.data.packing,
+        "document_mask": config.data.document_mask,
     }
     options = ExportOptions(dtype, max_shard_size, config.data.sequence_length, evaluation, form)
     rows = _facts(run, checkpoint, config, sizes, dtype)

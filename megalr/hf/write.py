@@ -39,9 +39,10 @@ class ExportOptions:
         dtype: name in ``DTYPES``, to which every tensor is rounded once.
         max_shard_size: largest weight file, a number with a unit ("5GB").
         max_positions: longest trained sequence (tokens).
-        evaluation: how the run evaluated after its last update, ``packing`` and largest number of
-            targets, ``tokens`` (None: all); recorded in config.json under :data:`EVALUATION`, so
-            that the folder is evaluated on the same targets by default. None: not recorded.
+        evaluation: how the run evaluated after its last update, ``packing``, ``document_mask`` and
+            largest number of targets, ``tokens`` (None: all); recorded in config.json under
+            :data:`EVALUATION`, so that the folder is evaluated on the same targets by default.
+            None: not recorded.
         form: one of FOLDER_FORMS. ``dense``: factors are multiplied out in float32.
             ``factorized``: the factors as trained, with the scale in B.
 

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from megalr.errors import UserError
 from megalr.kernels import half_on_gpu, multiprocessors
+from megalr.kernels.documents import AttentionMask, BlockMask, masked_attention
 
 MAX_LENGTH = 512
 """Longer sequences go to scaled_dot_product_attention, whose kernels are designed for them."""
@@ -81,6 +82,8 @@ def backward_config(S: int) -> BackwardConfig:
 def apply_rope(x: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
     """Rotate ``x (B, H, S, D)`` by ``tables (2, S, D)`` in float32, in the dtype of x.
 
+    Tables of each row of the batch by itself are ``(2, B, 1, S, D)``.
+
     The halves of D become (x1 c - x2 s, x2 c + x1 s) (RoPE, arXiv 2104.09864).
     """
     first, second = x.float().chunk(2, dim=-1)
@@ -93,15 +96,16 @@ def attention_reference(
     k: torch.Tensor,
     v: torch.Tensor,
     rope: torch.Tensor | None,
-    mask: torch.Tensor | None,
+    mask: AttentionMask,
     head_dim: int,
 ) -> torch.Tensor:
     """``softmax(rot(q) rot(k)^T / sqrt(D)) v`` by torch's scaled_dot_product_attention.
 
     Args:
         q: ``(B, S, H * D)``; k, v: ``(B, S, K * D)``, heads side by side.
-        rope: tables ``(2, S, D)`` float32 of cosines and sines, or None for no rotation.
-        mask: ``(S, S)``, True where a position may look; None for causal attention.
+        rope: tables as for :func:`apply_rope`, or None for no rotation.
+        mask: ``(S, S)`` or ``(B, 1, S, S)``, True where a position may look; a BlockMask for
+            torch's FlexAttention; None for causal attention.
         head_dim: D.
 
     Returns:
@@ -112,9 +116,12 @@ def attention_reference(
     q, k, v = (x.unflatten(-1, (-1, head_dim)).transpose(1, 2) for x in (q, k, v))
     if rope is not None:
         q, k = apply_rope(q, rope), apply_rope(k, rope)
-    y = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
-    )
+    if isinstance(mask, BlockMask):
+        y = masked_attention(q, k, v, mask, grouped)
+    else:
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+        )
     return y.transpose(1, 2).flatten(2)
 
 
@@ -124,7 +131,7 @@ def _capable(index: int | None) -> bool:
     return torch.version.cuda is not None and torch.cuda.get_device_capability(index)[0] == HOPPER
 
 
-def attention_applies(q: torch.Tensor, mask: torch.Tensor | None, head_dim: int) -> bool:
+def attention_applies(q: torch.Tensor, mask: AttentionMask, head_dim: int) -> bool:
     """Whether :func:`attention` takes this case; static, so that torch.compile has no graph break.
 
     It takes half precision, ``q (B, S, H * D)`` with S up to ``MAX_LENGTH`` on a Hopper GPU, and no

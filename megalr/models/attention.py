@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from megalr.kernels.attention import attention, attention_applies, attention_reference
+from megalr.kernels.documents import AttentionMask
 from megalr.layers.deferred import DeferredRMSNorm, values_of
 from megalr.layers.factors import LinearShape
 from megalr.layers.linear import BottleneckLinear, GroupedLinear
@@ -68,17 +69,21 @@ class Attention(nn.Module):
         self,
         x: torch.Tensor | DeferredRMSNorm,
         rope: torch.Tensor | None,
-        mask: torch.Tensor | None,
+        mask: AttentionMask,
     ) -> torch.Tensor:
         """``o(core(x))``: ``(B, S, h)`` to ``(B, S, h)``, or a shard of it along h."""
         (y,) = self.o(self.core(x, rope, mask))
         return y
 
+    def uses_kernel(self, x: torch.Tensor, mask: AttentionMask) -> bool:
+        """Whether :meth:`core` of ``x (B, S, ...)`` uses the kernel of kernels.attention."""
+        return self.fused and attention_applies(x, mask, self.config.head_dim)
+
     def core(
         self,
         x: torch.Tensor | DeferredRMSNorm,
         rope: torch.Tensor | None,
-        mask: torch.Tensor | None,
+        mask: AttentionMask,
     ) -> torch.Tensor:
         """``softmax(q k^T / sqrt(D)) v``, heads side by side: the input of ``o``, ``(B, S, H D)``.
 
@@ -86,10 +91,12 @@ class Attention(nn.Module):
 
         Args:
             x: ``(B, S, h)``, normalized.
-            rope: tables of :func:`rope_tables`; None for no rotation.
-            mask: ``(S, S)``, True where a position may look; None for causal attention.
+            rope: tables of :func:`rope_tables`, or of each row, ``(2, B, 1, S, D)``; None for no
+                rotation.
+            mask: ``(S, S)`` or ``(B, 1, S, S)``, True where a position may look; other forms of
+                kernels.documents; None for causal attention.
         """
-        if self.fused and attention_applies(values_of(x), mask, self.config.head_dim):
+        if self.uses_kernel(values_of(x), mask):
             # The operator takes the stack of a bottleneck layer, (3, B, S, H D), but not the one
             # of a dense layer, (B, S, 3 H D).
             stacked = isinstance(self.qkv, BottleneckLinear)

@@ -3,7 +3,8 @@ a tensor-parallel plan says which shard of the weights a rank holds.
 
 * RMSNorm (arXiv 1910.07467) or LayerNorm before attention and MLP; a final norm before the head
 * RoPE (arXiv 2104.09864) in the half-split form, or learned positions
-* causal grouped-query attention (arXiv 2305.13245), optional sliding window (kernels.attention)
+* causal grouped-query attention (arXiv 2305.13245), optional sliding window (kernels.attention),
+  within documents where their positions are given (kernels.documents)
 * SwiGLU (arXiv 2002.05202) or an MLP without a gate
 * q, k, v are one group of matrices, gate and up another (layers.factors)
 * MLP width and vocabulary are padded. Padded rows and columns are zero, get no gradient, and so
@@ -21,6 +22,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from megalr.kernels import half_on_gpu
+from megalr.kernels.documents import (
+    AttentionMask,
+    block_mask,
+    document_bounds,
+    flex_applies,
+    is_bounds,
+    visible,
+)
 from megalr.kernels.norm import add_norm, add_norm_applies
 from megalr.layers.deferred import DeferredRMSNorm, DeferredSwiGLU, values_of
 from megalr.layers.embedding import Embedding, init_rows
@@ -150,7 +159,7 @@ class Block(nn.Module):
         self,
         x: torch.Tensor,
         rope: torch.Tensor | None,
-        mask: torch.Tensor | None,
+        mask: AttentionMask,
         added: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Two terms whose sum is the output, for the input ``x + added``; all are ``(B, S, h)``.
@@ -172,7 +181,7 @@ class Block(nn.Module):
         x: torch.Tensor,
         added: torch.Tensor | None,
         rope: torch.Tensor | None,
-        mask: torch.Tensor | None,
+        mask: AttentionMask,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         x, normed = self._add_and_norm(self.attention_norm, x, added)
         x, normed = self._add_and_norm(self.mlp_norm, x, self.attention(normed, rope, mask))
@@ -210,6 +219,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.plan = plan
+        self.flex = False
         self.embedding = Embedding(
             config.vocab_size, config.padded_vocab_size, config.hidden_size, plan.mesh
         )
@@ -230,51 +240,80 @@ class Decoder(nn.Module):
             plan.mesh,
         )
 
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Logits ``(B, S, V)`` of ``input_ids (B, S)``, or the loss if ``labels (B, S)`` are given.
 
         ``labels[b, t]`` is the target of position t (already shifted), -100 where there is none.
-        The loss is a float32 scalar: the sum of -log p(label) over all targets.
+        The loss is a float32 scalar: the sum of -log p(label) over all targets. ``positions (B,
+        S)`` int32: place of each token in its document, below S, for rows of several documents,
+        each of which is computed as if it were alone; None: a row is one document.
         """
         if labels is None:
-            return self.head(self.hidden_states(input_ids))
-        return self.summed_loss(input_ids, labels)
+            return self.head(self.hidden_states(input_ids, positions))
+        return self.summed_loss(input_ids, labels, positions)
 
-    def summed_loss(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def summed_loss(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        positions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Sum of -log p(label) over all targets, float32 scalar."""
-        return self.head(self.hidden_states(input_ids), labels)
+        return self.head(self.hidden_states(input_ids, positions), labels)
 
-    def hidden_states(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def hidden_states(
+        self, input_ids: torch.Tensor, positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """``(B, S, h)``, normalized: the input of the head."""
         S = input_ids.shape[1]
         # (B, S, h); in layout bottleneck (B, S, h/p) from here to the final norm
         x = self.plan.start_residual(self.embedding(input_ids))
         rope = None
+        mask = self._mask(x, positions)
         if self.positions is not None:
-            x = x + self.positions(torch.arange(S, device=x.device))
+            places = torch.arange(S, device=x.device) if positions is None else positions
+            x = x + self.positions(places)
         else:
             rope = rope_tables(S, self.config.head_dim, self.config.rope_theta, x.device)
-        mask = self._window_mask(S, x.device)
+            if positions is not None and not is_bounds(mask):
+                rope = rope[:, positions.long()].unsqueeze(2)  # (2, B, 1, S, D)
         added = torch.zeros_like(x)  # with None the first block would compile to another graph
         for block in self.blocks():
             x, added = block(x, rope, mask, added)
         return self.norm(self.plan.end_residual(x + added))
 
-    def _window_mask(self, S: int, device: torch.device) -> torch.Tensor | None:
-        """``(S, S)``, True where a position may look; None if causal attention needs no mask."""
-        window = self.config.sliding_window
-        if window is None or window >= S:
+    def _mask(self, x: torch.Tensor, positions: torch.Tensor | None) -> AttentionMask:
+        """What each position of ``x (B, S, ...)`` sees, in the form of the fastest kernel."""
+        window, S = self.config.sliding_window, x.shape[1]
+        if window is not None and window >= S:
+            window = None
+        if positions is not None:
+            bounds = document_bounds(positions, window)
+            if self.blocks()[0].attention.uses_kernel(x, bounds):
+                return bounds
+            if self.flex and flex_applies(x, self.config.head_dim):
+                return block_mask(bounds)
+            return visible(bounds)
+        if window is None:
             return None
-        position = torch.arange(S, device=device)
-        distance = position[:, None] - position[None, :]
+        place = torch.arange(S, device=x.device)
+        distance = place[:, None] - place[None, :]
         return (distance >= 0) & (distance < window)
 
-    def use_kernels(self, fuse_across_modules: bool = True) -> None:
+    def use_kernels(self, fuse_across_modules: bool = True, flex: bool = True) -> None:
         """Use the custom kernels wherever one takes the device, dtype and shape.
 
         ``fuse_across_modules``: also operators that use the weight of one module outside its own
         forward pass, or put the end of one module and the start of the next into one operator.
+        ``flex``: FlexAttention for document masks. Blocks that are not compiled cannot use it under
+        selective recomputation, which disables the compilation that it needs.
         """
+        self.flex = flex
         self.head.fuse_loss()
         self.embedding.fused = True
         for block in self.blocks():

@@ -19,7 +19,7 @@ def matrix_parameters(decoder: Decoder) -> int:
     return decoder.config.vocab_size * decoder.config.hidden_size + blocks
 
 
-def flops_per_token(decoder: Decoder, sequence_length: int) -> float:
+def flops_per_token(decoder: Decoder, sequence_length: int, visible: float | None = None) -> float:
     """FLOPs that training spends on one token: 3 forward passes, each 2 per weight + attention.
 
     The third, for the gradients of the weights, skips LoRA's frozen matrices, which have none.
@@ -31,11 +31,14 @@ def flops_per_token(decoder: Decoder, sequence_length: int) -> float:
     Args:
         decoder: gives the sizes.
         sequence_length: S, tokens of a sequence.
+        visible: positions that a position sees on average, itself included, where documents end
+            inside of sequences; None: those of causal masking.
     """
     config = decoder.config
     S = sequence_length
-    window = min(config.sliding_window or S, S)
-    visible = (window * (window + 1) / 2 + (S - window) * window) / S
+    if visible is None:
+        window = min(config.sliding_window or S, S)
+        visible = (window * (window + 1) / 2 + (S - window) * window) / S
     attention = config.num_layers * 4 * config.hidden_size * visible
     frozen = sum(linear.frozen_weight_count() for linear in decoder.linears())
     return 3 * (2 * matrix_parameters(decoder) + attention) - 2 * frozen

@@ -36,6 +36,10 @@ PRODUCTS = ("aten::mm", "aten::addmm", "megalr::sparse_low_rank", "megalr::swigl
 """Products with weights, except those with the factors B, which are megalr::up_project."""
 
 
+ATTENTION = ("megalr::causal_attention", "flex_attention")
+"""Attention by other operators than scaled_dot_product_attention's."""
+
+
 def recomputed(
     function: Callable[..., Any],
     *inputs: Any,
@@ -64,7 +68,7 @@ def _policy(
     name = operator.name().split(".")[0]
     if name in PRODUCTS or name.startswith("_c10d_functional::"):
         kept = True
-    elif "scaled_dot_product" in name or name == "megalr::causal_attention":
+    elif "scaled_dot_product" in name or name in ATTENTION:
         kept = level != "bottleneck"
     elif name == "megalr::up_project":
         is_qkv = tuple(inputs[2]) == qkv_sizes

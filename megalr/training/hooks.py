@@ -111,17 +111,23 @@ class RestartsHook(Hook):
 class LogHook(Hook):
     """Writes a line of metrics about the updates since the last one (event ``step``).
 
+    Args:
+        run: the run.
+        visible: as for :func:`flops_per_token`.
+
     Attributes:
         train_seconds: time of the updates so far, without evaluation, saving and restarts.
     """
 
     deferrable = True
 
-    def __init__(self, run: RunContext) -> None:
+    def __init__(self, run: RunContext, visible: float | None = None) -> None:
         self.run = run
         self.train_seconds = 0.0
         self._line: PendingLog | None = None
-        self._flops_per_token = flops_per_token(run.decoder, run.config.data.sequence_length)
+        self._flops_per_token = flops_per_token(
+            run.decoder, run.config.data.sequence_length, visible
+        )
         self._peak_flops = peak_flops(run.device, run.config.train.precision)
 
     def due(self, update: int) -> bool:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megalr.checkpoint.find import find_checkpoint, tidy
 from megalr.config.methods import ReloraMethod
 from megalr.config.schema import RunConfig
-from megalr.data import EvaluationBatches
+from megalr.data import EvaluationBatches, TokenDataset
 from megalr.data.build import make_loader, open_data, validation_batches
 from megalr.distributed.agreement import is_rank0, raise_on_any_rank, run_on_all, run_on_rank0
 from megalr.distributed.process_group import limit_collectives, start_distributed
@@ -143,7 +143,7 @@ def _pretrain(
         run = RunContext(
             config, engine, decoder, device, metrics, stop, watchdog, compile_clock, start
         )
-        log = LogHook(run)
+        log = LogHook(run, run_on_all(lambda: _visible(config, decoder, train_data)))
         batches = {
             name: validation_batches(config, data, mesh) for name, data in validation_data.items()
         }
@@ -194,6 +194,13 @@ def _hooks(
     hooks += [RestartsHook(run, restarts), log, evaluation]
     identity = {"data_fingerprint": data_fingerprint}
     return [*hooks, CheckpointHook(run, evaluation, hooks, identity)]
+
+
+def _visible(config: RunConfig, decoder: Decoder, data: TokenDataset) -> float | None:
+    """Positions that a position sees on average; None: as many as causal masking leaves."""
+    if not config.data.document_mask:
+        return None
+    return data.mean_visible(config.run.seed, decoder.config.sliding_window)
 
 
 def _metrics(config: RunConfig, request: StopRequest) -> MetricsWriter:

@@ -85,10 +85,8 @@ def train_step(
     set_learning_rate(engine, learning_rate)
     set_update(engine, update)
     scale = data_parallel_ranks(engine) / max(1, targets)
-    for number, (input_ids, labels) in enumerate(batch.micro_batches, start=1):
-        loss = engine(
-            input_ids.to(device, non_blocking=True), labels.to(device, non_blocking=True), scale
-        )
+    for number, micro_batch in enumerate(batch.micro_batches, start=1):
+        loss = engine(*(t.to(device, non_blocking=True) for t in micro_batch), scale=scale)
         result.loss_sum += loss.detach() / scale
         if number == len(batch.micro_batches) and reject is not None:
             result.spike = reject(result)

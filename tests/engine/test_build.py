@@ -40,7 +40,7 @@ def _counters_and_weights(values: dict, stage: int) -> tuple[list[float], float,
     moved = []
     for _ in range(12):
         set_learning_rate(engine, 0.5)
-        loss = engine(ids, ids.roll(-1, 1), 1.0 / ids.numel())
+        loss = engine(ids, ids.roll(-1, 1), scale=1.0 / ids.numel())
         engine.backward(loss.clone(), scale_wrt_gas=False)
         engine.step()
         moved.append(_weight(decoder.layers[0].mlp_norm.weight).mean().item())

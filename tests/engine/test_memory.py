@@ -76,7 +76,7 @@ def _measure(values: dict[str, Any], stage: int) -> dict[str, int]:
     ids = torch.arange(48).reshape(2, 24)
     for _ in range(engine.gradient_accumulation_steps()):
         set_learning_rate(engine, 0.01)
-        engine.backward(engine(ids, ids.roll(-1, 1), 0.01).clone(), scale_wrt_gas=False)
+        engine.backward(engine(ids, ids.roll(-1, 1), scale=0.01).clone(), scale_wrt_gas=False)
         engine.step()
     state = list(_tensors(dict(engine.basic_optimizer.state)))
     counts = {

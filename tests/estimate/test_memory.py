@@ -105,7 +105,7 @@ def _measure(values: dict[str, Any], ds_user: dict[str, Any]) -> dict[str, Any]:
             if number == 1:
                 step_gradients = _bytes(p.grad for p in decoder.parameters() if p.grad is not None)
             set_learning_rate(engine, 0.01)
-            engine.backward(engine(ids, ids.roll(-1, 1), 0.01).clone(), scale_wrt_gas=False)
+            engine.backward(engine(ids, ids.roll(-1, 1), scale=0.01).clone(), scale_wrt_gas=False)
             engine.step()
     wrapper = engine.optimizer
     held = [getattr(p, "ds_tensor", p) for p in decoder.parameters() if p.requires_grad]

@@ -285,20 +285,23 @@ def test_data_that_does_not_fit_is_refused(bf16_run: Path, tmp_path: Path) -> No
         evaluate_model(other, Request(data=(str(other),)), CPU)
 
 
-@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize(("packing", "masks"), [(True, False), (False, False), (True, True)])
 def test_an_exported_folder_is_evaluated_on_the_targets_of_its_run(
-    packing: bool, data: Path, tmp_path: Path
+    packing: bool, masks: bool, data: Path, tmp_path: Path
 ) -> None:
     folder, output = tmp_path / "run", tmp_path / "out"
     sections = {**SHORT, "evaluation": {"every": 0, "tokens": 240}}
     values = settings(folder, data, **sections)
-    values["data"]["packing"] = packing
+    values["data"] |= {"packing": packing, "document_mask": masks}
     run_distributed(run, 2, values, zero(1))
     (engine,) = events(folder, "eval")
     _export(folder, output)
     found = evaluate_model(output, Request(data=(str(data),)), CPU)
     assert found["tokens"] == engine["tokens"] < found["available_tokens"]
     assert found["loss"] == pytest.approx(engine["loss"], abs=1e-5)
+    if masks:
+        other = evaluate_model(output, Request(data=(str(data),), document_mask=False), CPU)
+        assert other["available_tokens"] > found["available_tokens"]
 
     config = json.loads((output / "config.json").read_text())
     for wrong in (7, {}, {"packing": 1, "tokens": 5}, {"packing": True, "tokens": 0}):

@@ -27,7 +27,8 @@ FAMILIES = {
 }
 
 
-def _reference(config: DecoderConfig, kind: str, extra: dict) -> transformers.PreTrainedModel:
+def reference_model(config: DecoderConfig, kind: str, extra: dict) -> transformers.PreTrainedModel:
+    """A transformers model of these sizes with no trivial weight."""
     settings = getattr(transformers, kind)(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
@@ -53,7 +54,7 @@ def _reference(config: DecoderConfig, kind: str, extra: dict) -> transformers.Pr
 def test_logits_loss_and_gradients_equal_transformers(family: str) -> None:
     changes, kind, extra = FAMILIES[family]
     config = tiny(**changes)
-    reference = _reference(config, kind, extra)
+    reference = reference_model(config, kind, extra)
     decoder = build_decoder(config, full_rank(), seed=0)
     load_dense_state_dict(decoder, reference.state_dict())
 

@@ -40,7 +40,7 @@ def _train_and_merge(values: dict, ds_user: dict, method: SimpleNamespace) -> di
     for update in (1, 2, 3):
         for _ in range(engine.gradient_accumulation_steps()):
             set_learning_rate(engine, 0.01)
-            engine.backward(engine(ids, ids.roll(-1, 1), 0.01).clone(), scale_wrt_gas=False)
+            engine.backward(engine(ids, ids.roll(-1, 1), scale=0.01).clone(), scale_wrt_gas=False)
             engine.step()
         if update == 3:
             layer = layers[0]

@@ -72,7 +72,13 @@ def _same_weights(name: str, tensor: int) -> None:
     assert int(missing) == total  # the parts are disjoint and complete
 
 
-def _same_function(name: str, tensor: int, kernels: bool = False, rtol: float = 1e-5) -> None:
+def _same_function(
+    name: str,
+    tensor: int,
+    kernels: bool = False,
+    rtol: float = 1e-5,
+    positions: torch.Tensor | None = None,
+) -> None:
     whole, part = _pair(name, tensor)
     if kernels:
         part.use_kernels()
@@ -83,10 +89,11 @@ def _same_function(name: str, tensor: int, kernels: bool = False, rtol: float = 
     labels = torch.randint(0, 101, TOKENS)
     labels[0, :4] = -100
     with torch.no_grad():
-        torch.testing.assert_close(part(ids), whole(ids), rtol=rtol, atol=1e-5)
-    loss = whole(ids, labels) * 0.1
+        expected = whole(ids, None, positions)
+        torch.testing.assert_close(part(ids, None, positions), expected, rtol=rtol, atol=1e-5)
+    loss = whole(ids, labels, positions) * 0.1
     loss.backward()
-    sharded_loss = part(ids, labels) * 0.1
+    sharded_loss = part(ids, labels, positions) * 0.1
     sharded_loss.backward()
     torch.testing.assert_close(sharded_loss, loss, rtol=rtol, atol=1e-5)
     named = dict(part.named_parameters())
@@ -148,6 +155,18 @@ def test_outputs_and_gradients_equal_those_of_one_rank(name: str, tensor: int) -
     run_distributed(_same_function, tensor, name, tensor)
     run_distributed(_same_blocks, tensor, name, tensor)
     run_distributed(_replicated_are_identical, tensor, name, tensor)
+
+
+def _same_documents(name: str, tensor: int) -> None:
+    """Rows of several documents; one rank is compared with documents alone in tests/models."""
+    rows = [[10], [1, 4, 5], [3, 3, 1, 3]]
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in rows])
+    _same_function(name, tensor, positions=positions.int())
+
+
+@pytest.mark.parametrize("name", ["full_rank", "cola", "low_rank_bottleneck"])
+def test_documents_of_a_row_equal_those_of_one_rank(name: str) -> None:
+    run_distributed(_same_documents, 2, name, 2)
 
 
 def _same_function_by_kernels(tensor: int) -> None:
