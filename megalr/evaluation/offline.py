@@ -30,7 +30,7 @@ from megalr.hf.init_from_pretrained import check_same_tokenizers
 from megalr.hf.pretrained_config import IMPORTED, first_line, load_config
 from megalr.hf.trained_run import load_decoder, open_verified, run_config
 from megalr.hf.write import DTYPES, EVALUATION
-from megalr.kernels.documents import document_bounds, visible
+from megalr.kernels.document_mask import document_bounds, visible
 from megalr.kernels.loss import IGNORE
 from megalr.preprocessing.compare_tokenizers import tokenizer_difference
 from megalr.preprocessing.tokenizer import holds_tokenizer, open_tokenizer

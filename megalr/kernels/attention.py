@@ -22,7 +22,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from megalr.errors import UserError
 from megalr.kernels import half_on_gpu, multiprocessors
-from megalr.kernels.documents import AttentionMask, BlockMask, masked_attention
+from megalr.kernels.document_mask import AttentionMask, BlockMask, masked_attention
 
 MAX_LENGTH = 512
 """Longer sequences go to scaled_dot_product_attention, whose kernels are designed for them."""

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from megalr.kernels.attention import attention, attention_applies, attention_reference
-from megalr.kernels.documents import AttentionMask
+from megalr.kernels.document_mask import AttentionMask
 from megalr.layers.deferred import DeferredRMSNorm, values_of
 from megalr.layers.factors import LinearShape
 from megalr.layers.linear import BottleneckLinear, GroupedLinear
@@ -94,7 +94,7 @@ class Attention(nn.Module):
             rope: tables of :func:`rope_tables`, or of each row, ``(2, B, 1, S, D)``; None for no
                 rotation.
             mask: ``(S, S)`` or ``(B, 1, S, S)``, True where a position may look; other forms of
-                kernels.documents; None for causal attention.
+                kernels.document_mask; None for causal attention.
         """
         if self.uses_kernel(values_of(x), mask):
             # The operator takes the stack of a bottleneck layer, (3, B, S, H D), but not the one

@@ -4,7 +4,7 @@ a tensor-parallel plan says which shard of the weights a rank holds.
 * RMSNorm (arXiv 1910.07467) or LayerNorm before attention and MLP; a final norm before the head
 * RoPE (arXiv 2104.09864) in the half-split form, or learned positions
 * causal grouped-query attention (arXiv 2305.13245), optional sliding window (kernels.attention),
-  within documents where their positions are given (kernels.documents)
+  within documents where their positions are given (kernels.document_mask)
 * SwiGLU (arXiv 2002.05202) or an MLP without a gate
 * q, k, v are one group of matrices, gate and up another (layers.factors)
 * MLP width and vocabulary are padded. Padded rows and columns are zero, get no gradient, and so
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from megalr.kernels import half_on_gpu
-from megalr.kernels.documents import (
+from megalr.kernels.document_mask import (
     AttentionMask,
     block_mask,
     document_bounds,

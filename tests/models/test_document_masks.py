@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn.attention import flex_attention as flex_module
 
-import megalr.kernels.documents
+import megalr.kernels.document_mask
 import megalr.models.decoder
 from megalr.hf.names import dense_state_dict, load_dense_state_dict
 from megalr.models.build import build_decoder
@@ -87,7 +87,7 @@ def flex_on_the_cpu(decoder: Decoder) -> Iterator[None]:
     with (
         mock.patch.object(megalr.models.decoder, "flex_applies", lambda *_: True),
         mock.patch.object(
-            megalr.kernels.documents, "_compiled", lambda: flex_module.flex_attention
+            megalr.kernels.document_mask, "_compiled", lambda: flex_module.flex_attention
         ),
         mock.patch.object(flex_module, "_validate_device", lambda *_: None),
     ):
