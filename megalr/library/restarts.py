@@ -109,9 +109,12 @@ class Restarts:
         if reset_scope == "factors":
             self._to_reset = factor_parameters(pairs)
         self._scheduled: list[Any] | None = None
+        self._hooks: list[Any] = []
         if lr_recovery != "none":
-            self._optimizer.register_step_pre_hook(self._lower_rates)
-            self._optimizer.register_step_post_hook(self._restore_rates)
+            self._hooks = [
+                self._optimizer.register_step_pre_hook(self._lower_rates),
+                self._optimizer.register_step_post_hook(self._restore_rates),
+            ]
 
     def step(self) -> RestartReport | None:
         """Count an update, made or skipped, and restart if one is due after it.
@@ -151,6 +154,11 @@ class Restarts:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
         self.updates = int(state["updates"])
+
+    def close(self) -> None:
+        """Remove the hooks from the optimizer; its learning rates are its own again."""
+        for hook in self._hooks:
+            hook.remove()
 
     def _lower_rates(self, *_: Any) -> None:
         factor = self.learning_rate_factor()
