@@ -75,6 +75,17 @@ class Balanced:
     reseeded: int  # dead directions that were given a new non-zero row of A or column of B
 
 
+@dataclass(frozen=True)
+class PairOutcome:
+    """What was found while one pair was balanced; tensors on the device of the factors."""
+
+    singular_values: Tensor  # (r,) float64, descending, of BA
+    imbalance: Tensor  # () float64, of the factors before, see :func:`imbalance`
+    by_qr: bool = False
+    dead: int = 0  # directions whose singular value is zero
+    reseeded: int = 0  # of these, given a new non-zero row of A or column of B
+
+
 def gram(factor: Tensor, group: Group = None) -> Tensor:
     """``factorᵀ factor`` (r, r), float64, of a tall factor (rows, r) split by rows over a group."""
     tall = factor.double()
@@ -201,7 +212,7 @@ def balance_in_place(
     workspace_bytes: int,
     shards: Sequence[tuple[bool, bool]] | None = None,
     group: Group = None,
-) -> tuple[int, int, int]:
+) -> list[PairOutcome]:
     """Replace the factors of every pair (B (m, r), A (r, n)) by balanced ones.
 
     Matrices of equal rank share one batched r x r computation, as many at a time as fit into
@@ -214,41 +225,53 @@ def balance_in_place(
         group: the ranks that hold parts of the same pairs, all of which call this.
 
     Returns:
-        The number of matrices that took the QR path, of dead directions and of re-seeded ones.
+        What was found for each pair.
     """
     if group is None or shards is None:
         shards = [(False, False)] * len(pairs)
-    by_qr = dead = reseeded = 0
-    ranks = sorted({b.shape[1] for b, _ in pairs})
-    for rank in ranks:
-        same = [(*pair, *shard) for pair, shard in zip(pairs, shards, strict=True)]
-        same = [entry for entry in same if entry[0].shape[1] == rank]
+    outcomes: dict[int, PairOutcome] = {}
+    for rank in sorted({b.shape[1] for b, _ in pairs}):
+        same = [index for index, (b, _) in enumerate(pairs) if b.shape[1] == rank]
         # Ten r x r float64 matrices are alive at once for each matrix of a batch.
         batch = max(1, workspace_bytes // (80 * rank * rank))
         for start in range(0, len(same), batch):
             chunk = same[start : start + batch]
-            transforms = balancing_transforms(
-                _grams([(b, split) for b, _, split, _ in chunk], group),
-                _grams([(a.mT, split) for _, a, _, split in chunk], group),
+            found = _balance_batch(
+                [pairs[index] for index in chunk], [shards[index] for index in chunk], group
             )
-            for tensor in (transforms.t_b, transforms.t_a):
-                _make_equal(tensor, group)
-            flags = _make_equal(transforms.reliable.to(torch.int32), group)
-            for index, reliable in enumerate(flags.tolist()):
-                b, a, b_split, a_split = chunk[index]
-                if reliable:
-                    b.copy_(b.double() @ transforms.t_b[index])
-                    a.copy_(transforms.t_a[index] @ a.double())
-                    continue
-                result = balanced_factors_by_qr(
-                    b, a, b_group=group if b_split else None, a_group=group if a_split else None
-                )
-                b.copy_(result.b)
-                a.copy_(result.a)
-                by_qr += 1
-                dead += result.dead
-                reseeded += result.reseeded
-    return by_qr, dead, reseeded
+            outcomes |= zip(chunk, found, strict=True)
+    return [outcomes[index] for index in range(len(pairs))]
+
+
+def _balance_batch(
+    pairs: Sequence[tuple[Tensor, Tensor]], shards: Sequence[tuple[bool, bool]], group: Group
+) -> list[PairOutcome]:
+    """:func:`balance_in_place` for pairs of one rank r, as one batch."""
+    splits_b, splits_a = zip(*shards, strict=True)
+    gram_b = _grams(list(zip((b for b, _ in pairs), splits_b, strict=True)), group)
+    gram_a = _grams(list(zip((a.mT for _, a in pairs), splits_a, strict=True)), group)
+    before = imbalance(gram_b, gram_a)
+    transforms = balancing_transforms(gram_b, gram_a)
+    for tensor in (transforms.t_b, transforms.t_a):
+        _make_equal(tensor, group)
+    flags = _make_equal(transforms.reliable.to(torch.int32), group)
+    outcomes = []
+    for index, reliable in enumerate(flags.tolist()):
+        (b, a), (b_split, a_split) = pairs[index], shards[index]
+        if reliable:
+            b.copy_(b.double() @ transforms.t_b[index])
+            a.copy_(transforms.t_a[index] @ a.double())
+            outcomes.append(PairOutcome(transforms.singular_values[index], before[index]))
+            continue
+        result = balanced_factors_by_qr(
+            b, a, b_group=group if b_split else None, a_group=group if a_split else None
+        )
+        b.copy_(result.b)
+        a.copy_(result.a)
+        outcomes.append(
+            PairOutcome(result.singular_values, before[index], True, result.dead, result.reseeded)
+        )
+    return outcomes
 
 
 def _grams(factors: Sequence[tuple[Tensor, bool]], group: Group) -> Tensor:

@@ -42,6 +42,7 @@ def perform(
             matrices_by_qr=done.by_qr,
             dead_directions=done.dead,
             reseeded_directions=done.reseeded,
+            spectra=done.spectra,
             refactorize_seconds=now(state.device) - started,
         )
     if to_reset is not None:

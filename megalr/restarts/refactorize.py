@@ -15,9 +15,10 @@ import torch.distributed as dist
 from torch import nn
 
 from megalr.layers.factors import FactorPair
-from megalr.restarts.balance import balance_in_place, gram, imbalance
+from megalr.restarts.balance import PairOutcome, balance_in_place, gram, imbalance
 from megalr.restarts.masters import Masters
 from megalr.restarts.rounds import FactorRounds, workspace_of
+from megalr.restarts.spectra import SpectrumSummary, summarize_spectra
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Refactorized:
     by_qr: int  # matrices too ill-conditioned for the Gram path
     dead: int  # directions with singular value zero
     reseeded: int  # of these, given a new non-zero factor row or column
+    spectra: dict[str, SpectrumSummary]  # by kind of projection; rank 0 logs them
 
 
 @torch.no_grad()
@@ -36,8 +38,8 @@ def refactorize(work: FactorRounds) -> Refactorized:
 
     The caller has made sure that the factors are finite (:func:`nonfinite_parameters`).
     """
-    counts = [0, 0, 0]
     workspace = workspace_of(work.factor_bytes)
+    mine: dict[int, PairOutcome] = {}
     for index in range(len(work.rounds)):
         matrices = work.to_owners(index)
         found = balance_in_place(
@@ -46,11 +48,14 @@ def refactorize(work: FactorRounds) -> Refactorized:
             shards=work.shards(index),
             group=work.state.tensor_group,
         )
-        counts = [total + new for total, new in zip(counts, found, strict=True)]
+        mine |= zip(work.rounds[index][work.ranks.rank], found, strict=True)
         work.from_owners(index, matrices)
     work.state.refresh_weights()
-    by_qr, dead, reseeded = sum_over(counts, work.state)
-    return Refactorized(len(work.pairs), by_qr, dead, reseeded)
+    counts = [(one.by_qr, one.dead, one.reseeded) for one in mine.values()]
+    sums = [sum(column) for column in zip(*counts, strict=True)] or [0, 0, 0]
+    by_qr, dead, reseeded = sum_over(sums, work.state)
+    spectra = summarize_spectra(work.pairs, mine, work.state)
+    return Refactorized(len(work.pairs), by_qr, dead, reseeded, spectra)
 
 
 @torch.no_grad()

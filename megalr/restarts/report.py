@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from megalr.restarts.spectra import SpectrumSummary
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class RestartReport:
         skipped_nonfinite: parameters that hold inf or nan; if any, nothing was done.
         imbalance: the measured imbalance where that was the trigger.
         verified: weights of all ranks were compared.
+        spectra: singular values and imbalance that the refactorization found, by kind.
     """
 
     update: int
@@ -49,6 +52,7 @@ class RestartReport:
     skipped_nonfinite: tuple[str, ...] = ()
     imbalance: float | None = None
     verified: bool = False
+    spectra: Mapping[str, SpectrumSummary] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, Any]:
         """The fields of the ``restart`` event; only those that apply."""
@@ -76,6 +80,8 @@ class RestartReport:
             values["imbalance"] = self.imbalance
         if self.verified:
             values["verified"] = True
+        if self.spectra:
+            values["spectra"] = {kind: asdict(found) for kind, found in self.spectra.items()}
         if self.skipped_nonfinite:
             values["skipped_nonfinite"] = by_pattern(self.skipped_nonfinite)
         return values

@@ -208,8 +208,21 @@ def test_in_place_over_many_matrices_equals_one_by_one_for_any_batch() -> None:
     expected = [balanced_factors(*_case(name)) for name in names]
     for workspace in (1, 2 * 80 * 64, 1 << 24):
         pairs = [_case(name) for name in names]
-        counts = balance_in_place(pairs, workspace_bytes=workspace)
-        assert counts == (1, 2, 2)
+        before = [(b.clone(), a.clone()) for b, a in pairs]
+        found = balance_in_place(pairs, workspace_bytes=workspace)
+        assert [(one.by_qr, one.dead, one.reseeded) for one in found] == [
+            (result.by_qr, result.dead, result.reseeded) for result in expected
+        ]
+        assert [one.dead for one in found] == [0, 0, 2, 0, 0, 0]
+        for one, (old_b, old_a) in zip(found, before, strict=True):
+            old_b, old_a = old_b.double(), old_a.double()
+            true = torch.linalg.svdvals(old_b @ old_a)[: old_b.shape[1]]
+            torch.testing.assert_close(
+                one.singular_values, true, rtol=1e-7, atol=1e-9 * float(true[0])
+            )
+            torch.testing.assert_close(
+                one.imbalance, imbalance(old_b.mT @ old_b, old_a @ old_a.mT), rtol=1e-9, atol=0
+            )
         for (b, a), result in zip(pairs, expected, strict=True):
             torch.testing.assert_close(b, result.b, rtol=0, atol=1e-7 * float(b.abs().max()))
             torch.testing.assert_close(a, result.a, rtol=0, atol=1e-7 * float(a.abs().max()))
