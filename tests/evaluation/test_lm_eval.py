@@ -52,7 +52,8 @@ def test_accuracy_of_a_task_is_that_of_the_models_logits(
     decoder = lively(low_rank(), vocab_size=120)
     options = ExportOptions("float32", "5GB", 64, form=form)
     write_model(decoder, tmp_path / "model", options, tokenizer, "card")
-    questions = [(first, first % 2) for first in range(10, 41)]
+    # not w10 to w19, which the tokenizer splits at w1, its end of text
+    questions = [(first, first % 2) for first in range(20, 51)]
     lines = [json.dumps({"question": f"w{q} w9", "answer": a}) for q, a in questions]
     (tmp_path / "words.jsonl").write_text("\n".join(lines))
     tasks = tmp_path / "tasks"
