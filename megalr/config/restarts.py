@@ -10,6 +10,17 @@ from megalr.config.base import AsTuple, Section
 
 Moment = Literal["first", "second"]
 
+_OF_RESETS = (
+    "reset_every",
+    "reset_scope",
+    "reset_moments",
+    "reset_counter",
+    "lr_recovery",
+    "gradient_norm_spike",
+    "compat",
+)
+"""Keys that act through moments that are set to zero."""
+
 
 class RestartsConfig(Section):
     """Restarts of a run: refactorization of the factors, reset of the optimizer's moments, or both.
@@ -25,6 +36,10 @@ class RestartsConfig(Section):
     the same product. null = as every. Needs a method with factors."""
     reset_every: int | None = Field(default=None, ge=1, examples=[200])
     """Updates between two momentum resets; null = as every. Works with every method."""
+    reset: Literal["zero", "transport"] = Field(default="zero", examples=["transport"])
+    """What restarts do with the optimizer's moments. zero: they are set to zero. transport: those
+    of the factors are carried through every refactorization, into the coordinates of the new
+    factors, and nothing is zeroed; AdamW only, and without the other keys of resets."""
     phase: int = Field(default=0, ge=0, examples=[100])
     """Restarts come after updates phase, phase + period, phase + 2 period, ...; smaller than every
     period (updates)."""
@@ -73,6 +88,8 @@ class RestartsConfig(Section):
     @property
     def reset_period(self) -> int | None:
         """Updates between resets; None without."""
+        if self.reset == "transport":
+            return None
         return self.every if self.reset_every is None else self.reset_every
 
     @property
@@ -83,8 +100,15 @@ class RestartsConfig(Section):
     @property
     def resets(self) -> bool:
         """Whether a momentum reset can happen in this run."""
+        if self.reset == "transport":
+            return False
         triggers = (self.imbalance_threshold, self.gradient_norm_spike)
         return self.reset_period is not None or any(t is not None for t in triggers)
+
+    @property
+    def transports(self) -> bool:
+        """Whether refactorizations carry the moments of the factors along."""
+        return self.reset == "transport"
 
     @property
     def active(self) -> bool:
@@ -101,11 +125,26 @@ class RestartsConfig(Section):
             )
         if len(set(self.reset_moments)) != len(self.reset_moments):
             raise ValueError("reset_moments must not name a moment twice")
+        if self.transports:
+            self._check_transport()
         if self.lr_recovery != "none" and not self.resets:
             raise ValueError("lr_recovery needs resets: set every or reset_every")
         if self.compat == "published":
             self._check_published()
         return self
+
+    def _check_transport(self) -> None:
+        if not self.refactorizes:
+            raise ValueError(
+                "reset transport carries moments through refactorizations, and there are none: set "
+                "every, refactorize_every or imbalance_threshold"
+            )
+        wrong = [k for k in _OF_RESETS if getattr(self, k) != type(self).model_fields[k].default]
+        if wrong:
+            raise ValueError(
+                f"reset transport zeroes nothing, so {', '.join(wrong)} cannot act: leave that out "
+                "or use reset zero"
+            )
 
     def _check_published(self) -> None:
         fixed = {

@@ -22,6 +22,7 @@ from megalr.restarts.refactorize import factor_parameters
 from megalr.restarts.report import RestartReport
 from megalr.restarts.rounds import FactorRounds
 from megalr.restarts.schedule import RestartSchedule
+from megalr.restarts.transport import check_adamw
 
 UNBOUNDED = sys.maxsize
 """Updates of a loop whose length is not given."""
@@ -45,6 +46,8 @@ class Restarts:
         every: updates between two restarts; None: see the next two.
         refactorize_every: updates between two refactorizations; None: as ``every``.
         reset_every: updates between two momentum resets; None: as ``every``.
+        reset: "zero", or "transport": moments of the factors are carried through refactorizations
+            instead, and none are zeroed; AdamW only.
         phase: restarts come after updates phase, phase + period, ...
         start_after: no restart before more than this many updates.
         stop_before: no restart in this many last updates; needs ``total_updates``.
@@ -72,6 +75,7 @@ class Restarts:
         *,
         refactorize_every: int | None = None,
         reset_every: int | None = None,
+        reset: Literal["zero", "transport"] = "zero",
         phase: int = 0,
         start_after: int = 0,
         stop_before: int = 0,
@@ -87,6 +91,7 @@ class Restarts:
             every=every,
             refactorize_every=refactorize_every,
             reset_every=reset_every,
+            reset=reset,
             phase=phase,
             start_after=start_after,
             stop_before=stop_before,
@@ -104,7 +109,9 @@ class Restarts:
         pairs = _trained_pairs(model, self._optimizer)
         _check(self.config, model, self._optimizer, pairs)
         self._state = PlainState(model, self._optimizer, pairs, process_group)
-        self._work = FactorRounds(self._state, pairs) if self.config.refactorizes else None
+        self._work: FactorRounds | None = None
+        if self.config.refactorizes:
+            self._work = FactorRounds(self._state, pairs, with_moments=self.config.transports)
         self._to_reset = self._state.parameters()
         if reset_scope == "factors":
             self._to_reset = factor_parameters(pairs)
@@ -239,6 +246,8 @@ def _check(
         )
     if config.reset_scope == "factors" and not pairs:
         raise UserError('reset_scope = "factors": the optimizer has no factors; use "all"')
+    if config.transports:
+        check_adamw(optimizer)
     if config.resets and not has_moments(optimizer, config.reset_moments):
         raise UserError(
             f"{name} has no {' or '.join(config.reset_moments)} moments to reset: use "

@@ -25,7 +25,7 @@ Factors may be split over a process group, B by rows, A by columns: only r x r n
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +35,8 @@ from torch import Tensor
 from megalr.restarts.batched_eigh import eigh
 
 Group = dist.ProcessGroup | None
+Carry = Callable[[int, Tensor, Tensor], None]
+"""Given the index of a pair, t_b and t_a."""
 
 # Largest ||G|| * trace(G^-1) of the column-scaled Gram matrix G = B̂ᵀB̂ that the Gram path accepts.
 # 2.2e-16 times this bounds the loss of orthogonality by 2e-5; measured at the limit it is 2e-12
@@ -65,10 +67,16 @@ class Transforms:
 
 @dataclass(frozen=True)
 class Balanced:
-    """Balanced factors of one product, and counts of the directions that are zero."""
+    """Balanced factors of one product, and counts of the directions that are zero.
+
+    For the live directions B' = B @ t_b and A' = t_a @ A; the columns of t_b and the rows of t_a
+    that belong to dead ones are zero. Both are the identity for factors that were left alone.
+    """
 
     b: Tensor  # (m, r), dtype of the given factor
     a: Tensor  # (r, n), dtype of the given factor
+    t_b: Tensor  # (r, r) float64
+    t_a: Tensor  # (r, r) float64
     singular_values: Tensor  # (r,) float64, descending, of the product of all shards
     by_qr: bool
     dead: int  # directions whose singular value is zero (to float64 rounding)
@@ -145,9 +153,9 @@ def balanced_factors(
     flag = _make_equal(transforms.reliable.to(torch.int32), b_group, a_group)
     if not flag.item():
         return balanced_factors_by_qr(b, a, b_group=b_group, a_group=a_group)
-    new_b = (b.double() @ transforms.t_b[0]).to(b.dtype)
-    new_a = (transforms.t_a[0] @ a.double()).to(a.dtype)
-    return Balanced(new_b, new_a, transforms.singular_values[0], by_qr=False, dead=0, reseeded=0)
+    t_b, t_a, singular = transforms.t_b[0], transforms.t_a[0], transforms.singular_values[0]
+    new_b, new_a = (b.double() @ t_b).to(b.dtype), (t_a @ a.double()).to(a.dtype)
+    return Balanced(new_b, new_a, t_b, t_a, singular, by_qr=False, dead=0, reseeded=0)
 
 
 def balanced_factors_by_qr(
@@ -186,6 +194,10 @@ def balanced_factors_by_qr(
     signs = torch.where(live, _signs_of_largest(overlap.mT), _signs_of_largest(vt))
     new_b = q_b @ (u * (root * signs))
     new_a = (q_a @ (vt.mT * (root * signs))).mT
+    # With S of the live directions: t_b = AA'ᵀ S⁻¹ and t_a = S⁻¹ B'ᵀB, whatever the rank of B, A.
+    inverse = torch.where(live, 1 / singular, 0.0)
+    t_b = r_a.mT @ (vt.mT * (root * signs * inverse)) / scale.unsqueeze(-1)
+    t_a = (overlap * (signs * inverse)).mT
     # Exactly zero rows and columns stay so: these are the padding of the matrix.
     support_b = (tall_b != 0).any(dim=1, keepdim=True)  # (m, 1)
     support_a = (tall_a != 0).any(dim=1, keepdim=True)  # (n, 1)
@@ -203,7 +215,8 @@ def balanced_factors_by_qr(
         new_b[:, ~live] = seed_b * (seed_norm * room_b)
         reseeded = int((room_a | room_b).sum())
     singular = torch.where(live, singular, 0.0)
-    return Balanced(new_b.to(b.dtype), new_a.to(a.dtype), singular, True, dead, reseeded)
+    new_b, new_a = new_b.to(b.dtype), new_a.to(a.dtype)
+    return Balanced(new_b, new_a, t_b, t_a, singular, True, dead, reseeded)
 
 
 def balance_in_place(
@@ -212,6 +225,7 @@ def balance_in_place(
     workspace_bytes: int,
     shards: Sequence[tuple[bool, bool]] | None = None,
     group: Group = None,
+    carry: Carry | None = None,
 ) -> list[PairOutcome]:
     """Replace the factors of every pair (B (m, r), A (r, n)) by balanced ones.
 
@@ -223,6 +237,7 @@ def balance_in_place(
         workspace_bytes: size of a batch's r x r matrices.
         shards: for each pair whether B is split by rows, and A by columns, over ``group``.
         group: the ranks that hold parts of the same pairs, all of which call this.
+        carry: called once per pair with its index, t_b and t_a (see :class:`Balanced`).
 
     Returns:
         What was found for each pair.
@@ -236,41 +251,45 @@ def balance_in_place(
         batch = max(1, workspace_bytes // (80 * rank * rank))
         for start in range(0, len(same), batch):
             chunk = same[start : start + batch]
-            found = _balance_batch(
-                [pairs[index] for index in chunk], [shards[index] for index in chunk], group
-            )
-            outcomes |= zip(chunk, found, strict=True)
+            outcomes |= zip(chunk, _balance_batch(chunk, pairs, shards, group, carry), strict=True)
     return [outcomes[index] for index in range(len(pairs))]
 
 
 def _balance_batch(
-    pairs: Sequence[tuple[Tensor, Tensor]], shards: Sequence[tuple[bool, bool]], group: Group
+    chunk: Sequence[int],
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    shards: Sequence[tuple[bool, bool]],
+    group: Group,
+    carry: Carry | None,
 ) -> list[PairOutcome]:
-    """:func:`balance_in_place` for pairs of one rank r, as one batch."""
-    splits_b, splits_a = zip(*shards, strict=True)
-    gram_b = _grams(list(zip((b for b, _ in pairs), splits_b, strict=True)), group)
-    gram_a = _grams(list(zip((a.mT for _, a in pairs), splits_a, strict=True)), group)
+    """:func:`balance_in_place` for the pairs of one rank r with indices ``chunk``, as one batch."""
+    gram_b = _grams([(pairs[i][0], shards[i][0]) for i in chunk], group)
+    gram_a = _grams([(pairs[i][1].mT, shards[i][1]) for i in chunk], group)
     before = imbalance(gram_b, gram_a)
     transforms = balancing_transforms(gram_b, gram_a)
     for tensor in (transforms.t_b, transforms.t_a):
         _make_equal(tensor, group)
     flags = _make_equal(transforms.reliable.to(torch.int32), group)
     outcomes = []
-    for index, reliable in enumerate(flags.tolist()):
+    for place, (index, reliable) in enumerate(zip(chunk, flags.tolist(), strict=True)):
         (b, a), (b_split, a_split) = pairs[index], shards[index]
+        t_b, t_a = transforms.t_b[place], transforms.t_a[place]
         if reliable:
-            b.copy_(b.double() @ transforms.t_b[index])
-            a.copy_(transforms.t_a[index] @ a.double())
-            outcomes.append(PairOutcome(transforms.singular_values[index], before[index]))
-            continue
-        result = balanced_factors_by_qr(
-            b, a, b_group=group if b_split else None, a_group=group if a_split else None
-        )
-        b.copy_(result.b)
-        a.copy_(result.a)
-        outcomes.append(
-            PairOutcome(result.singular_values, before[index], True, result.dead, result.reseeded)
-        )
+            b.copy_(b.double() @ t_b)
+            a.copy_(t_a @ a.double())
+            found = PairOutcome(transforms.singular_values[place], before[place])
+        else:
+            result = balanced_factors_by_qr(
+                b, a, b_group=group if b_split else None, a_group=group if a_split else None
+            )
+            b.copy_(result.b)
+            a.copy_(result.a)
+            t_b, t_a = result.t_b, result.t_a
+            counts = (True, result.dead, result.reseeded)
+            found = PairOutcome(result.singular_values, before[place], *counts)
+        outcomes.append(found)
+        if carry is not None:
+            carry(index, t_b, t_a)
     return outcomes
 
 
@@ -299,9 +318,11 @@ def _zero_product(
     rank = b.shape[1]
     zeros = torch.zeros(rank, dtype=torch.float64, device=b.device)
     if bool((norms_b > 0).any()) or bool((norms_a > 0).any()):
-        return Balanced(b.clone(), a.clone(), zeros, True, dead=rank, reseeded=0)
+        same = torch.eye(rank, dtype=torch.float64, device=b.device)
+        return Balanced(b.clone(), a.clone(), same, same, zeros, True, dead=rank, reseeded=0)
     seeded = (q_a @ vt.mT).mT * _ZERO_PRODUCT_SEED_NORM
-    return Balanced(b.clone(), seeded.to(a.dtype), zeros, True, dead=rank, reseeded=rank)
+    none = zeros.new_zeros(rank, rank)
+    return Balanced(b.clone(), seeded.to(a.dtype), none, none, zeros, True, rank, rank)
 
 
 def _tall_qr(tall: Tensor, group: Group) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,7 @@ from megalr.restarts.report import RestartReport
 from megalr.restarts.rounds import FactorRounds
 from megalr.restarts.schedule import BaseSchedule, RestartSchedule
 from megalr.restarts.spikes import SpikeDetector
+from megalr.restarts.transport import check_adamw
 from megalr.restarts.verify import verify_weights
 
 
@@ -75,7 +76,9 @@ class Restarts:
             _check_moments(config, self._state.base)
             check_groups(self._state, self._to_reset, config.reset_counter)
         if config.refactorizes:
-            self._work = FactorRounds(self._state, pairs)
+            self._work = FactorRounds(self._state, pairs, with_moments=config.transports)
+        if config.transports:
+            check_adamw(self._state.base)
 
     def learning_rate_factor(self, t: int) -> float:
         """Factor of the peak learning rate at update t (zero-based; t updates are done)."""
@@ -149,7 +152,7 @@ class Restarts:
             measured = largest_imbalance(self._work)
             self.seconds += now(self._state.device) - started
             if measured > (self.config.imbalance_threshold or 1.0):
-                refactorizing, resetting, trigger = True, True, "imbalance"
+                refactorizing, resetting, trigger = True, self.config.resets, "imbalance"
         if not refactorizing and not resetting:
             return None
         report = RestartReport(update, trigger, imbalance=measured)

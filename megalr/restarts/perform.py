@@ -15,6 +15,7 @@ from megalr.restarts.momentum_reset import reset_moments
 from megalr.restarts.refactorize import factor_parameters, nonfinite_parameters, refactorize
 from megalr.restarts.report import RestartReport, by_pattern
 from megalr.restarts.rounds import FactorRounds
+from megalr.restarts.transport import MomentTransport
 
 
 def perform(
@@ -26,6 +27,8 @@ def perform(
 ) -> RestartReport:
     """Refactorize the pairs of ``work``, then reset the moments of ``to_reset``; None: do not.
 
+    Whether the moments of the factors are carried along is said by ``config``.
+
     Where a factor holds inf or nan nothing is done, and the report says so. Collective: every rank
     calls it with the same arguments. Returns ``report`` with what was done.
     """
@@ -34,7 +37,10 @@ def perform(
         bad = nonfinite_parameters(state, factor_parameters(work.pairs))
         if bad:
             return replace(report, skipped_nonfinite=tuple(bad))
-        done = refactorize(work)
+        moments = MomentTransport(work) if config.transports else None
+        if moments is not None and not moments.updates:
+            moments = None  # every update so far was skipped
+        done = refactorize(work, moments)
         report = replace(
             report,
             refactorized=True,
@@ -43,6 +49,7 @@ def perform(
             dead_directions=done.dead,
             reseeded_directions=done.reseeded,
             spectra=done.spectra,
+            moments_transported=moments is not None,
             refactorize_seconds=now(state.device) - started,
         )
     if to_reset is not None:

@@ -19,6 +19,7 @@ from megalr.restarts.balance import PairOutcome, balance_in_place, gram, imbalan
 from megalr.restarts.masters import Masters
 from megalr.restarts.rounds import FactorRounds, workspace_of
 from megalr.restarts.spectra import SpectrumSummary, summarize_spectra
+from megalr.restarts.transport import MomentTransport
 
 
 @dataclass(frozen=True)
@@ -33,23 +34,29 @@ class Refactorized:
 
 
 @torch.no_grad()
-def refactorize(work: FactorRounds) -> Refactorized:
+def refactorize(work: FactorRounds, moments: MomentTransport | None = None) -> Refactorized:
     """Replace the factors of all pairs by balanced ones; collective over all data-parallel ranks.
 
-    The caller has made sure that the factors are finite (:func:`nonfinite_parameters`).
+    ``moments`` carries the optimizer's moments of the factors along; None: they stay. The caller
+    has made sure that the factors are finite (:func:`nonfinite_parameters`).
     """
     workspace = workspace_of(work.factor_bytes)
     mine: dict[int, PairOutcome] = {}
     for index in range(len(work.rounds)):
         matrices = work.to_owners(index)
+        if moments is not None:
+            moments.fetch(index)
         found = balance_in_place(
             matrices,
             workspace_bytes=workspace,
             shards=work.shards(index),
             group=work.state.tensor_group,
+            carry=None if moments is None else moments.carry,
         )
         mine |= zip(work.rounds[index][work.ranks.rank], found, strict=True)
         work.from_owners(index, matrices)
+        if moments is not None:
+            moments.store(index)
     work.state.refresh_weights()
     counts = [(one.by_qr, one.dead, one.reseeded) for one in mine.values()]
     sums = [sum(column) for column in zip(*counts, strict=True)] or [0, 0, 0]

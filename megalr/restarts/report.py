@@ -20,6 +20,7 @@ class RestartReport:
         trigger: ``period``, ``imbalance`` or ``gradient_norm``.
         refactorized: factors were replaced by balanced ones.
         reset: moments were zeroed.
+        moments_transported: the factors' moments were carried through the refactorization.
         refactorize_seconds: time of the refactorization, refreshed weights included.
         reset_seconds: time of the reset.
         matrices: factorized matrices that were refactorized.
@@ -40,6 +41,7 @@ class RestartReport:
     trigger: str
     refactorized: bool = False
     reset: bool = False
+    moments_transported: bool = False
     refactorize_seconds: float = 0.0
     reset_seconds: float = 0.0
     matrices: int = 0
@@ -69,6 +71,8 @@ class RestartReport:
                 "dead_directions": self.dead_directions,
                 "reseeded_directions": self.reseeded_directions,
             }
+        if self.moments_transported:
+            values["moments_transported"] = True
         if self.reset:
             values |= {
                 "reset_seconds": self.reset_seconds,

@@ -8,12 +8,14 @@ stage 0, where every rank holds all masters, and nothing on one rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megalr.layers.factors import FactorPair
 from megalr.restarts.masters import Masters
+from megalr.sharding.dtensor import local_part
 from megalr.sharding.exchange import (
     Located,
     broadcast_from_owners,
@@ -30,6 +32,15 @@ Matrices = list[tuple[Tensor, Tensor]]
 MIB = 1 << 20
 
 
+@dataclass(frozen=True, eq=False)
+class _Factor:
+    """B or A of a pair, its parameter, and the flat tensor of masters it lies in on this rank."""
+
+    tensor: LogicalTensor
+    parameter: nn.Parameter
+    flat: Tensor
+
+
 class FactorRounds:
     """The rounds for a model's factor pairs; the same on all ranks.
 
@@ -38,6 +49,7 @@ class FactorRounds:
         pairs: the factorized matrices.
         bucket_bytes: fp32 bytes of factors that a rank works on in one round (at least one pair);
             the buffers of the exchange take twice as much. None: :func:`bucket_of` all factors.
+        with_moments: both moments travel with the factors, of which a third is then sent at a time.
 
     Attributes:
         ranks: the data-parallel ranks.
@@ -46,7 +58,11 @@ class FactorRounds:
     """
 
     def __init__(
-        self, state: Masters, pairs: Sequence[FactorPair], bucket_bytes: int | None = None
+        self,
+        state: Masters,
+        pairs: Sequence[FactorPair],
+        bucket_bytes: int | None = None,
+        with_moments: bool = False,
     ) -> None:
         self.state = state
         self.pairs = list(pairs)
@@ -59,40 +75,48 @@ class FactorRounds:
             for pair, owner in zip(self.pairs, self.owners, strict=True)
         ]
         on_device = all(
-            flat.device.type == state.device.type for pair in self._factors for _, flat in pair
+            factor.flat.device.type == state.device.type
+            for pair in self._factors
+            for factor in pair
         )
         self._in_place = on_device and (state.replicated or size == 1)
         self.rounds = [[list(range(len(self.pairs)))]]  # in place on one rank: nothing to buffer
         if size > 1 or not on_device:
-            self.rounds = self._make_rounds(bucket_bytes or bucket_of(self.factor_bytes))
+            bucket_bytes = bucket_bytes or bucket_of(self.factor_bytes)
+            self.rounds = self._make_rounds(bucket_bytes // (3 if with_moments else 1))
 
     @property
     def factor_bytes(self) -> int:
         """fp32 bytes of all factors."""
         return sum(self._bytes(index) for index in range(len(self.pairs)))
 
-    def to_owners(self, round_index: int) -> Matrices:
+    def to_owners(self, round_index: int, moment: str | None = None) -> Matrices:
         """The factors of this rank's pairs of a round: views of the masters where it holds them
-        whole on its device, float32 copies otherwise. Collective."""
-        tensors = self._tensors(round_index)
+        whole on its device, float32 copies otherwise. Collective.
+
+        ``moment``: instead of the factors, the optimizer's state of that name, zero where there is
+        none.
+        """
+        tensors = self._tensors(round_index, moment)
         if self._in_place:
             whole = {t.name: t.fragments[0].of(flat).view(t.shape) for t, flat in tensors}
         else:
             whole = to_owner(self.ranks, tensors, self._like())
         mine = (self._factors[index] for index in self.rounds[round_index][self.ranks.rank])
-        return [(whole[b.name], whole[a.name]) for (b, _), (a, _) in mine]
+        return [(whole[b.tensor.name], whole[a.tensor.name]) for b, a in mine]
 
-    def from_owners(self, round_index: int, matrices: Matrices) -> None:
-        """Write the results of all owners of a round into the masters of all ranks. Collective."""
-        tensors = self._tensors(round_index)
+    def from_owners(self, round_index: int, matrices: Matrices, moment: str | None = None) -> None:
+        """Write the results of all owners of a round into the masters of all ranks, or into the
+        optimizer's state named ``moment``. Collective."""
+        tensors = self._tensors(round_index, moment)
         if self._in_place:
             broadcast_from_owners(self.ranks, tensors)
             return
         whole: dict[str, Tensor] = {}
         mine = self.rounds[round_index][self.ranks.rank]
         for index, (new_b, new_a) in zip(mine, matrices, strict=True):
-            (b, _), (a, _) = self._factors[index]
-            whole |= {b.name: new_b, a.name: new_a}
+            b, a = self._factors[index]
+            whole |= {b.tensor.name: new_b, a.tensor.name: new_a}
         parts = from_owner(self.ranks, [tensor for tensor, _ in tensors], whole, self._like())
         for tensor, flat in tensors:
             if (fragment := tensor.on(self.ranks.rank)) is not None:
@@ -105,18 +129,28 @@ class FactorRounds:
         specs = (self.pairs[index].spec for index in mine)
         return [(spec.outputs, spec.inputs) for spec in specs]
 
-    def _tensors(self, round_index: int) -> list[Located]:
+    def _tensors(self, round_index: int, moment: str | None) -> list[Located]:
         indices = (index for mine in self.rounds[round_index] for index in mine)
-        return [factor for index in indices for factor in self._factors[index]]
+        factors = [factor for index in indices for factor in self._factors[index]]
+        return [(factor.tensor, self._values(factor, moment)) for factor in factors]
+
+    def _values(self, factor: _Factor, moment: str | None) -> Tensor:
+        """What lies on this rank as the factor's masters do: these, or one of their states."""
+        if moment is None:
+            return factor.flat
+        for key in self.state.entries([factor.parameter]):
+            if moment in self.state.base.state.get(key, {}):
+                return local_part(self.state.base.state[key][moment]).view(-1)
+        return torch.zeros_like(factor.flat)  # no update yet, or nothing of it on this rank
 
     def _like(self) -> Tensor:
         """Factors travel and are worked on as these elements: float32, or float64 as they are."""
-        double = any(flat.dtype == torch.float64 for pair in self._factors for _, flat in pair)
+        double = any(x.flat.dtype == torch.float64 for pair in self._factors for x in pair)
         dtype = torch.float64 if double else torch.float32
         return torch.empty(0, dtype=dtype, device=self.state.device)
 
     def _bytes(self, index: int) -> int:
-        return 4 * sum(tensor.numel for tensor, _ in self._factors[index])
+        return 4 * sum(factor.tensor.numel for factor in self._factors[index])
 
     def _make_rounds(self, bucket_bytes: int) -> list[list[list[int]]]:
         """Put each rank's pairs into buckets; pairs of equal rank r follow one another."""
@@ -152,8 +186,8 @@ def _cost(pair: FactorPair) -> float:
     return 20.0 * pair.rank**3 + 4.0 * sum(pair.shape) * pair.rank**2
 
 
-def _located(state: Masters, pair: FactorPair, owner: int) -> tuple[Located, Located]:
-    """B and A of a pair, each with the flat tensor of masters in which it lies on this rank."""
+def _located(state: Masters, pair: FactorPair, owner: int) -> tuple[_Factor, _Factor]:
+    """B and A of a pair."""
     (m, n), r = pair.shape, pair.rank
     found = []
     for name, parameter, first, shape in (
@@ -163,5 +197,5 @@ def _located(state: Masters, pair: FactorPair, owner: int) -> tuple[Located, Loc
         flat, fragments = state.fragments(parameter)
         inside = within(fragments, first, shape[0] * shape[1])
         tensor = LogicalTensor(f"{pair.name}.{name}", shape, inside, owner)
-        found.append((tensor, flat.detach().view(-1)))
+        found.append(_Factor(tensor, parameter, flat.detach().view(-1)))
     return found[0], found[1]

@@ -108,6 +108,38 @@ def test_after_a_restart_adamw_continues_like_a_new_one() -> None:
     )
 
 
+def test_moments_are_carried_into_the_new_factors_when_asked() -> None:
+    model = factorized(density=0.2)
+    factors = [p for name, p in model.named_parameters() if name.endswith((".a", ".b"))]
+    ids = {id(p) for p in factors}
+    others = [p for p in model.parameters() if id(p) not in ids]
+    optimizer = torch.optim.AdamW(
+        [{"params": others}, {"params": factors, "betas": (0.8, 0.99)}], lr=1e-2
+    )
+    restarts = megalr.Restarts(model, optimizer, every=3, reset="transport")
+    for index in range(2):
+        update(model, optimizer, index)
+        assert restarts.step() is None
+    update(model, optimizer, 2)
+    before = {
+        p: (p.detach().clone(), copy.deepcopy(optimizer.state[p])) for p in model.parameters()
+    }
+    report = restarts.step()
+    assert report.moments_transported and not report.reset
+    for layer in megalr.factorized_layers(model).values():
+        (b, b_state), (a, a_state) = before[layer.b], before[layer.a]
+        inverse = (1 / torch.linalg.svdvals(layer.b @ layer.a)[:3]).detach()
+        with torch.no_grad():  # T = AA'ᵀ S⁻¹ and T⁻¹ = S⁻¹ B'ᵀB
+            t, t_inverse = a @ layer.a.T * inverse, inverse[:, None] * (layer.b.T @ b)
+        assert torch.allclose(t @ t_inverse, torch.eye(3, dtype=t.dtype), atol=1e-9)
+        new_b, new_a = optimizer.state[layer.b], optimizer.state[layer.a]
+        assert torch.allclose(new_b["exp_avg"], b_state["exp_avg"] @ t_inverse.T, atol=1e-12)
+        assert torch.allclose(new_a["exp_avg"], t.T @ a_state["exp_avg"], atol=1e-12)
+        assert new_b["step"] == 3 and not torch.allclose(new_b["exp_avg_sq"], b_state["exp_avg_sq"])
+    for p in others:
+        assert torch.equal(optimizer.state[p]["exp_avg_sq"], before[p][1]["exp_avg_sq"])
+
+
 def test_only_the_factors_are_reset_when_asked_and_the_counter_can_stay() -> None:
     model = factorized(density=0.2)
     optimizer = OPTIMIZERS["adamw"](model)
@@ -246,6 +278,10 @@ REFUSALS = {
     "no moments": (
         _pair(lambda m: torch.optim.SGD(m.parameters())), {"every": 2},
         r"SGD has no first or second moments to reset: use refactorize_every",
+    ),
+    "moments of another optimizer": (
+        _pair(lambda m: torch.optim.SGD(m.parameters(), momentum=0.9)),
+        {"every": 2, "reset": "transport"}, r"carries the two moments of AdamW, and SGD keeps",
     ),
     "nothing to do": (_pair(), {}, r"nothing to do"),
     "a period of zero": (_pair(), {"every": 0}, r"every = 0: must be greater than or equal to 1"),

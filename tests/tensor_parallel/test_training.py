@@ -37,15 +37,17 @@ def _run(
     layout: str = "auto",
     stage: int = 1,
     world: int = 1,
+    restarts: dict[str, Any] | None = None,
     **train: Any,
 ) -> tuple[list[float], list[float], list[float]]:
     """Losses and gradient norms of 20 updates, and validation losses."""
-    restarts: dict[str, Any] = {"reset_every": 5, "lr_recovery": "linear", "recovery_updates": 2}
-    if method in ("low_rank", "sltrain"):
-        restarts["refactorize_every"] = 5
-        restarts["verify"] = True
-    if method == "relora":
-        restarts = {}
+    if restarts is None:
+        restarts = {"reset_every": 5, "lr_recovery": "linear", "recovery_updates": 2}
+        if method in ("low_rank", "sltrain"):
+            restarts["refactorize_every"] = 5
+            restarts["verify"] = True
+        if method == "relora":
+            restarts = {}
     values = settings(
         folder,
         data,
@@ -119,6 +121,23 @@ def test_every_method_equals_one_rank(
     tensor, replicas = GRIDS[grid]
     found = _run(tmp_path, data, method, tensor, layout, stage, tensor * replicas)
     _assert_same(found, plain[method])
+
+
+@pytest.mark.parametrize(
+    ("layout", "grid", "stage"), [("column_row", "2x2", 2), ("bottleneck", "2x1", 0)]
+)
+def test_carried_moments_equal_one_rank(
+    layout: str, grid: str, stage: int, data: Path, tmp_path: Path
+) -> None:
+    restarts = {"every": 5, "reset": "transport", "verify": True}
+    tensor, replicas = GRIDS[grid]
+    alone = _run(tmp_path / "alone", data, "low_rank", restarts=restarts)
+    world = tensor * replicas
+    found = _run(
+        tmp_path / "grid", data, "low_rank", tensor, layout, stage, world, restarts=restarts
+    )
+    _assert_same(found, alone)
+    assert all(e["moments_transported"] for e in events(tmp_path / "grid", "restart"))
 
 
 @pytest.fixture(scope="module")
