@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from megalr.config.restarts import Moment, RestartsConfig
 from megalr.errors import UserError
 from megalr.layers.factors import FactorPair
-from megalr.layers.linear import GroupedLinear
+from megalr.library.pairs import factor_pairs, trained_pairs
 from megalr.library.plain_state import PlainState
 from megalr.restarts.masters import Group
 from megalr.restarts.momentum_reset import Counter
@@ -41,7 +41,8 @@ class Restarts:
     update and puts it back after it, so that any learning-rate scheduler works as without.
 
     Args:
-        model: a model with layers of ``factorize_`` or of megalr's decoder, wrapped or not.
+        model: a model with layers of ``factorize_``, of megalr's decoder, or loaded from a folder
+            exported in factorized form; wrapped or not.
         optimizer: built on this model's parameters as they are now.
         every: updates between two restarts; None: see the next two.
         refactorize_every: updates between two refactorizations; None: as ``every``.
@@ -106,7 +107,7 @@ class Restarts:
         self.updates = 0
         self.schedule = RestartSchedule(self.config, total_updates or UNBOUNDED, _constant)
         self._optimizer = _innermost(optimizer)
-        pairs = _trained_pairs(model, self._optimizer)
+        pairs = trained_pairs(model, self._optimizer)
         _check(self.config, model, self._optimizer, pairs)
         self._state = PlainState(model, self._optimizer, pairs, process_group)
         self._work: FactorRounds | None = None
@@ -211,17 +212,6 @@ def _innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return _innermost(inner) if isinstance(inner, torch.optim.Optimizer) else optimizer
 
 
-def _all_pairs(model: nn.Module) -> list[FactorPair]:
-    layers = [module for module in model.modules() if isinstance(module, GroupedLinear)]
-    return [pair for layer in layers for pair in layer.factor_pairs()]
-
-
-def _trained_pairs(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[FactorPair]:
-    """The pairs of which the optimizer has both factors."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return [p for p in _all_pairs(model) if id(p.a) in held and id(p.b) in held]
-
-
 def _check(
     config: RestartsConfig,
     model: nn.Module,
@@ -232,7 +222,7 @@ def _check(
     name, inside = type(optimizer).__name__, {id(p) for p in model.parameters()}
     held: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
     gone = sum(id(p) not in inside for p in held)
-    lost = len(pairs) < len(_all_pairs(model))
+    lost = len(pairs) < len(factor_pairs(model))
     if gone and (lost or gone == len(held)):
         raise UserError(
             f"{gone} of the {len(held)} parameters of {name} are not in the model: it was built "

@@ -245,3 +245,25 @@ def test_public_names_exist_and_unknown_ones_do_not() -> None:
     assert set(megalr.__all__) <= set(dir(megalr))
     with pytest.raises(AttributeError, match="nothing"):
         megalr.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("density", [None, 0.2])
+def test_a_compiled_model_is_one_graph_with_the_same_outputs_and_gradients(density) -> None:
+    model = megalr.factorize_(net(torch.float32), rank=3, targets=TARGETS, density=density)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    loss_of(compiled, batch(0)).backward()
+    found = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    loss_of(model, batch(0)).backward()
+    for grad, parameter in zip(found, model.parameters(), strict=True):
+        assert torch.allclose(grad, parameter.grad, atol=1e-6)
+
+
+def test_a_tied_head_is_no_target_unless_it_is_named() -> None:
+    model = llama()
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    with pytest.raises(megalr.UserError, match="lm_head.weight is tied to model.embed_tokens"):
+        megalr.factorize_(model, rank=4, targets=["lm_head"])
+    assert len(megalr.factorized_layers(megalr.factorize_(model, rank=4))) == 14

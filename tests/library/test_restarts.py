@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,10 @@ from torch import nn
 
 import megalr
 from megalr.config.restarts import RestartsConfig
+from megalr.library.pairs import factor_pairs
 from megalr.restarts.schedule import RestartSchedule
+from tests.hf.models import FAMILIES, lively
+from tests.hf.test_factorized import METHODS, load, sample, write
 from tests.library.models import batch, loss_of, net
 
 TARGETS = ["up", "down"]
@@ -315,3 +319,26 @@ def test_moments_of_an_unknown_name_are_an_error_unless_the_optimizer_names_them
         restarts.step()
     optimizer.moment_names = {"first": ("average",)}
     assert restarts.step().fraction_reset == 1.0
+
+
+@pytest.mark.parametrize("family, method", [("llama", "low_rank"), ("gpt2", "sltrain")])
+def test_a_folder_exported_in_factorized_form_can_be_trained_on_with_restarts(
+    family: str, method: str, tmp_path: Path
+) -> None:
+    """Its q, k, v share one matrix A; GPT-2's are one layer of three pairs."""
+    decoder = lively(METHODS[method], **FAMILIES[family][0])
+    model = load(write(decoder, tmp_path / "out")).double()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    restarts = megalr.Restarts(model, optimizer, every=1)
+    ids = sample(2, 9)
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    before = model(ids).logits.detach()
+    pairs = factor_pairs(model)
+    assert len(pairs) == len(decoder.factor_pairs())
+    report = restarts.step()
+    assert report.matrices == len(pairs) and report.fraction_reset == 1.0
+    assert torch.allclose(model(ids).logits, before, atol=1e-9)
+    for pair in pairs:
+        a, b = pair.a[slice(*pair.a_rows)], pair.b
+        assert torch.allclose(b.T @ b, a @ a.T, atol=1e-9)
