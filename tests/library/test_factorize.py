@@ -264,6 +264,6 @@ def test_a_tied_head_is_no_target_unless_it_is_named() -> None:
     model.config.tie_word_embeddings = True
     model.tie_weights()
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    with pytest.raises(megalr.UserError, match="lm_head.weight is tied to model.embed_tokens"):
+    with pytest.raises(megalr.UserError, match=r"lm_head\.weight is tied to"):
         megalr.factorize_(model, rank=4, targets=["lm_head"])
     assert len(megalr.factorized_layers(megalr.factorize_(model, rank=4))) == 14
