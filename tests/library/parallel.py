@@ -21,6 +21,7 @@ from tests.library.models import batch, loss_of, net
 TARGETS = ["up", "down"]
 RANK = {"rank": 2, "update_proj_gap": 3}
 RESTARTS = {"every": 3, "lr_recovery": "linear", "recovery_updates": 2}
+TRANSPORT = {"every": 3, "reset": "transport"}
 UPDATES = 7
 
 
@@ -36,6 +37,7 @@ def _split(make, **options):
 
 OPTIMIZERS = {
     "adamw": lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2),
+    "adamw, transport": lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2),
     "sgd": lambda m: torch.optim.SGD(m.parameters(), lr=1e-1, momentum=0.9),
     "spam": lambda m: megalr.optim.SPAM(
         m.parameters(), lr=1e-2, update_gap=4, warmup_epoch=2, grad_accu_steps=1, threshold=5.0
@@ -92,7 +94,8 @@ def train(model: nn.Module, parts: tuple, first: int, last: int, alone: bool = F
 
 def parts_of(model: nn.Module, kind: str) -> tuple:
     optimizer = OPTIMIZERS[kind](model)
-    return optimizer, megalr.Restarts(model, optimizer, **RESTARTS)
+    settings = TRANSPORT if kind.endswith("transport") else RESTARTS
+    return optimizer, megalr.Restarts(model, optimizer, **settings)
 
 
 def alone(kind: str, density: float | None = None) -> dict[str, torch.Tensor]:

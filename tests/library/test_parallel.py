@@ -32,7 +32,8 @@ def test_sparse_parts_are_trained_alike(mode: str) -> None:
 
 
 def test_copies_of_a_sharded_model_stay_equal() -> None:
-    _check(run_distributed(parallel.distances, 2, "hybrid", ["adamw", "galore"]))
+    kinds = ["adamw", "adamw, transport", "galore"]
+    _check(run_distributed(parallel.distances, 2, "hybrid", kinds))
 
 
 def test_runs_under_fsdp2_resume_bit_for_bit_from_the_files_of_each_rank() -> None:
