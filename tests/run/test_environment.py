@@ -14,6 +14,7 @@ from megalr.distributed.peer_errors import name_lost_peers
 from megalr.errors import AgreedError, PeerLost
 from megalr.run import environment
 from megalr.run.environment import check_ranks_agree, commit, report, source_hash
+from megalr.version import __version__
 from tests.ranks import RankFailed, run_distributed
 from tests.training.runs import settings
 
@@ -44,7 +45,10 @@ def _check(values: dict[str, Any], changed: dict[str, Any]) -> str:
     "changed, message",
     [
         ({}, None),
-        ({"source": "0123456789abcdef"}, "megalr 0.1.0 with source 0123456789ab here, 0.1.0 with"),
+        (
+            {"source": "0123456789abcdef"},
+            f"megalr {__version__} with source 0123456789ab here, {__version__} with",
+        ),
         ({"lr": 0.02}, "optimizer.lr 0.02 here, 0.01 there; give every rank the same files"),
         ({"stage": 2}, "zero_optimization.stage 2 here, 1 there"),
         ({"data": "bbbb2222"}, "fingerprint of data.train bbbb2222 here, aaaa1111 there; copy"),
