@@ -10,12 +10,11 @@ import argparse
 import contextlib
 import re
 import shlex
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 from megalr.config.loading import load_run_config
+from megalr.distributed.slurm_script import check_time, fill_header, submit_script
 from megalr.engine.config import read_deepspeed_json, resolve_deepspeed_config
 from megalr.errors import UserError, exit_cleanly
 
@@ -23,7 +22,6 @@ TEMPLATE = Path(__file__).parent / "slurm" / "pretrain.sbatch"
 DEFAULT_DEEPSPEED = {"zero_optimization": {"stage": 1}}
 OWN_NAMES = {"job-name": "name", "output": "log"}
 """Options of this program that have another name in SLURM."""
-TIME = re.compile(r"\d+|(\d+-)?\d+(:\d+){1,2}|\d+-\d+", re.ASCII)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -59,21 +57,11 @@ def main() -> None:
     if arguments.dry_run:
         print(script, end="")
         return
-    if shutil.which("sbatch") is None:
-        raise UserError(
-            "sbatch is not on PATH: submit on a login node of the cluster, or see the script by "
-            "--dry-run"
-        )
-    done = subprocess.run(["sbatch"], input=script, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise UserError(f"sbatch refused the job: {' '.join(done.stderr.split())}")
-    print(done.stdout, end="")
+    print(submit_script(script), end="")
 
 
 def fill(template: str, arguments: argparse.Namespace) -> str:
     """The batch script with this header and this run.
-
-    Every value enters it here: those of the header by :func:`_option`, the others quoted for bash.
 
     Raises:
         UserError: a value of the header is not one word, or an argument is not UTF-8.
@@ -96,42 +84,8 @@ def fill(template: str, arguments: argparse.Namespace) -> str:
     if arguments.deepspeed_config is not None:
         run += ["--deepspeed_config", str(arguments.deepspeed_config)]
     run += arguments.overrides
-    lines = template.splitlines()
-    for option, value in header.items():
-        if value is None:
-            continue
-        line = _option(option, value)
-        places = [n for n, old in enumerate(lines) if old.startswith(f"#SBATCH --{option}=")]
-        if places:
-            lines[places[0]] = line
-        else:
-            lines.insert(_last_option(lines) + 1, line)
     command = [f"set -- {shlex.join(run)}", f"LAUNCH={shlex.quote(arguments.launch)}"]
-    lines[_last_option(lines) + 1 : _last_option(lines) + 1] = command
-    script = "\n".join(lines) + "\n"
-    try:
-        script.encode()
-    except UnicodeEncodeError as error:
-        character = script[error.start]
-        raise UserError(
-            f"an argument or the recipe's name is not UTF-8 ({character!r}): rename the file"
-        ) from error
-    return script
-
-
-def _option(name: str, value: object) -> str:
-    """A line of the header; a line break in the value would end it and begin a command."""
-    text = str(value)
-    if not text.isprintable() or not re.fullmatch(r"[^\s\"'#\\]+", text):
-        raise UserError(
-            f"--{OWN_NAMES.get(name, name)} is {text!r}: SLURM takes one word without spaces, "
-            "quotes, # and \\"
-        )
-    return f"#SBATCH --{name}={text}"
-
-
-def _last_option(lines: list[str]) -> int:
-    return max(n for n, line in enumerate(lines) if line.startswith("#SBATCH "))
+    return fill_header(template, header, command, OWN_NAMES)
 
 
 def _check_options(arguments: argparse.Namespace) -> None:
@@ -139,8 +93,7 @@ def _check_options(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}: give 1 or more")
-    if not TIME.fullmatch(arguments.time):
-        raise UserError(f"--time is {arguments.time!r}: give D-HH:MM:SS, HH:MM:SS or minutes")
+    check_time(arguments.time)
 
 
 def _check_run(arguments: argparse.Namespace) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from megalr.sweep.local import Planner
     from megalr.sweep.widening import Extensions
 
-PRETRAIN = Path(__file__).resolve().parents[1] / "launchers" / "pretrain.py"
+LAUNCHERS = Path(__file__).resolve().parents[1] / "launchers"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -34,15 +34,47 @@ def parse_arguments() -> argparse.Namespace:
     add("sweep", type=Path, metavar="FILE", help="YAML of the sweep (docs/sweeps.md)")
     add("--output", type=Path, required=True, help="folder of the runs and results")
     add("--gpus", metavar="0,1,...", help="GPUs to use (default: all that are visible)")
-    add("--per_gpu", type=int, default=1, help="runs at a time on each GPU (default: 1)")
+    add("--per_gpu", type=int, help="runs at a time on each GPU (default: 1)")
     add("--only", metavar="GLOB", help="runs whose name matches, such as 'low_rank__*'")
     add("--limit_minutes", type=float, help="stop cleanly after so long; the next call goes on")
     add("--retry_failed", action="store_true", help="run failed and diverged runs again")
     add("--extend", action="store_true", help="widen an axis whose best value is at its edge")
     add("--extend_limit", type=int, default=3, help="values added to one axis at most (default: 3)")
     add("--dry_run", action="store_true", help="check and list the runs, start none")
+    slurm = parser.add_argument_group("SLURM")
+    slurm.add_argument("--slurm", action="store_true", help="submit a job array, a task per run")
+    slurm.add_argument("--collect", action="store_true", help="only read what its tasks have left")
+    slurm.add_argument("--time", help="time limit of one start of a run, D-HH:MM:SS")
+    slurm.add_argument("--partition", help="partition (default: the cluster's)")
+    slurm.add_argument("--account", help="account that is charged (default: yours)")
+    slurm.add_argument("--cpus", type=int, help="processor cores of a run (default: the header's)")
+    slurm.add_argument("--at_once", type=int, help="runs at a time (default: all)")
     add("overrides", nargs="*", metavar="section.key=value")
     return parser.parse_intermixed_args()
+
+
+def check_options(arguments: argparse.Namespace) -> None:
+    """Refuse values out of range, and options that would do nothing.
+
+    Raises:
+        UserError: names the option.
+    """
+    if arguments.limit_minutes is not None and not arguments.limit_minutes > 0:
+        raise UserError(f"--limit_minutes is {arguments.limit_minutes}: give more than 0")
+    for name in ("extend_limit", "per_gpu", "cpus", "at_once"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} is {value}: give 1 or more")
+    local, array = ["gpus", "per_gpu", "limit_minutes"], ["time", "partition", "account"]
+    queued = arguments.slurm or arguments.collect
+    for name in local if queued else [*array, "cpus", "at_once"]:
+        if getattr(arguments, name) is not None:
+            where = "with --slurm or --collect" if queued else "without --slurm"
+            raise UserError(f"--{name} {where} has no effect: remove it")
+    if queued and arguments.extend:
+        raise UserError("--extend with --slurm or --collect: it waits for results; run it locally")
+    if arguments.slurm and arguments.time is None:
+        raise UserError("--slurm needs --time, the time limit of one start of a run")
 
 
 def planner(arguments: argparse.Namespace) -> tuple[str, Planner]:
@@ -74,37 +106,55 @@ def main() -> int:
     """Plan, run what is not done yet, write the results.
 
     Returns:
-        0: every chosen run has finished or diverged; 1: some failed; 75: stopped before the end.
+        0: every chosen run has finished or diverged; 1: some failed; 75: some are to be done.
     """
     arguments = parse_arguments()
-    if arguments.limit_minutes is not None and not arguments.limit_minutes > 0:
-        raise UserError(f"--limit_minutes is {arguments.limit_minutes}: give more than 0")
-    if arguments.extend_limit < 1:
-        raise UserError(f"--extend_limit is {arguments.extend_limit}: give 1 or more")
+    check_options(arguments)
     started = time.monotonic()
     environment = dict(os.environ)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # for planning; runs get the environment
-    from megalr.sweep.local import LocalOptions, run_locally
     from megalr.sweep.widening import read_extensions
 
     name, plan = planner(arguments)
+    if arguments.slurm or arguments.collect:
+        return queue(arguments, name, plan(read_extensions(arguments.output)))
     if arguments.dry_run:
         runs = plan(read_extensions(arguments.output))
         print("\n".join(run.name for run in runs))
         print(f"{len(runs)} runs", file=sys.stderr)
         return 0
+    from megalr.sweep.local import LocalOptions, run_locally
+
+    limit = arguments.limit_minutes
     options = LocalOptions(
-        program=PRETRAIN,
+        program=LAUNCHERS / "pretrain.py",
         environment=environment,
         gpus=arguments.gpus.split(",") if arguments.gpus else None,
-        per_gpu=arguments.per_gpu,
-        deadline=None
-        if arguments.limit_minutes is None
-        else started + 60 * arguments.limit_minutes,
+        per_gpu=arguments.per_gpu or 1,
+        deadline=None if limit is None else started + 60 * limit,
         retry_failed=arguments.retry_failed,
         extend=arguments.extend_limit if arguments.extend else 0,
     )
     return run_locally(name, arguments.output, plan, options)
+
+
+def queue(arguments: argparse.Namespace, name: str, runs: list[PlannedRun]) -> int:
+    """Submit the runs as a job array, or collect what it has left; the exit code."""
+    from megalr.sweep.slurm import SlurmOptions, collect, submit_array
+
+    if arguments.collect:
+        return collect(name, arguments.output, runs)
+    options = SlurmOptions(
+        template=LAUNCHERS / "slurm" / "pretrain.sbatch",
+        time=arguments.time,
+        partition=arguments.partition,
+        account=arguments.account,
+        cpus=arguments.cpus,
+        at_once=arguments.at_once,
+        retry_failed=arguments.retry_failed,
+        dry_run=arguments.dry_run,
+    )
+    return submit_array(name, arguments.output, runs, options)
 
 
 if __name__ == "__main__":

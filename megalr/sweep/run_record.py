@@ -25,6 +25,9 @@ from megalr.run.metrics_reader import Event
 RECORD = "logs/sweep.json"
 LOG = "logs/sweep.log"
 
+LAST_OWN_CODE = 128
+"""Exit codes above it are a shell's for a process that a signal has ended."""
+
 Status = Literal["pending", "finished", "failed", "diverged"]
 
 FREE_KEYS = ("run.dir", "run.resume", "run.timeout_seconds", "checkpoint.", "log.")
@@ -36,7 +39,7 @@ class Attempt:
     """One start of a run that has ended.
 
     Attributes:
-        code: exit code; -n: killed by signal n.
+        code: exit code; -n, or 128 + n from a shell: killed by signal n.
         seconds: from its start to its end.
         line: the last line of its log that says something.
     """
@@ -48,7 +51,7 @@ class Attempt:
     @property
     def failed(self) -> bool:
         """Whether it ended by an error; a start that was stopped or killed goes on later."""
-        return self.code > 0 and self.code not in (STOPPED, 130)
+        return 0 < self.code <= LAST_OWN_CODE and self.code != STOPPED
 
 
 @dataclass

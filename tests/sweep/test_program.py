@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 def command(path: Path, output: Path, *more: str) -> list[str]:
     program = [sys.executable, str(ROOT / "tools" / "sweep.py"), str(path)]
-    return [*program, "--output", str(output), "--per_gpu", "2", *more]
+    return [*program, "--output", str(output), *more]
 
 
 def in_process(monkeypatch: pytest.MonkeyPatch, path: Path, output: Path, *more: str) -> int:
@@ -49,7 +49,9 @@ def swept(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     sets = [f"data.train={data}", f"data.validation={{own: {data}, again: {data}}}"]
     path = write_sweep(folder, set=[*sets, "restarts.every=2"], groups=groups)
-    done = subprocess.run(command(path, folder / "out"), capture_output=True, text=True)
+    done = subprocess.run(
+        command(path, folder / "out", "--per_gpu", "2"), capture_output=True, text=True
+    )
     assert done.returncode == 1, done.stderr
     assert done.stdout.startswith("3 runs, 3 to do, 2 at a time\n")
     assert "bad__seed=7: failed (nowhere: no such file" in done.stdout
@@ -161,6 +163,9 @@ def test_mistakes_are_one_line_and_a_dry_run_lists(
     for more, message in (
         (["--only", "c*"], "--only c*: matches no run, such as a__seed=7"),
         (["--limit_minutes", "0"], "--limit_minutes is 0.0: give more than 0"),
+        (["--slurm"], "--slurm needs --time"),
+        (["--time", "1:00:00"], "--time without --slurm has no effect: remove it"),
+        (["--collect", "--per_gpu", "2"], "--per_gpu with --slurm or --collect has no effect"),
         (["--extend", "--extend_limit", "0"], "--extend_limit is 0: give 1 or more"),
         (["train.updatess=3"], "a and 1 more: command line: train.updatess = 3: unknown key"),
     ):
