@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -80,6 +80,8 @@ def factorize_(
     _check_ranks(linears, rank)
     for name, linear in linears.items():
         _check_linear(model, name, linear)
+    _check_untied(model, linears)
+    layers: dict[nn.Module, nn.Module] = {}
     for name, linear in linears.items():
         layer = make_linear(linear, name, rank, alpha=alpha, density=density, init=init, seed=seed)
         if init == "svd":
@@ -87,7 +89,8 @@ def factorize_(
             layer.load_dense(0, weight.mT if layer.transposed else weight)
         else:
             layer.reset_parameters(seed, init_std)
-        _replace(model, linear, layer)
+        layers[linear] = layer
+    _replace(model, layers)
     return model
 
 
@@ -110,13 +113,15 @@ def merge_(model: nn.Module) -> nn.Module:
                 f"merge_: {name} is sharded over ranks: load a full state dict into a factorized "
                 "model on one process and merge that"
             )
+    linears: dict[nn.Module, nn.Module] = {}
     for layer in layers.values():
         weight = layer.dense_weight(0).to(layer.a.dtype)  # (m, n)
         linear = _plain_linear(layer)
         stored = weight.mT.contiguous() if layer.transposed else weight
         linear.weight = nn.Parameter(stored, requires_grad=layer.a.requires_grad)
         linear.bias = layer.bias
-        _replace(model, layer, linear.train(layer.training))
+        linears[layer] = linear.train(layer.training)
+    _replace(model, linears)
     return model
 
 
@@ -268,30 +273,31 @@ def _check_linear(model: nn.Module, name: str, module: nn.Module) -> None:
         raise UserError(f"{name} has no values yet (meta device): create the model on a device")
     if module._forward_hooks or module._forward_pre_hooks:
         raise UserError(f"{name} has forward hooks, which its replacement would not call")
-    others = [n for n, p in model.named_parameters(remove_duplicate=False) if p is weight]
-    places = {f"{n}.weight" for n, m in model.named_modules(remove_duplicate=False) if m is module}
-    tied = sorted(set(others) - places)
-    if tied:
-        raise UserError(
-            f"{name}.weight is tied to {', '.join(tied)}: factors would untie it; leave the layer "
-            "out with exclude"
-        )
+
+
+def _check_untied(model: nn.Module, linears: dict[str, nn.Module]) -> None:
+    """Raise UserError for a weight that another module uses as well; sharing a module is fine."""
+    targets = {id(module): name for name, module in linears.items()}
+    weights: dict[int, str] = {id(module.weight): name for name, module in linears.items()}
+    for place, module in model.named_modules():
+        for leaf, parameter in module._parameters.items():
+            name = weights.get(id(parameter))
+            if name is not None and targets.get(id(module)) != name:
+                raise UserError(
+                    f"{name}.weight is tied to {place}.{leaf}: factors would untie it; leave the "
+                    "layer out with exclude"
+                )
 
 
 # -- replacing -----------------------------------------------------------------------------
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put ``new`` wherever ``old`` is; a module may be used in several places."""
-    for parent, name in _places(model, old):
-        setattr(parent, name, new)
-
-
-def _places(model: nn.Module, wanted: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+def _replace(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
+    """Put new modules wherever the old ones are; a module may be used in several places."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
-            if child is wanted:
-                yield parent, name
+            if child in new:
+                setattr(parent, name, new[child])
 
 
 def _plain_linear(layer: LibraryLinear) -> Any:
