@@ -70,6 +70,7 @@ SAME_FILES = {
     "methods.py": "config/ declares the methods, optim/ chooses their optimizer",
     "embedding.py": "the layer and its custom kernel",
     "norm.py": "the layer and its custom kernel",
+    "schedules.py": "config/ declares the sections, optim/ computes them",
     "restarts.py": "config/ declares the section, library/ has its class for any training loop",
 }
 """File names that several rooms share, each with the job it does."""

@@ -25,6 +25,7 @@ def cross_problems(value_of: Callable[[str], Any]) -> Iterator[tuple[str, str]]:
             f"more warm-up updates than the run has (train.updates = {updates}); "
             "lower the one or raise the other",
         )
+    yield from _decay_problems(value_of, warmup, updates)
     yield from _cycle_problems(value_of, warmup, updates)
     if value_of("checkpoint.keep_best") and value_of("evaluation.every") == 0:
         yield (
@@ -43,6 +44,21 @@ def cross_problems(value_of: Callable[[str], Any]) -> Iterator[tuple[str, str]]:
             "health.spike_action",
             "skip looks at the loss before the backward pass, which is one CUDA graph with the "
             "forward pass: switch train.cuda_graphs off, or take another action",
+        )
+
+
+def _decay_problems(
+    value_of: Callable[[str], Any], warmup: int | None, updates: int | None
+) -> Iterator[tuple[str, str]]:
+    """The decay of schedule wsd against the run's length and the warm-up."""
+    decay = value_of("schedule.decay_updates")
+    if decay is None or updates is None or value_of("schedule.name") != "wsd":
+        return
+    if (warmup or 0) <= updates < (warmup or 0) + decay:
+        yield (
+            "schedule.decay_updates",
+            f"with warmup_updates {warmup or 0} more than the run has (train.updates = {updates}); "
+            "lower one of the two or raise train.updates",
         )
 
 

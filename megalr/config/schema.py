@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os.path
 import re
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticKnownError
@@ -19,6 +19,7 @@ from megalr.config.health import HealthConfig
 from megalr.config.methods import FullRankMethod, MethodConfig
 from megalr.config.optimizers import OptimizerConfig
 from megalr.config.restarts import RestartsConfig
+from megalr.config.schedules import CosineSchedule, ScheduleConfig
 
 
 class RunSection(Section):
@@ -89,57 +90,6 @@ class ModelConfig(Section):
         if info.data["from_pretrained"] is not None and preset is not None:
             raise ValueError("must not be given with model.from_pretrained, which gives the sizes")
         return preset
-
-
-class CosineSchedule(Section):
-    """Warm-up from 0, then half a cosine down to the floor at the last update."""
-
-    name: Literal["cosine"] = "cosine"
-    warmup_updates: int = Field(default=0, ge=0, examples=[1000])
-    """Updates during which the learning rate rises linearly from 0 to its peak."""
-    min_lr_ratio: float = Field(default=0.1, ge=0, le=1, examples=[0.1])
-    """Learning rate at the last update as a share of the peak."""
-
-
-class LinearSchedule(Section):
-    """Warm-up from 0, then a straight line down to the floor at the last update."""
-
-    name: Literal["linear"] = "linear"
-    warmup_updates: int = Field(default=0, ge=0, examples=[1000])
-    """Updates during which the learning rate rises linearly from 0 to its peak."""
-    min_lr_ratio: float = Field(default=0.1, ge=0, le=1, examples=[0.0])
-    """Learning rate at the last update as a share of the peak."""
-
-
-class ConstantSchedule(Section):
-    """Warm-up from 0, then the peak for the rest of the run."""
-
-    name: Literal["constant"] = "constant"
-    warmup_updates: int = Field(default=0, ge=0, examples=[1000])
-    """Updates during which the learning rate rises linearly from 0 to its peak."""
-    min_lr_ratio: ClassVar[float] = 1.0
-
-
-class CosineRestartsSchedule(Section):
-    """ReLoRA's jagged cosine: one cosine over the run, with a short warm-up in every cycle."""
-
-    name: Literal["cosine_restarts"] = "cosine_restarts"
-    warmup_updates: int = Field(default=0, ge=0, examples=[500])
-    """Updates during which the learning rate rises linearly from 0 to its peak."""
-    min_lr_ratio: float = Field(default=0.1, ge=0, le=1, examples=[0.1])
-    """Learning rate at the last update as a share of the peak."""
-    cycle_updates: int = Field(ge=1, examples=[1000])
-    """Length of a cycle; it must divide train.updates."""
-    restart_warmup_updates: int = Field(default=100, ge=1, examples=[100])
-    """Updates at the start of every later cycle that rise from 0 to the cosine."""
-    adjust_updates: int = Field(default=0, ge=0, examples=[0])
-    """Shifts the cycles to come this many updates earlier (for a run that goes on from another)."""
-
-
-ScheduleConfig = Annotated[
-    CosineSchedule | LinearSchedule | ConstantSchedule | CosineRestartsSchedule,
-    Field(discriminator="name"),
-]
 
 
 class DataSource(Section):

@@ -21,10 +21,13 @@ def make_schedule(settings: Any, total_updates: int) -> Schedule:
     * ``cosine``: q + (1 - q) (1 + cos(pi p)) / 2
     * ``linear``: q + (1 - q) (1 - p)
     * ``constant``: 1
+    * ``wsd``: see :func:`warmup_stable_decay`
     * ``cosine_restarts``: ReLoRA's, see :func:`cosine_restarts`
     """
     if settings.name == "cosine_restarts":
         return cosine_restarts(settings, total_updates)
+    if settings.name == "wsd":
+        return warmup_stable_decay(settings, total_updates)
     warmup: int = settings.warmup_updates
     floor: float = settings.min_lr_ratio
     shapes: dict[str, Callable[[float], float]] = {
@@ -39,6 +42,35 @@ def make_schedule(settings: Any, total_updates: int) -> Schedule:
             return t / warmup
         progress = min(1.0, (t - warmup) / max(1, total_updates - warmup))
         return floor + (1.0 - floor) * shape(progress)
+
+    return factor
+
+
+def warmup_stable_decay(settings: Any, total_updates: int) -> Schedule:
+    """WSD (MiniCPM, arXiv 2404.06395; ``1-sqrt``: arXiv 2405.18392).
+
+    With D = ``decay_updates`` and p = (t - (N - D)) / D, the decay's progress, at most 1:
+
+    * t < w: t / w
+    * t < N - D: 1
+    * else q + (1 - q) s(p) with s(p) = 1 - p (``linear``), (1 + cos(pi p)) / 2 (``cosine``) or
+      1 - sqrt(p) (``1-sqrt``)
+    """
+    warmup, floor, decay = settings.warmup_updates, settings.min_lr_ratio, settings.decay_updates
+    shapes: dict[str, Callable[[float], float]] = {
+        "linear": lambda p: 1.0 - p,
+        "cosine": lambda p: 0.5 * (1.0 + math.cos(math.pi * p)),
+        "1-sqrt": lambda p: 1.0 - math.sqrt(p),
+    }
+    shape = shapes[settings.decay_type]
+    start = total_updates - decay
+
+    def factor(t: int) -> float:
+        if t < warmup:
+            return t / warmup
+        if t < start or decay == 0:
+            return 1.0
+        return floor + (1.0 - floor) * shape(min(1.0, (t - start) / decay))
 
     return factor
 

@@ -207,6 +207,17 @@ def test_warmup_longer_than_the_run_and_impossible_accumulation(tmp_path: Path) 
         type(config).model_validate({**config.model_dump(), "schedule": {"warmup_updates": 101}})
 
 
+def test_a_decay_must_fit_into_the_run(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    wsd = ["schedule.name=wsd", "schedule.warmup_updates=30"]
+    assert load_run_config([path], [*wsd, "schedule.decay_updates=70"]).schedule.name == "wsd"
+    message = problems_of([path], [*wsd, "schedule.decay_updates=71"])
+    assert message.startswith("command line: schedule.decay_updates = 71: with warmup_updates 30 ")
+    assert "schedule.decay_updates: required" in problems_of([path], wsd)
+    message = problems_of([path], [*wsd, "schedule.decay_updates=9", "schedule.decay_type=sqrt"])
+    assert "must be one of linear, cosine, 1-sqrt" in message
+
+
 def test_differences_between_runs_and_which_forbid_a_resume(tmp_path: Path) -> None:
     path = write(tmp_path, MINIMAL)
     old = load_run_config([path])

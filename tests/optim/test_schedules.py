@@ -41,6 +41,44 @@ def test_floorless_schedules_equal_transformers(warmup: int) -> None:
         assert ours == pytest.approx(_scheduled(reference, *arguments), abs=1e-12)
 
 
+def _wsd(warmup: int, decay: int, decay_type: str, floor: float) -> SimpleNamespace:
+    settings = _settings("wsd", warmup, floor)
+    return SimpleNamespace(**vars(settings), decay_updates=decay, decay_type=decay_type)
+
+
+@pytest.mark.parametrize("decay_type", ["linear", "cosine", "1-sqrt"])
+@pytest.mark.parametrize(("warmup", "decay", "floor"), [(7, 13, 0.0), (0, 40, 0.1), (10, 30, 0.25)])
+def test_wsd_equals_transformers_at_every_update(
+    decay_type: str, warmup: int, decay: int, floor: float
+) -> None:
+    """Theirs warms up from the floor and ours from 0, so with a floor only what follows is theirs.
+
+    50 rates are compared of a run of 40, so the end of the decay and what is beyond it too.
+    """
+
+    def theirs(optimizer: torch.optim.Optimizer) -> object:
+        return transformers.get_wsd_schedule(
+            optimizer, warmup, decay, 40, decay_type=decay_type, min_lr_ratio=floor
+        )
+
+    first = warmup if floor else 0
+    schedule = make_schedule(_wsd(warmup, decay, decay_type, floor), 40)
+    assert [schedule(t) for t in range(first, 50)] == pytest.approx(
+        _scheduled(theirs)[first:], abs=1e-12
+    )
+
+
+def test_wsd_by_hand_and_its_stable_phase_is_that_of_any_length() -> None:
+    schedule = make_schedule(_wsd(4, 16, "1-sqrt", 0.2), 40)
+    assert [schedule(t) for t in (0, 2, 4, 23, 24)] == [0.0, 0.5, 1.0, 1.0, 1.0]
+    assert schedule(28) == pytest.approx(0.2 + 0.8 * (1 - 0.5))  # a quarter of the decay
+    assert schedule(33) == pytest.approx(0.2 + 0.8 * (1 - 0.75))  # nine sixteenths
+    assert schedule(40) == pytest.approx(0.2) == schedule(1000)
+    stable = make_schedule(_wsd(4, 0, "1-sqrt", 0.2), 24)
+    assert [stable(t) for t in range(24)] == [schedule(t) for t in range(24)]
+    assert stable(24) == 1.0
+
+
 def test_floor_warm_up_and_end() -> None:
     schedule = make_schedule(_settings("cosine", 10, 0.1), 110)
     assert [schedule(t) for t in (0, 5, 10)] == [0.0, 0.5, 1.0]
