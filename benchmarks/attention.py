@@ -36,7 +36,7 @@ from megalr.kernels.attention import (
     launch_backward,
     launch_forward,
 )
-from megalr.models.attention import rope_tables
+from megalr.models.rope import rope_tables
 
 Choice = ForwardConfig | BackwardConfig
 

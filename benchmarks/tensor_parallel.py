@@ -30,10 +30,10 @@ import torch.distributed as dist
 from scaling.traffic import block_messages
 
 from megalr.errors import UserError, exit_cleanly
-from megalr.models.attention import rope_tables
 from megalr.models.build import build_decoder
 from megalr.models.config import PRESETS, DecoderConfig
 from megalr.models.decoder import Decoder
+from megalr.models.rope import rope_tables
 from megalr.tensor_parallel.mesh import make_mesh
 from megalr.tensor_parallel.plan import Plan
 
@@ -124,7 +124,7 @@ def measure(
     width = config.hidden_size // (ranks if decoder.plan.sharded_residual else 1)
     x = torch.randn(*shape, width, device=device, dtype=torch.bfloat16, requires_grad=True)
     gradient = torch.randn_like(x)
-    rope = rope_tables(shape[1], config.head_dim, config.rope_theta, device)
+    rope = rope_tables(shape[1], config.rotary_width, config.rope_theta, device)
     tokens = shape[0] * shape[1]
     rates = []
     check_gradients(decoder, x, rope, gradient)

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from megalr.config.model import RopeScaling
 from megalr.config.optimizers import LearningRateRatios, WeightDecayRatios
 from megalr.config.problems import section_classes
 from megalr.config.schema import DataSource, RunConfig
@@ -29,6 +30,7 @@ def key_tables() -> str:
         for name, cls in classes.items():
             title = f"`{section}`" if not name else f"`{section}.name: {name}`"
             parts.append(_table(title, section, cls))
+    parts.append(_table("`model.rope_scaling`", "model.rope_scaling", RopeScaling))
     parts.append(_table("`optimizer.lr_ratio`", "optimizer.lr_ratio", LearningRateRatios))
     parts.append(
         _table("`optimizer.weight_decay_ratio`", "optimizer.weight_decay_ratio", WeightDecayRatios)

@@ -93,7 +93,7 @@ def block_work(
     residual = h / t if plan.sharded_residual else h
     f = sizes.padded_intermediate_size / t
     # Norms and sums of the residual stream; turning q and k where attention does not; gate * up.
-    turned = 0 if sequence <= MAX_LENGTH and sizes.head_dim in HEAD_WIDTHS else h / t
+    turned = 0 if sequence <= MAX_LENGTH and sizes.head_width in HEAD_WIDTHS else sizes.q_width / t
     forward += Work(moved=element * tokens * (9 * residual + 4 * turned + 3 * f))
     backward += Work(moved=element * tokens * (16 * residual + 6 * turned + 6 * f))
     return forward, backward
@@ -102,12 +102,12 @@ def block_work(
 def _attention(
     sizes: DecoderConfig, plan: Plan, batch: int, sequence: int, element: int
 ) -> tuple[Work, Work]:
-    h, tokens = sizes.hidden_size / plan.mesh.tensor_size, batch * sequence
+    q, tokens = sizes.q_width / plan.mesh.tensor_size, batch * sequence
     window = min(sizes.sliding_window or sequence, sequence)
     visible = (window * (window + 1) / 2 + (sequence - window) * window) / sequence
     computed = min(sequence, visible + ATTENTION_BLOCK / 2)
-    flops = 4 * tokens * h * computed / ATTENTION_SHARE
-    return Work(flops, element * tokens * 4 * h), Work(2.5 * flops, element * tokens * 8 * h)
+    flops = 4 * tokens * q * computed / ATTENTION_SHARE
+    return Work(flops, element * tokens * 4 * q), Work(2.5 * flops, element * tokens * 8 * q)
 
 
 def _linear(

@@ -10,13 +10,13 @@ import os.path
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
-from pydantic_core import PydanticKnownError
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from megalr.config.base import Folder, Section
 from megalr.config.checks import cross_problems
 from megalr.config.health import HealthConfig
 from megalr.config.methods import FullRankMethod, MethodConfig
+from megalr.config.model import ModelConfig
 from megalr.config.optimizers import OptimizerConfig
 from megalr.config.restarts import RestartsConfig
 from megalr.config.schedules import CosineSchedule, ScheduleConfig
@@ -35,61 +35,6 @@ class RunSection(Section):
     timeout_seconds: float = Field(default=1800.0, gt=0, le=1e8, examples=[1800])
     """How long a collective waits for the other ranks before the run ends with an error, and the
     start for the last rank, which is given 600 at most (seconds)."""
-
-
-class ModelConfig(Section):
-    """The decoder: a named preset, single values of which can be replaced, or a pretrained one."""
-
-    from_pretrained: Folder | None = Field(
-        default=None, min_length=1, examples=["models/llama-2-7b"]
-    )
-    """Folder of a Hugging Face LLaMA, Mistral or Qwen2 that the run starts from, instead of preset
-    and random weights; on the command line it replaces a file's preset. The sizes come from it:
-    leave the keys below out, or give the same."""
-    preset: str | None = Field(
-        default=None, min_length=1, validate_default=True, examples=["llama_60m"]
-    )
-    """Name of the model: llama_9m, llama_20m, llama_60m, llama_130m, llama_350m, llama_1b,
-    llama_3b, llama_7b or llama_13b; required without from_pretrained. The keys below replace single
-    values of it; null keeps the preset's."""
-    hidden_size: int | None = Field(default=None, ge=1, le=1_000_000, examples=[512])
-    """Width of the residual stream."""
-    intermediate_size: int | None = Field(default=None, ge=1, le=10_000_000, examples=[1376])
-    """Width of the MLP."""
-    num_layers: int | None = Field(default=None, ge=1, le=100_000, examples=[8])
-    """Number of decoder layers."""
-    num_heads: int | None = Field(default=None, ge=1, le=100_000, examples=[8])
-    """Number of query heads of each layer."""
-    num_kv_heads: int | None = Field(default=None, ge=1, le=100_000, examples=[8])
-    """Number of key and value heads of each layer; a divisor of num_heads."""
-    vocab_size: int | None = Field(default=None, ge=2, le=2_000_000_000, examples=[32000])
-    """Number of token ids; must cover every id in the data."""
-    norm_eps: float | None = Field(default=None, gt=0, examples=[1e-6])
-    """Added to the variance in RMSNorm."""
-    rope_theta: float | None = Field(default=None, gt=0, examples=[10000])
-    """Base of the rotary position frequencies."""
-    sliding_window: int | None = Field(default=None, ge=1, examples=[4096])
-    """A position attends to this many tokens back, itself included (tokens)."""
-    tie_embeddings: bool | None = Field(default=None, examples=[True])
-    """Whether the output head is the transposed token embedding."""
-    attention_bias: bool | None = Field(default=None, examples=[False])
-    """Whether the q, k and v projections have biases."""
-    initializer_range: float | None = Field(default=None, gt=0, examples=[0.02])
-    """Standard deviation of the normal distribution that full weights start from."""
-    pad_multiple: int = Field(default=64, ge=1, examples=[64])
-    """MLP width and vocabulary are padded with zeros to a multiple of this, which leaves the
-    function unchanged and suits tensor cores; 1 = no padding."""
-
-    @field_validator("preset")
-    @classmethod
-    def _either_preset_or_pretrained(cls, preset: str | None, info: ValidationInfo) -> str | None:
-        if "from_pretrained" not in info.data:
-            return preset  # it is wrong, and reported
-        if info.data["from_pretrained"] is None and preset is None:
-            raise PydanticKnownError("missing")
-        if info.data["from_pretrained"] is not None and preset is not None:
-            raise ValueError("must not be given with model.from_pretrained, which gives the sizes")
-        return preset
 
 
 class DataSource(Section):

@@ -1,7 +1,7 @@
 """Bytes of activations saved for backward, and the temporary memory of head and backward.
 
 Elements per token and block in the compute precision; h hidden width, f MLP width, r rank, as many
-key/value heads as query heads:
+key/value heads as query heads, all heads together as wide as h:
 
 =================================  =====================  =====================
 saved by a block                   factors                one stacked GEMM
@@ -12,6 +12,9 @@ rotated q and k, v, output         4 h                    6 h: v is a part of
                                                           the stack q, k, v
 the same, custom attention kernel  4 h                    4 h: q, k, v stay
                                                           in the stack
+norms of q and k also keep them    2 h                    0: they are in the
+as projected                                              stack; 2 h with the
+                                                          custom kernel
 bottlenecks                        7 r                    0
 the same in CoLA, whose
 nonlinearity keeps its input       14 r
@@ -20,6 +23,9 @@ silu too without torch.compile     f                      f
 gate and up only, SwiGLU inside
 the operator of ``down``           2 f                    2 f
 =================================  =====================  =====================
+
+With norms after attention and MLP the 4 h are the inputs of q, k, v, of both norms and of the MLP.
+A layer without rotation keeps no rotated q and k beside the stack.
 
 These are the tensors that torch's autograd saves for a block; tests/estimate/test_activations.py
 counts them in real blocks. A formula, because the estimate is made where no GPU, Triton or compiled
@@ -111,7 +117,8 @@ def kernels_of(
         return Kernels()
     half = config.train.precision != "fp32"
     length, window = config.data.sequence_length, sizes.sliding_window
-    fits = length <= MAX_LENGTH and sizes.head_dim in HEAD_WIDTHS
+    fits = length <= MAX_LENGTH and sizes.head_width in HEAD_WIDTHS
+    fits = fits and sizes.rotary_width == sizes.head_width
     down = matrix_groups(sizes, config.method, plan)[3]
     reads_gated = not down.factorized or config.method.name in TWO_PRODUCTS
     return Kernels(
@@ -130,38 +137,59 @@ def activation_bytes(
 ) -> ActivationBytes:
     """Activations of a micro-batch on one rank."""
     groups = matrix_groups(sizes, method, plan)
-    token = block_elements(sizes, method, plan, groups, shape)
     heads = sizes.num_heads // plan.mesh.tensor_size
-    # Besides the elements: log-sum-exp of attention and the norms' scales, float32.
-    block = shape.tokens * (token * shape.element + 4 * (heads + 2))
     residual = sizes.hidden_size // (plan.mesh.tensor_size if plan.sharded_residual else 1)
-    kept = block
+
+    def block(rotates: bool) -> float:
+        token = block_elements(sizes, method, plan, groups, shape, rotates)
+        # Besides the elements: log-sum-exp of attention and the norms' scales, float32.
+        return shape.tokens * (token * shape.element + 4 * (heads + 2 + _head_scales(sizes, plan)))
+
+    rotating = sum(map(sizes.rotates, range(sizes.num_layers)))
+    saved = rotating * block(True) + (sizes.num_layers - rotating) * block(False)
+    again = 0.0
     if shape.recompute != "none":
         kept = shape.tokens * shape.element * kept_elements(sizes, method, plan, groups, shape)
         kept += shape.tokens * 4 * heads if shape.recompute in ("elementwise", "mlp") else 0
-    # Recomputed by a block in backward; the rest has been saved.
-    again = max(0, block - kept)
+        saved = kept * sizes.num_layers
+        # Recomputed by a block in backward; the rest has been saved.
+        again = max(0.0, block(rotating > 0) - kept)
     f = groups[2].local_rows[0]
     backward = shape.tokens * (3 * f + 2 * residual) * shape.element + again
     backward += shape.element * _dense_transient(method, groups)
     head = head_bytes(sizes, plan, shape)
     work = int(max(backward, head)) + LIBRARIES
-    return ActivationBytes(int(kept * sizes.num_layers), work, int(again))
+    return ActivationBytes(int(saved), work, int(again))
+
+
+def _head_scales(sizes: DecoderConfig, plan: Plan) -> int:
+    """Numbers per token that the norms of q and k divide by, on one rank."""
+    heads = (sizes.num_heads + sizes.kv_heads) // plan.mesh.tensor_size
+    return {"none": 0, "head": heads, "full": 2}[sizes.qk_norm]
 
 
 def block_elements(
-    sizes: DecoderConfig, method: Any, plan: Plan, groups: list[MatrixGroup], shape: Shape
+    sizes: DecoderConfig,
+    method: Any,
+    plan: Plan,
+    groups: list[MatrixGroup],
+    shape: Shape,
+    rotates: bool = True,
 ) -> float:
-    """Elements per token that a block saves, as in the table above."""
+    """Elements per token that a block saves, as in the table above.
+
+    ``rotates``: whether q and k of this block are rotated.
+    """
     t = plan.mesh.tensor_size
-    h, kv = sizes.hidden_size / t, sizes.kv_heads * sizes.head_dim / t
+    q, kv = sizes.q_width / t, sizes.kv_width / t
     f = groups[2].local_rows[0]
     residual = sizes.hidden_size / (t if plan.sharded_residual else 1)
-    count = 4 * residual + 2 * h + 2 * kv
+    count = 4 * residual + 2 * q + 2 * kv
     stacked = not groups[0].factorized or method.name == "sltrain"
-    if stacked and not shape.kernels.attention:
-        # q, k, v come from one GEMM: v keeps the whole stack alive beside the rotated q and k.
-        count += h + kv
+    # q, k, v come from one GEMM: v keeps the whole stack alive beside the rotated q and k.
+    beside_stack = stacked and rotates and not shape.kernels.attention
+    if beside_stack or sizes.qk_norm != "none":
+        count += q + kv
     if shape.kernels.swiglu:
         count += 2 * f
     elif sizes.gated_mlp:
@@ -184,7 +212,7 @@ def kept_elements(
     t = plan.mesh.tensor_size
     residual = sizes.hidden_size / (t if plan.sharded_residual else 1)
     # q, k, v and the output of attention
-    attention = 2 * (sizes.hidden_size + sizes.kv_heads * sizes.head_dim) / t
+    attention = 2 * (sizes.q_width + sizes.kv_width) / t
     between = 0 if method.name == "sltrain" else _bottleneck_elements(method, groups)
     if shape.recompute == "full":
         return residual

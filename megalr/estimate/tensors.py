@@ -74,7 +74,7 @@ class Stored:
 
 def matrix_groups(sizes: DecoderConfig, method: Any, plan: Plan) -> list[MatrixGroup]:
     """The four groups of a block, in order: qkv, o, into, down."""
-    h, kv = sizes.hidden_size, sizes.kv_heads * sizes.head_dim
+    h, q, kv = sizes.hidden_size, sizes.q_width, sizes.kv_width
     used, f = sizes.intermediate_size, sizes.padded_intermediate_size
     into = ("gate", "up") if sizes.gated_mlp else ("up",)
     targets = getattr(method, "targets", None)
@@ -99,8 +99,8 @@ def matrix_groups(sizes: DecoderConfig, method: Any, plan: Plan) -> list[MatrixG
         )
 
     return [
-        group("qkv", ("q", "k", "v"), h, (h, kv, kv)),
-        group("o", ("o",), h, (h,)),
+        group("qkv", ("q", "k", "v"), h, (q, kv, kv)),
+        group("o", ("o",), q, (h,)),
         group("into", into, h, (f,) * len(into)),
         group("down", ("down",), f, (h,)),
     ]
@@ -120,6 +120,9 @@ def stored_tensors(sizes: DecoderConfig, method: Any, plan: Plan = SINGLE) -> li
         tensors.append(Stored("positions", sizes.max_positions * h, "matrices"))
     for name in ("attention_norm", "mlp_norm"):
         tensors.append(Stored(name, norm, "vectors", block=True))
+    t = plan.mesh.tensor_size if sizes.qk_norm == "full" else 1
+    for name, width in zip(("q_norm", "k_norm"), sizes.qk_norm_widths, strict=False):
+        tensors.append(Stored(name, width // t, "vectors", block=True))
     tensors.append(Stored("norm", h, "vectors"))
     if not sizes.tie_embeddings:
         tensors.append(Stored("head", rows * h, "matrices"))

@@ -16,7 +16,13 @@ import torch
 from torch import nn
 
 from megalr.errors import UserError
-from megalr.hf.names import block_linears, plain_block_tensors, plain_tensors
+from megalr.hf.names import (
+    block_linears,
+    is_stacked,
+    plain_block_tensors,
+    plain_tensors,
+    rows_of,
+)
 from megalr.hf.pretrained_config import first_line, load_config
 from megalr.hf.read import Weights
 from megalr.layers.linear import DenseLinear
@@ -129,7 +135,9 @@ def _decoder_logits(weights: Weights, sizes: DecoderConfig, ids: torch.Tensor) -
     window = sizes.sliding_window
     if window is not None:
         window = min(window, WINDOW)
-    decoder = Decoder(replace(sizes, num_layers=1, sliding_window=window), DenseLinear)
+    one = replace(sizes, num_layers=1, rope_layers=None, window_layers=None)
+    decoder = Decoder(one, DenseLinear)
+    decoder.config = replace(sizes, sliding_window=window)  # which layers rotate or have a window
     for parameter in decoder.parameters():
         parameter.zero_()  # the padding
     for name, tensor in plain_tensors(decoder):
@@ -145,6 +153,7 @@ def _decoder_logits(weights: Weights, sizes: DecoderConfig, ids: torch.Tensor) -
 def _load_block(block: Block, number: int, weights: Weights) -> None:
     for name, tensor in plain_block_tensors(block, number):
         tensor.copy_(weights[name])
-    for layer, names in block_linears(block, number):
+    for layer, names in block_linears(block, number, is_stacked(weights.names())):
         for index, name in enumerate(names):
-            layer.load_dense(index, weights[f"{name}.weight"].float())
+            matrix = weights[f"{name}.weight"][rows_of(layer, names, index)]
+            layer.load_dense(index, matrix.float())

@@ -1,4 +1,4 @@
-"""The transformers architecture and configuration of a decoder."""
+"""The transformers architectures of a decoder, and its configuration there."""
 
 from __future__ import annotations
 
@@ -10,36 +10,87 @@ from megalr.models.config import DecoderConfig
 ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
 """Activation of a DecoderConfig to transformers' name."""
 
-EXPORTED = ("llama", "mistral", "qwen2", "gpt2")
-"""``model_type`` of the architectures that can be exported."""
+LAYER_NORM = "LayerNorm"
+LEARNED = "learned positions"
+UNGATED = "an MLP without a gate"
+QKV_BIASES = "biases on q, k, v"
+OTHER_BIASES = "biases on o and the MLP"
+GROUPED = "fewer key/value heads than heads"
+OWN_WIDTH = "heads that are together not as wide as the residual stream"
+UNDIVIDED = "a hidden size that is not a multiple of the heads"
+HEAD_NORMS = "norms of q and k in each head"
+FULL_NORMS = "norms of q and k over all heads"
+POST_NORMS = "norms after attention and MLP"
+SCALED = "scaled rotary positions"
+PARTIAL = "partly rotated heads"
+UNROTATED = "layers without positions"
+WINDOWS = "sliding windows"
+SOME_WINDOWS = "sliding windows in some layers only"
+
+_ANY_ROPE = {GROUPED, OWN_WIDTH, SCALED}
+FAMILIES: dict[str, tuple[set[str], set[str]]] = {
+    "qwen2": ({QKV_BIASES}, {*_ANY_ROPE, UNDIVIDED, WINDOWS, SOME_WINDOWS}),
+    "qwen3": ({HEAD_NORMS}, {*_ANY_ROPE, UNDIVIDED, WINDOWS, SOME_WINDOWS}),
+    "olmo2": ({FULL_NORMS, POST_NORMS}, {*_ANY_ROPE, UNDIVIDED}),
+    "llama": (set(), {*_ANY_ROPE, QKV_BIASES, OTHER_BIASES}),
+    "mistral": (set(), {*_ANY_ROPE, UNDIVIDED, WINDOWS}),
+    "smollm3": (set(), {*_ANY_ROPE, UNDIVIDED, WINDOWS, SOME_WINDOWS, UNROTATED}),
+    "phi3": (set(), {GROUPED, OWN_WIDTH, UNDIVIDED, WINDOWS, PARTIAL}),
+    "gpt2": ({LAYER_NORM, LEARNED, UNGATED, QKV_BIASES, OTHER_BIASES}, set()),
+}
+"""``model_type`` of the architectures that can be exported, preferred ones first: features beyond
+RMSNorm, RoPE and a gated MLP that a decoder must have, and those it may have."""
+
+
+def features_of(config: DecoderConfig) -> set[str]:
+    """What distinguishes the decoder from a plain LLaMA block."""
+    windows = {config.window(layer) for layer in range(config.num_layers)}
+    rotated = {config.rotates(layer) for layer in range(config.num_layers)}
+    rope = config.positions == "rope"
+    present = {
+        LAYER_NORM: config.norm == "layer",
+        LEARNED: not rope,
+        UNGATED: not config.gated_mlp,
+        QKV_BIASES: config.attention_bias,
+        OTHER_BIASES: config.output_bias,
+        GROUPED: config.kv_heads != config.num_heads,
+        OWN_WIDTH: config.q_width != config.hidden_size,
+        UNDIVIDED: config.hidden_size % config.num_heads != 0,
+        HEAD_NORMS: config.qk_norm == "head",
+        FULL_NORMS: config.qk_norm == "full",
+        POST_NORMS: config.norm_order == "post",
+        SCALED: rope and config.rope_scaling is not None,
+        PARTIAL: rope and config.rotary_width != config.head_width,
+        UNROTATED: rope and False in rotated,
+        WINDOWS: windows != {None},
+        SOME_WINDOWS: len(windows) > 1,
+    }
+    return {feature for feature, here in present.items() if here}
 
 
 def families_of(config: DecoderConfig) -> tuple[str, ...]:
     """``model_type`` of the architectures that compute the same function, preferred ones first.
 
+    LLaMA's biases on q, k, v include one on o; where the decoder has none it is written as zero.
+
     Raises:
         UserError: no architecture has this combination.
     """
-    llama_block = config.norm == "rms" and config.positions == "rope" and config.gated_mlp
-    biases = config.attention_bias, config.output_bias
-    if llama_block and biases == (False, False):
-        return ("llama",) if config.sliding_window is None else ("mistral",)
-    if llama_block and biases == (True, False):
-        # LLaMA's attention biases include one on o; it is written as zero.
-        return ("qwen2", "llama") if config.sliding_window is None else ("qwen2",)
-    if llama_block and biases == (True, True) and config.sliding_window is None:
-        return ("llama",)
-    gpt2_block = config.norm == "layer" and config.positions == "learned" and not config.gated_mlp
-    plain_attention = config.kv_heads == config.num_heads and config.sliding_window is None
-    if gpt2_block and biases == (True, True) and plain_attention:
-        return ("gpt2",)
-    raise UserError(
-        f"a decoder with norm {config.norm}, positions {config.positions}, gated_mlp "
-        f"{config.gated_mlp}, attention_bias {config.attention_bias}, output_bias "
-        f"{config.output_bias}, num_kv_heads {config.kv_heads} and sliding_window "
-        f"{config.sliding_window} matches none of transformers' architectures "
-        f"{', '.join(EXPORTED)}: it cannot be exported"
+    features = features_of(config)
+    fitting = tuple(
+        family
+        for family, (needed, allowed) in FAMILIES.items()
+        if needed <= features <= needed | allowed
     )
+    if OTHER_BIASES in features and QKV_BIASES not in features:
+        fitting = ()  # LLaMA has a bias on o only beside those on q, k, v
+    if not fitting:
+        listed = ", ".join(sorted(features)) or "these sizes"
+        raise UserError(
+            f"a decoder with {listed} matches none of transformers' architectures "
+            f"{', '.join(FAMILIES)}: it cannot be exported"
+        )
+    return fitting
 
 
 def transformers_config(
@@ -81,6 +132,7 @@ def transformers_config(
             activation_function=ACTIVATIONS[config.activation],
             **common,
         )
+    rope = rope_parameters(config)
     common |= {
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -90,18 +142,53 @@ def transformers_config(
         "hidden_act": ACTIVATIONS[config.activation],
         "rms_norm_eps": config.norm_eps,
         "max_position_embeddings": max_positions,
-        # transformers 5 turns it into rope_parameters; version 4 reads it as it is.
-        "rope_theta": config.rope_theta,
+        "rope_parameters": dict(rope),
     }
-    if family == "mistral":
-        result: Any = config_class(sliding_window=config.sliding_window, **common)
-    elif family == "qwen2":
-        window: dict[str, Any] = {}
-        if config.sliding_window is not None:  # in all layers, from the first on
-            window = {"sliding_window": config.sliding_window, "max_window_layers": 0}
-        result = config_class(use_sliding_window=bool(window), **window, **common)
-    else:
-        common |= {"attention_bias": config.attention_bias, "mlp_bias": config.output_bias}
-        result = config_class(**common)
-    result.rope_theta = config.rope_theta  # for readers that do not know rope_parameters
+    own_width = config.head_width * config.num_heads != config.hidden_size
+    if own_width or family == "qwen3":  # whose default is 128
+        common["head_dim"] = config.head_width
+    common |= _layer_settings(config, family)
+    result: Any = config_class(**common)
+    # For readers that do not know rope_parameters. Not setattr: for transformers 5.23 rope_scaling
+    # is another name of rope_parameters.
+    result.rope_theta = config.rope_theta
+    if config.rope_scaling is not None:
+        vars(result)["rope_scaling"] = rope
     return result
+
+
+def rope_parameters(config: DecoderConfig) -> dict[str, Any]:
+    """Rotary positions under transformers' names: type, theta, scaling, rotated share."""
+    values: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.rope_scaling is not None:
+        scaling = config.rope_scaling.model_dump(exclude_none=True)
+        values |= {ROPE_NAMES.get(name, name): value for name, value in scaling.items()}
+    if config.partial_rotary_factor != 1:
+        values["partial_rotary_factor"] = config.partial_rotary_factor
+    return values
+
+
+ROPE_NAMES = {"type": "rope_type", "original_max_positions": "original_max_position_embeddings"}
+"""Keys of section model.rope_scaling that have another name in transformers."""
+
+
+def _layer_settings(config: DecoderConfig, family: str) -> dict[str, Any]:
+    """What one family's configuration says about windows, positions and biases of layers."""
+    layers = range(config.num_layers)
+    if family == "llama":
+        return {"attention_bias": config.attention_bias, "mlp_bias": config.output_bias}
+    if family in ("mistral", "phi3"):
+        return {"sliding_window": config.window(0)}
+    if family == "olmo2":
+        return {}
+    windows = [config.window(layer) is not None for layer in layers]
+    settings: dict[str, Any] = {"use_sliding_window": any(windows)}
+    if any(windows):
+        kinds = {True: "sliding_attention", False: "full_attention"}
+        settings["sliding_window"] = config.sliding_window
+        settings["layer_types"] = [kinds[window] for window in windows]
+    if family == "smollm3":
+        settings["no_rope_layers"] = [int(config.rotates(layer)) for layer in layers]
+    elif any(windows) and windows == sorted(windows):
+        settings["max_window_layers"] = windows.index(True)  # for readers without layer_types
+    return settings

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from megalr.config.methods import LowRankMethod, SLTrainMethod
+from megalr.config.model import ModelConfig
 from megalr.config.schema import RunConfig
 from megalr.data import TokenDataset
 from megalr.distributed.agreement import is_rank0, raise_on_any_rank, run_on_all, run_on_rank0
@@ -143,7 +144,7 @@ def with_pretrained_sizes(config: RunConfig) -> RunConfig:
 
 def _sizes(config: RunConfig) -> dict[str, Any]:
     """Values of section ``model`` that the configuration does not set."""
-    given = config.model.model_dump()
+    given = dict(config.model)
     saved = _saved_model(config)
     if saved is not None:
         return {key: value for key, value in saved.items() if given.get(key, value) is None}
@@ -162,11 +163,12 @@ def _saved_model(config: RunConfig) -> dict[str, Any] | None:
     """Section ``model`` of the run in ``run.dir``, if it started from the same pretrained model."""
     path = Path(config.run.dir) / CONFIG
     try:
-        model = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
-        same = model["from_pretrained"] == config.model.from_pretrained
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
+        model = ModelConfig.model_validate(values)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValidationError):
         return None  # no run there, or one that check_run_folder will report
-    return model if same else None
+    same = model.from_pretrained == config.model.from_pretrained
+    return dict(model) if same else None
 
 
 def check_pretrained_tokenizer(config: RunConfig, data: TokenDataset) -> None:
@@ -221,7 +223,7 @@ def import_weights(folder: Path, decoder: Decoder, device: torch.device) -> Impo
         load_plain(decoder, weights)
     except UserError as error:
         failure = error
-    for number, (layer, names) in enumerate(named_linears(decoder)):
+    for number, (layer, names) in enumerate(named_linears(decoder, weights)):
         shared = isinstance(layer, FactorizedLinear) and not isinstance(layer, LoRALinear)
         owner = number % world
         if failure is None and (not shared or owner == rank):

@@ -30,9 +30,21 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     MistralModel,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Olmo2Model,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Phi3Model,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2Model,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+    SmolLM3Model,
 )
 
 FORMS = ("product", "silu", "sparse", "base")
@@ -84,24 +96,27 @@ class Projection(nn.Module):
     """A linear layer in one of FORMS: ``x (..., n)`` to ``(..., sum m_i)``.
 
     Modules: ``a``, all A_i stacked, ``(parts r, n)``; ``b``, B ``(m, r)`` with the bias, or a list
-    of the B_i if several matrices are side by side (GPT-2's q, k, v); ``sparse``: S; ``base``: W0.
+    of the B_i if several matrices are side by side (q, k, v of GPT-2 and Phi-3); ``sparse``: S;
+    ``base``: W0.
 
     Args:
         old: the layer that is replaced, which has the sizes.
         form: one of FORMS.
         rank: r of each matrix.
-        parts: matrices side by side.
+        parts: outputs m_i of the matrices side by side.
         entries: numbers in S.
     """
 
-    def __init__(self, old: Any, form: str, rank: int, parts: int, entries: int) -> None:
+    def __init__(
+        self, old: Any, form: str, rank: int, parts: tuple[int, ...], entries: int
+    ) -> None:
         super().__init__()
         n, m = _sizes(old)
         bias = old.bias is not None
         self.silu = form == "silu"
-        self.a = nn.Linear(n, parts * rank, bias=False)
-        blocks = [nn.Linear(rank, m // parts, bias=bias) for _ in range(parts)]
-        self.b: Any = blocks[0] if parts == 1 else nn.ModuleList(blocks)
+        self.a = nn.Linear(n, len(parts) * rank, bias=False)
+        blocks = [nn.Linear(rank, part, bias=bias) for part in parts]
+        self.b: Any = blocks[0] if len(parts) == 1 else nn.ModuleList(blocks)
         self.sparse = SparseEntries(m, n, entries) if form == "sparse" else None
         self.base = nn.Linear(n, m, bias=False) if form == "base" else None
 
@@ -205,7 +220,7 @@ def factorize(base: Any, config: Any) -> None:
                     f"config.json: factorization.modules names {name}, which a "
                     f"{type(block).__name__} does not have"
                 )
-            parts = 3 if leaf == "c_attn" else 1
+            parts = _parts(parent, leaf, _sizes(old)[1])
             rank, entries = _checked(name, values, old, parts, form)
             if name in starts:
                 new: nn.Module = SharedProjection(old, form, starts[name], rank)
@@ -214,14 +229,25 @@ def factorize(base: Any, config: Any) -> None:
             setattr(parent, leaf, new)
 
 
-def _checked(name: str, values: Any, old: Any, parts: int, form: str) -> tuple[int, int]:
+def _parts(parent: Any, leaf: str, m: int) -> tuple[int, ...]:
+    """Outputs of the matrices that a layer with m outputs holds side by side."""
+    if leaf == "qkv_proj":  # of Phi-3, where k and v may have fewer heads
+        kv = parent.num_key_value_heads * parent.head_dim
+        return m - 2 * kv, kv, kv
+    count = {"c_attn": 3, "gate_up_proj": 2}.get(leaf, 1)
+    return (m // count,) * count
+
+
+def _checked(
+    name: str, values: Any, old: Any, parts: tuple[int, ...], form: str
+) -> tuple[int, int]:
     """Rank and entries of a layer."""
     n, m = _sizes(old)
     rank = values.get("rank") if isinstance(values, dict) else None
-    if type(rank) is not int or not 1 <= rank <= min(n, m // parts):
+    if type(rank) is not int or not 1 <= rank <= min(n, *parts):
         raise ValueError(
             f"config.json: factorization.modules {name} has rank {rank!r}: must be 1 to "
-            f"{min(n, m // parts)}"
+            f"{min(n, *parts)}"
         )
     entries = values.get("entries", 0)
     if type(entries) is not int or not 0 <= entries <= n * m or (form == "sparse") > entries:
@@ -246,7 +272,8 @@ def _share_factors(block: Any, modules: dict[str, Any]) -> dict[str, int]:
         width = 0
         for name, leaf in zip(names, leaves, strict=True):
             starts[name] = width
-            width += _checked(name, modules[name], getattr(parent, leaf), 1, "product")[0]
+            old = getattr(parent, leaf)
+            width += _checked(name, modules[name], old, (_sizes(old)[1],), "product")[0]
         parent.shared_a = nn.Linear(_sizes(getattr(parent, leaves[0]))[0], width, bias=False)
         parent.register_forward_pre_hook(_apply_shared_a, with_kwargs=True)
     return starts
@@ -311,6 +338,10 @@ TRANSFORMERS = {
     "llama": (LlamaConfig, LlamaModel, LlamaForCausalLM),
     "mistral": (MistralConfig, MistralModel, MistralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2Model, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3Model, Qwen3ForCausalLM),
+    "smollm3": (SmolLM3Config, SmolLM3Model, SmolLM3ForCausalLM),
+    "olmo2": (Olmo2Config, Olmo2Model, Olmo2ForCausalLM),
+    "phi3": (Phi3Config, Phi3Model, Phi3ForCausalLM),
     "gpt2": (GPT2Config, GPT2Model, GPT2LMHeadModel),
 }
 """transformers' configuration, base model and causal language model of each family."""

@@ -1,11 +1,13 @@
 """Correspondence between transformers' tensor names and the decoder's parameters.
 
-LLaMA, Mistral and Qwen2 share their names; GPT-2 has its own and stores matrices transposed.
+All families but GPT-2 have LLaMA's names, with two differences: norms after attention and MLP
+have names of their own (OLMo-2); q, k, v are one tensor, and so are gate and up (Phi-3). GPT-2 has
+its own names and stores matrices transposed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
@@ -16,20 +18,37 @@ from megalr.models.decoder import Block, Decoder
 Tensors = Iterator[tuple[str, torch.Tensor]]
 ATTENTION = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
 MLP = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+STACKED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
+STACKED |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
+"""Tensors of Phi-3 that hold several matrices, stacked by rows, by LLaMA's names."""
 
 
-def block_linears(block: Block, number: int) -> list[tuple[GroupedLinear, list[str]]]:
-    """The linear layers of a block, each with its matrices' LLaMA names (without ``.weight``)."""
+def block_linears(
+    block: Block, number: int, stacked: bool = False
+) -> list[tuple[GroupedLinear, list[str]]]:
+    """The linear layers of a block, each with the names of its matrices (without ``.weight``).
+
+    ``stacked``: names of a model that stacks matrices; those of one tensor have the same name.
+    """
     prefix = f"model.layers.{number}"
-    return [
-        (layer, [f"{prefix}.{part}.{names[name.rsplit('.', 1)[1]]}" for name in layer.shape.names])
-        for layer, part, names in (
-            (block.attention.qkv, "self_attn", ATTENTION),
-            (block.attention.o, "self_attn", ATTENTION),
-            (block.mlp.gate_up, "mlp", MLP),
-            (block.mlp.down, "mlp", MLP),
-        )
-    ]
+    found = []
+    for layer, part, known in (
+        (block.attention.qkv, "self_attn", ATTENTION),
+        (block.attention.o, "self_attn", ATTENTION),
+        (block.mlp.gate_up, "mlp", MLP),
+        (block.mlp.down, "mlp", MLP),
+    ):
+        names = [known[name.rsplit(".", 1)[1]] for name in layer.shape.names]
+        names = [STACKED.get(name, name) for name in names] if stacked else names
+        found.append((layer, [f"{prefix}.{part}.{name}" for name in names]))
+    return found
+
+
+def rows_of(layer: GroupedLinear, names: list[str], index: int) -> slice:
+    """Rows of matrix ``index`` of a layer in its tensor, of which ``names`` are the names."""
+    used = layer.shape.out_used
+    start = sum(used[i] for i in range(index) if names[i] == names[index])
+    return slice(start, start + used[index])
 
 
 def plain_tensors(decoder: Decoder) -> Tensors:
@@ -49,8 +68,14 @@ def plain_tensors(decoder: Decoder) -> Tensors:
 def plain_block_tensors(block: Block, number: int) -> Tensors:
     """LLaMA name and tensor of a block's norms and biases, as views."""
     prefix = f"model.layers.{number}"
-    yield f"{prefix}.input_layernorm.weight", block.attention_norm.weight.detach()
-    yield f"{prefix}.post_attention_layernorm.weight", block.mlp_norm.weight.detach()
+    first, second = "input_layernorm", "post_attention_layernorm"
+    if block.post_norm:
+        first, second = "post_attention_layernorm", "post_feedforward_layernorm"
+    yield f"{prefix}.{first}.weight", block.attention_norm.weight.detach()
+    yield f"{prefix}.{second}.weight", block.mlp_norm.weight.detach()
+    for name, norm in (("q_norm", block.attention.q_norm), ("k_norm", block.attention.k_norm)):
+        if norm is not None:
+            yield f"{prefix}.self_attn.{name}.weight", norm.weight.detach()
     for layer, names in block_linears(block, number):
         if layer.bias is not None:
             for index, name in enumerate(names):
@@ -100,9 +125,9 @@ def block_modules(
         for name, layer in _gpt2_linears(block):
             yield f"transformer.h.{number}.{name}", layer, list(range(len(layer.shape.names)))
         return
-    for layer, names in block_linears(block, number):
-        for index, name in enumerate(names):
-            yield name, layer, [index]
+    for layer, names in block_linears(block, number, stacked=family == "phi3"):
+        for name in dict.fromkeys(names):
+            yield name, layer, [index for index, own in enumerate(names) if own == name]
 
 
 def _gpt2_linears(block: Block) -> list[tuple[str, GroupedLinear]]:
@@ -145,13 +170,19 @@ def dense_state_dict(decoder: Decoder) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def load_dense_state_dict(decoder: Decoder, state: Mapping[str, torch.Tensor]) -> None:
-    """Load all weights from a dense state dict with transformers' LLaMA names.
+    """Load all weights from a dense state dict with transformers' names (not GPT-2's).
 
     Dense layers take the matrices exactly, factorized ones their best rank-r approximation.
     """
     for name, tensor in plain_tensors(decoder):
         tensor.copy_(state[name])
+    stacked = is_stacked(state)
     for number, block in enumerate(decoder.blocks()):
-        for layer, names in block_linears(block, number):
+        for layer, names in block_linears(block, number, stacked):
             for index, name in enumerate(names):
-                layer.load_dense(index, state[f"{name}.weight"])
+                layer.load_dense(index, state[f"{name}.weight"][rows_of(layer, names, index)])
+
+
+def is_stacked(names: Iterable[str]) -> bool:
+    """Whether tensors of these names hold several matrices each."""
+    return any(name.endswith(".qkv_proj.weight") for name in names)

@@ -6,7 +6,6 @@ is then left to transformers' configuration class: defaults, windows by layer, R
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,9 +13,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megalr.errors import UserError
 from megalr.files import read_json_object
-
-IMPORTED = ("llama", "mistral", "qwen2")
-"""``model_type`` of the architectures that can be imported."""
+from megalr.hf.supported import (
+    IMPORTED,
+    SLIDING,
+    foreign_features,
+    head_width_of,
+    layer_kinds,
+    rope_of,
+    rotated_layers,
+    scaling_of,
+    short_repr,
+    shortest_pattern,
+    unsupported,
+)
 
 CONFIG_NAME = "config.json"
 Width = Annotated[int, Field(ge=1, le=1 << 22)]
@@ -49,6 +58,8 @@ class PretrainedConfig(BaseModel):
     sliding_window: Annotated[int, Field(ge=1, le=1 << 40)] | None = None
     max_window_layers: Annotated[int, Field(ge=0, le=1 << 40)] | None = None
     layer_types: list[Annotated[str, Field(max_length=100)]] | None = None
+    no_rope_layers: Annotated[list[int], Field(max_length=1 << 14)] | None = None
+    no_rope_layer_interval: Annotated[int, Field(ge=1, le=1 << 40)] | None = None
 
 
 REQUIRED = (
@@ -81,8 +92,8 @@ def load_config(folder: Path) -> Any:
     if kind not in IMPORTED:
         own_code = " (it needs the folder's own code, which is not run)" * ("auto_map" in raw)
         raise UserError(
-            f"{folder}: architecture {repr(kind)[:60]} cannot be read{own_code}; those that work: "
-            f"{', '.join(IMPORTED)}"
+            f"{folder}: architecture {repr(kind)[:60]}{foreign_features(raw)} cannot be read"
+            f"{own_code}; those that work: {', '.join(IMPORTED)}"
         )
     _check_types(path, raw)
     from transformers import AutoConfig
@@ -110,22 +121,29 @@ def pretrained_sizes(folder: Path) -> dict[str, Any]:
         UserError: as :func:`load_config`, or a variant that the decoder does not compute.
     """
     hf = load_config(folder)
-    problems = list(_unsupported(folder, hf))
+    problems = list(unsupported(folder, hf))
     if problems:
-        raise UserError(
-            f"{folder}: a {hf.model_type} model with {', '.join(problems)} cannot be read: only "
-            "the plain architecture is"
-        )
+        listed = ", ".join(problems)
+        raise UserError(f"{folder}: a {hf.model_type} model with {listed} cannot be read")
+    rope = rope_of(hf)
+    windows = [kind == SLIDING for kind in layer_kinds(hf)]
     return {
         "hidden_size": hf.hidden_size,
         "intermediate_size": hf.intermediate_size,
         "num_layers": hf.num_hidden_layers,
         "num_heads": hf.num_attention_heads,
         "num_kv_heads": hf.num_key_value_heads,
+        "head_dim": head_width_of(hf),
         "vocab_size": hf.vocab_size,
         "norm_eps": float(hf.rms_norm_eps),
-        "rope_theta": float(_rope(hf)["rope_theta"]),
-        "sliding_window": hf.sliding_window if "sliding" in _attention_kinds(hf) else None,
+        "norm_order": "post" if hf.model_type == "olmo2" else "pre",
+        "qk_norm": {"qwen3": "head", "olmo2": "full"}.get(hf.model_type, "none"),
+        "rope_theta": float(rope["rope_theta"]),
+        "rope_scaling": scaling_of(hf),
+        "partial_rotary_factor": float(rope.get("partial_rotary_factor") or 1),
+        "rope_layers": shortest_pattern(rotated_layers(hf)),
+        "sliding_window": hf.sliding_window if any(windows) else None,
+        "window_layers": shortest_pattern(windows) if any(windows) else None,
         "tie_embeddings": bool(hf.tie_word_embeddings),
         "attention_bias": hf.model_type == "qwen2",
     }
@@ -146,76 +164,5 @@ def _check_types(path: Path, values: dict[str, Any]) -> None:
         name = ".".join(map(str, detail["loc"]))
         reason = detail["msg"][0].lower() + detail["msg"][1:]
         raise UserError(
-            f"{path}: {name} is {_shown(detail['input'])}: {reason}; copy the folder again"
+            f"{path}: {name} is {short_repr(detail['input'])}: {reason}; copy the folder again"
         ) from None
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, str) and value.isidentifier():
-        text = value
-    else:
-        try:
-            text = repr(value)
-        except (ValueError, RecursionError):  # an integer of thousands of digits
-            text = f"a {type(value).__name__}"
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _rope(hf: Any) -> dict[str, Any]:
-    """rope_type, rope_theta and whatever modifies them, of transformers 5 and 4."""
-    if getattr(hf, "rope_parameters", None):
-        return dict(hf.rope_parameters)
-    scaling = getattr(hf, "rope_scaling", None) or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    return {"rope_type": kind, "rope_theta": getattr(hf, "rope_theta", None)}
-
-
-def _attention_kinds(hf: Any) -> set[str]:
-    """``full`` and ``sliding``: the kinds of attention that transformers' layers compute."""
-    if hf.model_type == "llama":
-        return {"full"}  # its layers have no window, whatever the configuration says
-    if hf.model_type == "mistral":
-        return {"full" if hf.sliding_window is None else "sliding"}
-    return {kind.removesuffix("_attention") for kind in hf.layer_types}
-
-
-def _unsupported(folder: Path, hf: Any) -> Iterator[str]:
-    """Features of the configuration that the decoder does not have."""
-    if hf.hidden_act != "silu":
-        yield f"hidden_act {_shown(hf.hidden_act)}"
-    yield from _unsupported_rope(hf)
-    if hf.hidden_size % hf.num_attention_heads:
-        yield f"hidden_size {hf.hidden_size} not a multiple of {hf.num_attention_heads} heads"
-    width = hf.hidden_size // hf.num_attention_heads
-    if (getattr(hf, "head_dim", None) or width) != width:
-        yield f"head_dim {hf.head_dim} other than {width}"
-    elif width % 2:
-        yield f"an odd head_dim, {width}"
-    if hf.num_attention_heads % (hf.num_key_value_heads or hf.num_attention_heads):
-        yield f"{hf.num_attention_heads} heads on {hf.num_key_value_heads} key/value heads"
-    for name in ("attention_bias", "mlp_bias"):
-        if getattr(hf, name, False):
-            yield name
-    kinds = _attention_kinds(hf)
-    if len(kinds) > 1:
-        yield "sliding windows in some layers only"
-    elif kinds - {"full", "sliding"} or (kinds == {"sliding"} and hf.sliding_window is None):
-        yield f"layer_types {_shown(hf.layer_types[0])}"
-    if hf.model_type == "qwen2" and len(hf.layer_types) != hf.num_hidden_layers:
-        yield f"{len(hf.layer_types)} layer_types for {hf.num_hidden_layers} layers"
-    if getattr(hf, "quantization_config", None) is not None:
-        yield "quantized weights"
-    if (folder / "adapter_config.json").exists():
-        yield "an adapter (adapter_config.json; merge it into the weights first)"
-
-
-def _unsupported_rope(hf: Any) -> Iterator[str]:
-    rope = _rope(hf)
-    partial = rope.get("partial_rotary_factor", getattr(hf, "partial_rotary_factor", None))
-    kind, theta = rope.get("rope_type", "default"), rope.get("rope_theta")
-    if kind != "default":
-        yield f"rope_type {_shown(kind)}"
-    elif partial not in (None, 1):
-        yield f"partial_rotary_factor {_shown(partial)}"
-    elif not isinstance(theta, int | float) or isinstance(theta, bool) or not 1 < theta <= 1e15:
-        yield f"rope_theta {_shown(theta)}"

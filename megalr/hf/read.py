@@ -11,11 +11,12 @@ from safetensors import SafetensorError, safe_open
 
 from megalr.errors import UserError
 from megalr.files import read_json_object
-from megalr.hf.names import block_linears, plain_tensors
+from megalr.hf.names import block_linears, is_stacked, plain_tensors, rows_of
 from megalr.layers.linear import DenseLinear, GroupedLinear
 from megalr.layers.sltrain import SLTrainLinear
 from megalr.models.config import DecoderConfig
 from megalr.models.decoder import Decoder
+from megalr.models.rope import rope_frequencies
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -142,7 +143,7 @@ def check_weights(decoder: Decoder, weights: Weights) -> None:
     the embedding, or RoPE's frequencies. ``decoder`` is not sharded by tensor parallelism; it may
     be on device meta.
     """
-    expected = dict(_expected_shapes(decoder))
+    expected = dict(_expected_shapes(decoder, weights))
     found = {name for name in weights.names() if not name.endswith(INV_FREQ)}
     missing = sorted(expected.keys() - found)
     tied = {HEAD} if decoder.config.tie_embeddings else set()
@@ -171,14 +172,15 @@ def check_weights(decoder: Decoder, weights: Weights) -> None:
 
 
 def _check_frequencies(name: str, weights: Weights, config: DecoderConfig) -> None:
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
-    expected = config.rope_theta**-exponent
+    width, theta = config.rotary_width, config.rope_theta
+    expected = rope_frequencies(width, theta, config.rope_scaling, torch.device("cpu")).double()
     stored = weights[name].double()
     # Half precision keeps three digits, of small numbers fewer.
     if stored.shape != expected.shape or not stored.allclose(expected, rtol=1e-2, atol=1e-7):
+        scaled = " with its scaling" if config.rope_scaling is not None else ""
         raise UserError(
-            f"{weights.folder}: {name} holds other frequencies than rope_theta "
-            f"{config.rope_theta:g} gives: correct rope_theta in config.json, or remove the tensor"
+            f"{weights.folder}: {name} holds other frequencies than rope_theta {theta:g}{scaled} "
+            "gives: correct rope_theta in config.json, or remove the tensor"
         )
 
 
@@ -200,20 +202,22 @@ def open_weights(folder: Path, sizes: DecoderConfig) -> Weights:
     return weights
 
 
-def _expected_shapes(decoder: Decoder) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _expected_shapes(decoder: Decoder, weights: Weights) -> Iterator[tuple[str, tuple[int, ...]]]:
     for name, tensor in plain_tensors(decoder):
         yield name, tuple(tensor.shape)
-    for layer, names in named_linears(decoder):
-        for name, rows in zip(names, layer.shape.out_used, strict=True):
-            yield f"{name}.weight", (rows, layer.shape.in_used)
+    for layer, names in named_linears(decoder, weights):
+        for index, name in enumerate(names):
+            # Of matrices that are stacked in one tensor the last gives its height.
+            yield f"{name}.weight", (rows_of(layer, names, index).stop, layer.shape.in_used)
 
 
-def named_linears(decoder: Decoder) -> list[tuple[GroupedLinear, list[str]]]:
+def named_linears(decoder: Decoder, weights: Weights) -> list[tuple[GroupedLinear, list[str]]]:
     """The linear layers of all blocks with their matrices' names in the folder."""
+    stacked = is_stacked(weights.names())
     return [
         pair
         for number, block in enumerate(decoder.blocks())
-        for pair in block_linears(block, number)
+        for pair in block_linears(block, number, stacked)
     ]
 
 
@@ -238,7 +242,7 @@ def load_linear(
     """
     errors = {}
     for index, name in enumerate(names):
-        weight = weights[f"{name}.weight"].to(device).float()
+        weight = weights[f"{name}.weight"][rows_of(layer, names, index)].to(device).float()
         try:
             if isinstance(layer, SLTrainLinear):
                 layer.load_dense_and_support(index, weight)

@@ -80,15 +80,19 @@ def backward_config(S: int) -> BackwardConfig:
 
 
 def apply_rope(x: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
-    """Rotate ``x (B, H, S, D)`` by ``tables (2, S, D)`` in float32, in the dtype of x.
+    """Rotate ``x (B, H, S, D)`` by ``tables (2, S, W)`` in float32, in the dtype of x.
 
-    Tables of each row of the batch by itself are ``(2, B, 1, S, D)``.
+    Tables of each row of the batch by itself are ``(2, B, 1, S, W)``.
 
-    The halves of D become (x1 c - x2 s, x2 c + x1 s) (RoPE, arXiv 2104.09864).
+    The halves of the first W <= D dimensions become (x1 c - x2 s, x2 c + x1 s) (RoPE, arXiv
+    2104.09864); the others stay.
     """
-    first, second = x.float().chunk(2, dim=-1)
+    width = tables.shape[-1]
+    turned = x[..., :width].float()
+    first, second = turned.chunk(2, dim=-1)
     rotated = torch.cat((-second, first), dim=-1)
-    return (x.float() * tables[0] + rotated * tables[1]).to(x.dtype)
+    y = (turned * tables[0] + rotated * tables[1]).to(x.dtype)
+    return y if width == x.shape[-1] else torch.cat((y, x[..., width:]), dim=-1)
 
 
 def attention_reference(
@@ -155,8 +159,8 @@ def attention(
     Rotation in float32, rounded to the dtype of q; scores and softmax in float32; probabilities
     rounded for the product with v. Gradients are summed in float32 too and rounded once, after the
     rotation back (autograd of the reference rounds before it as well). No sum is atomic: results
-    are the same bits on every run. ``rope`` must hold the same angles in both halves of D, as in
-    models.attention.rope_tables.
+    are the same bits on every run. ``rope`` must be as wide as a head and hold the same angles in
+    both halves, as the tables of models.rope do.
 
     Args:
         projections: q, k, v with shapes as in attention_reference, any stride of B and S; or one

@@ -8,7 +8,7 @@ from torch import nn
 
 from megalr.layers.deferred import DeferredRMSNorm
 from megalr.sharding.tensor_shard import TensorShard, set_shard, shard_range
-from megalr.tensor_parallel.collectives import copy
+from megalr.tensor_parallel.collectives import copy, reduce
 from megalr.tensor_parallel.mesh import Group, Mesh
 
 
@@ -36,6 +36,68 @@ class ShardedRMSNorm(nn.Module):
         """``(..., h/p)`` of this rank; sums of squares in float32."""
         squares = x.float().square().sum(dim=-1, keepdim=True)  # (..., 1)
         return DeferredRMSNorm(x * self.weight, squares, self.hidden_size, self.eps)
+
+
+class SummedRMSNorm(nn.Module):
+    """RMSNorm of a vector that is sharded over ranks; they sum its squares at once.
+
+    ``y = weight x / sqrt(mean x^2 + eps)`` for this rank's part of x, with the mean over the whole
+    vector: one number per vector is summed over the ranks in either direction. Parameter ``weight
+    (w/p,)``.
+
+    Args:
+        width: w, of the whole vector; the number p of ranks divides it.
+        eps: added to the mean square.
+        mesh: the ranks.
+    """
+
+    def __init__(self, width: int, eps: float, mesh: Mesh) -> None:
+        super().__init__()
+        self.width = width
+        self.eps = eps
+        self.group = mesh.tensor_group
+        part = shard_range(width, mesh.tensor_rank, mesh.tensor_size)
+        self.weight = nn.Parameter(torch.ones(part[1] - part[0]))
+        set_shard(self.weight, TensorShard((width,), rows=(part,)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(..., w/p)`` to the same shape and dtype, computed in float32."""
+        exact = x.float()
+        squares = exact.square().sum(dim=-1, keepdim=True)  # (..., 1)
+        mean = reduce(copy(squares, self.group), self.group) / self.width
+        return (exact * torch.rsqrt(mean + self.eps) * self.weight.float()).to(x.dtype)
+
+
+def rms_norm_of_shards(width: int, eps: float, mesh: Mesh) -> nn.RMSNorm | SummedRMSNorm:
+    """RMSNorm of vectors of which each rank of ``mesh`` holds an equal part."""
+    if mesh.tensor_size == 1:
+        return nn.RMSNorm(width, eps=eps)
+    return SummedRMSNorm(width, eps, mesh)
+
+
+class HeadRMSNorm(nn.Module):
+    """RMSNorm of every head by itself, with one weight for all heads (Qwen3, arXiv 2505.09388).
+
+    Each rank normalizes its own heads, so its gradient of the weight is a partial sum, which is
+    summed here.
+
+    Args:
+        head_width: D; parameter ``weight (D,)``.
+        eps: added to the mean square.
+        group: the ranks over which the heads are sharded.
+    """
+
+    def __init__(self, head_width: int, eps: float, group: Group = None) -> None:
+        super().__init__()
+        self.eps = eps
+        self.group = group
+        self.weight = nn.Parameter(torch.ones(head_width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(..., H D)``, heads side by side, to the same shape."""
+        weight = copy(self.weight, self.group)
+        heads = x.unflatten(-1, (-1, weight.shape[0]))  # (..., H, D)
+        return F.rms_norm(heads, weight.shape, weight, self.eps).flatten(-2)
 
 
 class FinalNorm(nn.Module):

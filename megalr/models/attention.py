@@ -1,4 +1,4 @@
-"""Attention of a block: its projections, rotary positions, and the choice of its kernel.
+"""Attention of a block: its projections, norms of queries and keys, the choice of its kernel.
 
 Shapes: B batch, S sequence, h hidden, H heads, K key/value heads, D head width.
 """
@@ -15,6 +15,7 @@ from megalr.kernels.document_mask import AttentionMask
 from megalr.layers.deferred import DeferredRMSNorm, values_of
 from megalr.layers.factors import LinearShape
 from megalr.layers.linear import BottleneckLinear, GroupedLinear
+from megalr.layers.norm import HeadRMSNorm, SummedRMSNorm, rms_norm_of_shards
 from megalr.models.config import DecoderConfig
 from megalr.tensor_parallel.plan import Plan
 
@@ -22,15 +23,15 @@ MakeLinear = Callable[[LinearShape, bool], GroupedLinear]
 """Builds the linear layer of one group of matrices, ``(shape, bias)``; the method decides which."""
 
 
-def rope_tables(length: int, head_dim: int, theta: float, device: torch.device) -> torch.Tensor:
-    """``(2, S, D)`` float32: cosines and sines of ``position / theta^(2i/D)``, half-split.
-
-    RoFormer, arXiv 2104.09864 §3.2; element i is paired with element i + D/2.
-    """
-    exponent = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
-    angles = torch.outer(torch.arange(length, device=device).float(), theta**-exponent)
-    angles = torch.cat((angles, angles), dim=-1)  # (S, D)
-    return torch.stack((angles.cos(), angles.sin()))
+def make_head_norm(
+    config: DecoderConfig, width: int, plan: Plan
+) -> HeadRMSNorm | SummedRMSNorm | nn.RMSNorm | None:
+    """The norm of queries or keys, ``width`` over all heads of all ranks; None if there is none."""
+    if config.qk_norm == "none":
+        return None
+    if config.qk_norm == "head":
+        return HeadRMSNorm(config.head_width, config.norm_eps, plan.group)
+    return rms_norm_of_shards(width, config.norm_eps, plan.mesh)
 
 
 class Attention(nn.Module):
@@ -50,20 +51,24 @@ class Attention(nn.Module):
         self, config: DecoderConfig, prefix: str, make_linear: MakeLinear, plan: Plan
     ) -> None:
         super().__init__()
-        h, kv = config.hidden_size, config.kv_heads * config.head_dim
+        h, q, kv = config.hidden_size, config.q_width, config.kv_width
         self.config = config
         self.fused = False
         qkv = LinearShape(
             tuple(f"{prefix}.{name}" for name in "qkv"),
             h,
-            (h, kv, kv),
+            (q, kv, kv),
             h,
-            (h, kv, kv),
+            (q, kv, kv),
             plan.column_parallel(),
         )
         self.qkv = make_linear(qkv, config.attention_bias)
-        o = LinearShape((f"{prefix}.o",), h, (h,), h, (h,), plan.row_parallel())
+        o = LinearShape((f"{prefix}.o",), q, (h,), q, (h,), plan.row_parallel())
         self.o = make_linear(o, config.output_bias)
+        self.q_norm = make_head_norm(config, config.q_width, plan)
+        self.k_norm = make_head_norm(config, config.kv_width, plan)
+        # The kernel rotates whole heads.
+        self.kernel_rotates = config.rotary_width == config.head_width
 
     def forward(
         self,
@@ -77,7 +82,8 @@ class Attention(nn.Module):
 
     def uses_kernel(self, x: torch.Tensor, mask: AttentionMask) -> bool:
         """Whether :meth:`core` of ``x (B, S, ...)`` uses the kernel of kernels.attention."""
-        return self.fused and attention_applies(x, mask, self.config.head_dim)
+        fits = self.fused and self.kernel_rotates
+        return fits and attention_applies(x, mask, self.config.head_width)
 
     def core(
         self,
@@ -87,20 +93,24 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """``softmax(q k^T / sqrt(D)) v``, heads side by side: the input of ``o``, ``(B, S, H D)``.
 
-        Under tensor parallelism H are this rank's heads.
+        q and k are normalized (``qk_norm``) and rotated before. Under tensor parallelism H are this
+        rank's heads.
 
         Args:
             x: ``(B, S, h)``, normalized.
-            rope: tables of :func:`rope_tables`, or of each row, ``(2, B, 1, S, D)``; None for no
-                rotation.
+            rope: tables of models.rope, or of each row, ``(2, B, 1, S, W)``; None for no rotation.
             mask: ``(S, S)`` or ``(B, 1, S, S)``, True where a position may look; other forms of
                 kernels.document_mask; None for causal attention.
         """
-        if self.uses_kernel(values_of(x), mask):
+        width = self.config.head_width
+        fused = self.uses_kernel(values_of(x), mask)
+        if fused and self.q_norm is None and isinstance(self.qkv, BottleneckLinear):
             # The operator takes the stack of a bottleneck layer, (3, B, S, H D), but not the one
             # of a dense layer, (B, S, 3 H D).
-            stacked = isinstance(self.qkv, BottleneckLinear)
-            projections = self.qkv.forward_stacked(x) if stacked else self.qkv(x)
-            return attention(projections, rope, self.config.head_dim)
+            return attention(self.qkv.forward_stacked(x), rope, width)
         q, k, v = self.qkv(x)
-        return attention_reference(q, k, v, rope, mask, self.config.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if fused:
+            return attention((q, k, v), rope, width)
+        return attention_reference(q, k, v, rope, mask, width)

@@ -53,7 +53,7 @@ def sizes_of(config: RunConfig) -> DecoderConfig:
     Raises:
         UserError: unknown preset, or sizes that do not fit each other.
     """
-    values = {key: value for key, value in config.model.model_dump().items() if value is not None}
+    values = {key: value for key, value in config.model if value is not None}
     return decoder_config(values.pop("preset", None), values)
 
 

@@ -1,10 +1,12 @@
 """The decoder: token ids to logits or the summed loss. It knows no engine and no training options;
 a tensor-parallel plan says which shard of the weights a rank holds.
 
-* RMSNorm (arXiv 1910.07467) or LayerNorm before attention and MLP; a final norm before the head
-* RoPE (arXiv 2104.09864) in the half-split form, or learned positions
-* causal grouped-query attention (arXiv 2305.13245), optional sliding window (kernels.attention),
-  within documents where their positions are given (kernels.document_mask)
+* RMSNorm (arXiv 1910.07467) or LayerNorm before attention and MLP, or after them; a final norm
+  before the head
+* RoPE (models.rope) in all layers or some, or learned positions
+* causal grouped-query attention (arXiv 2305.13245), optional sliding window in all layers or some,
+  within documents where their positions are given (kernels.document_mask); optional norms of
+  queries and keys (models.attention)
 * SwiGLU (arXiv 2002.05202) or an MLP without a gate
 * q, k, v are one group of matrices, gate and up another (layers.factors)
 * MLP width and vocabulary are padded. Padded rows and columns are zero, get no gradient, and so
@@ -21,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from megalr.errors import UserError
 from megalr.kernels import half_on_gpu
 from megalr.kernels.document_mask import (
     AttentionMask,
@@ -41,10 +44,11 @@ from megalr.layers.linear import (
     FactorizedLinear,
     GroupedLinear,
 )
-from megalr.layers.norm import FinalNorm, ShardedRMSNorm
-from megalr.models.attention import Attention, MakeLinear, rope_tables
+from megalr.layers.norm import FinalNorm, ShardedRMSNorm, SummedRMSNorm
+from megalr.models.attention import Attention, MakeLinear
 from megalr.models.config import DecoderConfig
 from megalr.models.recompute import recomputed
+from megalr.models.rope import rope_tables
 from megalr.tensor_parallel.plan import SINGLE, Plan
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -54,13 +58,17 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def make_norm(config: DecoderConfig, plan: Plan) -> nn.RMSNorm | nn.LayerNorm | ShardedRMSNorm:
+Norm = nn.RMSNorm | nn.LayerNorm | ShardedRMSNorm | SummedRMSNorm
+
+
+def make_norm(config: DecoderConfig, plan: Plan) -> Norm:
     """The norm of a block; statistics are computed in float32."""
+    h, eps = config.hidden_size, config.norm_eps
     if plan.sharded_residual:
-        return ShardedRMSNorm(config.hidden_size, config.norm_eps, plan.mesh)
-    if config.norm == "rms":
-        return nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        # What follows a norm after attention or MLP is no matrix, so its factor cannot be deferred.
+        kind = SummedRMSNorm if config.norm_order == "post" else ShardedRMSNorm
+        return kind(h, eps, plan.mesh)
+    return nn.RMSNorm(h, eps=eps) if config.norm == "rms" else nn.LayerNorm(h, eps=eps)
 
 
 class MLP(nn.Module):
@@ -125,6 +133,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """``x + attention(norm x)``, then ``x + mlp(norm x)``; the last sum is left to the next block.
 
+    With ``norm_order`` post: ``x + norm attention(x)``, then ``x + norm mlp(x)``.
+
     A compiled block cannot fuse its last sum with a norm in another block; the next block, which
     receives both terms, can.
 
@@ -149,6 +159,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.recompute = recompute
+        self.post_norm = config.norm_order == "post"
         self.fused = False
         self.attention_norm = make_norm(config, plan)
         self.attention = Attention(config, f"layers.{index}.attention", make_linear, plan)
@@ -183,6 +194,10 @@ class Block(nn.Module):
         rope: torch.Tensor | None,
         mask: AttentionMask,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.post_norm:
+            x = x if added is None else x + added
+            x = x + self.attention_norm(self.attention(x, rope, mask))
+            return x, self.mlp_norm(self.mlp(x))
         x, normed = self._add_and_norm(self.attention_norm, x, added)
         x, normed = self._add_and_norm(self.mlp_norm, x, self.attention(normed, rope, mask))
         return x, self.mlp(normed)
@@ -273,35 +288,61 @@ class Decoder(nn.Module):
         S = input_ids.shape[1]
         # (B, S, h); in layout bottleneck (B, S, h/p) from here to the final norm
         x = self.plan.start_residual(self.embedding(input_ids))
-        rope = None
-        mask = self._mask(x, positions)
+        windows = [self._window(layer, S) for layer in range(len(self.layers))]
+        masks = {window: self._mask(x, positions, window) for window in set(windows)}
+        rope = self._rope(S, positions, masks[windows[0]], x.device)
         if self.positions is not None:
+            self._check_length(S)
             places = torch.arange(S, device=x.device) if positions is None else positions
             x = x + self.positions(places)
-        else:
-            rope = rope_tables(S, self.config.head_dim, self.config.rope_theta, x.device)
-            if positions is not None and not is_bounds(mask):
-                rope = rope[:, positions.long()].unsqueeze(2)  # (2, B, 1, S, D)
         added = torch.zeros_like(x)  # with None the first block would compile to another graph
-        for block in self.blocks():
-            x, added = block(x, rope, mask, added)
+        for index, block in enumerate(self.blocks()):
+            rotation = rope if self.config.rotates(index) else None
+            x, added = block(x, rotation, masks[windows[index]], added)
         return self.norm(self.plan.end_residual(x + added))
 
-    def _mask(self, x: torch.Tensor, positions: torch.Tensor | None) -> AttentionMask:
-        """What each position of ``x (B, S, ...)`` sees, in the form of the fastest kernel."""
-        window, S = self.config.sliding_window, x.shape[1]
-        if window is not None and window >= S:
-            window = None
+    def _window(self, layer: int, S: int) -> int | None:
+        """The layer's sliding window; None if it covers the whole sequence."""
+        window = self.config.window(layer)
+        return None if window is None or window >= S else window
+
+    def _rope(
+        self, S: int, positions: torch.Tensor | None, mask: AttentionMask, device: torch.device
+    ) -> torch.Tensor | None:
+        """Tables ``(2, S, W)``, or of each row where the kernel does not read ``positions``."""
+        config = self.config
+        if config.positions != "rope":
+            return None
+        width, theta = config.rotary_width, config.rope_theta
+        rope = rope_tables(S, width, theta, device, config.rope_scaling)
+        if positions is None or is_bounds(mask):
+            return rope
+        return rope[:, positions.long()].unsqueeze(2)  # (2, B, 1, S, W)
+
+    def _check_length(self, S: int) -> None:
+        if self.config.max_positions < S:
+            raise UserError(
+                f"a sequence of {S} tokens is longer than the model's {self.config.max_positions} "
+                "learned positions: lower data.sequence_length"
+            )
+
+    def _mask(
+        self, x: torch.Tensor, positions: torch.Tensor | None, window: int | None
+    ) -> AttentionMask:
+        """What each position of ``x (B, S, ...)`` sees, in the form of the fastest kernel.
+
+        All layers of one batch have the same form, whatever their windows, if there are positions.
+        """
         if positions is not None:
             bounds = document_bounds(positions, window)
             if self.blocks()[0].attention.uses_kernel(x, bounds):
                 return bounds
-            if self.flex and flex_applies(x, self.config.head_dim):
+            if self.flex and flex_applies(x, self.config.head_width):
                 return block_mask(bounds)
             return visible(bounds)
         if window is None:
             return None
-        place = torch.arange(S, device=x.device)
+        place = torch.arange(x.shape[1], device=x.device)
         distance = place[:, None] - place[None, :]
         return (distance >= 0) & (distance < window)
 

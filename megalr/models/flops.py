@@ -23,8 +23,9 @@ def flops_per_token(decoder: Decoder, sequence_length: int, visible: float | Non
     """FLOPs that training spends on one token: 3 forward passes, each 2 per weight + attention.
 
     The third, for the gradients of the weights, skips LoRA's frozen matrices, which have none.
-    Attention counts the positions that causal masking keeps: (S + 1) / 2 on average (fewer with a
-    sliding window), each 2 * 2 * h FLOPs for the scores and the weighted sum. Recomputation by
+    Attention counts the positions that causal masking keeps: (S + 1) / 2 on average (fewer in a
+    layer with a sliding window), each 2 * 2 FLOPs per dimension of all query heads for the scores
+    and the weighted sum. Rotations and norms do not count. Recomputation by
     activation checkpointing does not count: these are model FLOPs, not hardware FLOPs (PaLM,
     arXiv 2204.02311, appendix B).
 
@@ -37,11 +38,17 @@ def flops_per_token(decoder: Decoder, sequence_length: int, visible: float | Non
     config = decoder.config
     S = sequence_length
     if visible is None:
-        window = min(config.sliding_window or S, S)
-        visible = (window * (window + 1) / 2 + (S - window) * window) / S
-    attention = config.num_layers * 4 * config.hidden_size * visible
+        each = [_visible(S, config.window(layer)) for layer in range(config.num_layers)]
+        visible = sum(each) / config.num_layers
+    attention = config.num_layers * 4 * config.q_width * visible
     frozen = sum(linear.frozen_weight_count() for linear in decoder.linears())
     return 3 * (2 * matrix_parameters(decoder) + attention) - 2 * frozen
+
+
+def _visible(S: int, window: int | None) -> float:
+    """Mean number of positions that one of S sees, itself included."""
+    window = min(window or S, S)
+    return (window * (window + 1) / 2 + (S - window) * window) / S
 
 
 def parameter_count(decoder: Decoder, trainable_only: bool = False) -> int:
@@ -59,6 +66,7 @@ def parameter_count(decoder: Decoder, trainable_only: bool = False) -> int:
         count += config.max_positions * config.hidden_size
     vectors = 1 if config.norm == "rms" else 2  # LayerNorm has a bias
     count += (2 * config.num_layers + 1) * vectors * config.hidden_size
+    count += config.num_layers * sum(config.qk_norm_widths)
     for linear in decoder.linears():
         count += linear.weight_count()
         if linear.bias is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -200,7 +201,10 @@ def _visible(config: RunConfig, decoder: Decoder, data: TokenDataset) -> float |
     """Positions that a position sees on average; None: as many as causal masking leaves."""
     if not config.data.document_mask:
         return None
-    return data.mean_visible(config.run.seed, decoder.config.sliding_window)
+    sizes = decoder.config
+    windows = Counter(map(sizes.window, range(sizes.num_layers)))
+    seen = {window: data.mean_visible(config.run.seed, window) for window in windows}
+    return sum(seen[window] * count for window, count in windows.items()) / sizes.num_layers
 
 
 def _metrics(config: RunConfig, request: StopRequest) -> MetricsWriter:

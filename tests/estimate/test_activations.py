@@ -86,7 +86,7 @@ def _kept_numbers(
 
     width = SIZES.hidden_size // (plan.mesh.tensor_size if plan.sharded_residual else 1)
     x = torch.randn(BATCH, LENGTH, width, requires_grad=True, dtype=torch.bfloat16)
-    rope = torch.ones(2, LENGTH, SIZES.head_dim)
+    rope = torch.ones(2, LENGTH, SIZES.head_width)
     alive = [(x, torch.zeros_like(x))]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         for block in decoder.blocks():

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from megalr.config.model import RopeScaling
 from megalr.layers.linear import FactorizedLinear
 from megalr.models.build import build_decoder
 from megalr.models.decoder import Decoder
@@ -33,6 +34,59 @@ FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
     "mistral": ({"sliding_window": 5}, "MistralForCausalLM"),
     "qwen2": ({"attention_bias": True, "tie_embeddings": True}, "Qwen2ForCausalLM"),
     "qwen2_window": ({"attention_bias": True, "sliding_window": 5}, "Qwen2ForCausalLM"),
+    "qwen2_some_windows": (
+        {
+            "attention_bias": True,
+            "num_layers": 4,
+            "sliding_window": 5,
+            "window_layers": (False, True),
+            "rope_scaling": RopeScaling(type="linear", factor=2.0),
+        },
+        "Qwen2ForCausalLM",
+    ),
+    "llama_3.2": (
+        {
+            "rope_theta": 5e5,
+            "rope_scaling": RopeScaling(
+                type="llama3",
+                factor=8.0,
+                original_max_positions=512,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+            ),
+            "tie_embeddings": True,
+        },
+        "LlamaForCausalLM",
+    ),
+    "mistral_nemo": ({"hidden_size": 50, "head_dim": 12}, "MistralForCausalLM"),
+    "qwen3": (
+        {"qk_norm": "head", "head_dim": 16, "tie_embeddings": True},
+        "Qwen3ForCausalLM",
+    ),
+    "qwen3_yarn": (
+        {
+            "qk_norm": "head",
+            "rope_scaling": RopeScaling(
+                type="yarn", factor=4.0, original_max_positions=64, beta_fast=16.0
+            ),
+        },
+        "Qwen3ForCausalLM",
+    ),
+    "smollm3": (
+        {
+            "num_layers": 4,
+            "rope_layers": (True, False),
+            "sliding_window": 6,
+            "window_layers": (False, True),
+            "head_dim": 12,
+        },
+        "SmolLM3ForCausalLM",
+    ),
+    "olmo2": ({"qk_norm": "full", "norm_order": "post", "head_dim": 12}, "Olmo2ForCausalLM"),
+    "phi3": (
+        {"partial_rotary_factor": 0.75, "head_dim": 16, "sliding_window": 7},
+        "Phi3ForCausalLM",
+    ),
     "gpt2": ({**GPT2, "tie_embeddings": True}, "GPT2LMHeadModel"),
     "gpt2_untied": (GPT2, "GPT2LMHeadModel"),
 }

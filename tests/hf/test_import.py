@@ -40,6 +40,7 @@ from tests.training.runs import events, losses, run, settings, zero
 from tests.training.test_methods import METHODS
 
 CPU = torch.device("cpu")
+NOT_IMPORTED = ("llama_biases", "gpt2", "gpt2_untied")
 RANK = 8
 
 
@@ -63,7 +64,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _folder(tmp_path_factory.mktemp("models") / "llama", dtype="bfloat16")
 
 
-@pytest.mark.parametrize("family", ["llama", "llama_tied", "mistral", "qwen2", "qwen2_window"])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in NOT_IMPORTED])
 def test_full_rank_takes_the_weights_bit_by_bit(family: str, tmp_path: Path) -> None:
     folder = _folder(tmp_path / "model", **FAMILIES[family][0])
     decoder, imported = _imported(folder, full_rank())
@@ -74,6 +75,33 @@ def test_full_rank_takes_the_weights_bit_by_bit(family: str, tmp_path: Path) -> 
     ids = torch.randint(0, 101, (2, 17))
     with torch.no_grad():
         torch.testing.assert_close(decoder(ids), model(ids).logits, atol=1e-5, rtol=1e-5)
+    again = tmp_path / "again"
+    write_model(decoder, again, ExportOptions("float32", "40KB", 64), None, "card")
+    files = sorted(path.name for path in folder.iterdir())
+    assert files == sorted(path.name for path in again.iterdir())
+    assert all((again / name).read_bytes() == (folder / name).read_bytes() for name in files)
+
+
+@pytest.mark.parametrize("family", ["mistral_nemo", "qwen3", "smollm3", "olmo2", "phi3"])
+def test_factors_of_other_families_are_the_truncated_svd(family: str, tmp_path: Path) -> None:
+    folder = _folder(tmp_path / "model", **FAMILIES[family][0])
+    decoder, imported = _imported(folder, low_rank(RANK))
+    dense, _ = _imported(folder, full_rank())
+    found, exact = dense_state_dict(decoder), dense_state_dict(dense)
+    for (layer, names), (other, _) in zip(_matrices(decoder), _matrices(dense), strict=True):
+        for index, name in enumerate(names):
+            w = other.dense_weight(index).double().numpy()
+            u, s, vh = np.linalg.svd(w)
+            best = (u[:, :RANK] * s[:RANK]) @ vh[:RANK]
+            np.testing.assert_allclose(layer.dense_weight(index).numpy(), best, atol=2e-6)
+            error = np.linalg.norm(w - best) / np.linalg.norm(w)
+            assert imported.relative_error[name] == pytest.approx(error, rel=1e-4)
+    plain = [name for name in exact if "norm" in name or "embed" in name]
+    assert all(torch.equal(found[name], exact[name]) for name in plain)
+
+
+def _matrices(decoder: Decoder) -> list[tuple[Any, tuple[str, ...]]]:
+    return [(layer, layer.shape.names) for layer in decoder.linears()]
 
 
 def _truncated(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray, str]]:
@@ -161,12 +189,13 @@ def _config_of(folder: Path, target: Path, **changes: Any) -> Path:
     [
         ({"model_type": "bert"}, "'bert' cannot be read; those that work: llama, mistral, qwen2"),
         ({"model_type": "nonsense"}, "'nonsense' cannot be read"),
-        ({"head_dim": 16}, "a llama model with head_dim 16 other than 8"),
+        ({"head_dim": 16}, r"q_proj.weight has shape \(48, 48\), config.json says \(96, 48\)"),
+        ({"head_dim": 7}, "an odd head_dim, 7|an even rotary dimension"),
         ({"attention_bias": True}, "with attention_bias cannot be read"),
         ({"hidden_act": "gelu"}, "with hidden_act gelu"),
         (
-            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-            "with rope_type linear",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "a llama model with rope_type dynamic cannot be read",
         ),
         ({"num_hidden_layers": 3}, "lacks model.layers.2.input_layernorm.weight"),
         ({"num_hidden_layers": 1}, "also holds model.layers.1.input_layernorm.weight"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from megalr.config.model import RopeScaling
 from megalr.errors import UserError
 from megalr.evaluation.offline import Request, evaluate_model
 from megalr.hf.compare_logits import check_same_function
@@ -23,6 +25,11 @@ from megalr.models.config import DecoderConfig, decoder_config
 from tests.hf.models import FAMILIES, lively
 from tests.models.settings import full_rank
 
+NAMES = ("llama", "llama_tied", "mistral", "qwen2", "llama_3.2", "mistral_nemo", "qwen3")
+NAMES = (*NAMES, "smollm3", "olmo2", "phi3")
+ROUNDING = {"olmo2": 3e-6}
+"""Bounds by family of what rounding makes of logits, 1e-6 for the others. OLMo-2's norms follow
+small products: transformers' own logits differ by 1.4e-6 from those in float64."""
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -31,7 +38,7 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder by family."""
     home = tmp_path_factory.mktemp("models")
-    for family in ("llama", "llama_tied", "mistral", "qwen2"):
+    for family in NAMES:
         decoder = lively(full_rank(), **FAMILIES[family][0])
         write_model(decoder, home / family, ExportOptions("float32", "5GB", 64), None, "card")
     decoder = lively(full_rank())
@@ -88,19 +95,27 @@ def test_the_window_is_that_of_the_layers_transformers_builds(
     assert check_same_function(folder, sizes) < 1e-6
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("family", NAMES)
 def test_a_feature_that_was_misread_shows_in_the_logits(family: str, models: Path) -> None:
     folder = models / family
     sizes = _sizes(folder)
-    assert check_same_function(folder, sizes) < 1e-6
+    assert check_same_function(folder, sizes) < ROUNDING.get(family, 1e-6)
     window = sizes.sliding_window
+    wider = {
+        "num_heads": sizes.num_heads // 2,
+        "num_kv_heads": 1,
+        "head_dim": 2 * sizes.head_width,
+    }
     for wrong in (
         {"norm_eps": 10 * sizes.norm_eps},
         {"rope_theta": 1.1 * sizes.rope_theta},
-        {"sliding_window": 5000 if window is None else None},
+        {"sliding_window": 5000 if window is None else None, "window_layers": None},
         {"sliding_window": 8 if window is None else window + 1},
         {"activation": "gelu_tanh"},
-        {"num_heads": 3, "num_kv_heads": 1},
+        {"norm_eps": 2.0} if sizes.qk_norm == "head" else wider,  # whose norms would be as wide
+        {"rope_scaling": RopeScaling(type="linear", factor=1.05)},
+        {"rope_layers": (False, True)},
+        {"partial_rotary_factor": 0.5},
     ):
         with pytest.raises(UserError, match=r"differ from transformers' by .*cannot be imported"):
             check_same_function(folder, replace(sizes, **wrong))
@@ -113,24 +128,46 @@ def test_weights_in_half_precision_are_compared_as_exactly(models: Path) -> None
 @pytest.mark.parametrize(
     "family, changes, message",
     [
-        (
-            "qwen2",
-            {
-                "use_sliding_window": True,
-                "sliding_window": 16,
-                "max_window_layers": 1,
-                "layer_types": "absent",
-            },
-            "sliding windows in some layers only",
-        ),
         ("qwen2", {"layer_types": ["chunked_attention"] * 2}, "layer_types chunked_attention"),
         ("qwen2", {"layer_types": [FULL]}, "layer_types"),
-        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
         (
             "llama",
-            {"rope_parameters": "absent", "rope_scaling": {"type": "linear", "factor": 2.0}},
-            "rope_type linear",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+            "rope_type dynamic",
         ),
+        (
+            "llama",
+            {"rope_parameters": "absent", "rope_scaling": {"type": "longrope", "factor": 2.0}},
+            "rope_type longrope|transformers cannot read it .*short_factor",
+        ),
+        ("llama", {"rope_parameters": {"rope_type": "new", "factor": 2.0}}, "rope_type new"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "linear", "factor": 0.5}},
+            r"rope_type linear \(factor 0.5: input should be greater than or equal to 1",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "attention_factor": "1"}},
+            "attention_factor '1': input should be a valid number",
+        ),
+        (
+            "llama",
+            {
+                "rope_parameters": {
+                    "rope_type": "llama3",
+                    "factor": 2.0,
+                    "low_freq_factor": 4.0,
+                    "high_freq_factor": 1.0,
+                }
+            },
+            "low_freq_factor 4 must be below high_freq_factor 1",
+        ),
+        ("phi3", {"partial_rotary_factor": 0.7, "rope_parameters": "absent"}, "11 rotated dimen"),
+        ("phi3", {"partial_rotary_factor": 1.5, "rope_parameters": "absent"}, "factor 1.5"),
+        ("qwen3", {"attention_bias": True}, "a qwen3 model with attention_bias"),
+        ("smollm3", {"no_rope_layers": [1, 0, 1]}, "3 no_rope_layers for 4 layers"),
+        ("smollm3", {"no_rope_layers": ["yes"]}, "no_rope_layers.0 is yes: input should be"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ("llama", {"mlp_bias": True}, "with mlp_bias"),
         ("llama", {"num_attention_heads": 0}, "num_attention_heads is 0: input should be greater"),
@@ -154,6 +191,102 @@ def test_what_the_decoder_does_not_compute_is_refused_by_name(
     family: str, changes: dict, message: str, models: Path, tmp_path: Path
 ) -> None:
     _refused(_with_config(models / family, tmp_path / "model", **changes), message)
+
+
+@pytest.mark.parametrize(
+    "architecture, changes, message",
+    [
+        (
+            "gemma2",
+            {"final_logit_softcapping": 30.0},
+            r"soft caps \(final_logit_softcapping 30.0\)",
+        ),
+        ("mixtral", {"num_local_experts": 8}, r"a mixture of experts \(num_local_experts 8\)"),
+        ("qwen3_moe", {"num_experts": 128}, r"a mixture of experts \(num_experts 128\)"),
+        (
+            "deepseek_v3",
+            {"n_routed_experts": 256, "kv_lora_rank": 512},
+            r"experts \(n_routed_experts 256\), latent attention \(kv_lora_rank 512\)",
+        ),
+    ],
+)
+def test_other_architectures_are_refused_with_the_features_that_are_missing_here(
+    architecture: str, changes: dict, message: str, models: Path, tmp_path: Path
+) -> None:
+    folder = _with_config(models / "llama", tmp_path / "m", model_type=architecture, **changes)
+    _refused(folder, f"architecture '{architecture}' with .*{message} cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "expected"),
+    [
+        (  # config.json of transformers 4
+            "llama",
+            {"rope_parameters": "absent", "rope_scaling": {"type": "linear", "factor": 2}},
+            {"rope_scaling": RopeScaling(type="linear", factor=2.0)},
+        ),
+        (
+            "llama_3.2",
+            {"rope_parameters": "absent"},  # rope_theta and rope_scaling stay
+            {"rope_scaling": FAMILIES["llama_3.2"][0]["rope_scaling"], "rope_theta": 5e5},
+        ),
+        (
+            "llama",
+            {
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 32,
+                    "mscale": 1.0,
+                    "mscale_all_dim": 0.5,
+                    "truncate": False,
+                }
+            },
+            {
+                "rope_scaling": RopeScaling(
+                    type="yarn",
+                    factor=4.0,
+                    original_max_positions=32,
+                    attention_factor=(0.1 * math.log(4) + 1) / (0.05 * math.log(4) + 1),
+                    truncate=False,
+                )
+            },
+        ),
+        (
+            "qwen3",
+            {
+                "use_sliding_window": True,
+                "sliding_window": 16,
+                "max_window_layers": 1,
+                "layer_types": "absent",
+            },
+            {"sliding_window": 16, "window_layers": (False, True), "qk_norm": "head"},
+        ),
+        (
+            "smollm3",
+            {"no_rope_layers": "absent", "no_rope_layer_interval": 4, "layer_types": "absent"},
+            {
+                "rope_layers": (True, True, True, False),
+                "window_layers": (False, False, False, True),
+            },
+        ),
+        (
+            "smollm3",
+            {"no_rope_layers": [1, 0, 0, 1, 0]},
+            {"rope_layers": (True, False, False, True)},
+        ),
+        ("mistral_nemo", {}, {"head_dim": 12, "hidden_size": 50}),
+        ("olmo2", {}, {"norm_order": "post", "qk_norm": "full", "head_dim": 12}),
+        ("phi3", {}, {"partial_rotary_factor": 0.75, "sliding_window": 7}),
+    ],
+)
+def test_features_are_read_as_transformers_reads_them(
+    family: str, changes: dict, expected: dict, models: Path, tmp_path: Path
+) -> None:
+    folder = _with_config(models / family, tmp_path / "model", **changes)
+    sizes = _sizes(folder)
+    assert {key: getattr(sizes, key) for key in expected} == expected
+    assert check_same_function(folder, sizes) < ROUNDING.get(family, 1e-6)
 
 
 def test_a_file_that_is_no_strict_json_object_is_refused(models: Path, tmp_path: Path) -> None:

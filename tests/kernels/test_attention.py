@@ -16,7 +16,7 @@ from megalr.kernels.attention import (
     launch_backward,
     launch_forward,
 )
-from megalr.models.attention import rope_tables
+from megalr.models.rope import rope_tables
 from tests.kernels.where import DEVICE, HALF, INTERPRETED, needs_triton
 
 

@@ -54,14 +54,16 @@ def _backward(do: Any, projections: Any, rope: Any, o: Any, lse: Any, head_dim: 
 
     q, k, v = map(heads, _three(projections))
     group, scale = q.shape[1] // k.shape[1], head_dim**-0.5
-    q = apply_rope(q, rope)
-    k, v = (x.repeat_interleave(group, 1) for x in (apply_rope(k, rope), v))
+    q, k = (x if rope is None else apply_rope(x, rope) for x in (q, k))
+    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
     later = torch.ones(q.shape[2], q.shape[2]).triu(1).bool()
     p = (q @ k.mT * scale).masked_fill(later, -torch.inf).softmax(-1)
     dp = heads(do) @ v.mT
     ds = p * (dp - (dp * p).sum(-1, keepdim=True)) * scale
-    back = torch.stack((rope[0], -rope[1]))
     dk, dv = (x.unflatten(1, (-1, group)).sum(2) for x in (ds.mT @ q, p.mT @ heads(do)))
-    grads = [apply_rope(ds @ k, back), apply_rope(dk, back), dv]
+    grads = [ds @ k, dk, dv]
+    if rope is not None:
+        back = torch.stack((rope[0], -rope[1]))
+        grads[:2] = [apply_rope(x, back) for x in grads[:2]]
     grads = [x.transpose(1, 2).flatten(2) for x in grads]
     return [torch.stack(grads)] if len(projections) == 1 else grads

@@ -6,43 +6,171 @@ import pytest
 import torch
 import transformers
 
+from megalr.config.model import RopeScaling
 from megalr.hf.names import dense_state_dict, load_dense_state_dict
 from megalr.models.build import build_decoder
 from megalr.models.config import DecoderConfig
 from tests.models.settings import full_rank, low_rank, tiny
 
+LLAMA3 = RopeScaling(
+    type="llama3",
+    factor=8.0,
+    original_max_positions=512,  # of the four wavelengths one is kept, one mixed, two stretched
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+)
+LLAMA3_THERE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "original_max_position_embeddings": 512,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
+YARN = RopeScaling(type="yarn", factor=4.0, original_max_positions=64)
+YARN_THERE = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+FULL, SLIDING = "full_attention", "sliding_attention"
+
 FAMILIES = {
     "llama": ({}, "LlamaConfig", {}),
     "llama_mha_tied": ({"num_kv_heads": None, "tie_embeddings": True}, "LlamaConfig", {}),
+    "llama_3.2": (
+        {"rope_theta": 5e5, "rope_scaling": LLAMA3, "tie_embeddings": True, "norm_eps": 1e-5},
+        "LlamaConfig",
+        {"rope_parameters": {"rope_theta": 5e5, **LLAMA3_THERE}},
+    ),
+    "llama_linear": (
+        {"rope_scaling": RopeScaling(type="linear", factor=3.0)},
+        "LlamaConfig",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}},
+    ),
     "mistral_window": (
         {"sliding_window": 5, "rope_theta": 1e6},
         "MistralConfig",
         {"sliding_window": 5},
+    ),
+    "mistral_nemo": (
+        {"head_dim": 12, "rope_theta": 1e6, "norm_eps": 1e-5},
+        "MistralConfig",
+        {"head_dim": 12, "sliding_window": None},
+    ),
+    "mistral_odd_heads": (
+        {"hidden_size": 50, "head_dim": 6},
+        "MistralConfig",
+        {"head_dim": 6, "sliding_window": None},
     ),
     "qwen2_bias": (
         {"attention_bias": True, "tie_embeddings": True},
         "Qwen2Config",
         {"use_sliding_window": False},
     ),
+    "qwen2_last_layers_have_windows": (
+        {"attention_bias": True, "sliding_window": 5, "window_layers": (False, True)},
+        "Qwen2Config",
+        {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    ),
+    "qwen2_yarn": (
+        {"attention_bias": True, "rope_scaling": YARN},
+        "Qwen2Config",
+        {"rope_parameters": {"rope_theta": 1e4, **YARN_THERE}, "max_position_embeddings": 256},
+    ),
+    "qwen3": (
+        {"head_dim": 16, "qk_norm": "head", "rope_theta": 1e6, "tie_embeddings": True},
+        "Qwen3Config",
+        {"head_dim": 16},
+    ),
+    "qwen3_yarn_with_its_own_factor": (
+        {
+            "qk_norm": "head",
+            "rope_scaling": YARN.model_copy(update={"attention_factor": 1.3, "truncate": False}),
+        },
+        "Qwen3Config",
+        {
+            "head_dim": 8,
+            "rope_parameters": {
+                "rope_theta": 1e4,
+                "attention_factor": 1.3,
+                "truncate": False,
+                **YARN_THERE,
+            },
+        },
+    ),
+    "qwen3_windows_by_layer": (
+        {
+            "qk_norm": "head",
+            "num_layers": 4,
+            "sliding_window": 4,
+            "window_layers": (True, True, False, True),
+        },
+        "Qwen3Config",
+        {
+            "head_dim": 8,
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "layer_types": [SLIDING, SLIDING, FULL, SLIDING],
+        },
+    ),
+    "smollm3": (
+        {"num_layers": 4, "rope_layers": (True, True, True, False), "rope_theta": 2e6},
+        "SmolLM3Config",
+        {"pad_token_id": None},
+    ),
+    "smollm3_windows_without_positions": (
+        {
+            "num_layers": 4,
+            "rope_layers": (True, False),
+            "sliding_window": 6,
+            "window_layers": (False, True),
+        },
+        "SmolLM3Config",
+        {
+            "pad_token_id": None,
+            "no_rope_layers": [1, 0, 1, 0],
+            "use_sliding_window": True,
+            "sliding_window": 6,
+        },
+    ),
+    "olmo2": (
+        {"qk_norm": "full", "norm_order": "post", "rope_theta": 5e5},
+        "Olmo2Config",
+        {"pad_token_id": None},
+    ),
+    "olmo2_wide_heads": (
+        {"qk_norm": "full", "norm_order": "post", "head_dim": 10, "tie_embeddings": True},
+        "Olmo2Config",
+        {"pad_token_id": None, "head_dim": 10},
+    ),
+    "phi3": (
+        {"partial_rotary_factor": 0.5, "head_dim": 12},
+        "Phi3Config",
+        {
+            "pad_token_id": None,
+            "head_dim": 12,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+    ),
 }
 
 
 def reference_model(config: DecoderConfig, kind: str, extra: dict) -> transformers.PreTrainedModel:
     """A transformers model of these sizes with no trivial weight."""
-    settings = getattr(transformers, kind)(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.kv_heads,
-        rms_norm_eps=config.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        max_position_embeddings=64,
-        tie_word_embeddings=config.tie_embeddings,
-        attn_implementation="eager",
-        **extra,
-    )
+    values = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.kv_heads,
+        "rms_norm_eps": config.norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": config.tie_embeddings,
+        "attn_implementation": "eager",
+    }
+    settings = getattr(transformers, kind)(**{**values, **extra})
     torch.manual_seed(1)
     model = transformers.AutoModelForCausalLM.from_config(settings).float().eval()
     for parameter in model.parameters():  # biases and norms at their trivial init prove nothing

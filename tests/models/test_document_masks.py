@@ -151,9 +151,10 @@ def test_logits_and_gradients_equal_transformers_with_positions_and_a_mask(famil
     decoder = build_decoder(config, full_rank(), seed=0)
     load_dense_state_dict(decoder, reference.state_dict())
     ids, labels, positions = window(config.vocab_size)
-    logits = reference(
-        ids, position_ids=positions.long(), attention_mask=_blocks(config.sliding_window)
-    ).logits
+    mask: Any = _blocks(config.sliding_window)
+    if config.window_layers is not None:  # transformers' masks by kind of layer
+        mask = {"full_attention": _blocks(None), "sliding_attention": mask}
+    logits = reference(ids, position_ids=positions.long(), attention_mask=mask).logits
     torch.testing.assert_close(decoder(ids, None, positions), logits, rtol=1e-5, atol=1e-5)
     loss = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"

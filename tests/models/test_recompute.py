@@ -45,7 +45,7 @@ def _kept_numbers(decoder: Decoder) -> int:
         return tensor
 
     x = torch.randn(*SHAPE, CONFIG.hidden_size, requires_grad=True, dtype=torch.bfloat16)
-    rope = torch.ones(2, SHAPE[1], CONFIG.head_dim)
+    rope = torch.ones(2, SHAPE[1], CONFIG.head_width)
     alive = [(x, torch.zeros_like(x))]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         for block in decoder.blocks():

@@ -18,8 +18,25 @@ CASES: dict[str, tuple[SimpleNamespace, str]] = {
     "some_targets": (low_rank(targets=["q", "k", "v", "down"]), "column_row"),
     "low_rank_bottleneck": (low_rank(), "bottleneck"),
     "cola_bottleneck": (factorized("cola"), "bottleneck"),
+    "head_norms": (full_rank(), "column_row"),
+    "full_norms": (low_rank(), "column_row"),
+    "head_norms_bottleneck": (low_rank(), "bottleneck"),
+    "full_norms_bottleneck": (low_rank(), "bottleneck"),
 }
-"""Every kind of layer in every layout that it has."""
+"""Every kind of layer in every layout that it has, and norms of q and k."""
+
+FEATURES = {
+    "head_norms": {"qk_norm": "head", "head_dim": 16, "rope_layers": (False, True)},
+    "full_norms": {"qk_norm": "full", "norm_order": "post", "head_dim": 20, "num_kv_heads": 4},
+    "head_norms_bottleneck": {
+        "qk_norm": "head",
+        "sliding_window": 4,
+        "window_layers": (True, False),
+        "partial_rotary_factor": 0.5,
+    },
+    "full_norms_bottleneck": {"qk_norm": "full", "norm_order": "post", "num_heads": 8},
+}
+"""Features of the decoder by case."""
 
 
 @lru_cache
@@ -35,4 +52,4 @@ def sizes(name: str) -> DecoderConfig:
         changes |= {"tie_embeddings": True}
     if name == "cola":
         changes |= {"norm": "layer", "positions": "learned", "max_positions": 16}
-    return tiny(**changes)
+    return tiny(**{**changes, **FEATURES.get(name, {})})

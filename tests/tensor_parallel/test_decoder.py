@@ -33,6 +33,10 @@ def _pair(name: str, tensor: int) -> tuple[Decoder, Decoder]:
                 full.copy_(torch.where(full == 0, draw, full))
                 _zero_padding(whole)
                 named[key].copy_(_local(named[key], full))
+        if key.endswith("norm.weight"):
+            with torch.no_grad():
+                full.mul_(1 + 0.3 * torch.randn(full.shape, generator=generator))
+                named[key].copy_(_local(named[key], full))
     return whole, part
 
 
@@ -171,7 +175,8 @@ def test_documents_of_a_row_equal_those_of_one_rank(name: str) -> None:
 
 def _same_function_by_kernels(tensor: int) -> None:
     """The kernels' operators in compiled blocks, with stand-ins where there is no reference."""
-    for name in ("full_rank", "low_rank", "low_rank_bottleneck"):
+    names = ("full_rank", "low_rank", "low_rank_bottleneck", "head_norms", "full_norms_bottleneck")
+    for name in names:
         with kernels_on_the_cpu():
             _same_function(name, tensor, kernels=True, rtol=1e-4)
 
