@@ -14,6 +14,9 @@ from megalr.sweep.sweep_file import read_sweep_file
 ROOT = Path(__file__).resolve().parents[2]
 STUDY = ROOT / "benchmarks" / "study"
 SWEEPS = sorted(path for path in STUDY.glob("*.yaml") if path.name != "base.yaml")
+LARGE = ("table3_20m", "table3_60m")
+"""Hundreds of runs, of which each configuration is checked."""
+
 sys.path.insert(0, str(STUDY))
 
 import collect  # noqa: E402
@@ -25,7 +28,11 @@ def _list() -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=pytest.mark.long if p.stem in LARGE else []) for p in SWEEPS],
+    ids=lambda path: path.stem,
+)
 def test_every_sweep_file_gives_valid_runs(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
