@@ -18,6 +18,7 @@ from megalr.sweep.results import Results
 from megalr.sweep.run_record import current_record
 from megalr.sweep.runner import Runner, machine_slots
 from megalr.sweep.summary import write_table
+from megalr.sweep.sweep_file import many_problems
 from megalr.sweep.widening import Extensions, read_extensions, widen, write_extensions
 
 Planner = Callable[[Extensions], list[PlannedRun]]
@@ -59,10 +60,12 @@ def run_locally(name: str, output: Path, plan: Planner, options: LocalOptions) -
         0: all finished or diverged; 1: some failed; STOPPED: some are still to be done.
 
     Raises:
-        UserError: another sweep uses the folder, or a run has started with other settings.
+        UserError: another sweep uses the folder, data are missing, or a run has started with other
+            settings.
     """
     extensions = read_extensions(output)
     runs = plan(extensions)
+    check_data(runs)
     with output_lock(output):
         while True:
             results = Results(name, output, runs)
@@ -77,6 +80,27 @@ def run_locally(name: str, output: Path, plan: Planner, options: LocalOptions) -
                 return code
             write_extensions(output, wider)
             extensions, runs = wider, plan(wider)
+
+
+def check_data(runs: Sequence[PlannedRun]) -> None:
+    """Refuse a sweep whose runs would fail one after the other for want of their data.
+
+    Raises:
+        UserError: a line for each folder that is missing.
+    """
+    named: dict[str, str] = {}
+    for run in runs:
+        data = run.config.data
+        paths = [source.path for source in data.train]
+        for path in (*paths, *(path for s in data.validation_sets.values() for path in s)):
+            named.setdefault(path, run.name)
+    missing = [
+        f"{path}: no such folder of data ({run} needs it)"
+        for path, run in named.items()
+        if not Path(path).is_dir()
+    ]
+    if missing:
+        raise UserError(many_problems(missing, "the data of the sweep"))
 
 
 @contextmanager

@@ -64,7 +64,9 @@ with (folder / "metrics.jsonl").open("a") as file:
 def write_sweep(folder: Path, **sections: Any) -> Path:
     """A sweep file with the tiny base run beside it."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "base.yaml").write_text(yaml.safe_dump(BASE), encoding="utf-8")
+    (folder / "data").mkdir(exist_ok=True)
+    base = {**BASE, "data": {**BASE["data"], "train": str(folder / "data")}}
+    (folder / "base.yaml").write_text(yaml.safe_dump(base), encoding="utf-8")
     path = folder / "tiny.yaml"
     values = {"base": "base.yaml", **sections}
     path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")

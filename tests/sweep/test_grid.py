@@ -13,9 +13,11 @@ import yaml
 
 from megalr.errors import UserError
 from megalr.models.build import build_model
-from megalr.sweep.grid import number_label
+from megalr.sweep.grid import number_label, plan_runs
+from megalr.sweep.sweep_file import read_sweep_file
 from tests.sweep.files import BASE, plan, write_sweep
 
+ROOT = Path(__file__).parents[2]
 LOW = {
     "set": ["method.rank=4", "train.updates=5"],
     "seeds": [1, 2],
@@ -158,3 +160,11 @@ def test_a_value_of_text_becomes_a_name_of_a_file(tmp_path: Path) -> None:
     assert [run.name for run in runs] == ["g__data=a-b-c__seed=7", "g__data=empty__seed=7"]
     assert [run.config.data.train[0].path for run in runs] == ["a/b c", "ü"]
     assert yaml.safe_load((tmp_path / "base.yaml").read_text())["run"] == BASE["run"]
+
+
+def test_shipped_sweeps_can_be_planned(tmp_path: Path) -> None:
+    files = (ROOT / "recipes" / "sweeps").glob("*.yaml")
+    shipped = [path for path in files if not path.stem.endswith("_base")]
+    for path in shipped:
+        assert plan_runs(read_sweep_file(path), [ROOT], tmp_path)
+    assert shipped
