@@ -218,6 +218,8 @@ def environment_of(slot: Slot, outer: Mapping[str, str]) -> dict[str, str]:
     """The environment of a run in a slot: a world of one process, one GPU, its share of cores."""
     environment = {k: v for k, v in outer.items() if k not in LAUNCHER_VARIABLES}
     environment |= {"RANK": "0", "WORLD_SIZE": "1", "OMP_NUM_THREADS": str(slot.threads)}
+    # Without it every run compiles on all cores.
+    environment.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(slot.threads))
     if slot.gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = slot.gpu
     return environment

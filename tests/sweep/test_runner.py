@@ -165,6 +165,7 @@ def test_each_run_gets_its_gpu_its_cores_and_a_world_of_its_own(
         metrics = out / "runs" / f"g__lr={lr}__seed=7" / "metrics.jsonl"
         environment = json.loads(metrics.read_text().splitlines()[0])["environment"]
         assert environment["OMP_NUM_THREADS"] == "6"
+        assert environment["TORCHINDUCTOR_COMPILE_THREADS"] == "6"
         assert (environment["RANK"], environment["WORLD_SIZE"]) == ("0", "1")
         found.append(environment["CUDA_VISIBLE_DEVICES"])
     assert found == ["4", "7"]
