@@ -18,6 +18,7 @@ FEWEST_POINTS = 100
 POINTS_OF_A_CHART = 60_000
 """Shared by the runs, down to :data:`FEWEST_POINTS` each."""
 CLOCK_POINTS = 400
+FURTHER = "eval_further"
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Chart:
         unit: of the values; may be empty.
         log: whether the value axis starts logarithmic.
         smooth: whether smoothing applies: there is a point every few updates.
+        validation: name of the further validation set, for ``eval_further``.
     """
 
     name: str
@@ -39,12 +41,20 @@ class Chart:
     unit: str = ""
     log: bool = False
     smooth: bool = False
+    validation: str | None = None
+
+    def events(self, run: Run) -> list[Event]:
+        """The events of a run that may have it."""
+        if self.validation is None:
+            return run.series(self.event)
+        return run.series(self.event, validation=self.validation)
 
     def value(self, event: Event) -> float | None:
         """Its value in an event; None where that has none."""
         if self.event == "restart":
             return _of_spectra(event, self.name)
-        return finite_number(event.get(self.name))
+        name = "perplexity" if self.validation is not None else self.name
+        return finite_number(event.get(name))
 
 
 CHARTS = (
@@ -57,6 +67,8 @@ CHARTS = (
     Chart("imbalance", "Factor imbalance", "restart", "before a restart; balanced: 0", log=True),
     Chart("effective_rank", "Effective rank", "restart", "share of r, mean of all kinds"),
 )
+OVERVIEW = 2
+"""The first charts, training loss and validation perplexity, are also drawn as one figure."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +109,7 @@ def points_per_curve(runs: int) -> int:
 
 def curve_of(run: Run, chart: Chart, most: int = MOST_POINTS) -> Curve:
     """The curve of a chart; events without a finite value give no point."""
-    found = [(e["update"], chart.value(e)) for e in run.series(chart.event)]
+    found = [(e["update"], chart.value(e)) for e in chart.events(run)]
     points = [(update, value) for update, value in found if value is not None]
     updates = np.array([update for update, _ in points], dtype=np.int64)
     values = np.array([value for _, value in points], dtype=np.float64)
@@ -228,8 +240,20 @@ def _numbers(values: Any) -> list[float]:
 
 def drawn_charts(runs: Sequence[Run]) -> tuple[list[Chart], list[Chart]]:
     """The charts for which some run has a point, and the others."""
-    events = {chart.event: [e for run in runs for e in run.series(chart.event)] for chart in CHARTS}
-    has = {
-        chart.name: any(chart.value(e) is not None for e in events[chart.event]) for chart in CHARTS
-    }
-    return [c for c in CHARTS if has[c.name]], [c for c in CHARTS if not has[c.name]]
+    charts = [*CHARTS[:OVERVIEW], *_further_charts(runs), *CHARTS[OVERVIEW:]]
+    events = {chart.name: [e for run in runs for e in chart.events(run)] for chart in charts}
+    has = {c.name: any(c.value(e) is not None for e in events[c.name]) for c in charts}
+    return [c for c in charts if has[c.name]], [c for c in charts if not has[c.name]]
+
+
+def _further_charts(runs: Sequence[Run]) -> list[Chart]:
+    """Perplexity on each further validation set, in the order in which the runs name them."""
+    names = [e.get("validation") for run in runs for e in run.events if e["event"] == FURTHER]
+    return [
+        Chart(f"perplexity_{place}", f"Perplexity, {name}", FURTHER, log=True, validation=name)
+        for place, name in enumerate(dict.fromkeys(filter(_is_text, names)), start=2)
+    ]
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)

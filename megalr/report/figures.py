@@ -11,7 +11,7 @@ import numpy as np
 
 from megalr.errors import UserError
 from megalr.files import disk_errors, replace_file
-from megalr.report.curves import CHARTS, Chart, curve_of, drawn_charts
+from megalr.report.curves import CHARTS, OVERVIEW, Chart, curve_of, drawn_charts
 from megalr.report.ranking import Rows, ranked
 from megalr.run.metrics_reader import Run
 
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMATS = ("png", "svg")
-OVERVIEW = 2
-"""Charts of the one-file figure: training loss and validation perplexity."""
 MOST_RESTARTS = 50
 """Restarts that are marked by lines; more would hide the curve."""
 MOST_IN_A_LEGEND = 20

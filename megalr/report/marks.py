@@ -97,7 +97,7 @@ def _details(event: Event) -> str:
     parts = []
     for name in names:
         value = event.get(name)
-        if value in (None, "", [], {}):
+        if not value:  # no, none, nothing
             continue
         text = as_text(value)
         if len(text) <= LONGEST_VALUE:

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,19 +43,26 @@ class Run:
         """The newest event of a kind, {} when there is none."""
         return next((e for e in reversed(self.events) if e["event"] == event), {})
 
-    def series(self, event: str) -> list[Event]:
-        """Events of a kind by update; the newest of a repeated update.
+    def series(self, event: str, **having: Any) -> list[Event]:
+        """Events of a kind, with these values of fields, by update; the newest of a repeated one.
 
         Those of updates that a resume or a rollback went back over do not count.
         """
-        newest: dict[int, Event] = {}
+        found = self._counted.get(event, [])
+        newest = {e["update"]: e for e in found if all(e.get(k) == v for k, v in having.items())}
+        return [newest[update] for update in sorted(newest)]
+
+    @cached_property
+    def _counted(self) -> dict[str, list[Event]]:
+        """Events in order by kind, without those of updates that the run went back over."""
+        found: dict[str, list[Event]] = {}
         for item in self.events:
             back_to = item["update"] if item["event"] == "start" else item.get("to_update")
             if isinstance(back_to, int) and item["event"] in ("start", "rollback"):
-                newest = {update: e for update, e in newest.items() if update <= back_to}
-            if item["event"] == event:
-                newest[item["update"]] = item
-        return [newest[update] for update in sorted(newest)]
+                for kind, events in found.items():
+                    found[kind] = [e for e in events if e["update"] <= back_to]
+            found.setdefault(item["event"], []).append(item)
+        return found
 
     def latest(self, event: str) -> Event:
         """The last of :meth:`series`, {} when there is none."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,14 @@ class Shown:
         self.page.wait_for_selector(f"#chart-{name}[data-drawn=yes] .js-plotly-plot")
         path = f"document.querySelector('#chart-{name} .plot').{what}"
         return json.loads(self.page.evaluate(f"JSON.stringify({path})"))
+
+    def until(self, reached: Callable[[], bool]) -> None:
+        """Wait for something that the page does by itself."""
+        for _ in range(200):
+            if reached():
+                return
+            self.page.wait_for_timeout(50)
+        raise AssertionError("not reached in 10 s")
 
     def curve(self, name: str, label: str) -> tuple[list[float], list[float]]:
         """x and y of a run's curve."""
@@ -152,9 +160,7 @@ def test_dragging_zooms_every_plot_and_double_click_resets(browser: Any, report:
         shown.page.mouse.down()
         shown.page.mouse.move(box["x"] + box["width"] * 0.75, middle, steps=5)
         shown.page.mouse.up()
-        shown.page.wait_for_function(
-            "document.querySelector('#chart-loss .plot').layout.xaxis.autorange === false"
-        )
+        shown.until(lambda: shown.plot("loss", "layout")["xaxis"]["range"][0] > 0)
         zoomed = shown.plot("loss", "layout")
         left, right = zoomed["xaxis"]["range"]
         assert 150 < left < 250 < right < 350
@@ -162,9 +168,7 @@ def test_dragging_zooms_every_plot_and_double_click_resets(browser: Any, report:
         speed = shown.plot("tokens_per_second", "layout")
         assert speed["xaxis"]["range"] == [left, right]
         shown.page.locator("#chart-loss .nsewdrag").first.dblclick()
-        shown.page.wait_for_function(
-            "document.querySelector('#chart-loss .plot').layout.xaxis.autorange !== false"
-        )
+        shown.until(lambda: shown.plot("loss", "layout")["xaxis"]["range"][0] == 0)
         assert shown.plot("loss", "layout")["yaxis"]["range"] == pytest.approx(whole)
 
 
@@ -204,6 +208,15 @@ def test_chips_hide_runs_and_headings_sort(browser: Any, report: Path) -> None:
         assert shown.page.locator("#ranking tbody tr").first.locator("th").inner_text() == "b"
 
 
+def test_plots_without_curves_say_why(browser: Any, report: Path) -> None:
+    with Shown(browser, report) as shown:
+        assert shown.plot("loss", "layout")["annotations"] == []
+        shown.page.locator("[data-show=none]").click()
+        (said,) = shown.plot("loss", "layout")["annotations"]
+        assert said["text"] == "no run is chosen"
+        assert shown.wrong == []
+
+
 def test_theme_button_changes_page_and_plots(browser: Any, report: Path) -> None:
     with Shown(browser, report) as shown:
         light = shown.plot("loss", "layout")["paper_bgcolor"]
@@ -219,6 +232,7 @@ def test_many_long_runs_open_and_can_all_be_shown(browser: Any, tmp_path: Path) 
     with Shown(browser, tmp_path / "report.html") as shown:
         lines = [trace for trace in shown.plot("loss", "data") if "text" in trace]
         assert len([trace for trace in lines if len(trace["x"]) > 1]) == 10
+        assert shown.page.locator("#marks-note").inner_text() == ""
         shown.page.locator("[data-show=all]").click()
         traces = [t for t in shown.plot("loss", "data") if len(t["x"]) > 1]
         assert len(traces) == 120 and all(len(trace["x"]) <= 500 for trace in traces)

@@ -109,6 +109,27 @@ def test_spectra_balance_and_effective_rank_over_time(tmp_path: Path) -> None:
     assert curve_of(run, CHART["effective_rank"]).values.tolist() == [0.5, 0.5, 0.5]
 
 
+def test_further_validation_sets_have_a_chart_each() -> None:
+    further = {"event": "eval_further", "update": 10, "loss": 1.0}
+    run = _run(
+        {"event": "step", "update": 10, "loss": 4.0},
+        {"event": "eval", "update": 10, "loss": 4.0, "perplexity": 54.6},
+        {**further, "validation": "mix <i>", "perplexity": 7.0},
+        {**further, "validation": "code", "perplexity": 3.0},
+        {**further, "validation": ["c4"], "perplexity": 3.0},
+        {**further, "update": 20, "validation": "code", "perplexity": 2.0},
+    )
+    charts = {chart.title: chart for chart in drawn_charts([run])[0]}
+    assert list(charts) == [
+        *("Training loss", "Validation perplexity", "Perplexity, mix <i>", "Perplexity, code")
+    ]
+    found = {title: curve_of(run, chart).values.tolist() for title, chart in charts.items()}
+    assert found["Perplexity, mix <i>"] == [7.0] and found["Perplexity, code"] == [3.0, 2.0]
+    assert [chart.name for chart in charts.values()] == [
+        *("loss", "perplexity", "perplexity_2", "perplexity_3")
+    ]
+
+
 def test_events_are_marked_unless_they_are_measurements() -> None:
     run = _run(
         {"event": "start", "update": 0, "time": 0},

@@ -11,6 +11,8 @@
   const SPECTRUM = ["#c6a5f5", "#9f8cf0", "#6f86ec", "#2f7fd8", "#1f9fb5", "#3fae6e", "#d39a1c"];
   const AXES = {update: "updates", tokens: "training tokens", hours: "hours of running"};
   const MOST_LINES = 60; // vertical lines of a single run
+  const MOST_MARKS = 300; // of one kind, on all curves together; more would hide them
+  const MANY_MARKS = 60; // drawn small
 
   const problem = document.getElementById("problem");
   function showProblem(text) {
@@ -132,6 +134,7 @@
 
   function curves(chart) {
     const traces = [], drawn = [...state.shown].sort((a, b) => b - a); // the best lies on top
+    const counts = countMarks();
     for (const run of drawn) {
       const curve = report.runs[run].curves[chart.name];
       const x = curve && curve.x.length ? onAxis(run, curve.x) : null;
@@ -143,18 +146,28 @@
         traces.push(line(run, x, curve.y, {opacity: 0.25, hoverinfo: "skip"}));
       }
       const y = smooth ? smoothed(curve.y, state.smooth) : curve.y;
-      const few = chart.sparse && curve.x.length <= 60;
+      const few = chart.sparse && curve.x.length <= 30;
       const mode = few ? {mode: "lines+markers", marker: {color: colour(run), size: 5}} : {};
       traces.push(line(run, x, y, {text, hovertemplate, ...mode}));
-      if (chart.name === "loss" && state.marks) traces.push(...marks(run, curve.x, y));
+      if (chart.name === "loss" && state.marks) traces.push(...marks(run, curve.x, y, counts));
     }
     return traces;
   }
 
-  /** The events of a run on its curve, a trace for each kind. */
-  function marks(run, updates, values) {
+  /** How many events of each kind the shown runs have. */
+  function countMarks() {
+    const counts = new Map();
+    for (const run of state.shown) {
+      for (const [kind] of report.runs[run].marks) counts.set(kind, (counts.get(kind) || 0) + 1);
+    }
+    return counts;
+  }
+
+  /** The events of a run on its curve, a trace for each kind of which there are not too many. */
+  function marks(run, updates, values, counts) {
     const kinds = new Map();
     for (const mark of report.runs[run].marks) {
+      if (counts.get(mark[0]) > MOST_MARKS) continue;
       if (!kinds.has(mark[0])) kinds.set(mark[0], []);
       kinds.get(mark[0]).push(mark);
     }
@@ -164,8 +177,9 @@
       y: found.map((mark) => interpolate(updates, values, mark[1])),
       text: found.map((mark) => wrapped(`${mark[0]} at update ${mark[1]}. ${mark[2]}`)),
       hovertemplate: "%{text}<extra></extra>",
-      marker: {symbol: SYMBOLS[kind] || "cross", size: 8, color: colour(run),
-        line: {width: 1, color: style("--card")}},
+      marker: {symbol: SYMBOLS[kind] || "cross", color: colour(run),
+        size: counts.get(kind) > MANY_MARKS ? 5 : 9,
+        line: {width: counts.get(kind) > MANY_MARKS ? 0 : 1, color: style("--card")}},
     }));
   }
 
@@ -203,12 +217,29 @@
         font: {color: text, size: 11}},
       xaxis: {...axis, title: {text: AXES[state.axis], standoff: 6, font: {size: 11}},
         type: state.logAxis ? "log" : "linear", tickformat: "~s", hoverformat: ",.4~g",
-        ...(state.zoom ? {range: state.zoom, autorange: false}
-          : {autorange: true, rangemode: "tozero"})},
+        ...xRange()},
       yaxis: {...axis, ...yAxis(traces, log, name)},
       legend: {orientation: "h", y: -0.24, font: {size: 11}},
-      shapes: lines(),
+      shapes: lines(), annotations: traces.length ? [] : [emptiness()],
     };
+  }
+
+  /** The zoomed stretch, or from zero to the end of the longest run, alike in all plots. */
+  function xRange() {
+    if (state.zoom) return {range: state.zoom, autorange: false};
+    if (state.logAxis) return {autorange: true};
+    const ends = [...state.shown].map((run) => {
+      const x = onAxis(run, report.runs[run].clock.update.slice(-1));
+      return x ? x[0] : 0;
+    });
+    const end = Math.max(0, ...ends);
+    return end > 0 ? {range: [0, 1.02 * end], autorange: false} : {autorange: true};
+  }
+
+  function emptiness() {
+    const text = state.shown.size ? "not recorded by the chosen runs" : "no run is chosen";
+    return {text, showarrow: false, xref: "paper", yref: "paper", x: 0.5, y: 0.5,
+      font: {color: style("--soft")}};
   }
 
   /** Vertical lines at the events, if one run alone is shown and they do not hide it. */
@@ -221,9 +252,9 @@
       y1: 1, layer: "below", line: {color: style("--soft"), width: 1, dash: "dot"}}));
   }
 
-  const config = () => ({responsive: true, displaylogo: false,
+  const config = () => ({responsive: true, displaylogo: false, doubleClick: "autosize",
     displayModeBar: touch.matches ? true : "hover",
-    modeBarButtons: [["zoomIn2d", "zoomOut2d", "resetScale2d"]]});
+    modeBarButtons: [["zoomIn2d", "zoomOut2d", "autoScale2d"]]});
 
   function draw(figure) {
     const name = figure.dataset.chart, plot = figure.querySelector(".plot");
@@ -244,7 +275,6 @@
   }
 
   function setZoom(range) {
-    if (JSON.stringify(range) === JSON.stringify(state.zoom)) return;
     state.zoom = range;
     drawAll();
   }
@@ -265,6 +295,9 @@
     for (const figure of figures) {
       if (near.has(figure)) draw(figure); else figure.dataset.drawn = "no";
     }
+    const many = [...countMarks()].filter(([, count]) => count > MOST_MARKS);
+    byId("marks-note").textContent = state.marks && many.length
+      ? `(${many.map(([kind]) => kind).join(", ")}: too many to mark)` : "";
   }
 
   // ---- controls ----
@@ -390,7 +423,7 @@
   if (typeof Plotly === "undefined") return showProblem("plotly.js is missing in this page");
   document.querySelector(".controls").hidden = false;
   setTheme();
-  makeChips();
+  if (report.runs.length > 1) makeChips();
   makeSpectrumChoice();
   listen();
   document.querySelectorAll("table.sortable").forEach(makeSortable);
