@@ -19,6 +19,7 @@ setup(
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["megalr", "megalr.*"]),
     package_data={"megalr": ["py.typed"], "megalr.report": ["assets/*"]},
+    entry_points={"console_scripts": ["megalr=megalr.cli.main:console"]},
     install_requires=[
         "deepspeed>=0.19.8",
         "torch>=2.6",

@@ -79,7 +79,7 @@ def exit_cleanly(main: Callable[[], int | None]) -> None:
         reason = (str(error).splitlines() or [repr(error)])[0]
         _print_error(
             f"rank {launched_number(RANK_VARIABLES)}: out of memory ({reason}): lower the "
-            "micro-batch size or the sequence length, or use more GPUs; tools/estimate_memory.py "
+            "micro-batch size or the sequence length, or use more GPUs; `megalr memory` "
             "says what a run needs"
         )
         sys.exit(2)

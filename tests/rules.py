@@ -42,6 +42,7 @@ LONGEST_FILE, SHORTEST_FILE, MOST_FILES, LONGEST_FUNCTION = 400, 60, 16, 60
 
 FILE_SIZES: dict[str, str] = {
     "checkpoint/torch_files.py": "one contract: reading tensors without running code",
+    "cli/memory.py": "one command",
     "config/base.py": "one contract: the types that all sections share",
     "config/health.py": "one section, a file like those of the others",
     "distributed/peer_errors.py": "one contract: a lost rank's error in one line",
@@ -68,6 +69,7 @@ SAME_FILES = {
     "health.py": "config/ declares the section, training/ decides by it",
     "manifest.py": "the record of a folder that the room writes and reads",
     "methods.py": "config/ declares the methods, optim/ chooses their optimizer",
+    "memory.py": "estimate/ computes it, cli/ prints it",
     "embedding.py": "the layer and its custom kernel",
     "norm.py": "the layer and its custom kernel",
     "schedules.py": "config/ declares the sections, optim/ computes them",
@@ -76,6 +78,7 @@ SAME_FILES = {
 """File names that several rooms share, each with the job it does."""
 
 METHOD_PLACES = {
+    "cli/formats.py": "an option names the method to try",
     "config/": "declares the methods",
     "models/build.py": "chooses the layers",
     "optim/methods.py": "chooses the optimizer",

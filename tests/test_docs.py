@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import throughput
 
+from megalr.cli.command_line import find_file
+from megalr.cli.commands import COMMANDS
 from megalr.config import load_run_config
 from megalr.config.problems import known_keys
 from megalr.config.schema import RunConfig
@@ -34,7 +36,10 @@ SCRIPTS = {
     "launchers/slurm/preprocess.sbatch": "tools/preprocess_c4.py",
 }
 """Scripts that hand their arguments on to a program."""
-STARTS_RUNS = ("launchers/pretrain.py", "launchers/submit.py", "tools/estimate_memory.py")
+STARTS_RUNS = (
+    *("launchers/pretrain.py", "launchers/submit.py", "tools/estimate_memory.py"),
+    *("megalr train", "megalr submit", "megalr memory"),
+)
 NO_KEYS = {
     "checkpoint.writer",  # DeepSpeed's
     "checkpoint.tag_validation",
@@ -142,9 +147,16 @@ def commands(page: Path) -> Iterator[tuple[str, list[str]]]:
         for name in (*SCRIPTS, *PROGRAMS):
             before, found, behind = line.partition(name)
             if found and not before.endswith("/"):
-                words = shlex.split(re.sub(r"\s#.*", "", behind))
-                yield SCRIPTS.get(name, name), [word.strip("[]") for word in words]
+                yield SCRIPTS.get(name, name), _words(behind)
                 break
+        else:
+            called = re.match(r"(?:\S+/)?megalr (\w+)(?!\S)(.*)", line)
+            if called:
+                yield f"megalr {called[1]}", _words(called[2])
+
+
+def _words(line: str) -> list[str]:
+    return [word.strip("[]") for word in shlex.split(re.sub(r"\s#.*", "", line))]
 
 
 def test_commands_are_found() -> None:
@@ -153,8 +165,18 @@ def test_commands_are_found() -> None:
     assert sum(len(list(commands(page))) for page in PAGES) >= 60
 
 
+PARSERS = {
+    name: command.parser
+    for command in COMMANDS.values()
+    for name in (f"megalr {command.name}", command.program)
+    if name is not None
+}
+
+
 def options(program: str) -> set[str]:
-    """Every ``--option`` that a program's source adds to its parser."""
+    """Every ``--option`` of a command, or that a program's source adds to its parser."""
+    if program in PARSERS:
+        return set(PARSERS[program]()._option_string_actions)
     calls = [n for n in ast.walk(ast.parse(PROGRAMS[program].read_text())) if type(n) is ast.Call]
     first = [call.args[0] for call in calls if call.args]
     words = {word.value for word in first if isinstance(word, ast.Constant)}
@@ -165,11 +187,20 @@ def options(program: str) -> set[str]:
 def test_command_lines_have_options_that_exist_and_describe_runs_that_load(page: Path) -> None:
     for program, words in commands(page):
         given = {word for word in words if word.startswith("--") and len(word) > 2}
-        assert not given - options(program) - {"--no-append_eos"}, (program, words)
-        recipes = [word for word in words if word.startswith("recipes/")]
+        assert not given - options(program), (program, words)
+        recipes = [ROOT / word for word in words if word.startswith("recipes/")]
+        recipes += [find_file(word) for word in words if word.startswith("llama_")]
         if program in STARTS_RUNS and recipes:
             changes = [word for word in words if re.match(r"[a-z]+\.\w+=", word)]
-            load_run_config([ROOT / recipe for recipe in recipes], changes, presets=PRESETS)
+            load_run_config(recipes, changes, presets=PRESETS)
+
+
+def test_examples_of_the_command_are_checked_like_those_of_the_pages() -> None:
+    for command in COMMANDS.values():
+        called, name, *words = shlex.split(command.example)
+        assert (called, name) == ("megalr", command.name)
+        given = {word for word in words if word.startswith("--")}
+        assert given <= options(f"megalr {name}"), command.example
 
 
 def test_cases_of_benchmarks_exist() -> None:

@@ -35,9 +35,9 @@ def load_run_config(
 ) -> RunConfig:
     """Merge the files in order, apply the overrides, check everything.
 
-    A key may stand in one file only; an override replaces the value of a file, and
-    ``model.from_pretrained`` that of ``model.preset`` and conversely. ``presets`` are the
-    known names of models; without them ``model.preset`` is not checked here.
+    A key may stand in one file only; an override replaces the value of a file and of an earlier
+    override, and ``model.from_pretrained`` that of ``model.preset`` and conversely. ``presets`` are
+    the known names of models; without them ``model.preset`` is not checked here.
 
     Raises UserError with one line per problem.
     """
@@ -45,15 +45,14 @@ def load_run_config(
     merged = Source()
     for path in config_files:
         _merge_file(merged, _collect(problems, read_file, Path(path)), problems)
-    given: dict[str, str] = {}
+    given: dict[str, Source] = {}
     for text in overrides:
         result = _collect(problems, read_override, text)
-        if result is None:
-            continue
-        key, source = result
-        if key in given:
-            problems.append(f"{COMMAND_LINE}: {key} is given twice: {given[key]} and {text}")
-        given[key] = text
+        if result is not None:
+            key, source = result
+            given.pop(key, None)  # so that the last one of a key also stands last
+            given[key] = source
+    for source in given.values():
         _override(merged, source)
         problems += source.problems
     _replace_start(merged)

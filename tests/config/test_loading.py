@@ -149,10 +149,22 @@ def test_a_key_in_two_files_or_twice_in_one_names_both_places(tmp_path: Path) ->
     assert f"{twice}:8: optimizer is given twice in this file, first in line 5" in problems_of(
         [twice], []
     )
-    repeated = problems_of([first], ["run.seed=1", "run.seed=2"])
-    assert repeated == "command line: run.seed is given twice: run.seed=1 and run.seed=2"
     other = write(tmp_path, "optimizer: {eps: 1e-6}\n", "other.yaml")
     assert load_run_config([first, other], ["optimizer.lr=5"]).optimizer.eps == 1e-6
+
+
+def test_the_last_of_a_key_on_the_command_line_wins(tmp_path: Path) -> None:
+    file = write(tmp_path, MINIMAL)
+    ratios = ["optimizer.lr_ratio={embedding: 2.0}", "optimizer.lr_ratio={head: 3.0}"]
+    config = load_run_config([file], ["run.seed=1", "run.dir=a", *ratios, "run.seed=2"])
+    assert (config.run.seed, config.run.dir) == (2, "a")
+    alone = load_run_config([file], ratios[1:])
+    assert config.optimizer == alone.optimizer
+    # A wrong value that is replaced does no harm; one that replaces does.
+    assert load_run_config([file], ["run.seed=x", "run.seed=3"]).run.seed == 3
+    assert "run.seed = 'x'" in problems_of([file], ["run.seed=3", "run.seed=x"])
+    switched = ["model.preset=llama_9m", "model.from_pretrained=folder", "model.preset=null"]
+    assert load_run_config([file], switched).model.from_pretrained == "folder"
 
 
 @pytest.mark.parametrize(

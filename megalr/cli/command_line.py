@@ -1,0 +1,208 @@
+"""What all command lines share: spelling of options, overrides among other words, recipes by name.
+
+Options are written with underscores; the form with dashes is accepted everywhere, and so are the
+names that an option had before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megalr.cli.commands import COMMANDS
+from megalr.errors import UserError
+
+PACKAGE = Path(__file__).resolve().parents[1]
+PACKAGED = {
+    "recipe": ("recipes/*.yaml", "recipes/methods/*.yaml"),
+    "DeepSpeed JSON": ("ds_configs/*.json",),
+    "sweep": ("recipes/sweeps/*.yaml",),
+}
+"""Files that come with megalr and can be given by name, by kind."""
+DEFAULT_DEEPSPEED: dict[str, Any] = {"zero_optimization": {"stage": 1}}
+
+
+def new_parser(name: str, prog: str | None, details: str = "") -> argparse.ArgumentParser:
+    """An empty parser for the command ``name``.
+
+    Args:
+        name: key of ``COMMANDS``.
+        prog: as argparse takes it; None: the name of the file that was started.
+        details: follows the summary in the help.
+    """
+    command = COMMANDS[name]
+    width = min(shutil.get_terminal_size().columns, 100) - 2  # as argparse's own
+    summary = textwrap.fill(f"{command.summary} {details}", width)
+    parts = [summary, f"example:\n  {command.example}"]
+    if command.program is not None:
+        parts.append(f"In a checkout also: python {command.program}")
+    return argparse.ArgumentParser(
+        prog=prog,
+        description="\n\n".join(parts),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def parse(
+    parser: argparse.ArgumentParser,
+    words: Sequence[str] | None,
+    renamed: Mapping[str, str] | None = None,
+) -> argparse.Namespace:
+    """Parse ``words`` (None: this process's own) with options and positional words in any order.
+
+    Args:
+        parser: knows the options by their names with underscores.
+        words: a command line without the program's name.
+        renamed: former name of an option to its present one.
+    """
+    words = sys.argv[1:] if words is None else words
+    return parser.parse_intermixed_args(spelled(words, renamed or {}))
+
+
+def spelled(words: Sequence[str], renamed: Mapping[str, str]) -> list[str]:
+    """The words with every option under its present name, with underscores; none after ``--``."""
+    end = words.index("--") if "--" in words else len(words)
+    found = []
+    for word in words[:end]:
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            name = "--" + name[2:].replace("-", "_")
+            word = renamed.get(name, name) + equals + value
+        found.append(word)
+    return [*found, *words[end:]]
+
+
+def only_one(option: str, *given: Path | None) -> Path:
+    """The one value of ``given`` that is not None, for ``option`` or its short form.
+
+    Raises:
+        UserError: none or several are.
+    """
+    values = [value for value in given if value is not None]
+    if len(values) != 1:
+        found = " and ".join(map(str, values)) or "not given"
+        raise UserError(f"{option} is {found}: give it once")
+    return values[0]
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """``--config``, ``--deepspeed_config`` and overrides; read by :func:`parse_run`."""
+    add = parser.add_argument
+    add(
+        "--config",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="YAML files of the run, or the name of a recipe (`megalr recipes`)",
+    )
+    add(
+        "--deepspeed_config",
+        metavar="FILE",
+        help="DeepSpeed JSON, such as zero2 of `megalr recipes` (default: ZeRO stage 1)",
+    )
+    add("overrides", nargs="*", metavar="section.key=value", help="replace values of the files")
+
+
+def parse_run(
+    parser: argparse.ArgumentParser,
+    words: Sequence[str] | None,
+    lists: Sequence[str] = ("config",),
+    renamed: Mapping[str, str] | None = None,
+) -> argparse.Namespace:
+    """:func:`parse` for a parser with :func:`add_run_options`.
+
+    argparse takes overrides that stand right after ``--config FILE`` for more files. They are moved
+    to ``overrides``, which keep the order of the command line, since the last of a key wins.
+    Files contain no "=", except for a file in a folder such as ``lr=0.1/``.
+
+    Args:
+        parser: has further options, maybe.
+        words: as for :func:`parse`.
+        lists: options with several values, behind which overrides may stand.
+        renamed: as for :func:`parse`.
+    """
+    words = sys.argv[1:] if words is None else words
+    arguments = parse(parser, words, renamed)
+    for name in lists:
+        values = getattr(arguments, name)
+        moved = [word for word in values if "=" in word and not Path(word).is_file()]
+        setattr(arguments, name, [word for word in values if word not in moved])
+        arguments.overrides += moved
+    last = {word: place for place, word in enumerate(words)}
+    arguments.overrides.sort(key=lambda word: last.get(word, 0))
+    return arguments
+
+
+def config_files(arguments: argparse.Namespace) -> list[Path]:
+    """The files of ``--config``, recipes found by name.
+
+    Raises:
+        UserError: there is none, or a name is unknown.
+    """
+    if not arguments.config:
+        raise UserError("--config is missing: give YAML files or a recipe (`megalr recipes`)")
+    return [find_file(given) for given in arguments.config]
+
+
+def deepspeed_config(given: str | None) -> tuple[dict[str, Any], str]:
+    """The DeepSpeed JSON of ``--deepspeed_config``, or the default; and its name in messages.
+
+    Raises:
+        UserError: it cannot be read, or is not JSON.
+    """
+    if given is None:
+        return DEFAULT_DEEPSPEED, "default DeepSpeed config"
+    from megalr.engine.config import read_deepspeed_json
+
+    path = find_file(given, "DeepSpeed JSON")
+    return read_deepspeed_json(path), str(path)
+
+
+def packaged_names(kind: str) -> dict[str, Path]:
+    """The files of a key of ``PACKAGED`` by their names without ending, in alphabetical order.
+
+    Installed, they lie in the package; in a checkout beside it.
+    """
+    root = PACKAGE if (PACKAGE / "recipes").is_dir() else PACKAGE.parent
+    files = [path for place in PACKAGED[kind] for path in root.glob(place)]
+    return {path.stem: path for path in sorted(files, key=lambda path: path.stem)}
+
+
+def find_file(given: str, kind: str = "recipe") -> Path:
+    """The file ``given``, or the one of that name that comes with megalr.
+
+    A word without folder and ending, such as ``llama_60m``, names one of megalr's files unless such
+    a file exists.
+
+    Args:
+        given: value of ``--config`` or ``--deepspeed_config``.
+        kind: key of ``PACKAGED``.
+
+    Raises:
+        UserError: nothing has that name; shows the nearest.
+    """
+    path = Path(given)
+    if path.suffix or path.name != given or path.is_file():
+        return path
+    names = packaged_names(kind)
+    if given not in names:
+        raise UserError(
+            f"{given}: neither a file nor a {kind} that comes with "
+            f"megalr{did_you_mean(given, names)} (`megalr recipes` lists all)"
+        )
+    return names[given]
+
+
+def did_you_mean(word: str, candidates: Iterable[str]) -> str:
+    """ "; did you mean X?" with the candidate most similar to ``word``; "" if none is."""
+    from megalr.config.problems import nearest  # pydantic takes half a second
+
+    close = nearest(word, candidates)
+    return f"; did you mean {close}?" if close else ""

@@ -1,0 +1,75 @@
+"""``megalr import`` and ``megalr reshape``: models and checkpoints for other programs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megalr.cli.command_line import new_parser, only_one, parse
+
+
+def import_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """The command line of ``megalr import``."""
+    parser = new_parser(
+        "import", prog, "Nothing is written: a run starts from the model by model.from_pretrained."
+    )
+    add = parser.add_argument
+    add("folder", nargs="?", type=Path, metavar="MODEL", help="the same as --model MODEL")
+    add("--model", type=Path, help="folder with a transformers model")
+    add("--method", choices=("low_rank", "sltrain"), default="low_rank")
+    add("--rank", type=int, nargs="+", required=True, help="ranks to try")
+    add("--density", type=float, default=0.01, help="of sltrain (default: %(default)s)")
+    return parser
+
+
+def import_command(words: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Factorize without saving; print a table of relative errors."""
+    arguments = parse(import_parser(prog), words)
+    model = only_one("--model", arguments.model, arguments.folder)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for a GPU, and warn
+    from megalr.hf.init_from_pretrained import trial_import
+
+    print("|W - W_model| / |W|, mean over the layers (largest)")
+    for rank in arguments.rank:
+        density = arguments.density if arguments.method == "sltrain" else None
+        errors = trial_import(model, rank, density).by_projection()
+        cells = (f"{name} {mean:.3f} ({most:.3f})" for name, (mean, most) in errors.items())
+        print(f"rank {rank}:  " + "  ".join(cells), flush=True)
+
+
+def reshape_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """The command line of ``megalr reshape``."""
+    parser = new_parser(
+        "reshape",
+        prog,
+        "Runs resume on another number of ranks or ZeRO stage without it. The folder "
+        "CHECKPOINT_universal is self-contained and can be read by other programs.",
+    )
+    add = parser.add_argument
+    add("folder", nargs="?", type=Path, metavar="RUN", help="the same as --run RUN")
+    add("--run", type=Path, help="folder of the run")
+    add("--tag", help="the checkpoint, e.g. update_1000 (default: the newest)")
+    return parser
+
+
+def reshape_command(words: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Write the universal folder; print its path."""
+    arguments = parse(reshape_parser(prog), words)
+    run = only_one("--run", arguments.run, arguments.folder)
+    from tqdm import tqdm
+
+    from megalr.checkpoint import open_checkpoint
+    from megalr.checkpoint.reshape import write_universal
+
+    checkpoint = open_checkpoint(run, arguments.tag)
+    with tqdm(unit="parameter", disable=not sys.stderr.isatty()) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        folder = write_universal(checkpoint, show)
+    print(folder)
