@@ -29,6 +29,7 @@ STOP_SECONDS = 180.0
 
 LAUNCHER_VARIABLES = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_PRCTL = ctypes.CDLL(None).prctl  # looked up here: nothing may be loaded between fork and exec
 
 
 @dataclass(frozen=True)
@@ -246,4 +247,4 @@ def check_folder_is_free(run: PlannedRun) -> None:
 def _end_with_parent() -> None:
     """In a new process: have the kernel send SIGTERM when the sweep is killed, so that no run
     goes on unseen."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    _PRCTL(_PR_SET_PDEATHSIG, signal.SIGTERM)
