@@ -27,7 +27,13 @@ from megalr.errors import UserError
 from megalr.evaluation.perplexity import evaluate
 from megalr.files import read_json_object
 from megalr.hf.init_from_pretrained import check_same_tokenizers
-from megalr.hf.pretrained_config import IMPORTED, first_line, load_config
+from megalr.hf.pretrained_config import (
+    FACTORIZED_PREFIX,
+    IMPORTED,
+    check_field_types,
+    first_line,
+    load_config,
+)
 from megalr.hf.trained_run import load_decoder, open_verified, run_config
 from megalr.hf.write import DTYPES, EVALUATION
 from megalr.kernels.document_mask import document_bounds, visible
@@ -309,8 +315,12 @@ def _check_tokenizer_of_model(folder: Path, data: TokenDataset) -> list[str]:
 def _transformers_model(folder: Path) -> Any:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no config.json: give a folder with a model")
-    if read_json_object(folder / "config.json").get("model_type") in IMPORTED:
+    raw = read_json_object(folder / "config.json")
+    kind = str(raw.get("model_type"))
+    if kind in IMPORTED:
         load_config(folder)  # checks types and limits before transformers allocates anything
+    elif kind.startswith(FACTORIZED_PREFIX):
+        check_field_types(folder / "config.json", raw)
     from transformers import AutoModelForCausalLM
 
     import megalr.hf.auto  # noqa: F401  (registers the classes of factorized folders)

@@ -13,6 +13,7 @@ with one input are one matrix; ``transformers``, the lowest version.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ from transformers import (
     SmolLM3ForCausalLM,
     SmolLM3Model,
 )
+from transformers.pytorch_utils import Conv1D
 
 FORMS = ("product", "silu", "sparse", "base")
 """``y = B A x``; ``B silu(A x)``; ``(B A + S) x`` with sparse S; ``(W0 + B A) x``. Any scale of the
@@ -201,6 +203,22 @@ def check_config(config: Any) -> dict[str, Any]:
     return settings
 
 
+@dataclass
+class ListedLayer:
+    """A linear layer of a block that ``factorization.modules`` lists, and what it says of it."""
+
+    parent: Any
+    leaf: str
+    old: Any
+    parts: tuple[int, ...]
+    rank: int
+    entries: int
+
+    def replace(self, new: nn.Module) -> None:
+        """Put another layer in its place."""
+        setattr(self.parent, self.leaf, new)
+
+
 def factorize(base: Any, config: Any) -> None:
     """Replace the linear layers of a base model that ``config.factorization`` lists.
 
@@ -208,25 +226,38 @@ def factorize(base: Any, config: Any) -> None:
         ValueError: in one line: the settings do not fit the model.
     """
     settings = check_config(config)
-    form, modules = settings["form"], settings["modules"]
+    form = settings["form"]
     for block in base.h if isinstance(base, GPT2Model) else base.layers:
-        starts = _share_factors(block, modules) if settings.get("shared") else {}
-        for name, values in modules.items():
-            parent_name, _, leaf = name.partition(".")
-            parent = getattr(block, parent_name, None)
-            old = getattr(parent, leaf, None)
-            if not isinstance(old, nn.Module):
-                raise ValueError(
-                    f"config.json: factorization.modules names {name}, which a "
-                    f"{type(block).__name__} does not have"
-                )
-            parts = _parts(parent, leaf, _sizes(old)[1])
-            rank, entries = _checked(name, values, old, parts, form)
-            if name in starts:
-                new: nn.Module = SharedProjection(old, form, starts[name], rank)
-            else:
-                new = Projection(old, form, rank, parts, entries)
-            setattr(parent, leaf, new)
+        layers = {
+            name: _listed_layer(block, name, values, form)
+            for name, values in settings["modules"].items()
+        }
+        if settings.get("shared"):
+            _share_factors(block, layers, form)
+        for layer in layers.values():
+            layer.replace(Projection(layer.old, form, layer.rank, layer.parts, layer.entries))
+
+
+def _listed_layer(block: Any, name: str, values: Any, form: str) -> ListedLayer:
+    parent_name, _, leaf = name.partition(".")
+    parent = getattr(block, parent_name, None)
+    old = getattr(parent, leaf, None)
+    if not isinstance(old, nn.Linear | Conv1D):
+        raise ValueError(
+            f"config.json: factorization.modules names {name!r:.60}, which is no linear layer of a "
+            f"{type(block).__name__}"
+        )
+    n, m = _sizes(old)
+    parts = _parts(parent, leaf, m)
+    values = values if isinstance(values, dict) else {}
+    numbers = {"rank": min(n, *parts)} | ({"entries": n * m} if form == "sparse" else {})
+    for key, most in numbers.items():
+        if type(values.get(key)) is not int or not 1 <= values[key] <= most:
+            raise ValueError(
+                f"config.json: factorization.modules {name} has {key} {values.get(key)!r:.40}: "
+                f"must be 1 to {most}"
+            )
+    return ListedLayer(parent, leaf, old, parts, values["rank"], values.get("entries", 0))
 
 
 def _parts(parent: Any, leaf: str, m: int) -> tuple[int, ...]:
@@ -238,45 +269,22 @@ def _parts(parent: Any, leaf: str, m: int) -> tuple[int, ...]:
     return (m // count,) * count
 
 
-def _checked(
-    name: str, values: Any, old: Any, parts: tuple[int, ...], form: str
-) -> tuple[int, int]:
-    """Rank and entries of a layer."""
-    n, m = _sizes(old)
-    rank = values.get("rank") if isinstance(values, dict) else None
-    if type(rank) is not int or not 1 <= rank <= min(n, *parts):
-        raise ValueError(
-            f"config.json: factorization.modules {name} has rank {rank!r}: must be 1 to "
-            f"{min(n, *parts)}"
-        )
-    entries = values.get("entries", 0)
-    if type(entries) is not int or not 0 <= entries <= n * m or (form == "sparse") > entries:
-        raise ValueError(
-            f"config.json: factorization.modules {name} has entries {entries!r}: must be 1 to "
-            f"{n * m}"
-        )
-    return rank, entries
+def _share_factors(block: Any, layers: dict[str, ListedLayer], form: str) -> None:
+    """Replace the layers of one input, with one matrix ``shared_a (sum r_i, n)`` in their parent.
 
-
-def _share_factors(block: Any, modules: dict[str, Any]) -> dict[str, int]:
-    """Give attention and MLP one matrix ``shared_a (sum r_i, n)``; where each layer's rows start.
-
-    A parent whose layers are not all listed gets none.
+    They are taken out of ``layers``. A parent whose layers are not all listed is left as it is.
     """
-    starts: dict[str, int] = {}
     for parent_name, leaves in SHARED_INPUT.items():
         names = [f"{parent_name}.{leaf}" for leaf in leaves]
-        parent = getattr(block, parent_name, None)
-        if parent is None or not all(name in modules for name in names):
+        if not all(name in layers for name in names):
             continue
-        width = 0
-        for name, leaf in zip(names, leaves, strict=True):
-            starts[name] = width
-            old = getattr(parent, leaf)
-            width += _checked(name, modules[name], old, (_sizes(old)[1],), "product")[0]
-        parent.shared_a = nn.Linear(_sizes(getattr(parent, leaves[0]))[0], width, bias=False)
+        parent, width = getattr(block, parent_name), 0
+        inputs = _sizes(layers[names[0]].old)[0]
+        for layer in map(layers.pop, names):
+            layer.replace(SharedProjection(layer.old, form, width, layer.rank))
+            width += layer.rank
+        parent.shared_a = nn.Linear(inputs, width, bias=False)
         parent.register_forward_pre_hook(_apply_shared_a, with_kwargs=True)
-    return starts
 
 
 class FactorizedModel:

@@ -27,6 +27,9 @@ from megalr.hf.supported import (
     unsupported,
 )
 
+FACTORIZED_PREFIX = "megalr_"
+"""``model_type`` of a factorized export is this and that of its family."""
+
 CONFIG_NAME = "config.json"
 Width = Annotated[int, Field(ge=1, le=1 << 22)]
 Count = Annotated[int, Field(ge=1, le=1 << 14)]
@@ -89,13 +92,17 @@ def load_config(folder: Path) -> Any:
         )
     raw = read_json_object(path)
     kind = raw.get("model_type")
+    if str(kind).startswith(FACTORIZED_PREFIX):
+        raise UserError(
+            f"{folder}: a factorized export cannot be read: export the run with --form dense"
+        )
     if kind not in IMPORTED:
         own_code = " (it needs the folder's own code, which is not run)" * ("auto_map" in raw)
         raise UserError(
             f"{folder}: architecture {repr(kind)[:60]}{foreign_features(raw)} cannot be read"
             f"{own_code}; those that work: {', '.join(IMPORTED)}"
         )
-    _check_types(path, raw)
+    check_field_types(path, raw)
     from transformers import AutoConfig
 
     try:
@@ -107,7 +114,7 @@ def load_config(folder: Path) -> Any:
             f"{path}: transformers cannot read it ({first_line(error)}); copy the folder again"
         ) from error
     fields = {name: getattr(hf, name, None) for name in PretrainedConfig.model_fields}
-    _check_types(path, fields)
+    check_field_types(path, fields)
     absent = [name for name in REQUIRED if fields[name] is None]
     if absent:
         raise UserError(f"{path}: gives no {absent[0]}; copy the folder again")
@@ -156,7 +163,8 @@ def first_line(error: Exception) -> str:
     return text[:300].rstrip(".")
 
 
-def _check_types(path: Path, values: dict[str, Any]) -> None:
+def check_field_types(path: Path, values: dict[str, Any]) -> None:
+    """Raise UserError for a field of config.json, ``path``, with a type or size no model has."""
     try:
         PretrainedConfig.model_validate(values)
     except ValidationError as error:

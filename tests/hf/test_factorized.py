@@ -14,13 +14,16 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import megalr.hf.auto  # noqa: F401  (loads factorized folders without trust_remote_code)
+from megalr.errors import UserError
 from megalr.hf.factorized import factorization, factorized_tensors
 from megalr.hf.families import families_of, transformers_config
 from megalr.hf.modeling_factorized import FACTORIZED, SparseEntries
+from megalr.hf.pretrained_config import load_config
 from megalr.hf.write import ExportOptions, write_model
 from megalr.layers.linear import FactorizedLinear
 from megalr.models.decoder import Decoder
 from megalr.preprocessing.tokenizer import open_tokenizer
+from tests.damage import mutated_json
 from tests.hf.models import FAMILIES, lively
 from tests.models.settings import factorized, low_rank
 from tests.preprocessing.corpus import VOCAB_SIZE, prose, tiny_tokenizer
@@ -83,8 +86,9 @@ def test_generation_of_a_padded_batch_is_that_of_the_dense_export(
         model = load(write(decoder, tmp_path / form, form=form), attn_implementation=attention)
         options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
         found.append(model.generate(ids * mask, attention_mask=mask, **options))
-        without = model.generate(ids * mask, attention_mask=mask, use_cache=False, **options)
-        assert torch.equal(found[-1], without)
+        for cache in ({"use_cache": False}, {"cache_implementation": "static"}):
+            other = model.generate(ids * mask, attention_mask=mask, **cache, **options)
+            assert torch.equal(found[-1], other)
     assert torch.equal(*found)
 
 
@@ -258,7 +262,14 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     ),
     "rank": (lambda config: _first(config, rank=49), "o_proj has rank 49: must be 1 to 48"),
     "no number": (lambda config: _first(config, rank="8"), "o_proj has rank '8'"),
-    "entries": (lambda config: _first(config, entries=-1), "o_proj has entries -1"),
+    "activation": (
+        lambda config: config["factorization"]["modules"].update({"mlp.act_fn": {"rank": 8}}),
+        "names 'mlp.act_fn', which is no linear layer",
+    ),
+    "entries": (
+        lambda config: config["factorization"].update(form="sparse", shared=False),
+        r"has entries None: must be 1 to \d+",
+    ),
     "form": (
         lambda config: config["factorization"].update(form="tucker"),
         "form 'tucker'.*must be one of product, silu, sparse, base",
@@ -269,7 +280,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     ),
     "another layer": (
         lambda config: config["factorization"]["modules"].update({"mlp.w1": {"rank": 8}}),
-        "names mlp.w1, which a LlamaDecoderLayer does not have",
+        "names 'mlp.w1', which is no linear layer of a LlamaDecoderLayer",
     ),
     "a dense layer": (
         lambda config: config["factorization"]["modules"].pop("mlp.down_proj"),
@@ -291,6 +302,31 @@ def test_a_folder_that_does_not_fit_is_refused_in_one_line(mistake: str, tmp_pat
     with pytest.raises((ValueError, RuntimeError), match=message) as caught:
         load(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_mutated_settings_are_refused_in_one_line_or_change_nothing(tmp_path: Path) -> None:
+    folder = write(lively(factorized("sltrain")), tmp_path / "out")
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    logits = load(folder)(sample()).logits
+    refused = 0
+    for seed in range(60):
+        changed = {**config, "factorization": mutated_json(config["factorization"], seed)}
+        path.write_text(json.dumps(changed))
+        try:
+            model = load(folder)
+        except ValueError as error:
+            assert "\n" not in str(error)
+            refused += 1
+        else:
+            assert torch.equal(model(sample()).logits, logits)
+    assert refused > 30
+
+
+def test_training_does_not_start_from_factors(tmp_path: Path) -> None:
+    folder = write(lively(low_rank()), tmp_path / "out")
+    with pytest.raises(UserError, match=r"a factorized export cannot be read: .* --form dense"):
+        load_config(folder)
 
 
 def test_frozen_matrices_are_not_ignored(tmp_path: Path) -> None:

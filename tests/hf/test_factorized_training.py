@@ -67,8 +67,8 @@ def test_trainer_makes_the_updates_of_a_plain_loop(method: str, tmp_path: Path) 
     )
     trainer = InOrder(model=model, args=arguments, train_dataset=Rows())
     trainer.train()
-    found = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert found == pytest.approx(expected, abs=2e-4)
+    found = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    assert found == pytest.approx(expected, abs=1e-3)  # logged with four digits
     again = load(tmp_path / "trained" / f"checkpoint-{STEPS}")
     with torch.no_grad():
         logits = again(sample()).logits

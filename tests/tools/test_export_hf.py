@@ -40,10 +40,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.long
-def test_a_run_is_exported_and_the_model_evaluated(folder: Path, tmp_path: Path) -> None:
-    done = _start("tools/export_hf.py", folder, "--output", tmp_path / "out")
+@pytest.mark.parametrize("form", ["dense", "factorized"])
+def test_a_run_is_exported_and_the_model_evaluated(form: str, folder: Path, tmp_path: Path) -> None:
+    done = _start("tools/export_hf.py", folder, "--output", tmp_path / "out", "--form", form)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == f"written: {tmp_path / 'out'} (update_2, dense, float32)"
+    last = f"written: {tmp_path / 'out'} (update_2, {form}, float32)"
+    assert done.stdout.splitlines()[-1] == last
     data = folder.parent / "data"
     done = _start("launchers/evaluate.py", "--model", tmp_path / "out", "--data", data)
     assert done.returncode == 0, done.stderr
