@@ -14,6 +14,8 @@ from tests.hf.models import FAMILIES, lively
 from tests.hf.test_factorized import METHODS, load, sample, write
 
 ROWS = sample(4, 16).repeat(3, 1)
+LABELS = ROWS.masked_fill(torch.arange(16) == 0, -100)
+"""Nothing predicts the first token; Trainer 5.0 would count it among the targets."""
 LR, STEPS = 1e-2, 3
 
 
@@ -24,7 +26,7 @@ class Rows(Dataset):
         return len(ROWS)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": ROWS[index], "labels": ROWS[index]}
+        return {"input_ids": ROWS[index], "labels": LABELS[index]}
 
 
 def plain_losses(model: Any) -> list[float]:
