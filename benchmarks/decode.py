@@ -57,8 +57,8 @@ class Variant:
 
     def settings(self, sizes: DecoderConfig) -> dict[str, Any]:
         """``factorization`` of a LLaMA model."""
-        h, width, kv = sizes.hidden_size, sizes.intermediate_size, sizes.kv_heads * sizes.head_dim
-        entries = {"q": h * h, "k": h * kv, "v": h * kv, "o": h * h}
+        h, width, q, kv = sizes.hidden_size, sizes.intermediate_size, sizes.q_width, sizes.kv_width
+        entries = {"q": h * q, "k": h * kv, "v": h * kv, "o": h * q}
         names = {f"self_attn.{key}_proj": number for key, number in entries.items()}
         names |= {f"mlp.{key}_proj": h * width for key in ("gate", "up", "down")}
         modules: dict[str, dict[str, Any]] = {name: {"rank": self.rank} for name in names}
