@@ -139,7 +139,8 @@ def chart_figures(drawn: Sequence[Chart], missing: Sequence[Chart], spectra: boo
 def _figure(name: str, title: str, unit: str, log: bool, choice: str = "") -> str:
     checked = " checked" if log else ""
     return (
-        f'<figure id="chart-{name}" data-chart="{name}"><figcaption><h2>{html.escape(title)}</h2>'
+        f'<figure id="chart-{name}" data-chart="{name}" data-title="{html.escape(title)}">'
+        f"<figcaption><h2>{html.escape(title)}</h2>"
         f'<span class="unit">{html.escape(unit)}</span><span class="tools">{choice}'
         f'<label><input type="checkbox" class="log"{checked}> log</label>'
         '<button type="button" data-image="png">PNG</button>'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,22 @@ def test_chips_hide_runs_and_headings_sort(browser: Any, report: Path) -> None:
         heading.click()
         heading.click()
         assert shown.page.locator("#ranking tbody tr").first.locator("th").inner_text() == "b"
+
+
+@pytest.mark.parametrize("ending", ["png", "svg"])
+def test_plots_can_be_saved(browser: Any, report: Path, tmp_path: Path, ending: str) -> None:
+    with Shown(browser, report) as shown:
+        with shown.page.expect_download() as download:
+            shown.page.locator(f"#chart-perplexity [data-image={ending}]").click()
+        assert download.value.suggested_filename == f"perplexity.{ending}"
+        download.value.save_as(tmp_path / "saved")
+        content = (tmp_path / "saved").read_bytes()
+        if ending == "png":
+            assert content.startswith(b"\x89PNG\r\n\x1a\n")
+        else:
+            texts = " ".join(ElementTree.fromstring(content).itertext())
+            assert "Validation perplexity" in texts and "a<script>alert(1)" in texts
+        assert shown.wrong == []
 
 
 def test_plots_without_curves_say_why(browser: Any, report: Path) -> None:

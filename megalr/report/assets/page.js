@@ -9,8 +9,7 @@
     signal: "hexagon"};
   const QUANTILES = ["smallest", "10 %", "25 %", "median", "75 %", "90 %", "largest"];
   const SPECTRUM = ["#c6a5f5", "#9f8cf0", "#6f86ec", "#2f7fd8", "#1f9fb5", "#3fae6e", "#d39a1c"];
-  const AXES = {update: "updates", tokens: "training tokens", hours: "hours of running"};
-  const MOST_LINES = 60; // vertical lines of a single run
+  const MOST_LINES = 40; // vertical lines of a single run
   const MOST_MARKS = 300; // of one kind, on all curves together; more would hide them
   const MANY_MARKS = 60; // drawn small
 
@@ -56,7 +55,21 @@
   function onAxis(run, updates) {
     if (state.axis === "update") return updates;
     const clock = report.runs[run].clock, values = clock[state.axis];
-    return values && updates.map((update) => interpolate(clock.update, values, update));
+    const factor = state.axis === "hours" ? timeUnit()[1] : 1;
+    return values && updates.map((update) => factor * interpolate(clock.update, values, update));
+  }
+
+  /** The unit of time that suits the longest run, and how many of it are in an hour. */
+  function timeUnit() {
+    const ends = report.runs.map((run) => (run.clock.hours ? run.clock.hours.at(-1) : 0));
+    const longest = ends.reduce((a, b) => Math.max(a, b), 0);
+    if (longest < 1 / 20) return ["seconds", 3600];
+    return longest < 3 ? ["minutes", 60] : ["hours", 1];
+  }
+
+  function axisTitle() {
+    if (state.axis === "hours") return `${timeUnit()[0]} of running`;
+    return state.axis === "tokens" ? "training tokens" : "updates";
   }
 
   /** Exponential moving average, corrected for its start. */
@@ -117,6 +130,12 @@
       axis.ticktext = axis.tickvals.map(short);
     }
     return axis;
+  }
+
+  /** 20k, 1.5M */
+  function brief(value) {
+    const [size, letter] = [[1e9, "G"], [1e6, "M"], [1e3, "k"]].find(([s]) => value >= s) || [1, ""];
+    return short(value / size) + letter;
   }
 
   const short = (value) => (value >= 1e-3 && value < 1e4
@@ -208,32 +227,36 @@
     const text = style("--text"), grid = style("--grid"), card = style("--card");
     const axis = {gridcolor: grid, linecolor: style("--line"), zeroline: false, automargin: true,
       exponentformat: "power", nticks: narrow.matches ? 5 : 8};
-    const unified = traces.length <= 8 && !narrow.matches;
+    const unified = state.shown.size <= 8 && !narrow.matches;
     return {
       font: {color: text, size: 12, family: "system-ui, -apple-system, sans-serif"},
       paper_bgcolor: card, plot_bgcolor: card, margin: {l: 48, r: 10, t: 10, b: 40},
-      hovermode: unified ? "x unified" : "closest", dragmode: touch.matches ? false : "zoom",
+      hovermode: unified ? "x unified" : "closest", hoverdistance: unified ? 8 : 20, dragmode: touch.matches ? false : "zoom",
       hoverlabel: {namelength: narrow.matches ? 18 : 40, bgcolor: card, bordercolor: style("--line"),
         font: {color: text, size: 11}},
-      xaxis: {...axis, title: {text: AXES[state.axis], standoff: 6, font: {size: 11}},
-        type: state.logAxis ? "log" : "linear", tickformat: "~s", hoverformat: ",.4~g",
-        ...xRange()},
+      xaxis: {...axis, title: {text: axisTitle(), standoff: 6, font: {size: 11}},
+        type: state.logAxis ? "log" : "linear", hoverformat: ",.4~g",
+        ...(state.axis === "hours" ? {} : {tickformat: "~s"}), ...xRange()},
       yaxis: {...axis, ...yAxis(traces, log, name)},
       legend: {orientation: "h", y: -0.24, font: {size: 11}},
       shapes: lines(), annotations: traces.length ? [] : [emptiness()],
     };
   }
 
-  /** The zoomed stretch, or from zero to the end of the longest run, alike in all plots. */
+  /** The zoomed stretch, or from the start to the end of the longest run, alike in all plots. */
   function xRange() {
-    if (state.zoom) return {range: state.zoom, autorange: false};
-    if (state.logAxis) return {autorange: true};
-    const ends = [...state.shown].map((run) => {
-      const x = onAxis(run, report.runs[run].clock.update.slice(-1));
-      return x ? x[0] : 0;
-    });
-    const end = Math.max(0, ...ends);
-    return end > 0 ? {range: [0, 1.02 * end], autorange: false} : {autorange: true};
+    let first = Infinity, last = 0;
+    for (const run of state.shown) {
+      const places = (onAxis(run, report.runs[run].clock.update) || []).filter((x) => x > 0);
+      if (!places.length) continue;
+      first = Math.min(first, places[0]);
+      last = Math.max(last, places.at(-1));
+    }
+    if (!last) return {autorange: true};
+    if (!state.logAxis) return {range: state.zoom || [0, 1.02 * last], autorange: false};
+    const range = state.zoom || [Math.log10(first / 1.05), Math.log10(1.1 * last)];
+    const tickvals = logTicks(...range.map((end) => 10 ** end), narrow.matches ? 4 : 7);
+    return {range, autorange: false, tickvals, ticktext: tickvals.map(brief)};
   }
 
   function emptiness() {
@@ -249,7 +272,7 @@
     const x = onAxis(run, found.map((mark) => mark[1]));
     if (found.length > MOST_LINES || !x) return [];
     return x.map((place) => ({type: "line", xref: "x", yref: "paper", x0: place, x1: place, y0: 0,
-      y1: 1, layer: "below", line: {color: style("--soft"), width: 1, dash: "dot"}}));
+      y1: 1, layer: "below", line: {color: style("--mark"), width: 1, dash: "dot"}}));
   }
 
   const config = () => ({responsive: true, displaylogo: false, doubleClick: "autosize",
@@ -298,6 +321,19 @@
     const many = [...countMarks()].filter(([, count]) => count > MOST_MARKS);
     byId("marks-note").textContent = state.marks && many.length
       ? `(${many.map(([kind]) => kind).join(", ")}: too many to mark)` : "";
+  }
+
+  /** Saves a plot with its title and, for a few runs, their names. */
+  function download(figure, format) {
+    const {data, layout: shown} = figure.querySelector(".plot");
+    const named = (trace) => trace.showlegend || "text" in trace && trace.mode !== "markers";
+    const traces = data.map((trace) => ({...trace, showlegend: named(trace)}));
+    const few = traces.filter(named).length <= 12;
+    const title = {text: plain(figure.dataset.title), font: {size: 16}, x: 0.02, xanchor: "left"};
+    const picture = {...shown, title, showlegend: few, width: 900, height: 500,
+      margin: {...shown.margin, t: 50, b: 90}, legend: {...shown.legend, y: -0.16}};
+    Plotly.downloadImage({data: traces, layout: picture}, {format, filename: figure.dataset.chart,
+      width: 900, height: 500, scale: format === "png" ? 2 : 1});
   }
 
   // ---- controls ----
@@ -395,9 +431,7 @@
     for (const figure of figures) {
       figure.querySelector("input.log").addEventListener("change", () => draw(figure));
       for (const button of figure.querySelectorAll("[data-image]")) {
-        button.addEventListener("click", () => Plotly.downloadImage(figure.querySelector(".plot"), {
-          format: button.dataset.image, filename: figure.dataset.chart, width: 900, height: 500,
-          scale: button.dataset.image === "png" ? 2 : 1}));
+        button.addEventListener("click", () => download(figure, button.dataset.image));
       }
     }
     window.addEventListener("beforeprint", () => figures.forEach(draw));
