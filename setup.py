@@ -7,6 +7,13 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).resolve().parent
 VERSION: dict[str, str] = {}
 exec((HERE / "megalr" / "version.py").read_text(encoding="utf-8"), VERSION)
+FILES = {
+    "megalr.recipes": ("recipes", ["*.yaml", "*/*.yaml"]),
+    "megalr.ds_configs": ("ds_configs", ["*.json"]),
+    "megalr.slurm": ("launchers/slurm", ["*.sbatch"]),
+}
+"""Files that the ``megalr`` command finds by name (``megalr/cli/command_line.py``): the package
+they are installed in, their folder here, and which."""
 
 setup(
     name="megalr",
@@ -17,8 +24,13 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
-    packages=find_packages(include=["megalr", "megalr.*"]),
-    package_data={"megalr": ["py.typed"], "megalr.report": ["assets/*"]},
+    packages=[*find_packages(include=["megalr", "megalr.*"]), *FILES],
+    package_dir={name: folder for name, (folder, _) in FILES.items()},
+    package_data={
+        "megalr": ["py.typed"],
+        "megalr.report": ["assets/*"],
+        **{name: patterns for name, (_, patterns) in FILES.items()},
+    },
     entry_points={"console_scripts": ["megalr=megalr.cli.main:console"]},
     install_requires=[
         "deepspeed>=0.19.8",
@@ -34,6 +46,7 @@ setup(
         "zstandard>=0.22",
         "pyarrow>=15.0",
         "safetensors>=0.4.5",
+        "shtab>=1.8",
         "tensorboard>=2.16",
         "matplotlib>=3.8",
         "tqdm>=4.66",
@@ -46,6 +59,7 @@ setup(
             "mypy>=1.11",
             "import-linter>=2.15",
             "types-PyYAML",
+            "setuptools>=70.1",
             "pandas>=2.0",
             "accelerate>=1.10",
             "peft>=0.17",

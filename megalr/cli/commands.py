@@ -72,6 +72,20 @@ _ALL = (
         "tools/inspect_data.py",
     ),
     Command(
+        "recipes",
+        "Plan",
+        "keys",
+        "List the recipes and DeepSpeed JSONs that come with megalr, or print one.",
+        "megalr recipes llama_60m_low_rank",
+    ),
+    Command(
+        "keys",
+        "Plan",
+        "keys",
+        "Explain the keys of a run's configuration: type, default, meaning.",
+        "megalr keys optimizer",
+    ),
+    Command(
         "memory",
         "Plan",
         "memory",
@@ -102,6 +116,13 @@ _ALL = (
         "Write a checkpoint in DeepSpeed's universal layout: whole tensors.",
         "megalr reshape --run runs/NAME",
         "tools/reshape_checkpoint.py",
+    ),
+    Command(
+        "completion",
+        "Shell",
+        "completion",
+        "Print a script with which bash, zsh or fish completes command lines.",
+        "megalr completion bash > ~/.local/share/bash-completion/completions/megalr",
     ),
 )
 

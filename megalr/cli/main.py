@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -57,7 +58,11 @@ def main(words: Sequence[str] | None = None) -> int | None:
 
 def console() -> None:
     """Entry point of the installed command; ends the process."""
-    exit_cleanly(main)
+    try:
+        exit_cleanly(main)
+    except BrokenPipeError:  # `megalr keys | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ def memory_parser(prog: str | None = None) -> argparse.ArgumentParser:
 def memory_command(words: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Parse, estimate, print."""
     arguments = parse_run(memory_parser(prog), words)
+    files = config_files(arguments)
     if arguments.tensor is not None:
         arguments.overrides.append(f"parallel.tensor={arguments.tensor}")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for a GPU, and warn
@@ -36,7 +37,7 @@ def memory_command(words: Sequence[str] | None = None, prog: str | None = None) 
     from megalr.hf.init_from_pretrained import with_pretrained_sizes
     from megalr.models.config import PRESETS
 
-    config = load_run_config(config_files(arguments), arguments.overrides, presets=PRESETS)
+    config = load_run_config(files, arguments.overrides, presets=PRESETS)
     config = with_pretrained_sizes(config)
     ds_user, source = deepspeed_config(arguments.deepspeed_config)
     estimate = estimate_memory(config, ds_user, source, arguments.gpus)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from config_tables import key_tables, renewed
+from config_tables import key_pages, renewed
 
 from megalr.config.problems import known_keys
 from megalr.config.schema import RunConfig
@@ -19,7 +19,7 @@ def test_page_is_up_to_date() -> None:
 
 def test_every_key_has_a_row_with_a_meaning() -> None:
     rows = {}
-    for line in key_tables().splitlines():
+    for line in key_pages().splitlines():
         cells = [cell.strip() for cell in line.replace("\\|", "/").strip("|").split("|")]
         if cells[0].startswith("`"):
             rows[cells[0].strip("`")] = cells
