@@ -22,7 +22,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from megalr.errors import UserError
 from megalr.kernels import half_on_gpu, multiprocessors
-from megalr.kernels.document_mask import AttentionMask, BlockMask, masked_attention
+from megalr.kernels.document_mask import AttentionMask, BlockMask, is_bounds, masked_attention
 
 MAX_LENGTH = 512
 """Longer sequences go to scaled_dot_product_attention, whose kernels are designed for them."""
@@ -139,10 +139,10 @@ def attention_applies(q: torch.Tensor, mask: AttentionMask, head_dim: int) -> bo
     """Whether :func:`attention` takes this case; static, so that torch.compile has no graph break.
 
     It takes half precision, ``q (B, S, H * D)`` with S up to ``MAX_LENGTH`` on a Hopper GPU, and no
-    mask but the causal one.
+    mask but the causal one, or that of documents in the form of document_bounds.
     """
     return (
-        mask is None
+        (mask is None or is_bounds(mask))
         and half_on_gpu(q)
         and head_dim in HEAD_WIDTHS
         and 0 < q.shape[1] <= MAX_LENGTH
@@ -152,7 +152,10 @@ def attention_applies(q: torch.Tensor, mask: AttentionMask, head_dim: int) -> bo
 
 
 def attention(
-    projections: Sequence[torch.Tensor], rope: torch.Tensor | None, head_dim: int
+    projections: Sequence[torch.Tensor],
+    rope: torch.Tensor | None,
+    head_dim: int,
+    documents: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention by the kernels: :func:`attention_reference` without a mask.
 
@@ -165,12 +168,15 @@ def attention(
     Args:
         projections: q, k, v with shapes as in attention_reference, any stride of B and S; or one
             tensor of them, ``(3, B, S, H * D)``, whose gradient is then one tensor too.
-        rope, head_dim: as in attention_reference.
+        rope: ``(2, S, D)``, or None.
+        head_dim: D.
+        documents: ``(3, B, S)`` int32 of document_mask.document_bounds: the keys that a query sees,
+            and the rows of ``rope`` that belong to each position; None: a row is one document.
 
     Raises:
         UserError: shapes, dtypes or tables do not match.
     """
-    return torch.ops.megalr.causal_attention(list(projections), rope, head_dim)[0]
+    return torch.ops.megalr.causal_attention(list(projections), rope, head_dim, documents)[0]
 
 
 def _three(
@@ -182,7 +188,12 @@ def _three(
 
 
 def _check(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: torch.Tensor | None, D: int
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rope: torch.Tensor | None,
+    D: int,
+    documents: torch.Tensor | None,
 ) -> None:
     if D not in HEAD_WIDTHS:
         raise UserError(f"head width {D}: the kernels take {HEAD_WIDTHS}")
@@ -193,11 +204,19 @@ def _check(
         raise UserError(f"widths {q.shape[2]} of q and {k.shape[2]} of k for heads of {D}")
     if rope is not None and (rope.shape != (2, q.shape[1], D) or rope.dtype != torch.float32):
         raise UserError(f"tables {tuple(rope.shape)} {rope.dtype}, need {(2, q.shape[1], D)}")
+    if documents is not None and (documents.shape != (3, *q.shape[:2]) or not is_bounds(documents)):
+        raise UserError(
+            f"documents {tuple(documents.shape)} {documents.dtype}, need {(3, *q.shape[:2])} int32"
+        )
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """x itself if its last dimension is contiguous, as the kernels read it; else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _contiguous(table: torch.Tensor | None) -> torch.Tensor | None:
+    return None if table is None else table.contiguous()
 
 
 def launch_forward(
@@ -207,12 +226,13 @@ def launch_forward(
     rope: torch.Tensor | None,
     head_dim: int,
     config: ForwardConfig | None = None,
+    documents: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """o ``(B, S, H * D)`` and, float32, log2 of the sums of exp(scores) ``(B, H, S)``.
 
-    ``config`` replaces :func:`forward_config`.
+    ``config`` replaces :func:`forward_config`; ``documents`` as in :func:`attention`.
     """
-    _check(q, k, v, rope, head_dim)
+    _check(q, k, v, rope, head_dim, documents)
     from megalr.kernels.attention_triton import forward_kernel
 
     (B, S, width), D = q.shape, head_dim
@@ -223,8 +243,8 @@ def launch_forward(
     lse = q.new_empty(B, H, S, dtype=torch.float32)
     with torch.cuda.device_of(q):
         forward_kernel[(-(-S // config.queries) * H * B,)](
-            q, k, v, None if rope is None else rope.contiguous(), o, lse,
-            q.stride(0), k.stride(0), v.stride(0), math.log2(math.e) / math.sqrt(D), S,
+            q, k, v, _contiguous(rope), _contiguous(documents), o, lse,
+            q.stride(0), k.stride(0), v.stride(0), math.log2(math.e) / math.sqrt(D), S, B * S,
             q_stride=q.stride(1), k_stride=k.stride(1), v_stride=v.stride(1), H=H, GROUP=group,
             D=D, M=config.queries, N=config.keys,
             ROPE=rope is not None, EVEN=S % max(config.queries, config.keys) == 0,
@@ -244,6 +264,7 @@ def launch_backward(
     head_dim: int,
     config: BackwardConfig | None = None,
     out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    documents: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv, contiguous, in the shapes of q, k, v.
 
@@ -253,6 +274,7 @@ def launch_backward(
         o, lse: its results.
         config: replaces :func:`backward_config`.
         out: tensors to write the results to.
+        documents: as for the forward pass.
     """
     from megalr.kernels.attention_triton import backward_kernel
 
@@ -270,9 +292,9 @@ def launch_backward(
     sums = q.new_empty(programs, group, stored, D, dtype=torch.float32)
     with torch.cuda.device_of(q):
         backward_kernel[(programs,)](
-            q, k, v, None if rope is None else rope.contiguous(), o, lse, do, dq, dk, dv,
+            q, k, v, _contiguous(rope), _contiguous(documents), o, lse, do, dq, dk, dv,
             deltas, sums, q.stride(0), k.stride(0), v.stride(0), do.stride(0),
-            1 / math.sqrt(D), math.log2(math.e) / math.sqrt(D), S, B * K,
+            1 / math.sqrt(D), math.log2(math.e) / math.sqrt(D), S, B * K, B * S,
             q_stride=q.stride(1), k_stride=k.stride(1), v_stride=v.stride(1),
             do_stride=do.stride(1), K=K, GROUP=group, D=D, M=config.queries, N=config.keys,
             ROPE=rope is not None, EVEN=S % config.keys == 0,
@@ -285,19 +307,23 @@ def launch_backward(
 @torch.library.custom_op(
     "megalr::causal_attention",
     mutates_args=(),
-    schema="(Tensor[] projections, Tensor? rope, int head_dim) -> (Tensor, Tensor)",
+    schema="(Tensor[] projections, Tensor? rope, int head_dim, Tensor? documents)"
+    " -> (Tensor, Tensor)",
 )
 def _forward(
-    projections: Sequence[torch.Tensor], rope: torch.Tensor | None, head_dim: int
+    projections: Sequence[torch.Tensor],
+    rope: torch.Tensor | None,
+    head_dim: int,
+    documents: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return launch_forward(*_three(projections), rope, head_dim)
+    return launch_forward(*_three(projections), rope, head_dim, documents=documents)
 
 
 @torch.library.custom_op(
     "megalr::causal_attention_backward",
     mutates_args=(),
-    schema="(Tensor do, Tensor[] projections, Tensor? rope, Tensor o, Tensor lse, int head_dim)"
-    " -> Tensor[]",
+    schema="(Tensor do, Tensor[] projections, Tensor? rope, Tensor o, Tensor lse, int head_dim,"
+    " Tensor? documents) -> Tensor[]",
 )
 def _backward(
     do: torch.Tensor,
@@ -306,41 +332,49 @@ def _backward(
     o: torch.Tensor,
     lse: torch.Tensor,
     head_dim: int,
+    documents: torch.Tensor | None,
 ) -> list[torch.Tensor]:
     """Gradients in the form of the projections, three tensors or one."""
     grads = [x.new_empty(x.shape) for x in projections]
-    launch_backward(do, *_three(projections), rope, o, lse, head_dim, out=_three(grads))
+    inputs = (*_three(projections), rope, o, lse, head_dim)
+    launch_backward(do, *inputs, out=_three(grads), documents=documents)
     return grads
 
 
 @_forward.register_fake
-def _(projections: Any, rope: Any, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _(
+    projections: Any, rope: Any, head_dim: int, documents: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
     B, S, width = projections[0].shape[-3:]
     lse = projections[0].new_empty((B, width // head_dim, S), dtype=torch.float32)
     return projections[0].new_empty((B, S, width)), lse
 
 
 @_backward.register_fake
-def _(do: Any, projections: Any, rope: Any, o: Any, lse: Any, head_dim: int) -> list[torch.Tensor]:
+def _(
+    do: Any, projections: Any, rope: Any, o: Any, lse: Any, head_dim: int, documents: Any
+) -> list[torch.Tensor]:
     return [x.new_empty(x.shape) for x in projections]
 
 
 def _setup_context(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
-    projections, rope, ctx.head_dim = inputs
-    ctx.save_for_backward(rope, *output, *projections)
+    projections, rope, ctx.head_dim, documents = inputs
+    ctx.save_for_backward(rope, documents, *output, *projections)
     ctx.set_materialize_grads(False)  # no zeros for lse, which has no gradient
 
 
 def _gradients(
     ctx: Any, do: torch.Tensor | None, _: None
-) -> tuple[list[torch.Tensor | None] | None, None, None]:
-    rope, o, lse, *projections = ctx.saved_tensors
+) -> tuple[list[torch.Tensor | None] | None, None, None, None]:
+    rope, documents, o, lse, *projections = ctx.saved_tensors
     if do is None:
-        return [None] * len(projections), None, None
-    grads = torch.ops.megalr.causal_attention_backward(do, projections, rope, o, lse, ctx.head_dim)
-    return grads, None, None
+        return [None] * len(projections), None, None, None
+    grads = torch.ops.megalr.causal_attention_backward(
+        do, projections, rope, o, lse, ctx.head_dim, documents
+    )
+    return grads, None, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_setup_context)

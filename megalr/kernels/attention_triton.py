@@ -16,6 +16,9 @@ be; these are rotated back before they are stored. (The forward pass could hand 
 but the projections that v is a view of keep the raw ones alive, so that would be memory.) Scores
 are kept in units of log 2 (exp2 is one instruction).
 
+With documents (kernels.document_mask) a query sees the keys from its ``first`` on; blocks of keys
+before, and of queries behind a key's ``end``, are skipped. Rotary tables are read at the positions.
+
 Shapes: M queries and N keys in a block, D head width. q, k, v are as projected:
 (B, S, heads * D), rows and sequences at any stride. Strides of rows and numbers of heads are
 compile-time constants: addresses are then constants too and take no registers.
@@ -54,10 +57,16 @@ def _store_rows(pointers, tile, rows, S, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _angles(rope, rows, S, D: tl.constexpr, EVEN: tl.constexpr):
-    """Cosines and sines (rows, D/2) of tables (2, S, D) whose halves repeat each other."""
+def _angles(rope, positions, rows, S, D: tl.constexpr, EVEN: tl.constexpr):
+    """Cosines and sines (rows, D/2) of tables (2, S, D) whose halves repeat each other.
+
+    ``positions``: of the rows in their documents; None: the rows themselves.
+    """
     columns = tl.arange(0, D // 2)
-    pointers = rope + rows[:, None] * D + columns[None, :]
+    places = rows
+    if positions is not None:
+        places = _load_vector(positions, rows, S, EVEN)
+    pointers = rope + places[:, None] * D + columns[None, :]
     return _load_rows(pointers, rows, S, EVEN), _load_rows(pointers + S * D, rows, S, EVEN)
 
 
@@ -80,14 +89,14 @@ def _rotated(first, second, cos, sin):
 
 @triton.jit
 def _load_rotated(
-    base, stride, rows, rope, S, D: tl.constexpr, ROPE: tl.constexpr, EVEN: tl.constexpr
+    base, stride, rows, rope, positions, S, D: tl.constexpr, ROPE: tl.constexpr, EVEN: tl.constexpr
 ):
     """Rows (rows, D) of q or k, rotated in float32 and rounded to their dtype again."""
     if ROPE:
         pointers = base + rows[:, None] * stride + tl.arange(0, D // 2)[None, :]
         first = _load_rows(pointers, rows, S, EVEN)
         second = _load_rows(pointers + D // 2, rows, S, EVEN)
-        cos, sin = _angles(rope, rows, S, D, EVEN)
+        cos, sin = _angles(rope, positions, rows, S, D, EVEN)
         first, second = _rotated(first, second, cos, sin)
         # (rows, D/2, 2) -> (rows, 2, D/2) -> (rows, D): renames registers, moves nothing
         both = tl.permute(tl.join(first, second), (0, 2, 1))
@@ -98,13 +107,14 @@ def _load_rotated(
 
 @triton.jit
 def _store_rotated_back(
-    base, stride, tile, rows, rope, S, D: tl.constexpr, ROPE: tl.constexpr, EVEN: tl.constexpr
-):
+    base, stride, tile, rows, rope, positions, S,
+    D: tl.constexpr, ROPE: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
     """Store the gradient (rows, D) of rotated rows as the gradient of the rows themselves."""
     if ROPE:
         halves = tl.permute(tl.reshape(tile, (rows.shape[0], 2, D // 2)), (0, 2, 1))
         first, second = tl.split(halves)
-        cos, sin = _angles(rope, rows, S, D, EVEN)
+        cos, sin = _angles(rope, positions, rows, S, D, EVEN)
         columns = tl.arange(0, D // 2)
         pointers = base + rows[:, None] * stride + columns[None, :]
         _store_rows(pointers, first * cos + second * sin, rows, S, EVEN)
@@ -116,21 +126,29 @@ def _store_rotated_back(
 
 @triton.jit
 def _forward_step(
-    acc, total, top, q, k, k_stride, v, v_stride, rope, rows, start, scale, S,
+    acc, total, top, q, k, k_stride, v, v_stride, rope, positions, first, rows, start, scale, S,
     D: tl.constexpr, N: tl.constexpr, ROPE: tl.constexpr, EVEN: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Take the keys [start, start + N) into sums (M, D), totals (M) and running maxima (M)."""
+    """Take the keys [start, start + N) into sums (M, D), totals (M) and running maxima (M).
+
+    ``first``: the first keys (M) that the rows see; None: key 0.
+    """
     columns = start + tl.arange(0, N)
     # v first: a load behind the barrier that the rotated keys need would be waited for apart.
     value = _load_rows(v + columns[:, None] * v_stride + tl.arange(0, D)[None, :], columns, S, EVEN)
-    key = _load_rotated(k, k_stride, columns, rope, S, D, ROPE, EVEN)
+    key = _load_rotated(k, k_stride, columns, rope, positions, S, D, ROPE, EVEN)
     scores = tl.dot(q, tl.trans(key))  # (M, N)
     if MASKED:
         scores = tl.where(rows[:, None] >= columns[None, :], scores, float("-inf"))
-    # Finite from the first block on: key 0 is open to every row.
+    if first is not None:
+        scores = tl.where(columns[None, :] >= first[:, None], scores, float("-inf"))
+    # Finite from the first block on without documents: key 0 is open to every row.
     new_top = tl.maximum(top, tl.max(scores, 1) * scale)
-    p = tl.exp2(scores * scale - new_top[:, None])  # one fused multiply-add
-    shrink = tl.exp2(top - new_top)
+    level = new_top
+    if first is not None:
+        level = tl.where(new_top == float("-inf"), 0.0, new_top)  # no key so far
+    p = tl.exp2(scores * scale - level[:, None])  # one fused multiply-add
+    shrink = tl.exp2(top - level)
     total = total * shrink + tl.sum(p, 1)
     acc = tl.dot(p.to(value.dtype), value, acc * shrink[:, None])
     return acc, total, new_top
@@ -138,15 +156,16 @@ def _forward_step(
 
 @triton.jit
 def forward_kernel(
-    q, k, v, rope, o, lse,
-    q_batch, k_batch, v_batch, scale, S,
+    q, k, v, rope, documents, o, lse,
+    q_batch, k_batch, v_batch, scale, S, plane,
     q_stride: tl.constexpr, k_stride: tl.constexpr, v_stride: tl.constexpr,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     ROPE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """o (B, S, H*D) and lse (B, H, S) = log2 of the sums of exp2(scores); scale includes log2(e).
 
-    Grid: blocks of queries * H * B. EVEN: S is a multiple of M and of N.
+    Grid: blocks of queries * H * B. EVEN: S is a multiple of M and of N. documents: (3, B, S) int32
+    of kernels.document_mask, None for none; plane: B * S.
     """
     blocks = tl.cdiv(S, M)
     block = blocks - 1 - tl.program_id(0) % blocks  # the longest first
@@ -158,20 +177,27 @@ def forward_kernel(
     v += batch * v_batch + head // GROUP * D
 
     rows = block * M + tl.arange(0, M)
-    query = _load_rotated(q, q_stride, rows, rope, S, D, ROPE, EVEN)
+    positions, first = None, None
+    begin = 0
+    if documents is not None:
+        positions = documents + batch * S
+        firsts = positions + plane
+        first = _load_vector(firsts, rows, S, EVEN)
+        begin = tl.load(firsts + block * M) // N * N  # what no row of the block sees comes before
+    query = _load_rotated(q, q_stride, rows, rope, positions, S, D, ROPE, EVEN)
     acc = tl.zeros((M, D), tl.float32)
     total = tl.zeros((M,), tl.float32)
     top = tl.full((M,), float("-inf"), tl.float32)
     below = block * M // N * N  # keys before this are open to all rows of the block
-    for start in range(0, below, N):
+    for start in range(begin, below, N):
         acc, total, top = _forward_step(
-            acc, total, top, query, k, k_stride, v, v_stride, rope, rows, start, scale, S,
-            D, N, ROPE, EVEN, False,
+            acc, total, top, query, k, k_stride, v, v_stride, rope, positions, first, rows, start,
+            scale, S, D, N, ROPE, EVEN, False,
         )  # fmt: skip
-    for start in range(below, tl.minimum(block * M + M, S), N):
+    for start in range(tl.maximum(begin, below), tl.minimum(block * M + M, S), N):
         acc, total, top = _forward_step(
-            acc, total, top, query, k, k_stride, v, v_stride, rope, rows, start, scale, S,
-            D, N, ROPE, EVEN, True,
+            acc, total, top, query, k, k_stride, v, v_stride, rope, positions, first, rows, start,
+            scale, S, D, N, ROPE, EVEN, True,
         )  # fmt: skip
     o += batch * S * H * D + head * D
     pointers = o + rows[:, None] * (H * D) + tl.arange(0, D)[None, :]
@@ -211,8 +237,8 @@ def _store_rotated(
 
 @triton.jit
 def _prepare(
-    dq, dq_stride, q, q_stride, dk, dk_stride, k, k_stride, deltas, do, do_stride, o, rope, rows, S,
-    D: tl.constexpr, ROPE: tl.constexpr, KEYS: tl.constexpr, EVEN: tl.constexpr,
+    dq, dq_stride, q, q_stride, dk, dk_stride, k, k_stride, deltas, do, do_stride, o, rope,
+    positions, rows, S, D: tl.constexpr, ROPE: tl.constexpr, KEYS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Put rows of q, and of k if KEYS, rotated where dq and dk will be; delta = rowsum(do o).
 
@@ -232,7 +258,7 @@ def _prepare(
     d_out = _load_rows(do + rows[:, None] * do_stride + wide, rows, S, EVEN)
     out = _load_rows_as(o + rows[:, None] * dq_stride + wide, rows, S, EVEN, "evict_first")
     if ROPE:
-        cos, sin = _angles(rope, rows, S, D, EVEN)
+        cos, sin = _angles(rope, positions, rows, S, D, EVEN)
         _store_rotated(dq, dq_stride, q_first, q_second, cos, sin, rows, S, D, EVEN)
         if KEYS:
             _store_rotated(dk, dk_stride, k_first, k_second, cos, sin, rows, S, D, EVEN)
@@ -241,14 +267,16 @@ def _prepare(
 
 @triton.jit
 def _backward_step(
-    dk, dv, key, value, q, q_stride, deltas, do, do_stride, lse, rope, dq, dq_stride, sums,
-    first, columns, earlier, scale, scale_log2, S, D: tl.constexpr, M: tl.constexpr,
-    ROPE: tl.constexpr, EVEN: tl.constexpr, DIAGONAL: tl.constexpr,
+    dk, dv, key, value, q, q_stride, deltas, do, do_stride, lse, rope, positions, firsts, dq,
+    dq_stride, sums, first, columns, start, scale, scale_log2, S, D: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, ROPE: tl.constexpr, EVEN: tl.constexpr,
+    DIAGONAL: tl.constexpr,
 ):  # fmt: skip
     """One pair of blocks: add to dk, dv (N, D) and to dq, for good if on the diagonal.
 
     Scores are held transposed, (N, M), so that P^T and dS^T enter the products for dv and dk from
-    registers. ``earlier``: ``sums`` hold dq over the blocks of keys before this one.
+    registers. ``start``: of the block of keys; ``sums`` hold dq over those before it that the
+    queries see. ``firsts``: first key of each query; None: key 0.
     """
     rows = first + tl.arange(0, M)
     wide = tl.arange(0, D)[None, :]
@@ -261,6 +289,12 @@ def _backward_step(
     kept = sums + first * D + tl.arange(0, M // 8)[:, None] * (8 * D) + tl.arange(0, 8 * D)[None, :]
 
     p = tl.exp2(tl.dot(key, tl.trans(query)) * scale_log2 - level[None, :])  # (N, M)
+    earlier = start > 0
+    if firsts is not None:
+        seen = _load_vector(firsts, rows, S, EVEN)
+        p = tl.where(columns[:, None] >= seen[None, :], p, 0.0)
+        before = start - tl.load(firsts + first) // N * N
+        earlier = before > tl.zeros((M // 8, 8 * D), tl.int32)  # a scalar is no mask (interpreter)
     if DIAGONAL:
         p = tl.where(columns[:, None] <= rows[None, :], p, 0.0)
     dv = tl.dot(p.to(d_out.dtype), d_out, dv)
@@ -273,7 +307,7 @@ def _backward_step(
     d_query = tl.dot(tl.trans(key), ds, _from_thread_order(d_query, D, M))
     if DIAGONAL:
         d_query = tl.trans(d_query) * scale
-        _store_rotated_back(dq, dq_stride, d_query, rows, rope, S, D, ROPE, EVEN)
+        _store_rotated_back(dq, dq_stride, d_query, rows, rope, positions, S, D, ROPE, EVEN)
     else:
         tl.store(kept, _thread_order(d_query, D, M), eviction_policy="evict_last")
     return dk, dv
@@ -281,8 +315,8 @@ def _backward_step(
 
 @triton.jit
 def backward_kernel(
-    q, k, v, rope, o, lse, do, dq, dk, dv, deltas, sums,
-    q_batch, k_batch, v_batch, do_batch, scale, scale_log2, S, tasks,
+    q, k, v, rope, documents, o, lse, do, dq, dk, dv, deltas, sums,
+    q_batch, k_batch, v_batch, do_batch, scale, scale_log2, S, tasks, plane,
     q_stride: tl.constexpr, k_stride: tl.constexpr, v_stride: tl.constexpr,
     do_stride: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, ROPE: tl.constexpr, EVEN: tl.constexpr,
@@ -292,7 +326,8 @@ def backward_kernel(
     Grid: any number of programs; they share the ``tasks`` = B * K out among themselves. With P as S
     rounded up to N, the scratch of a program is a piece of deltas (programs, GROUP, P) and of sums
     (programs, GROUP, P, D), both float32; there are no sums if P = N. N is a multiple of M; EVEN:
-    S of N. Until the gradients of a block are known, their place holds its rotated rows of q, k.
+    S of N. documents, plane: as in forward_kernel. Until the gradients of a block are known, their
+    place holds its rotated rows of q, k.
     """
     H: tl.constexpr = K * GROUP
     query_stride: tl.constexpr = H * D if ROPE else q_stride
@@ -311,6 +346,10 @@ def backward_kernel(
         do_head = do + batch * do_batch + head * D
         out = batch * S * H * D + head * D  # where o and dq of the group start
         shared = batch * S * K * D + kv_head * D  # where dk and dv of the head start
+        positions, firsts = None, None
+        if documents is not None:
+            positions = documents + batch * S
+            firsts = positions + plane
         # The threads of the program see each other's sums and deltas of the task before.
         tl.debug_barrier()
         for start in range(0, padded, M):
@@ -319,12 +358,15 @@ def backward_kernel(
                 _prepare(
                     dq + out + member * D, H * D, q_head + member * D, q_stride,
                     dk + shared, K * D, k_head, k_stride, deltas + member * padded,
-                    do_head + member * D, do_stride, o + out + member * D, rope, rows, S,
+                    do_head + member * D, do_stride, o + out + member * D, rope, positions, rows, S,
                     D, ROPE, member == 0, EVEN,
                 )  # fmt: skip
         tl.debug_barrier()
         for start in range(0, S, N):
             columns = start + tl.arange(0, N)
+            stop = S
+            if documents is not None:  # queries from here on see no key of the block
+                stop = tl.load(firsts + plane + tl.minimum(start + N, S) - 1)
             wide = tl.arange(0, D)[None, :]
             key_rows = (dk + shared if ROPE else k_head) + columns[:, None] * key_stride
             key = _load_rows(key_rows + wide, columns, S, EVEN)  # (N, D)
@@ -342,15 +384,17 @@ def backward_kernel(
                 for first in tl.static_range(0, N, M):
                     d_key, d_value = _backward_step(
                         d_key, d_value, key, value, query, query_stride, delta, d_out, do_stride,
-                        level, rope, d_query, H * D, kept, start + first, columns, start > 0,
-                        scale, scale_log2, S, D, M, ROPE, EVEN, True,
+                        level, rope, positions, firsts, d_query, H * D, kept, start + first,
+                        columns, start, scale, scale_log2, S, D, M, N, ROPE, EVEN, True,
                     )  # fmt: skip
-                for first in range(start + N, S, M):
+                for first in range(start + N, stop, M):
                     d_key, d_value = _backward_step(
                         d_key, d_value, key, value, query, query_stride, delta, d_out, do_stride,
-                        level, rope, d_query, H * D, kept, first, columns, start > 0,
-                        scale, scale_log2, S, D, M, ROPE, EVEN, False,
+                        level, rope, positions, firsts, d_query, H * D, kept, first, columns, start,
+                        scale, scale_log2, S, D, M, N, ROPE, EVEN, False,
                     )  # fmt: skip
-            _store_rotated_back(dk + shared, K * D, d_key * scale, columns, rope, S, D, ROPE, EVEN)
+            _store_rotated_back(
+                dk + shared, K * D, d_key * scale, columns, rope, positions, S, D, ROPE, EVEN
+            )
             _store_rows(dv + shared + columns[:, None] * (K * D) + wide, d_value, columns, S, EVEN)
             tl.debug_barrier()  # for the sums

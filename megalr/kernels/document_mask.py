@@ -17,7 +17,7 @@ Shapes: B batch, S sequence, N blocks of a sequence.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ def document_bounds(positions: Tensor, window: int | None = None) -> Tensor:
     return torch.stack((positions, first, end.int()))
 
 
-def is_bounds(mask: Any) -> bool:
+def is_bounds(mask: Any) -> TypeGuard[Tensor]:
     """Whether a mask has the form of :func:`document_bounds`."""
     return isinstance(mask, Tensor) and mask.dtype == torch.int32
 

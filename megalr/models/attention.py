@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from megalr.kernels.attention import attention, attention_applies, attention_reference
-from megalr.kernels.document_mask import AttentionMask
+from megalr.kernels.document_mask import AttentionMask, is_bounds
 from megalr.layers.deferred import DeferredRMSNorm, values_of
 from megalr.layers.factors import LinearShape
 from megalr.layers.linear import BottleneckLinear, GroupedLinear
@@ -104,13 +104,14 @@ class Attention(nn.Module):
         """
         width = self.config.head_width
         fused = self.uses_kernel(values_of(x), mask)
+        documents = mask if is_bounds(mask) else None
         if fused and self.q_norm is None and isinstance(self.qkv, BottleneckLinear):
             # The operator takes the stack of a bottleneck layer, (3, B, S, H D), but not the one
             # of a dense layer, (B, S, 3 H D).
-            return attention(self.qkv.forward_stacked(x), rope, width)
+            return attention(self.qkv.forward_stacked(x), rope, width, documents)
         q, k, v = self.qkv(x)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if fused:
-            return attention((q, k, v), rope, width)
+            return attention((q, k, v), rope, width, documents)
         return attention_reference(q, k, v, rope, mask, width)

@@ -144,7 +144,7 @@ def test_operator_passes_the_checks_of_torch() -> None:
     for x in (q, k, v):
         x.requires_grad_()
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    arguments = ([q, k, v], _rope(5, 32), 32)
+    arguments = ([q, k, v], _rope(5, 32), 32, None)
     torch.library.opcheck(torch.ops.megalr.causal_attention.default, arguments, test_utils=checks)
 
 
@@ -152,15 +152,15 @@ def test_fake_operator_gives_shapes_without_triton() -> None:
     """As torch.compile traces it: shapes and dtypes of all results, here on meta tensors."""
     q = torch.empty(2, 7, 4 * 64, dtype=torch.bfloat16, device="meta")
     k = torch.empty(2, 7, 2 * 64, dtype=torch.bfloat16, device="meta")
-    o, lse = torch.ops.megalr.causal_attention([q, k, k], None, 64)
+    o, lse = torch.ops.megalr.causal_attention([q, k, k], None, 64, None)
     assert o.shape == q.shape and o.dtype == q.dtype
     assert lse.shape == (2, 4, 7) and lse.dtype == torch.float32
-    grads = torch.ops.megalr.causal_attention_backward(o, [q, k, k], None, o, lse, 64)
+    grads = torch.ops.megalr.causal_attention_backward(o, [q, k, k], None, o, lse, 64, None)
     assert [x.shape for x in grads] == [q.shape, k.shape, k.shape]
     qkv = torch.empty(3, *q.shape, dtype=q.dtype, device="meta")
-    o, lse = torch.ops.megalr.causal_attention([qkv], None, 64)
+    o, lse = torch.ops.megalr.causal_attention([qkv], None, 64, None)
     assert o.shape == q.shape and lse.shape == (2, 4, 7)
-    (grad,) = torch.ops.megalr.causal_attention_backward(o, [qkv], None, o, lse, 64)
+    (grad,) = torch.ops.megalr.causal_attention_backward(o, [qkv], None, o, lse, 64, None)
     assert grad.shape == qkv.shape
 
 

@@ -13,11 +13,14 @@ from torch.nn.attention import flex_attention as flex_module
 
 import megalr.kernels.document_mask
 import megalr.models.decoder
+from megalr.engine.build import compile_blocks
+from megalr.engine.cuda_graph import MicroBatchGraph
 from megalr.hf.names import dense_state_dict, load_dense_state_dict
 from megalr.models.build import build_decoder
 from megalr.models.decoder import Decoder
 from megalr.models.recompute import LEVELS
 from tests.models.settings import full_rank, low_rank, tiny
+from tests.models.stand_ins import kernels_on_the_cpu
 from tests.models.test_decoder_equals_transformers import FAMILIES, reference_model
 
 LENGTHS = [[17], [1, 9, 7], [5, 5, 1, 1, 5], [1] * 17, [16, 1]]
@@ -183,3 +186,55 @@ def _blocks(sliding: int | None) -> torch.Tensor:
                 mask[row, 0, query, first : query + 1] = 0
             start += length
     return mask
+
+
+@pytest.mark.parametrize("case", ["low_rank", "grouped", "full_rank", "window"])
+def test_the_path_of_the_kernels_gives_the_same(case: str) -> None:
+    """With PyTorch stand-ins for them, in compiled blocks."""
+    changes = {
+        "grouped": {"num_heads": 4, "num_kv_heads": 2},
+        "window": {"sliding_window": 5},
+    }
+    method = full_rank() if case == "full_rank" else low_rank()
+    decoder = build_decoder(tiny(**changes.get(case, {})), method, seed=3)
+    expected = one_by_one(decoder)
+    with kernels_on_the_cpu() as seen:
+        decoder.use_kernels()
+        for block in decoder.blocks():
+            block.compile(dynamic=False, backend="aot_eager", fullgraph=True)
+        found = packed(decoder)
+        assert len(seen) == decoder.config.num_layers
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("S", [256, 640, 1000])
+def test_a_cuda_graph_replays_other_documents(S: int, compiled: bool) -> None:
+    """bf16 by the kernels (256) or FlexAttention, against float32 by plain attention."""
+    sizes = tiny(hidden_size=128, num_heads=4, num_kv_heads=2, intermediate_size=192)
+    fast = build_decoder(sizes, low_rank(), seed=3).cuda().bfloat16()
+    exact = build_decoder(sizes, low_rank(), seed=3).cuda()
+    exact.load_state_dict(fast.state_dict())
+    fast.use_kernels()
+    if compiled:
+        compile_blocks(fast)
+    generator = torch.Generator().manual_seed(1)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        graph = MicroBatchGraph(fast, (2, S), share_gradients=False, document_mask=True)
+        for share in (0.004, 0.1):
+            place = torch.arange(S)
+            starts = torch.rand(2, S, generator=generator) < share
+            positions = place - torch.where(starts, place, 0).cummax(1).values
+            ids = torch.randint(0, 101, (2, S), generator=generator)
+            inputs = [ids.cuda(), ids.roll(-1, 1).cuda(), positions.int().cuda()]
+            expected = results(exact, exact(*inputs))
+            fast.zero_grad(set_to_none=True)
+            loss = graph(inputs, 0.02)
+            loss.backward()
+            torch.testing.assert_close(loss / 0.02, expected.pop("loss"), rtol=1e-3, atol=0)
+            named = dict(fast.named_parameters())
+            for name, value in expected.items():
+                error = (named[name].grad.float() - value).norm() / value.norm()
+                assert error < 3e-2, f"{name}: {error:.1e}"
