@@ -276,7 +276,7 @@ def launch_backward(
         out: tensors to write the results to.
         documents: as for the forward pass.
     """
-    from megalr.kernels.attention_triton import backward_kernel
+    from megalr.kernels.attention_backward_triton import backward_kernel
 
     (B, S, width), D = q.shape, head_dim
     group, K = width // k.shape[2], k.shape[2] // D
