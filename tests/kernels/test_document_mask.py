@@ -17,7 +17,7 @@ from megalr.kernels.attention import (
     launch_forward,
 )
 from megalr.kernels.document_mask import block_mask, document_bounds, is_bounds, visible
-from megalr.models.attention import rope_tables
+from megalr.models.rope import rope_tables
 from tests.kernels.where import DEVICE, HALF, INTERPRETED, needs_triton
 
 
