@@ -10,10 +10,10 @@ exec((HERE / "megalr" / "version.py").read_text(encoding="utf-8"), VERSION)
 FILES = {
     "megalr.recipes": ("recipes", ["*.yaml", "*/*.yaml"]),
     "megalr.ds_configs": ("ds_configs", ["*.json"]),
-    "megalr.slurm": ("launchers/slurm", ["*.sbatch"]),
+    "megalr.launchers": ("launchers", ["slurm/pretrain.sbatch"]),
 }
 """Files that the ``megalr`` command finds by name (``megalr/cli/command_line.py``): the package
-they are installed in, their folder here, and which."""
+they are installed in, their folder here, and which besides Python's."""
 
 setup(
     name="megalr",

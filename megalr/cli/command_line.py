@@ -18,6 +18,9 @@ from megalr.cli.commands import COMMANDS
 from megalr.errors import UserError
 
 PACKAGE = Path(__file__).resolve().parents[1]
+FILES = PACKAGE if (PACKAGE / "recipes").is_dir() else PACKAGE.parent
+"""Where recipes/, ds_configs/ and launchers/ are: in the package; in a checkout beside it."""
+LAUNCHERS = FILES / "launchers"
 PACKAGED = {
     "recipe": ("recipes/*.yaml", "recipes/methods/*.yaml"),
     "DeepSpeed JSON": ("ds_configs/*.json",),
@@ -115,6 +118,7 @@ def parse_run(
     words: Sequence[str] | None,
     lists: Sequence[str] = ("config",),
     renamed: Mapping[str, str] | None = None,
+    bare_config: bool = False,
 ) -> argparse.Namespace:
     """:func:`parse` for a parser with :func:`add_run_options`.
 
@@ -127,17 +131,24 @@ def parse_run(
         words: as for :func:`parse`.
         lists: options with several values, behind which overrides may stand.
         renamed: as for :func:`parse`.
+        bare_config: whether files that stand alone count as values of ``--config``.
     """
     words = sys.argv[1:] if words is None else words
     arguments = parse(parser, words, renamed)
     for name in lists:
         values = getattr(arguments, name)
-        moved = [word for word in values if "=" in word and not Path(word).is_file()]
-        setattr(arguments, name, [word for word in values if word not in moved])
-        arguments.overrides += moved
+        setattr(arguments, name, [word for word in values if not _is_override(word)])
+        arguments.overrides += [word for word in values if _is_override(word)]
+    if bare_config:
+        arguments.config += [word for word in arguments.overrides if not _is_override(word)]
+        arguments.overrides = [word for word in arguments.overrides if _is_override(word)]
     last = {word: place for place, word in enumerate(words)}
     arguments.overrides.sort(key=lambda word: last.get(word, 0))
     return arguments
+
+
+def _is_override(word: str) -> bool:
+    return "=" in word and not Path(word).is_file()
 
 
 def config_files(arguments: argparse.Namespace) -> list[Path]:
@@ -166,12 +177,8 @@ def deepspeed_config(given: str | None) -> tuple[dict[str, Any], str]:
 
 
 def packaged_names(kind: str) -> dict[str, Path]:
-    """The files of a key of ``PACKAGED`` by their names without ending, in alphabetical order.
-
-    Installed, they lie in the package; in a checkout beside it.
-    """
-    root = PACKAGE if (PACKAGE / "recipes").is_dir() else PACKAGE.parent
-    files = [path for place in PACKAGED[kind] for path in root.glob(place)]
+    """The files of a key of ``PACKAGED`` by their names without ending, in alphabetical order."""
+    files = [path for place in PACKAGED[kind] for path in FILES.glob(place)]
     return {path.stem: path for path in sorted(files, key=lambda path: path.stem)}
 
 

@@ -1,4 +1,4 @@
-"""``megalr import`` and ``megalr reshape``: models and checkpoints for other programs."""
+"""``megalr export``, ``import`` and ``reshape``: models and checkpoints for other programs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,51 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megalr.cli.command_line import new_parser, only_one, parse
+
+
+def export_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """The command line of ``megalr export``."""
+    parser = new_parser("export", prog, "With tokenizer and model card.")
+    add = parser.add_argument
+    add("folder", nargs="?", type=Path, metavar="RUN", help="the same as --run RUN")
+    add("--run", type=Path, help="folder of the run")
+    add("--tag", help="checkpoint, for example update_1000 (default: the newest)")
+    add("--output", type=Path, required=True, help="folder to write: new or empty")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the weights (default: %(default)s, the unrounded master weights)",
+    )
+    add(
+        "--form",
+        choices=("dense", "factorized"),
+        default="dense",
+        help="matrices multiplied out, or the factors as trained (default: %(default)s)",
+    )
+    add("--max_shard_size", default="5GB", help="largest weight file (default: %(default)s)")
+    add("--tokenizer", help="tokenizer to add, or none (default: that of the training data)")
+    return parser
+
+
+def export_command(words: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Export; print what was written."""
+    arguments = parse(export_parser(prog), words)
+    run = only_one("--run", arguments.run, arguments.folder)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for a GPU, and warn
+    from megalr.hf.export_run import export_run
+
+    checkpoint = export_run(
+        run,
+        arguments.tag,
+        arguments.output,
+        arguments.dtype,
+        arguments.max_shard_size,
+        arguments.tokenizer,
+        arguments.form,
+    )
+    facts = f"{checkpoint.folder.name}, {arguments.form}, {arguments.dtype}"
+    print(f"written: {arguments.output} ({facts})")
 
 
 def import_parser(prog: str | None = None) -> argparse.ArgumentParser:

@@ -31,7 +31,7 @@ class LocalOptions:
     Attributes:
         program: launchers/pretrain.py.
         environment: of the runs.
-        gpus: as in CUDA_VISIBLE_DEVICES; None: all.
+        gpus: how many, or which as in CUDA_VISIBLE_DEVICES; None: all.
         per_gpu: runs at a time on each.
         deadline: of ``time.monotonic``; None: no limit.
         retry_failed: whether failed and diverged runs are run again.
@@ -40,7 +40,7 @@ class LocalOptions:
 
     program: Path
     environment: Mapping[str, str]
-    gpus: Sequence[str] | None
+    gpus: int | Sequence[str] | None
     per_gpu: int
     deadline: float | None
     retry_failed: bool

@@ -45,21 +45,26 @@ class Slot:
     threads: int
 
 
-def machine_slots(gpus: Sequence[str] | None, per_gpu: int) -> list[Slot]:
+def machine_slots(gpus: int | Sequence[str] | None, per_gpu: int) -> list[Slot]:
     """``per_gpu`` slots on each GPU, the GPUs in turn; on a machine without GPUs that many in all.
 
     Args:
-        gpus: as in CUDA_VISIBLE_DEVICES; None: all that this process may use.
+        gpus: how many of those that this process may use, or which, as in
+            CUDA_VISIBLE_DEVICES; None: all of them.
         per_gpu: runs at a time on each.
 
     Raises:
-        UserError: ``per_gpu`` is below 1, or a GPU is named twice or is not there.
+        UserError: ``per_gpu`` is below 1, a GPU is named twice or is not there, or there are fewer.
     """
     if per_gpu < 1:
         raise UserError(f"--per_gpu is {per_gpu}: give 1 or more")
     count = torch.cuda.device_count()  # asks the driver; makes no context
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     there = visible[:count] or [str(number) for number in range(count)]
+    if isinstance(gpus, int):
+        if not 0 < gpus <= len(there):
+            raise UserError(f"--gpus is {gpus}: this machine has {len(there)} that torch can use")
+        gpus = there[:gpus]
     chosen = there if gpus is None else list(gpus)
     for gpu in chosen:
         if gpu not in there or chosen.count(gpu) > 1:

@@ -31,7 +31,7 @@ class SlurmOptions:
     """How a sweep is submitted.
 
     Attributes:
-        template: launchers/slurm/pretrain.sbatch.
+        template: text of launchers/slurm/pretrain.sbatch.
         time: limit of one start of a run.
         partition, account: of the array; None: the cluster's.
         cpus: processor cores of a run; None: the template's.
@@ -40,7 +40,7 @@ class SlurmOptions:
         dry_run: print the script instead.
     """
 
-    template: Path
+    template: str
     time: str
     partition: str | None
     account: str | None
@@ -118,8 +118,7 @@ def array_script(name: str, output: Path, tasks: int, options: SlurmOptions) -> 
         f'eval "$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {tasks_file})"  # SWEEP_RUN and the run',
         f"""trap 'echo "$? $SECONDS $SLURM_JOB_ID" >>"$SWEEP_RUN/{ENDS}"' EXIT""",
     ]
-    template = options.template.read_text(encoding="utf-8")
-    return fill_header(template, header, head, {"job-name": "name of the sweep"})
+    return fill_header(options.template, header, head, {"job-name": "name of the sweep"})
 
 
 def task_line(run: PlannedRun) -> str:

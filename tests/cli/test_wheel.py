@@ -54,6 +54,11 @@ def test_the_command_works_from_an_empty_folder(installed: Path, tmp_path: Path)
     assert "optimizer.lr " in done.stdout, done.stderr
     done = _megalr(installed, tmp_path, "memory", "--config", "llama_9m", "--gpus", "1")
     assert done.returncode == 0 and "peak, GiB" in done.stdout, done.stderr
+    size = ("--nodes", "1", "--gpus", "4", "--time", "60", "data.train=/data")
+    done = _megalr(installed, tmp_path, "submit", "--config", "llama_60m", *size, "--dry-run")
+    assert f"PYTHON=${{PYTHON:-{sys.executable}}}\n" in done.stdout, done.stderr
+    script = installed / "megalr" / "launchers" / "pretrain.py"
+    assert f"PRETRAIN=${{PRETRAIN:-{script}}}\n" in done.stdout and script.is_file()
     done = _megalr(installed, tmp_path, "memroy")
     assert done.returncode == 2
     assert done.stderr == "error: megalr has no command 'memroy'; did you mean memory?\n"
@@ -64,9 +69,10 @@ def test_all_recipes_and_scripts_are_installed_as_they_are_here(installed: Path)
     for kind, source in (
         ("recipes", ROOT / "recipes"),
         ("ds_configs", ROOT / "ds_configs"),
-        ("slurm", ROOT / "launchers" / "slurm"),
+        ("launchers", ROOT / "launchers"),
     ):
-        files = [path for path in source.rglob("*") if path.is_file()]
+        files = [path for path in source.rglob("*") if path.suffix in (".yaml", ".json", ".py")]
+        files += source.rglob("pretrain.sbatch")
         assert files
         for path in files:
             copy = installed / "megalr" / kind / path.relative_to(source)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers.submit import TEMPLATE, main
+from megalr.cli.submit import TEMPLATE, submit_command
 from megalr.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,7 +23,7 @@ SIZE = ["--nodes", "4", "--gpus", "8", "--time", "1-12:00:00"]
 def submit(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["submit.py", RECIPE, *arguments])
-    main()
+    submit_command()
 
 
 def test_dry_run_prints_a_script_with_this_header_and_run(
@@ -116,7 +116,7 @@ def test_no_value_becomes_a_command_of_the_script(
     files = [str(recipe), "--deepspeed_config", str(deepspeed)]
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["submit.py", *files, *SIZE, "--dry-run", *run])
-    main()
+    submit_command()
     script = capsys.readouterr().out
     assert [line for line in script.split("\n") if line.startswith("#SBATCH --job-name=")]
     head = script[: script.index("set -uo pipefail")]

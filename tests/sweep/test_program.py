@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sweep import main
 
+from megalr.cli.sweep import sweep_command
 from megalr.errors import UserError
 from tests.sweep.files import write_sweep
 from tests.training.runs import events
@@ -31,7 +31,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch, path: Path, output: Path, *more:
     """The program's exit code, without paying for a process."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setattr(sys, "argv", command(path, output, *more)[1:])
-    return main()
+    return sweep_command()
 
 
 def rows(path: Path) -> list[dict[str, str]]:

@@ -153,6 +153,9 @@ def test_each_run_gets_its_gpu_its_cores_and_a_world_of_its_own(
     slots = machine_slots(None, 3)
     assert [slot.gpu for slot in slots] == ["4", "7"] * 3 and {s.threads for s in slots} == {2}
     assert [slot.gpu for slot in machine_slots(["7"], 1)] == ["7"]
+    assert [slot.gpu for slot in machine_slots(1, 1)] == ["4"]
+    with pytest.raises(UserError, match="--gpus is 3: this machine has 2 that torch can use"):
+        machine_slots(3, 1)
     for wrong in (["0"], ["4", "4"]):
         with pytest.raises(UserError, match="give each GPU once; this machine has 4, 7"):
             machine_slots(wrong, 1)

@@ -14,7 +14,7 @@ from megalr.sweep.run_record import RunRecord, read_record
 from megalr.sweep.slurm import SlurmOptions, array_script, submit_array, take_ends, task_line
 from tests.sweep.files import plan, rates, write_sweep
 
-TEMPLATE = Path(__file__).parents[2] / "launchers" / "slurm" / "pretrain.sbatch"
+TEMPLATE = (Path(__file__).parents[2] / "launchers" / "slurm" / "pretrain.sbatch").read_text()
 
 
 def options(**changed: Any) -> SlurmOptions:
