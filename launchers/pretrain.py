@@ -1,5 +1,6 @@
 """Pretrain a model: ``deepspeed launchers/pretrain.py --config recipes/llama_60m.yaml ...``.
 
+Continue a run: ``deepspeed launchers/pretrain.py --resume runs/llama_60m``.
 Also started by torchrun, by mpirun, or by plain python for one process.
 """
 
@@ -9,6 +10,7 @@ import argparse
 import contextlib
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from megalr.distributed.signals import StopRequest
 from megalr.errors import (
@@ -18,6 +20,9 @@ from megalr.errors import (
     exit_cleanly,
     launched_number,
 )
+
+if TYPE_CHECKING:
+    from megalr.config.schema import RunConfig
 
 DEFAULT_DEEPSPEED = {"zero_optimization": {"stage": 1}}
 
@@ -29,13 +34,17 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--config", nargs="+", metavar="FILE", help="one or several YAML files")
     parser.add_argument(
-        "--config", nargs="+", required=True, metavar="FILE", help="one or several YAML files"
+        "--resume",
+        type=Path,
+        metavar="RUN",
+        help="folder of a run to continue with its own configuration and DeepSpeed JSON",
     )
     parser.add_argument(
         "--deepspeed_config",
         type=Path,
-        help="DeepSpeed JSON, see ds_configs/ (default: ZeRO stage 1)",
+        help="DeepSpeed JSON, see ds_configs/ (default: the run's, else ZeRO stage 1)",
     )
     parser.add_argument(
         "--print_config", action="store_true", help="print the resolved run and stop"
@@ -50,6 +59,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
+    if (arguments.config is None) == (arguments.resume is None):
+        parser.error("give either --config or --resume")
+    arguments.config = arguments.config or []
     # argparse takes overrides right after --config or --allow for values of these options. Values
     # contain no "=", except for a file in a folder such as lr=0.1/.
     files = [text for text in arguments.config if "=" not in text or Path(text).is_file()]
@@ -60,6 +72,32 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
+def read_run(arguments: argparse.Namespace) -> tuple[RunConfig, dict[str, Any], str]:
+    """The run's configuration, the user's DeepSpeed JSON, and the name of that in messages.
+
+    Raises:
+        UserError: one line per problem.
+    """
+    from megalr.config.loading import load_run_config
+    from megalr.config.resuming import check_allowed
+    from megalr.engine.config import read_deepspeed_json, reopened
+    from megalr.models.config import PRESETS
+    from megalr.run.folder import DS_CONFIG, stored_config
+
+    run = arguments.resume
+    if run is None:
+        config = load_run_config(arguments.config, arguments.overrides, presets=PRESETS)
+    else:
+        config = stored_config(run, arguments.overrides, PRESETS)
+    check_allowed(arguments.allow)
+    if arguments.deepspeed_config is not None:
+        path = arguments.deepspeed_config
+        return config, read_deepspeed_json(path), str(path)
+    if run is not None:
+        return config, reopened(read_deepspeed_json(run / DS_CONFIG)), str(run / DS_CONFIG)
+    return config, DEFAULT_DEEPSPEED, "default DeepSpeed config"
+
+
 def main() -> int:
     """Parse, then run; returns 0 if finished, 75 if stopped on request (docs/health.md)."""
     arguments = parse_arguments()
@@ -67,24 +105,14 @@ def main() -> int:
     if not arguments.print_config:
         request.listen()
     # Imported after listen() because they take a second.
-    from megalr.config.loading import dump_config, load_run_config
-    from megalr.config.resuming import check_allowed
-    from megalr.engine.config import read_deepspeed_json
+    from megalr.config.loading import dump_config
 
-    try:
-        # Every rank reads the same files, so every rank finds the same mistakes.
-        from megalr.models.config import PRESETS
-
-        config = load_run_config(arguments.config, arguments.overrides, presets=PRESETS)
-        check_allowed(arguments.allow)
-        ds_user = DEFAULT_DEEPSPEED
-        if arguments.deepspeed_config is not None:
-            ds_user = read_deepspeed_json(arguments.deepspeed_config)
+    try:  # Every rank reads the same files, so every rank finds the same mistakes.
+        config, ds_user, source = read_run(arguments)
     except UserError as error:
         if launched_number(LOCAL_RANK_VARIABLES) == 0:
             raise
         raise AgreedError(str(error)) from error
-    source = str(arguments.deepspeed_config or "default DeepSpeed config")
     if arguments.print_config:
         with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs to stdout
             from megalr.engine.build import check_run

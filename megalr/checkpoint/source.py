@@ -18,6 +18,9 @@ STATE = "state.json"
 MASTER = "fp32"
 """Key of a parameter's master weights among its per-element tensors; DeepSpeed's name."""
 
+WORKING_DIRECTORY = "working_directory"
+"""Key in the state of the loop: where relative paths in the configuration start from."""
+
 
 class _Counters(BaseModel, strict=True):
     global_steps: NonNegativeInt
@@ -29,6 +32,7 @@ class _LoopState(BaseModel, strict=True):
     tokens: NonNegativeInt
     batch_offset: NonNegativeInt = 0
     data_fingerprint: str = ""
+    working_directory: str | None = None
     health: dict[str, Any] = {}
     restarts: dict[str, Any] = {}
 

@@ -1,9 +1,15 @@
-"""Which keys of the configuration may differ when a run is resumed."""
+"""Which keys of the configuration may differ when a run is resumed, and where its paths lead.
+
+Relative paths in the configuration of a run start from the working directory of its start. Whoever
+reads it from elsewhere (a resume, an export, an evaluation) turns them into paths that lead there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
+from os.path import normpath
+from pathlib import Path
 from typing import Any
 
 from megalr.config.loading import flatten
@@ -58,6 +64,9 @@ KEYS_FIXED = {
 }
 """Patterns of the keys that no run can change, with the reason."""
 
+PATH_KEYS = ("model.from_pretrained", "data.train", "data.validation")
+"""Keys whose values name folders that a run reads."""
+
 
 def diff_configs(old: RunConfig, new: RunConfig) -> list[Difference]:
     """(dotted key, old, new) wherever the values differ; ABSENT where a run has no such key."""
@@ -111,3 +120,55 @@ def check_allowed(allowed: Sequence[str]) -> None:
 
 def _matches(key: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(key, pattern) for pattern in patterns)
+
+
+def map_paths(
+    config: RunConfig, change: Callable[[str], str], but: Iterable[str] = ()
+) -> RunConfig:
+    """The configuration with ``change`` applied to every path in it, except in the keys ``but``."""
+    model, data = config.model, config.data
+    values: dict[str, dict[str, Any]] = {"model": {}, "data": {}}
+    if model.from_pretrained is not None:
+        values["model"]["from_pretrained"] = change(model.from_pretrained)
+    sources = [s.model_copy(update={"path": change(s.path)}) for s in data.train]
+    values["data"]["train"] = tuple(sources)
+    if isinstance(data.validation, dict):
+        sets = {name: tuple(map(change, paths)) for name, paths in data.validation.items()}
+        values["data"]["validation"] = sets
+    elif data.validation is not None:
+        values["data"]["validation"] = tuple(map(change, data.validation))
+    kept = set(but)
+    sections = {
+        section: getattr(config, section).model_copy(
+            update={name: new for name, new in found.items() if f"{section}.{name}" not in kept}
+        )
+        for section, found in values.items()
+    }
+    return config.model_copy(update=sections)
+
+
+def located(config: RunConfig, start: Path, but: Iterable[str] = ()) -> RunConfig:
+    """The configuration with relative paths starting from ``start``, except in the keys ``but``.
+
+    A path that leads nowhere from there and somewhere from this process's working directory is
+    kept: the run was moved together with its data.
+    """
+
+    def change(path: str) -> str:
+        return path if Path(path).exists() and not (start / path).exists() else str(start / path)
+
+    return config if start == Path.cwd() else map_paths(config, change, but)
+
+
+def keys_of_same_folders(
+    old: RunConfig, old_start: Path | None, new: RunConfig, new_start: Path
+) -> list[str]:
+    """The keys of paths whose values, written differently or not, lead to the same folders.
+
+    ``old_start`` is None if it is not known where the old paths start: then only equal text counts.
+    """
+    if old_start is None:
+        old_start = new_start
+    before = flatten(map_paths(old, lambda path: normpath(old_start / path)))
+    after = flatten(map_paths(new, lambda path: normpath(new_start / path)))
+    return [key for key in PATH_KEYS if before.get(key) == after.get(key)]

@@ -14,6 +14,7 @@ from megalr.config.problems import printable, shown
 from megalr.config.schema import RunConfig
 from megalr.config.yaml_source import MAX_DEPTH, read_text
 from megalr.engine.config_checks import combination_problems, lay_over, model_problems
+from megalr.engine.config_keys import FIXED_KEYS
 from megalr.errors import UserError
 
 NEVER = 1_000_000_000
@@ -59,6 +60,19 @@ def read_deepspeed_json(path: Path | str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path}: {shown(values)}: must be a JSON object")
     return values
+
+
+def reopened(resolved: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """What of a complete configuration of a run (``ds_config.json``) a user could have given.
+
+    The values that follow from the run (batch sizes, precision) are dropped, so that they can
+    change with the run and the number of its ranks.
+    """
+    return {
+        name: reopened(value, f"{prefix}{name}.") if isinstance(value, dict) else value
+        for name, value in resolved.items()
+        if f"{prefix}{name}" not in FIXED_KEYS
+    }
 
 
 def _check_depth(values: Any, path: Path | str) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from megalr.checkpoint import open_checkpoint
 from megalr.checkpoint.manifest import Damaged, check_files
 from megalr.checkpoint.reader import Checkpoint
+from megalr.checkpoint.source import WORKING_DIRECTORY
+from megalr.config.resuming import located
 from megalr.config.schema import RunConfig
 from megalr.data.manifest import load_manifest
 from megalr.errors import UserError
@@ -41,9 +42,9 @@ def open_verified(run: Path, tag: str | None) -> Checkpoint:
 
 
 def run_config(checkpoint: Checkpoint) -> RunConfig:
-    """The run's configuration when the checkpoint was saved, with the paths of its data resolved.
+    """The run's configuration when the checkpoint was saved, its paths leading where they led then.
 
-    Relative paths of data start from the working directory of the run, not of this process.
+    Relative paths start from the working directory of the run, not of this process.
 
     Raises:
         UserError: this version of megalr does not accept it.
@@ -55,20 +56,9 @@ def run_config(checkpoint: Checkpoint) -> RunConfig:
             f"checkpoint {checkpoint.folder}: {' '.join(str(error).split())}: use the version of "
             "megalr that wrote it"
         ) from error
-    start = working_directory(checkpoint.folder.parent.parent)
-
-    def located(path: str) -> str:
-        return str(start / path) if start is not None and (start / path).exists() else path
-
-    data = config.data
-    changes: dict[str, Any] = {
-        "train": tuple(s.model_copy(update={"path": located(s.path)}) for s in data.train)
-    }
-    if isinstance(data.validation, dict):
-        changes["validation"] = {n: tuple(map(located, p)) for n, p in data.validation.items()}
-    elif data.validation is not None:
-        changes["validation"] = tuple(map(located, data.validation))
-    return config.model_copy(update={"data": data.model_copy(update=changes)})
+    recorded = checkpoint.state.get(WORKING_DIRECTORY)
+    start = working_directory(checkpoint.folder.parent.parent) if recorded is None else recorded
+    return config if start is None else located(config, Path(start))
 
 
 def load_decoder(run: Path, checkpoint: Checkpoint) -> Decoder:

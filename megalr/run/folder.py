@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,15 @@ import yaml
 from pydantic import ValidationError
 
 from megalr.checkpoint.directory import CHECKPOINTS, tags
-from megalr.config.loading import dump_config
+from megalr.config.loading import dump_config, load_run_config
 from megalr.config.resuming import (
     KEYS_FREE_ON_RESUME,
+    PATH_KEYS,
     Difference,
     allowed_differences,
     differences_that_forbid_resume,
+    keys_of_same_folders,
+    located,
 )
 from megalr.config.schema import RunConfig
 from megalr.config.yaml_source import read_file
@@ -136,6 +139,32 @@ def read_config(folder: Path) -> dict[str, dict[str, Any]]:
     return sections
 
 
+def stored_config(
+    folder: Path, overrides: Sequence[str], presets: Iterable[str] | None = None
+) -> RunConfig:
+    """The configuration in a run's folder, with overrides, to continue the run from here.
+
+    ``run.dir`` is the folder as given and ``run.resume`` is auto unless it is overridden. Relative
+    paths start from the working directory of the run's last start, those of overrides from that of
+    this process.
+
+    Raises:
+        UserError: the folder holds no run, or the configuration has problems (one line each).
+    """
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"--resume {folder}: holds no {CONFIG}: give the folder of a run")
+    keys = [text.partition("=")[0].strip() for text in overrides]
+    if "run.dir" in keys:
+        raise UserError(
+            f"run.dir is given with --resume {folder}, which continues the run there: leave it out"
+        )
+    own = [f"run.dir={json.dumps(str(folder), ensure_ascii=False)}", "run.resume=auto"]
+    config = load_run_config([folder / CONFIG], [*own, *overrides], presets)
+    given = [key for key in PATH_KEYS if any(f"{text}.".startswith(f"{key}.") for text in keys)]
+    start = working_directory(folder)
+    return config if start is None else located(config, start, given)
+
+
 def write_run_folder(config: RunConfig, ds_config: dict[str, Any]) -> None:
     """Create the folder and write the resolved configurations into it; called on one rank.
 
@@ -165,7 +194,8 @@ def _compare(saved: Path, config: RunConfig, allowed: Sequence[str]) -> list[Dif
             f"{saved} cannot be read as a run's configuration ({key}: {detail['msg']}): "
             "choose another run.dir"
         ) from error
-    different = differences_that_forbid_resume(old, config, allowed)
+    same = keys_of_same_folders(old, working_directory(saved.parent), config, Path.cwd())
+    different = differences_that_forbid_resume(old, config, [*allowed, *same])
     if different:
         listed = "; ".join(f"{key}: {before} there, {now} here" for key, before, now in different)
         raise UserError(
@@ -173,4 +203,4 @@ def _compare(saved: Path, config: RunConfig, allowed: Sequence[str]) -> list[Dif
             "another run.dir, give the same values, or let them change by --allow KEY (free to "
             f"change anyway: {', '.join(KEYS_FREE_ON_RESUME)})"
         )
-    return allowed_differences(old, config, allowed)
+    return [d for d in allowed_differences(old, config, allowed) if d[0] not in same]

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megalr.checkpoint.find import find_checkpoint, tidy
+from megalr.checkpoint.source import WORKING_DIRECTORY
 from megalr.config.methods import ReloraMethod
 from megalr.config.schema import RunConfig
 from megalr.data import EvaluationBatches, TokenDataset
@@ -193,7 +194,7 @@ def _hooks(
     evaluation = EvaluationHook(run, validation)
     hooks: list[Hook] = [] if relora is None else [ReloraHook(run, relora)]
     hooks += [RestartsHook(run, restarts), log, evaluation]
-    identity = {"data_fingerprint": data_fingerprint}
+    identity = {"data_fingerprint": data_fingerprint, WORKING_DIRECTORY: str(Path.cwd())}
     return [*hooks, CheckpointHook(run, evaluation, hooks, identity)]
 
 

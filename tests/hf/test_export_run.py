@@ -250,11 +250,17 @@ def test_data_is_found_from_any_folder(
     config = RunConfig.model_validate(values)
     write_run_folder(config, {})
     monkeypatch.chdir(tmp_path)
-    saved = SimpleNamespace(config=config, folder=start / "runs/a/checkpoints/update_1")
-    found = run_config(saved)  # type: ignore[arg-type]
-    assert [source.path for source in found.data.train] == [str(start / "data")]
-    assert found.data.validation == (str(start / "data"), "gone")
-    assert tokenizer_of(found).path == start / "data" / "tokenizer"
+    checkpoint = start / "runs/a/checkpoints/update_1"
+    saved = SimpleNamespace(config=config, folder=checkpoint, state={})
+    first = run_config(saved)  # type: ignore[arg-type]
+    # From another start than the last one, whose working directory the run's folder has.
+    write_run_folder(RunConfig.model_validate(settings(start / "runs/a", start / "data")), {})
+    state = {"working_directory": str(start)}
+    moved_on = SimpleNamespace(config=config, folder=checkpoint, state=state)
+    for found in (first, run_config(moved_on)):  # type: ignore[arg-type]
+        assert [source.path for source in found.data.train] == [str(start / "data")]
+        assert found.data.validation == (str(start / "data"), str(start / "gone"))
+        assert tokenizer_of(found).path == start / "data" / "tokenizer"
 
 
 def test_the_example_of_the_checkpoints_page_runs(
