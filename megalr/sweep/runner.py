@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-import torch
-
+from megalr.distributed.local_ranks import choose_gpus, visible_gpus
 from megalr.errors import UserError
 from megalr.file_lock import lock_file
 from megalr.files import disk_errors
@@ -58,21 +57,7 @@ def machine_slots(gpus: int | Sequence[str] | None, per_gpu: int) -> list[Slot]:
     """
     if per_gpu < 1:
         raise UserError(f"--per_gpu is {per_gpu}: give 1 or more")
-    count = torch.cuda.device_count()  # asks the driver; makes no context
-    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    there = visible[:count] or [str(number) for number in range(count)]
-    if isinstance(gpus, int):
-        if not 0 < gpus <= len(there):
-            raise UserError(f"--gpus is {gpus}: this machine has {len(there)} that torch can use")
-        gpus = there[:gpus]
-    chosen = there if gpus is None else list(gpus)
-    for gpu in chosen:
-        if gpu not in there or chosen.count(gpu) > 1:
-            raise UserError(
-                f"--gpus names {gpu!r}: give each GPU once; this machine has "
-                f"{', '.join(there) if there else 'none that torch can use'}"
-            )
-    names: list[str | None] = list(chosen) or [None]
+    names: list[str | None] = [*choose_gpus(gpus, visible_gpus())] or [None]
     threads = max(1, len(os.sched_getaffinity(0)) // (len(names) * per_gpu))
     return [Slot(gpu, threads) for _ in range(per_gpu) for gpu in names]
 
