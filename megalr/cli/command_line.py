@@ -81,6 +81,26 @@ def spelled(words: Sequence[str], renamed: Mapping[str, str]) -> list[str]:
     return [*found, *words[end:]]
 
 
+def without_option(words: Sequence[str], option: str) -> list[str]:
+    """The words without this option and its one value."""
+    found, skip = [], False
+    for word in words:
+        if not skip and word != option and not word.startswith(f"{option}="):
+            found.append(word)
+        skip = word == option
+    return found
+
+
+def add_gpus(parser: argparse.ArgumentParser, default: str) -> None:
+    """``--gpus``: an int, how many; or a list of names as in CUDA_VISIBLE_DEVICES."""
+    parser.add_argument(
+        "--gpus",
+        type=lambda text: int(text) if text.isdecimal() else text.strip(",").split(","),
+        metavar="N|0,1,...",
+        help=f"how many GPUs of this machine, or which (default: {default})",
+    )
+
+
 def only_one(option: str, *given: Path | None) -> Path:
     """The one value of ``given`` that is not None, for ``option`` or its short form.
 

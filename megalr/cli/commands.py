@@ -94,6 +94,14 @@ _ALL = (
         "tools/estimate_memory.py",
     ),
     Command(
+        "train",
+        "Train",
+        "train",
+        "Train a model on the GPUs of this machine, or as a rank of any launcher.",
+        "megalr train --config llama_60m_low_rank data.train=data/c4 --gpus 4",
+        "launchers/pretrain.py",
+    ),
+    Command(
         "sweep",
         "Train",
         "sweep",

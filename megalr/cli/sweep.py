@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megalr.cli.command_line import FILES, LAUNCHERS, find_file, new_parser, parse_run
+from megalr.cli.command_line import FILES, LAUNCHERS, add_gpus, find_file, new_parser, parse_run
 from megalr.cli.submit import slurm_template
 from megalr.errors import UserError
 
@@ -34,7 +34,7 @@ def sweep_parser(prog: str | None = None) -> argparse.ArgumentParser:
         help="YAML of the sweep (docs/sweeps.md), or the name of one of `megalr recipes`",
     )
     add("--output", type=Path, required=True, help="folder of the runs and results")
-    add("--gpus", metavar="N|0,1,...", help="how many GPUs, or which (default: all visible)")
+    add_gpus(parser, "all visible")
     add("--per_gpu", type=int, help="runs at a time on each GPU (default: 1)")
     add("--only", metavar="GLOB", help="runs whose name matches, such as 'low_rank__*'")
     add("--limit_minutes", type=float, help="stop cleanly after so long; the next call goes on")
@@ -81,13 +81,6 @@ def _check_options(arguments: argparse.Namespace) -> None:
         raise UserError("--extend with --slurm or --collect: it waits for results; run it locally")
     if arguments.slurm and arguments.time is None:
         raise UserError("--slurm needs --time, the time limit of one start of a run")
-
-
-def _gpus(text: str | None) -> int | list[str] | None:
-    """``--gpus``: how many, or which as in CUDA_VISIBLE_DEVICES."""
-    if text is None or not text.isdecimal():
-        return text.rstrip(",").split(",") if text else None
-    return int(text)
 
 
 def _planner(arguments: argparse.Namespace, file: Path) -> tuple[str, Planner]:
@@ -145,7 +138,7 @@ def sweep_command(words: Sequence[str] | None = None, prog: str | None = None) -
     options = LocalOptions(
         program=LAUNCHERS / "pretrain.py",
         environment=environment,
-        gpus=_gpus(arguments.gpus),
+        gpus=arguments.gpus,
         per_gpu=arguments.per_gpu or 1,
         deadline=None if limit is None else started + 60 * limit,
         retry_failed=arguments.retry_failed,

@@ -6,6 +6,7 @@ rank 30 seconds after a stop signal, while it may still be saving. Here a signal
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -22,6 +23,8 @@ PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 POLL_SECONDS = 0.1
 PEER_SECONDS = 30.0
 """How long the other ranks may take to end by themselves once one has failed."""
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_PRCTL = ctypes.CDLL(None).prctl  # looked up here: nothing may be loaded between fork and exec
 
 
 class LocalRanks:
@@ -59,7 +62,12 @@ class LocalRanks:
             for rank in range(self._ranks):
                 own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                 environment = self._environment | own
-                process = subprocess.Popen(self._command, env=environment, start_new_session=True)
+                process = subprocess.Popen(
+                    self._command,
+                    env=environment,
+                    start_new_session=True,  # Ctrl-C reaches this process, which passes it on
+                    preexec_fn=end_with_parent,
+                )
                 self._processes.append(process)
                 for number in self._received:  # it came while they were being started
                     process.send_signal(number)
@@ -96,6 +104,12 @@ class LocalRanks:
             self._received.append(number)
             for process in self._processes:
                 process.send_signal(number)
+
+
+def end_with_parent() -> None:
+    """In a new process: have the kernel send SIGTERM when its parent is killed, so that no run
+    goes on unseen."""
+    _PRCTL(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _environment(ranks: int, gpus: Sequence[str]) -> dict[str, str]:

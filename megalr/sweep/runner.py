@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from megalr.distributed.local_ranks import choose_gpus, visible_gpus
+from megalr.distributed.local_ranks import choose_gpus, end_with_parent, visible_gpus
 from megalr.errors import UserError
 from megalr.file_lock import lock_file
 from megalr.files import disk_errors
@@ -27,8 +26,6 @@ STOP_SECONDS = 180.0
 """How long a run may take to save and end once it was asked to, before it is killed."""
 
 LAUNCHER_VARIABLES = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_PRCTL = ctypes.CDLL(None).prctl  # looked up here: nothing may be loaded between fork and exec
 
 
 @dataclass(frozen=True)
@@ -171,7 +168,7 @@ class Runner:
                     stderr=subprocess.STDOUT,
                     env=environment_of(slot, self.environment),
                     start_new_session=True,  # Ctrl-C reaches this program, which passes it on
-                    preexec_fn=_end_with_parent,
+                    preexec_fn=end_with_parent,
                 )
         self.running.append(RunningRun(run, slot, record, process, time.monotonic()))
 
@@ -232,9 +229,3 @@ def check_folder_is_free(run: PlannedRun) -> None:
         raise UserError(
             f"{run.name} is running already: {file.read().strip()}; wait for it or end it"
         )
-
-
-def _end_with_parent() -> None:
-    """In a new process: have the kernel send SIGTERM when the sweep is killed, so that no run
-    goes on unseen."""
-    _PRCTL(_PR_SET_PDEATHSIG, signal.SIGTERM)

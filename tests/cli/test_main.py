@@ -42,7 +42,8 @@ def test_every_program_of_a_checkout_shows_its_commands_help() -> None:
     for command in COMMANDS.values():
         if command.program is not None:
             text = (ROOT / command.program).read_text()
-            assert f"exit_cleanly({command.name}_command)" in text, command.program
+            function = "pretrain" if command.name == "train" else command.name
+            assert f"exit_cleanly({function}_command)" in text, command.program
     done = subprocess.run(
         [sys.executable, "tools/inspect_data.py", "--help"],
         capture_output=True,

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from launchers import pretrain
+from megalr.cli.train import pretrain_command
 from megalr.config import load_run_config
 from megalr.engine.config import describe_deepspeed
 from megalr.errors import UserError
@@ -73,7 +73,7 @@ def print_config(folder: Path, run: str, deepspeed: str) -> tuple[str, str]:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(sys, "argv", ["pretrain.py", *arguments])
         try:
-            assert pretrain.main() == 0
+            assert pretrain_command() == 0
         except UserError as error:
             return "", str(error)
     return printed.getvalue(), ""

@@ -1,0 +1,194 @@
+"""``megalr train``: one run, in this process as a rank of a launcher or alone, or in several.
+
+``megalr train`` starts a rank per GPU. ``launchers/pretrain.py`` is the same program for the other
+launchers, and one process under plain python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megalr.cli.command_line import (
+    LAUNCHERS,
+    add_gpus,
+    add_run_options,
+    config_files,
+    deepspeed_config,
+    new_parser,
+    parse_run,
+    without_option,
+)
+from megalr.distributed.signals import STOPPED, StopRequest
+from megalr.errors import LOCAL_RANK_VARIABLES, AgreedError, UserError, launched_number
+
+if TYPE_CHECKING:
+    from megalr.config.schema import RunConfig
+
+
+def train_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """The command line; positional words are overrides ``section.key=value``."""
+    parser = new_parser(
+        "train",
+        prog,
+        "It starts a process per GPU; under deepspeed, torchrun, mpirun or srun it is one of "
+        "theirs. The same command continues a run. Exit code 75: stopped on request, after saving.",
+    )
+    add_run_options(parser)
+    add = parser.add_argument
+    add(
+        "--resume",
+        type=Path,
+        metavar="RUN",
+        help="instead of --config: folder of a run to continue with its own configuration and "
+        "DeepSpeed JSON",
+    )
+    add_gpus(parser, "all visible; launchers/pretrain.py: 1")
+    add("--print_config", action="store_true", help="print the resolved run and stop")
+    add(
+        "--allow",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY",
+        help="keys that may differ from the run in run.dir (docs/checkpoints.md)",
+    )
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it
+    return parser
+
+
+def train_command(words: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Train on the GPUs of this machine, or as a rank of a launcher.
+
+    Returns:
+        0 if finished, 75 if stopped on request (docs/health.md).
+    """
+    return _train(words, prog, alone=False)
+
+
+def pretrain_command(words: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """As :func:`train_command`, but one process unless ``--gpus`` is given."""
+    return _train(words, prog, alone=True)
+
+
+def _train(words: Sequence[str] | None, prog: str | None, alone: bool) -> int:
+    words = sys.argv[1:] if words is None else words
+    arguments = parse_run(train_parser(prog), words, lists=("config", "allow"))
+    if arguments.resume is not None and arguments.config:
+        raise UserError("--config and --resume are both given: --resume takes the run's own files")
+    request = StopRequest()
+    if not arguments.print_config:
+        request.listen()
+    if is_launched(os.environ):
+        if arguments.gpus is not None:
+            raise UserError("--gpus under a launcher has no effect: remove it, or the launcher")
+    elif not (arguments.print_config or (alone and arguments.gpus is None)):
+        ranks, gpus = local_ranks(arguments.gpus)
+        if ranks > 1 or gpus:
+            if request.signal:  # it came while torch was imported
+                return STOPPED
+            program = [str(LAUNCHERS / "pretrain.py"), *without_option(words, "--gpus")]
+            return start_ranks(program, ranks, gpus)
+    return _rank(arguments, request)
+
+
+def is_launched(environment: Mapping[str, str]) -> bool:
+    """Whether a launcher started this process as one of several ranks, or as the only one."""
+    from megalr.distributed.launcher_env import number_of_processes
+
+    return "RANK" in environment or number_of_processes(environment) > 1
+
+
+def local_ranks(wanted: int | Sequence[str] | None) -> tuple[int, list[str]]:
+    """Ranks to start on this machine, and the GPUs to show them (empty: as they are).
+
+    Args:
+        wanted: how many GPUs, or which; None: all. Without a GPU, how many processes; None: one.
+
+    Raises:
+        UserError: this machine has not got these GPUs, or it is one of several of a SLURM job.
+    """
+    from megalr.distributed.local_ranks import choose_gpus, visible_gpus
+
+    nodes = os.environ.get("SLURM_JOB_NUM_NODES", "1")
+    if wanted is None and nodes != "1":
+        raise UserError(
+            f"this SLURM job has {nodes} nodes: put srun before the command, or give --gpus for "
+            "the GPUs of this node alone"
+        )
+    there = [] if os.environ.get("DS_ACCELERATOR") == "cpu" else visible_gpus()
+    if not there and isinstance(wanted, int):
+        print(f"no GPU is visible: {wanted} processes on the CPU", file=sys.stderr, flush=True)
+        return wanted, []
+    gpus = choose_gpus(wanted, there)
+    return max(1, len(gpus)), [] if gpus == there else gpus
+
+
+def start_ranks(program: Sequence[str], ranks: int, gpus: Sequence[str]) -> int:
+    """Run the program in that many processes; the exit code."""
+    from megalr.distributed.local_ranks import LocalRanks
+
+    return LocalRanks(program, ranks, gpus).run()
+
+
+def _read_run(arguments: argparse.Namespace) -> tuple[RunConfig, dict[str, Any], str]:
+    """The run's configuration, the user's DeepSpeed JSON, and the name of that in messages.
+
+    Raises:
+        UserError: one line per problem.
+    """
+    run, given = arguments.resume, arguments.deepspeed_config
+    files = config_files(arguments) if run is None else []
+    from megalr.config.loading import load_run_config
+    from megalr.config.resuming import check_allowed
+    from megalr.models.config import PRESETS
+    from megalr.run.folder import DS_CONFIG, stored_config
+
+    if run is None:
+        config = load_run_config(files, arguments.overrides, presets=PRESETS)
+    else:
+        config = stored_config(run, arguments.overrides, PRESETS)
+    check_allowed(arguments.allow)
+    if run is None or given is not None:
+        return config, *deepspeed_config(given)
+    from megalr.engine.config import read_deepspeed_json, reopened
+
+    return config, reopened(read_deepspeed_json(run / DS_CONFIG)), str(run / DS_CONFIG)
+
+
+def _rank(arguments: argparse.Namespace, request: StopRequest) -> int:
+    """Train as one rank, or print the resolved run; the exit code."""
+    try:  # Every rank reads the same files, so every rank finds the same mistakes.
+        config, ds_user, source = _read_run(arguments)
+    except UserError as error:
+        if launched_number(LOCAL_RANK_VARIABLES) == 0:
+            raise
+        raise AgreedError(str(error)) from error
+    if arguments.print_config:
+        _print_config(config, ds_user, source)
+        return 0
+    from megalr.distributed.peer_errors import name_lost_peers
+    from megalr.training.pretrain import pretrain
+
+    with name_lost_peers(config.run.timeout_seconds):
+        return pretrain(config, ds_user, source, request, arguments.allow)
+
+
+def _print_config(config: RunConfig, ds_user: dict[str, Any], source: str) -> None:
+    from megalr.config.loading import dump_config
+
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs to stdout
+        from megalr.engine.build import check_run
+        from megalr.engine.config import describe_deepspeed
+
+        stage, described = describe_deepspeed(config, ds_user, source)
+        groups = check_run(config, stage)
+    print(dump_config(config), end="")
+    for name, values in groups.items():
+        print(f"# {name}: peak lr {values['lr']:g}, weight decay {values['weight_decay']:g}")
+    print(described)
