@@ -150,6 +150,14 @@ _ALL = (
         "tools/import_hf.py",
     ),
     Command(
+        "factorize",
+        "Other formats",
+        "formats",
+        "Write a dense transformers model with its matrices as factors.",
+        "megalr factorize --model models/llama-2-7b --output out/ --rank 1024",
+        "tools/factorize_hf.py",
+    ),
+    Command(
         "reshape",
         "Other formats",
         "formats",

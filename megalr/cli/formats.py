@@ -1,4 +1,4 @@
-"""``megalr export``, ``import`` and ``reshape``: models and checkpoints for other programs."""
+"""``megalr export``, ``import``, ``factorize`` and ``reshape``: models for other programs."""
 
 from __future__ import annotations
 
@@ -118,3 +118,72 @@ def reshape_command(words: Sequence[str] | None = None, prog: str | None = None)
 
         folder = write_universal(checkpoint, show)
     print(folder)
+
+
+def factorize_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """The command line of ``megalr factorize``."""
+    parser = new_parser(
+        "factorize",
+        prog,
+        "Truncated SVDs, or with --calibration the factors that are best for the inputs which that "
+        "text gives each layer.",
+    )
+    add = parser.add_argument
+    add("folder", nargs="?", type=Path, metavar="MODEL", help="the same as --model MODEL")
+    add("--model", type=Path, help="folder with a dense transformers model")
+    add("--output", type=Path, required=True, help="folder to write: new or empty")
+    add("--rank", type=int, help="rank of every matrix")
+    add("--rank_share", type=float, help="instead: rank relative to each matrix's smaller side")
+    add("--targets", nargs="+", metavar="NAME", help="linear layers, e.g. q_proj (default: all)")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the weights (default: that of the model's files)",
+    )
+    add(
+        "--calibration",
+        nargs="+",
+        metavar="DATA",
+        help="a data folder, or files of text for the model's own tokenizer",
+    )
+    add(
+        "--calibration_tokens",
+        type=int,
+        default=131_072,
+        help="tokens to read of it (default: %(default)s)",
+    )
+    return parser
+
+
+def factorize_command(words: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Write the factorized folder; print its size and errors."""
+    arguments = parse(factorize_parser(prog), words)
+    model = only_one("--model", arguments.model, arguments.folder)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for a GPU, and warn
+    from tqdm import tqdm
+
+    from megalr.compression.calibration import CalibrationOptions
+    from megalr.compression.compress import CompressionOptions, compress_folder
+
+    targets = tuple(arguments.targets) if arguments.targets else None
+    options = CompressionOptions(arguments.rank, arguments.rank_share, targets, arguments.dtype)
+    text = None
+    if arguments.calibration:
+        text = CalibrationOptions(tuple(arguments.calibration), arguments.calibration_tokens)
+    with tqdm(unit="block", disable=not sys.stderr.isatty()) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        outcome = compress_folder(model, arguments.output, options, text, show)
+    for note in outcome.notes:
+        print(f"note: {note}")
+    before, after = outcome.numbers
+    errors = outcome.errors.values()
+    print(f"parameters: {after:,} instead of {before:,} ({after / before:.3f})")
+    print(f"error of the matrices: mean {sum(errors) / len(errors):.4f}, largest {max(errors):.4f}")
+    if outcome.perplexities is not None:
+        dense, factorized = outcome.perplexities
+        print(f"perplexity of text kept apart: {factorized:.3f}, of the dense model {dense:.3f}")
+    print(f"written: {arguments.output}")

@@ -12,8 +12,15 @@ the code that applies them, `modeling_factorized.py`. Where megalr is installed,
 megalr.hf.auto` loads the model without `trust_remote_code`."""
 
 
+TRAINED = "A language model trained by megalr."
+
+
 def model_card(
-    name: str, tags: list[str], rows: Mapping[str, Any], factorized: bool = False
+    name: str,
+    tags: list[str],
+    rows: Mapping[str, Any],
+    factorized: bool = False,
+    origin: str = TRAINED,
 ) -> str:
     """Markdown with Hugging Face's metadata: a table of ``rows`` and how to load the model.
 
@@ -22,6 +29,7 @@ def model_card(
         tags: search terms.
         rows: facts about the training by name; None is shown as "not known".
         factorized: whether the folder holds factors instead of dense matrices.
+        origin: the sentence that says where the model comes from.
     """
     from huggingface_hub import ModelCardData
 
@@ -36,7 +44,7 @@ def model_card(
 
 # {name}
 
-A language model trained by megalr. {FACTORIZED if factorized else DENSE}
+{origin} {FACTORIZED if factorized else DENSE}
 
 | | |
 |---|---|

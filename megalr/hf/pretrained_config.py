@@ -94,7 +94,8 @@ def load_config(folder: Path) -> Any:
     kind = raw.get("model_type")
     if str(kind).startswith(FACTORIZED_PREFIX):
         raise UserError(
-            f"{folder}: a factorized export cannot be read: export the run with --form dense"
+            f"{folder}: a factorized export cannot be read: start from the dense model it was made "
+            "of, or export the run with --form dense"
         )
     if kind not in IMPORTED:
         own_code = " (it needs the folder's own code, which is not run)" * ("auto_map" in raw)

@@ -6,6 +6,8 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,22 +98,33 @@ def write_model(
             tokenizer's, transformers cannot hold the tokenizer or
             would load another one, or the disk cannot be written.
     """
-    check_output(output)
     if tokenizer is not None and tokenizer.vocab_size > decoder.config.vocab_size:
         raise UserError(
             f"{tokenizer.path}: the tokenizer has {tokenizer.vocab_size} ids and the model "
             f"{decoder.config.vocab_size}: give the tokenizer that the data was made with"
         )
-    temporary = None
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    with new_folder(output) as temporary:
         if tokenizer is not None:
             write_tokenizer(tokenizer, temporary, options.max_positions)
         family = _choose_family(decoder, options, tokenizer, temporary)
         model = transformers_model(decoder, family, options, tokenizer)
         model.save_pretrained(temporary, max_shard_size=options.max_shard_size)
         (temporary / "README.md").write_text(card, encoding="utf-8")
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A temporary folder beside ``output``, renamed to it at the end, removed after an error.
+
+    Raises:
+        UserError: ``output`` is not empty, or the disk cannot be written.
+    """
+    check_output(output)
+    temporary = None
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+        yield temporary
         _publish(temporary, output)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
