@@ -51,7 +51,7 @@ def find_checkpoint(folder: Path, verify: bool) -> Found:
     known, unfinished = run_on_rank0(lambda: _list(root))
     damaged: list[str] = []
     for tag in reversed(known):
-        problem = _problem(root / tag, verify)
+        problem = checkpoint_problem(root / tag, verify)
         if problem is None:
             return Found(tag, damaged, unfinished, time.perf_counter() - started)
         damaged.append(f"{tag}: {problem}")
@@ -74,8 +74,11 @@ def _list(root: Path) -> tuple[list[str], list[str]]:
         ) from None
 
 
-def _problem(folder: Path, verify: bool) -> str | None:
-    """Why a checkpoint cannot be used; None if it is intact. The same on all ranks."""
+def checkpoint_problem(folder: Path, verify: bool) -> str | None:
+    """Why a checkpoint cannot be used; None if it is intact. The same on all ranks. Collective.
+
+    ``verify``: compare checksums, not only sizes; the ranks share the reading.
+    """
     manifest, problem = run_on_rank0(lambda: try_manifest(folder))
     if manifest is None or problem is not None:
         return problem

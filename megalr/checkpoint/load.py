@@ -83,10 +83,25 @@ def load_checkpoint(engine: Any, folder: Path, tag: str) -> Loaded:
     return Loaded(dict(saved.state, update=saved.update), time.perf_counter() - started, different)
 
 
+def load_weights(engine: Any, folder: Path, tag: str) -> None:
+    """Load the weights alone of a good checkpoint into a new engine. Collective.
+
+    Masters are the checkpoint's, or their values rounded to the dtype of this engine's; optimizer
+    and counters stay new.
+
+    Raises:
+        UserError: it is of another model.
+    """
+    root = folder / CHECKPOINTS
+    run_on_all(lambda: load_source(engine, open_source(root / tag), weights_only=True), Damaged)
+    EngineState(engine).refresh_weights()
+
+
 @torch.no_grad()
-def load_source(engine: Any, source: StateSource) -> None:
+def load_source(engine: Any, source: StateSource, weights_only: bool = False) -> None:
     """Load what this rank holds: masters, frozen weights, optimizer state, the engine's counters.
 
+    ``weights_only``: no optimizer state and no counters.
     Not collective: once all ranks have agreed that it worked, ``EngineState.refresh_weights``
     must be called on all of them.
 
@@ -104,6 +119,8 @@ def load_source(engine: Any, source: StateSource) -> None:
             master.copy_(_part(source, state.name(parameter), parameter, MASTER, start, stop))
     for name, parameter in frozen_parameters(engine, state):
         state.wrapper.write_frozen(parameter, partial(_part, source, name, parameter, MASTER))
+    if weights_only:
+        return
     for storage in state.wrapper.storages:
         flat, parameters = storage.flat, [parameter for parameter, _ in storage.parameters]
         found = _flat_state(state, source, flat, parameters)

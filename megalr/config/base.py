@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os.path
+import re
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
@@ -29,6 +30,13 @@ AsTuple = BeforeValidator(_list_as_tuple)
 
 Folder = Annotated[str, AfterValidator(os.path.expanduser)]
 """A path. A leading ~ is expanded here: the shell does not do it in YAML or after ``key=``."""
+
+
+def split_fork(text: str) -> tuple[str, int | None]:
+    """Folder and update of ``FOLDER@UPDATE``; the update is None for ``FOLDER`` alone."""
+    found = re.fullmatch(r"(.+)@(?:update_)?([0-9]{1,15})", text)
+    return (text, None) if found is None else (found[1], int(found[2]))
+
 
 Betas = Annotated[tuple[float, float], AsTuple]
 """Adam's two decay rates."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from os.path import abspath
 from typing import Any
 
+from megalr.config.base import split_fork
 from megalr.config.optimizers import ADAMW_EPS
 from megalr.config.projected import PROJECTED_NAMES
 
@@ -17,6 +19,7 @@ def cross_problems(value_of: Callable[[str], Any]) -> Iterator[tuple[str, str]]:
     """
     yield from _batch_problems(value_of)
     yield from _method_problems(value_of)
+    yield from _fork_problems(value_of)
     yield from _rounding_problems(value_of)
     warmup, updates = value_of("schedule.warmup_updates"), value_of("train.updates")
     if warmup is not None and updates is not None and warmup > updates:
@@ -44,6 +47,16 @@ def cross_problems(value_of: Callable[[str], Any]) -> Iterator[tuple[str, str]]:
             "health.spike_action",
             "skip looks at the loss before the backward pass, which is one CUDA graph with the "
             "forward pass: switch train.cuda_graphs off, or take another action",
+        )
+
+
+def _fork_problems(value_of: Callable[[str], Any]) -> Iterator[tuple[str, str]]:
+    """A fork needs a folder of its own."""
+    source, folder = value_of("run.fork_from"), value_of("run.dir")
+    if source and folder and abspath(split_fork(source)[0]) == abspath(folder):
+        yield (
+            "run.fork_from",
+            "is run.dir itself, which a fork never writes to: choose another run.dir",
         )
 
 

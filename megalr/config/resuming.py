@@ -12,6 +12,7 @@ from os.path import normpath
 from pathlib import Path
 from typing import Any
 
+from megalr.config.base import split_fork
 from megalr.config.loading import flatten
 from megalr.config.problems import known_keys, nearest
 from megalr.config.schema import RunConfig
@@ -26,6 +27,8 @@ Difference = tuple[str, Any, Any]
 KEYS_FREE_ON_RESUME = (
     "run.dir",
     "run.resume",
+    "run.fork_from",
+    "run.fork_state",
     "run.timeout_seconds",
     "data.validation",
     "data.prefetch_updates",
@@ -64,7 +67,7 @@ KEYS_FIXED = {
 }
 """Patterns of the keys that no run can change, with the reason."""
 
-PATH_KEYS = ("model.from_pretrained", "data.train", "data.validation")
+PATH_KEYS = ("run.fork_from", "model.from_pretrained", "data.train", "data.validation")
 """Keys whose values name folders that a run reads."""
 
 
@@ -98,6 +101,18 @@ def allowed_differences(old: RunConfig, new: RunConfig, allowed: Iterable[str]) 
     ]
 
 
+def differences_that_forbid_fork(
+    old: RunConfig, new: RunConfig, weights_only: bool
+) -> list[Difference]:
+    """The part of ``diff_configs`` that no fork can have: keys of the method and, unless it takes
+    ``weights_only``, those that the optimizer's states depend on. The model is not compared here.
+    """
+    patterns = ["method.*"]
+    if not weights_only:
+        patterns += [key for key in KEYS_FIXED if key.startswith(("optimizer.", "train."))]
+    return [found for found in diff_configs(old, new) if _matches(found[0], patterns)]
+
+
 def check_allowed(allowed: Sequence[str]) -> None:
     """Check what ``--allow`` lists: dotted keys, or ``section.*`` for a section's free-able keys.
 
@@ -126,8 +141,11 @@ def map_paths(
     config: RunConfig, change: Callable[[str], str], but: Iterable[str] = ()
 ) -> RunConfig:
     """The configuration with ``change`` applied to every path in it, except in the keys ``but``."""
-    model, data = config.model, config.data
-    values: dict[str, dict[str, Any]] = {"model": {}, "data": {}}
+    run, model, data = config.run, config.model, config.data
+    values: dict[str, dict[str, Any]] = {"run": {}, "model": {}, "data": {}}
+    if run.fork_from is not None:
+        source = split_fork(run.fork_from)[0]
+        values["run"]["fork_from"] = change(source) + run.fork_from[len(source) :]
     if model.from_pretrained is not None:
         values["model"]["from_pretrained"] = change(model.from_pretrained)
     sources = [s.model_copy(update={"path": change(s.path)}) for s in data.train]

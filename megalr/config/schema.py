@@ -32,6 +32,12 @@ class RunSection(Section):
     resume: Literal["auto", "never", "must"] = Field(default="auto", examples=["must"])
     """auto: continue when the folder holds this run, start when it is empty. never: start, and
     refuse a folder that holds a run. must: continue, and refuse a folder without a checkpoint."""
+    fork_from: Folder | None = Field(default=None, min_length=1, examples=["runs/base@8000"])
+    """Run whose checkpoint a new run starts from: FOLDER@UPDATE, or FOLDER for its newest one; null
+    = from new or pretrained weights. A run that has a checkpoint of its own continues from that."""
+    fork_state: Literal["all", "weights"] = Field(default="all", examples=["weights"])
+    """What fork_from takes over. all: weights, optimizer states, the update number and the position
+    in the data. weights: these alone; the optimizer and the data start at update 0."""
     timeout_seconds: float = Field(default=1800.0, gt=0, le=1e8, examples=[1800])
     """How long a collective waits for the other ranks before the run ends with an error, and the
     start for the last rank, which is given 600 at most (seconds)."""

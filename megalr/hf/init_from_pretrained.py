@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
+from megalr.config.base import split_fork
 from megalr.config.methods import LowRankMethod, SLTrainMethod
 from megalr.config.model import ModelConfig
 from megalr.config.schema import RunConfig
@@ -95,12 +96,12 @@ class Imported:
 
 
 def initial_model(
-    config: RunConfig, device: torch.device, mesh: Mesh, resuming: bool
+    config: RunConfig, device: torch.device, mesh: Mesh, saved_in: Path | None
 ) -> tuple[Decoder, Imported | None]:
     """This rank's shard of the initial decoder, and the import's result if there was one.
 
-    Collective. When ``resuming``, the weights will come from the checkpoint and nothing is
-    imported.
+    Collective. With ``saved_in``, the folder of a run, the weights will come from its checkpoint
+    and nothing is imported.
 
     Raises:
         UserError: a method, rank or layout that does not fit the model, or a pretrained model that
@@ -108,8 +109,8 @@ def initial_model(
     """
     if config.model.from_pretrained is None:
         return build_model(config, device, mesh), None
-    if resuming:
-        supports = run_on_all(lambda: read_supports(config, Path(config.run.dir)))
+    if saved_in is not None:
+        supports = run_on_all(lambda: read_supports(config, saved_in))
         return build_model(config, device, mesh, supports), None
     folder = Path(config.model.from_pretrained)
     run_on_all(lambda: open_weights(folder, sizes_of(config)))  # before memory is allocated
@@ -130,8 +131,8 @@ def initial_model(
 def with_pretrained_sizes(config: RunConfig) -> RunConfig:
     """The configuration with the model's sizes filled in from ``model.from_pretrained``, if given.
 
-    Collective. An existing run keeps the sizes it started with, so the pretrained model's folder
-    may be gone by then.
+    Collective. An existing run keeps the sizes it started with, and a fork those of its source, so
+    the pretrained model's folder may be gone by then.
 
     Raises:
         UserError: a folder that cannot be read, or sizes that contradict it.
@@ -160,15 +161,18 @@ def _sizes(config: RunConfig) -> dict[str, Any]:
 
 
 def _saved_model(config: RunConfig) -> dict[str, Any] | None:
-    """Section ``model`` of the run in ``run.dir``, if it started from the same pretrained model."""
-    path = Path(config.run.dir) / CONFIG
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
-        model = ModelConfig.model_validate(values)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValidationError):
-        return None  # no run there, or one that check_run_folder will report
-    same = model.from_pretrained == config.model.from_pretrained
-    return dict(model) if same else None
+    """Section ``model`` of the run in ``run.dir``, or of the one that it is a fork of, if that
+    started from the same pretrained model."""
+    fork_from = config.run.fork_from
+    for folder in (config.run.dir, *([split_fork(fork_from)[0]] if fork_from else [])):
+        try:
+            text = (Path(folder) / CONFIG).read_text(encoding="utf-8")
+            model = ModelConfig.model_validate(yaml.safe_load(text)["model"])
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValidationError):
+            continue  # no run there, or one that check_run_folder or open_fork will report
+        if model.from_pretrained == config.model.from_pretrained:
+            return dict(model)
+    return None
 
 
 def check_pretrained_tokenizer(config: RunConfig, data: TokenDataset) -> None:

@@ -24,6 +24,7 @@ DETAILS: dict[str, tuple[str, ...]] = {
         "dead_directions",
         "skipped_nonfinite",
     ),
+    "fork": ("path", "source_update", "state", "changed"),
     "resume": ("path", "reshaped", "damaged", "allowed"),
     "rollback": ("to_update", "reason", "first_batch_left_out", "batches_left_out"),
 }

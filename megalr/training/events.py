@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from megalr.checkpoint.find import Found
+from megalr.checkpoint.fork import Fork, load_fork
 from megalr.checkpoint.load import load_checkpoint
+from megalr.config.resuming import Difference
 from megalr.config.schema import RunConfig
 from megalr.data import TokenDataset
 from megalr.distributed.agreement import is_rank0
@@ -51,18 +54,31 @@ def note_lost_checkpoints(folder: Path, found: Found) -> None:
 
 
 def resume_from(
-    found: Found, config: RunConfig, engine: Any, data: TokenDataset, data_may_differ: bool
-) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """Load the checkpoint if there is one.
+    found: Found,
+    fork: Fork | None,
+    config: RunConfig,
+    engine: Any,
+    data: TokenDataset,
+    changed: Sequence[Difference],
+) -> tuple[dict[str, Any] | None, dict[str, dict[str, Any]]]:
+    """Load the run's checkpoint, or that which it forks from, if there is one.
+
+    ``changed``: differences from the run in the folder that the user allows.
 
     Returns:
-        Its state of the loop, None without a checkpoint; fields of the ``resume`` event.
+        The state of the loop to continue from, None to start at update 0; the ``resume`` or
+        ``fork`` event by its name.
 
     Raises:
-        UserError: the checkpoint was trained on other data, and ``data_may_differ`` is False.
+        UserError: the run's checkpoint was trained on other data, and no key of the data may
+            differ.
     """
+    if fork is not None:
+        saved, forked = load_fork(engine, fork)
+        return saved, {"fork": forked}
     if found.tag is None:
         return None, {}
+    data_may_differ = any(key.startswith("data.") for key, _, _ in changed)
     loaded = load_checkpoint(engine, Path(config.run.dir), found.tag)
     state = loaded.state
     if state["data_fingerprint"] != data.fingerprint and not data_may_differ:
@@ -78,8 +94,9 @@ def resume_from(
         "reshaped": loaded.reshaped,
         "damaged": found.damaged,
         "unfinished": found.unfinished,
+        "allowed": [list(difference) for difference in changed],
     }
-    return state, facts
+    return state, {"resume": facts}
 
 
 def write_end(

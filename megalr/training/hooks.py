@@ -245,6 +245,7 @@ class CheckpointHook(Hook):
         evaluation: knows the validation loss of the model being saved.
         hooks: those whose state is saved.
         identity: further plain values to save.
+        save_first: save before the first update: a fork no longer needs its source then.
     """
 
     def __init__(
@@ -253,8 +254,9 @@ class CheckpointHook(Hook):
         evaluation: EvaluationHook,
         hooks: Sequence[Hook],
         identity: dict[str, Any],
+        save_first: bool = False,
     ) -> None:
-        self.run, self.evaluation = run, evaluation
+        self.run, self.evaluation, self.save_first = run, evaluation, save_first
         self.hooks, self.identity = hooks, identity
 
     def due(self, update: int) -> bool:
@@ -265,8 +267,9 @@ class CheckpointHook(Hook):
 
     def at_start(self) -> None:
         update = self.run.progress.update
-        if update == self.run.total_updates and self.evaluation.loss_after(update) is not None:
-            self.save()  # again, now with no evaluation pending
+        ended = update == self.run.total_updates and self.evaluation.loss_after(update) is not None
+        if ended or self.save_first:  # a run that ended is saved again, with no evaluation pending
+            self.save()
 
     def after_step(self, result: StepResult) -> None:
         self.save()

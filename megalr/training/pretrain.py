@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megalr.checkpoint.find import find_checkpoint, tidy
+from megalr.checkpoint.fork import open_fork
 from megalr.checkpoint.source import WORKING_DIRECTORY
 from megalr.config.methods import ReloraMethod
 from megalr.config.schema import RunConfig
@@ -27,6 +28,7 @@ from megalr.engine.config import resolve_deepspeed_config
 from megalr.hf.init_from_pretrained import (
     check_pretrained_tokenizer,
     initial_model,
+    read_supports,
     with_pretrained_sizes,
     write_supports,
 )
@@ -115,7 +117,9 @@ def _pretrain(
     note_lost_checkpoints(folder, found)
     if imports and found.tag is None:
         run_on_rank0(lambda: check_pretrained_tokenizer(config, train_data))
-    decoder, imported = initial_model(config, device, mesh, resuming=found.tag is not None)
+    fork = open_fork(config) if found.tag is None else None
+    saved_in = fork.run if fork is not None else folder if found.tag is not None else None
+    decoder, imported = initial_model(config, device, mesh, saved_in)
     facts = start_facts(config, ds_config, decoder, train_data)
     engine = build_engine(config, ds_config, decoder)
     limit_collectives(config.run.timeout_seconds)
@@ -123,11 +127,13 @@ def _pretrain(
         return _stopped_at_start(stop)
     restarts, relora = _restarts(config, engine, decoder), _relora(config, engine, decoder)
     run_on_rank0(lambda: write_run_folder(config, ds_config))
+    tidy(folder, found)
+    saved, origin = resume_from(found, fork, config, engine, train_data, changed)
     if imported is not None:
         run_on_rank0(lambda: write_supports(folder, imported.supports))
-    tidy(folder, found)
-    data_may_differ = any(key.startswith("data.") for key, _, _ in changed)
-    saved, resumed = resume_from(found, config, engine, train_data, data_may_differ)
+        origin = {"import": imported.metrics()}
+    elif fork is not None:
+        run_on_rank0(lambda: write_supports(folder, read_supports(config, fork.run)))
     start = TrainProgress() if saved is None else TrainProgress.of(saved)
     metrics = run_on_all(lambda: _metrics(config, stop.request))
     loader = make_loader(config, train_data, mesh, start.next_batch, device.type == "cuda")
@@ -137,19 +143,17 @@ def _pretrain(
         facts |= {"startup_seconds": seconds, "versions": versions(device)}
         facts["parameter_groups"] = described_groups(engine, config)
         metrics.write("start", start.update, **facts)
-        if imported is not None:
-            metrics.write("import", start.update, **imported.metrics())
-        if resumed:
-            metrics.write("resume", start.update, **resumed, allowed=[list(c) for c in changed])
+        for event, origin_facts in origin.items():
+            metrics.write(event, start.update, **origin_facts)
         compile_clock = clock if config.train.compile else None
-        run = RunContext(
-            config, engine, decoder, device, metrics, stop, watchdog, compile_clock, start
-        )
+        shared = (config, engine, decoder, device, metrics, stop, watchdog, compile_clock, start)
+        run = RunContext(*shared)
         log = LogHook(run, run_on_all(lambda: _visible(config, decoder, train_data)))
         batches = {
             name: validation_batches(config, data, mesh) for name, data in validation_data.items()
         }
-        hooks = _hooks(run, relora, restarts, log, batches, train_data.fingerprint)
+        forked = fork is not None
+        hooks = _hooks(run, relora, restarts, log, batches, train_data.fingerprint, forked)
         trainer = Trainer(run, loader, restarts.learning_rate_factor, hooks)
         if saved is not None:
             trainer.resume(saved)
@@ -189,13 +193,14 @@ def _hooks(
     log: LogHook,
     validation: dict[str, dict[bool, EvaluationBatches]],
     data_fingerprint: str,
+    forked: bool,
 ) -> list[Hook]:
     """What is done after some updates, in its order."""
     evaluation = EvaluationHook(run, validation)
     hooks: list[Hook] = [] if relora is None else [ReloraHook(run, relora)]
     hooks += [RestartsHook(run, restarts), log, evaluation]
     identity = {"data_fingerprint": data_fingerprint, WORKING_DIRECTORY: str(Path.cwd())}
-    return [*hooks, CheckpointHook(run, evaluation, hooks, identity)]
+    return [*hooks, CheckpointHook(run, evaluation, hooks, identity, forked)]
 
 
 def _visible(config: RunConfig, decoder: Decoder, data: TokenDataset) -> float | None:

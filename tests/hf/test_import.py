@@ -303,6 +303,14 @@ def test_sltrain_goes_on_without_the_pretrained_model_on_any_grid(
         assert losses(folder) == pytest.approx(unbroken[2:], abs=bound, rel=0)
         engine = events(folder, "eval")[-1]["loss"]
         assert evaluate_run(folder, None, Request(), CPU)["loss"] == pytest.approx(engine, abs=1e-6)
+    fork = tmp_path / "fork"
+    values = _values(fork, data, copied, **method)
+    values["run"]["fork_from"] = f"{sharded}@2"
+    run_distributed(run, 2, values, zero(3))
+    assert events(fork, "import") == [] and events(fork, "fork")[0]["update"] == 2
+    assert losses(fork) == losses(sharded)
+    supports = "sltrain_supports.safetensors"
+    assert (fork / supports).read_bytes() == (sharded / supports).read_bytes()
     export_run(grid, None, tmp_path / "out", "float32", "5GB", None)
     request = Request(data=(str(data),), sequence_length=24)
     exported = evaluate_model(tmp_path / "out", request, CPU)["loss"]
