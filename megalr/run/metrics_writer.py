@@ -1,4 +1,4 @@
-"""Output of a run: metrics.jsonl, TensorBoard, Weights & Biases, lines on the console."""
+"""Output of a run: metrics.jsonl, TensorBoard, Weights & Biases, lines on the terminal."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from tqdm import tqdm
-
 from megalr.errors import UserError
 from megalr.run.folder import METRICS
+from megalr.run.tensorboard_log import TensorBoardLog
+from megalr.run.terminal import Terminal
 from megalr.run.wandb_log import WandbLog
 
 
@@ -28,11 +28,12 @@ class MetricsWriter:
     Args:
         folder: the run's folder.
         active: whether this rank writes.
-        total_updates: length of the run, for the progress bar.
-        tensorboard: also write the numbers of ``step``, ``eval``, ``eval_further`` and ``restart``
-            events there, those of a further validation set under ``eval_NAME``.
-        wandb_project: also send them to this Weights & Biases project; None: do not.
-        config: resolved configuration, for Weights & Biases.
+        total_updates: length of the run, for the terminal.
+        tensorboard: also write for TensorBoard.
+        wandb_project: also send the numbers of ``step``, ``eval``, ``eval_further`` and
+            ``restart`` events to this Weights & Biases project, those of a further validation
+            set under ``eval_NAME``; None: do not.
+        config: resolved configuration.
         on_failure: called with the error when an event cannot be written, for the ranks to stop
             together; None: it is raised. No event is written after a failure.
 
@@ -55,9 +56,8 @@ class MetricsWriter:
         self._failed = False
         self._folder = folder
         self._file: TextIO | None = None
-        self._board: Any = None
+        self._board: TensorBoardLog | None = None
         self._wandb: WandbLog | None = None
-        self._bar: tqdm | None = None
         if not active:
             return
         with _one_line(folder):
@@ -65,16 +65,13 @@ class MetricsWriter:
             _drop_unfinished_line(path)
             self._file = path.open("a", encoding="utf-8")
             if tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self._board = SummaryWriter(str(folder / "tensorboard"))
+                self._board = TensorBoardLog(folder, config)
             if wandb_project is not None:
                 self._wandb = WandbLog(wandb_project, folder, config)
-        if sys.stderr.isatty():
-            self._bar = tqdm(total=total_updates, unit="update", dynamic_ncols=True)
+        self._terminal = Terminal(sys.stdout, folder, total_updates, config)
 
     def write(self, event: str, update: int, **numbers: Any) -> None:
-        """Record one event and show it on the console.
+        """Record one event and show it on the terminal.
 
         Raises:
             UserError: the disk refuses, and there is no ``on_failure``.
@@ -93,42 +90,29 @@ class MetricsWriter:
                 raise
             self._on_failure(error)
         with contextlib.suppress(OSError):  # a full disk or a closed pipe: metrics.jsonl has it
-            self._show(event, update, numbers)
+            self._terminal.show(event, update, numbers)
 
     def _copy(self, event: str, update: int, numbers: dict[str, Any]) -> None:
         """Write the numbers of an event to TensorBoard and Weights & Biases."""
-        if event not in ("step", "eval", "eval_further", "restart"):
+        if self._board is not None:
+            self._board.write(event, update, numbers)
+        if self._wandb is None or event not in ("step", "eval", "eval_further", "restart"):
             return
         if event == "eval_further":
             event = f"eval_{numbers['validation']}"
         kinds = {k: v for k, v in numbers.items() if isinstance(v, int | float)}
-        if self._board is not None:
-            for key, value in kinds.items():
-                self._board.add_scalar(f"{event}/{key}", value, update)
-        if self._wandb is not None:
-            self._wandb.write(update, {f"{event}/{k}": v for k, v in kinds.items()})
-
-    def _show(self, event: str, update: int, numbers: dict[str, Any]) -> None:
-        if self._bar is not None and event == "step":
-            self._bar.n = update
-            self._bar.set_postfix_str(_brief(numbers), refresh=True)
-            return
-        line = f"[{time.strftime('%H:%M:%S')}] {event} {update}: {_brief(numbers)}"
-        if self._bar is not None:
-            self._bar.write(line, file=sys.stderr)
-        else:
-            print(line, flush=True)
+        self._wandb.write(update, {f"{event}/{k}": v for k, v in kinds.items()})
 
     def close(self) -> None:
         """Flush and close everything; idempotent."""
-        for output in (self._file, self._board, self._bar):
+        for output in (self._file, self._board):
             if output is not None:
                 # write() has reported a full disk
                 with contextlib.suppress(OSError):
                     output.close()
         if self._wandb is not None:
             self._wandb.close()
-        self._file = self._board = self._bar = self._wandb = None
+        self._file = self._board = self._wandb = None
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -162,14 +146,3 @@ def _drop_unfinished_line(path: Path) -> None:
     if data and not data.endswith(b"\n"):
         with path.open("r+b") as file:
             file.truncate(data.rfind(b"\n") + 1)
-
-
-def _brief(numbers: dict[str, Any]) -> str:
-    """Numbers and short strings on one line: ``loss 3.512  tokens_per_second 1.25e+06``."""
-    parts = []
-    for key, value in numbers.items():
-        if isinstance(value, float):
-            parts.append(f"{key} {value:.5g}")
-        elif isinstance(value, int | str | bool):
-            parts.append(f"{key} {value}")
-    return "  ".join(parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -42,6 +43,7 @@ from megalr.run.environment import check_ranks_agree, report, versions
 from megalr.run.folder import check_run_folder, write_run_folder
 from megalr.run.lock import run_folder_lock
 from megalr.run.metrics_writer import MetricsWriter
+from megalr.run.terminal import fitted
 from megalr.tensor_parallel.mesh import make_mesh
 from megalr.training.context import RunContext, TrainProgress
 from megalr.training.device import CompileClock
@@ -83,7 +85,7 @@ def pretrain(
     device = start_distributed(config.run.timeout_seconds)
     lines = report(device)
     if is_rank0():
-        print(lines, flush=True)
+        print(*(fitted(line, sys.stdout) for line in lines.splitlines()), sep="\n", flush=True)
     stop = StopVote(request or StopRequest(), Path(config.run.dir), device)
     if stop.requested(now=True):
         return _stopped_at_start(stop)

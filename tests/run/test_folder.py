@@ -39,7 +39,7 @@ def test_a_run_that_ended_before_its_first_update_leaves_its_folder_to_another(
     other = _config(folder, 0.02)
     assert not has_updates(folder) and check_run_folder(other) == []
     with MetricsWriter(folder, True, 10, tensorboard=False, wandb_project=None, config={}) as file:
-        file.write("start", 0)
+        file.write("signal", 0, signal="SIGTERM")
         assert not has_updates(folder) and check_run_folder(other) == []
         file.write("step", 1, loss=2.5)
     assert has_updates(folder)

@@ -35,7 +35,7 @@ def test_every_line_is_json_and_a_line_cut_by_a_kill_is_dropped(tmp_path: Path) 
     whole = path.read_text()
     path.write_text(whole + '{"event": "step", "upd')
     with _writer(tmp_path) as writer:
-        writer.write("eval", 2, loss=float("nan"), parameters={"a": 1})
+        writer.write("eval", 2, loss=float("nan"), perplexity=1.0, parameters={"a": 1})
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(line["event"], line["update"]) for line in lines] == [("step", 1), ("eval", 2)]
     assert lines[0]["loss"] == 2.5 and lines[0]["mfu"] == "n/a"
@@ -140,10 +140,10 @@ def test_one_wandb_run_has_all_starts_and_all_updates_after_a_rollback(
     with start() as writer:
         for update in (10, 20, 30):
             writer.write("step", update, loss=1.0, mfu="n/a")
-        writer.write("rollback", 30, to_update=10)
+        writer.write("rollback", 30, to_update=10, batches_left_out=2, reason="spike")
         writer.write("step", 20, loss=0.9)
     with start() as writer:  # requeued
-        writer.write("eval", 20, loss=0.5)
+        writer.write("eval", 20, loss=0.5, perplexity=1.6)
     (rows,) = fake.rows.values()
     assert [(row["update"], row.get("step/loss")) for row in rows] == [
         (10, 1.0),
@@ -152,7 +152,7 @@ def test_one_wandb_run_has_all_starts_and_all_updates_after_a_rollback(
         (20, 0.9),
         (20, None),
     ]
-    assert rows[-1] == {"update": 20, "eval/loss": 0.5}
+    assert rows[-1] == {"update": 20, "eval/loss": 0.5, "eval/perplexity": 1.6}
     first, second = fake.started
     assert first == second and first["resume"] == "allow" and first["project"] == "project"
     assert fake.axes[:2] == [("update", None), ("*", "update")]
@@ -187,15 +187,15 @@ def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
     assert capsys.readouterr().out == ""
 
 
-def test_console_shows_event_update_and_numbers(
+def test_the_terminal_shows_an_event_in_a_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with _writer(tmp_path) as writer:
-        writer.write("step", 30, loss=2.123456789, tokens=1234)
-    assert "step 30: loss 2.1235  tokens 1234" in capsys.readouterr().out
+        writer.write("step", 3, loss=2.123456789, tokens=1234)
+    assert capsys.readouterr().out == "step  3/10     loss  2.123\n"
 
 
-def _documented() -> dict[str, set[str]]:
+def documented() -> dict[str, set[str]]:
     """Fields of each event that docs/metrics.md names."""
     text, *sections = DOCUMENT.read_text(encoding="utf-8").split("\n## ")
     rows = re.findall(r"^\| `(\w+)` \|.*\|(.*)\|$", text, re.MULTILINE)
@@ -217,13 +217,13 @@ def _run_with_a_slow_loader(*arguments: Any) -> None:
         run(*arguments)
 
 
-def test_every_event_is_documented_with_its_fields_and_waiting_for_data_is_reported(
+def test_every_event_isdocumented_with_its_fields_and_waiting_for_data_is_reported(
     data: Path, tmp_path: Path
 ) -> None:
-    documented = _documented()
+    named = documented()
     code = (DOCUMENT.parents[1] / "megalr" / "training").glob("*.py")
     text = "".join(path.read_text(encoding="utf-8") for path in code)
-    assert set(re.findall(r'metrics\.write\(\s*"(\w+)"', text)) == documented.keys()
+    assert set(re.findall(r'metrics\.write\(\s*"(\w+)"', text)) == named.keys()
 
     folder = tmp_path / "run"
     values = settings(folder, data)
@@ -231,6 +231,6 @@ def test_every_event_is_documented_with_its_fields_and_waiting_for_data_is_repor
     run_distributed(_run_with_a_slow_loader, 2, values, zero(1))
     for event in ("start", "step", "eval", "eval_further", "checkpoint", "end"):
         fields = events(folder, event)[-1].keys() - {"event", "update", "time"}
-        assert fields == documented[event], event
+        assert fields == named[event], event
     for step in events(folder, "step"):
         assert SLOW_SECONDS <= step["data_seconds"] <= step["step_seconds"]

@@ -16,11 +16,11 @@ import torch
 from megalr.config.checks import cross_problems
 from megalr.config.health import HealthConfig
 from megalr.distributed import watchdog as watchdog_module
-from megalr.distributed.signals import STOP_SIGNALS, StopRequest
+from megalr.distributed.signals import STOP_SIGNALS, STOPPING, StopRequest
 from megalr.distributed.stop_vote import StopVote
 from megalr.distributed.watchdog import Watchdog
 from megalr.engine.skip_step import HostCopy, poison_nonfinite
-from megalr.errors import AgreedError
+from megalr.errors import RANK_VARIABLES, AgreedError
 from megalr.restarts.spikes import SpikeWindow
 from megalr.training.health import Health
 from megalr.training.step import StepResult
@@ -152,6 +152,33 @@ def test_signals_are_only_remembered_and_the_first_one_counts() -> None:
         os.kill(os.getpid(), signal.SIGUSR1)
         os.kill(os.getpid(), signal.SIGTERM)
         assert request.signal == signal.SIGUSR1
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_second_ctrl_c_ends_at_once_unless_it_is_the_first_passed_on(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in RANK_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    now = [0.0]
+    try:
+        request = StopRequest(clock=lambda: now[0]).listen()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert request.signal == signal.SIGINT
+        assert capfd.readouterr().out == f"\n{STOPPING}"
+        now[0] = 0.5
+        os.kill(os.getpid(), signal.SIGINT)
+        assert capfd.readouterr().out == ""
+        now[0] = 2.0
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        monkeypatch.setenv("RANK", "1")
+        StopRequest().listen()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert capfd.readouterr().out == ""
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

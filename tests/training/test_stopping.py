@@ -61,8 +61,9 @@ def test_stopped_anywhere_and_resumed_the_run_is_bitwise_the_unbroken_one(
     assert not events(folder, "eval")
 
     # Before anything else it makes the evaluation that was broken off.
-    assert stop("saving", 1, signal.SIGTERM) == both
+    assert stop("saving", 1, signal.SIGINT) == both
     assert events(folder, "signal")[-1]["update"] == 8
+    assert events(folder, "signal")[-1]["signal"] == "SIGINT"
     assert [e["update"] for e in events(folder, "checkpoint")].count(8) == 1
 
     assert stop("step", 1, 0, 9) == both
