@@ -199,7 +199,12 @@ def block_elements(
     if method.name != "sltrain":
         both = method.name == "cola"  # before and after the nonlinearity
         count += _bottleneck_elements(method, groups) * (2 if both else 1)
-    if plan.sharded_residual:
+    if shape.compiled:
+        # Norms whose ranks sum the squares keep their input in float32, beside a stack if there is.
+        summed = plan.parallel and sizes.qk_norm == "full"
+        count += (2 if stacked else 1) * (q + kv) if summed else 0
+        count += 2 * residual if plan.sharded_residual and sizes.norm_order == "post" else 0
+    if plan.sharded_residual and sizes.norm_order == "pre":
         # Not compiled, the residual stream in float32 as well, for its squares.
         count += 0 if shape.compiled else 4 * residual
     return count
@@ -221,7 +226,8 @@ def kept_elements(
     if shape.recompute == "mlp":
         return residual + attention + between
     projections = (2 if sizes.gated_mlp else 1) * groups[2].local_rows[0]
-    count = 2 * residual + attention + projections + between
+    # The input of a norm after the MLP, the product with down, is kept too.
+    count = (3 if sizes.norm_order == "post" else 2) * residual + attention + projections + between
     if method.name in DENSE_INSIDE:
         # Both products are saved: with the frozen matrix and with the factors.
         count += sum(sum(group.local_rows) for group in groups[:3] if group.factorized)

@@ -92,7 +92,12 @@ def apply_rope(x: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
     first, second = turned.chunk(2, dim=-1)
     rotated = torch.cat((-second, first), dim=-1)
     y = (turned * tables[0] + rotated * tables[1]).to(x.dtype)
-    return y if width == x.shape[-1] else torch.cat((y, x[..., width:]), dim=-1)
+    if width == x.shape[-1]:
+        return y
+    # Heads side by side in memory, as x: attention's output has the layout of q, and in another one
+    # it would be copied for the product that follows.
+    parts = (y.transpose(1, 2), x[..., width:].transpose(1, 2))
+    return torch.cat(parts, dim=-1).transpose(1, 2)
 
 
 def attention_reference(

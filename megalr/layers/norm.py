@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from megalr.layers.deferred import DeferredRMSNorm
 from megalr.sharding.tensor_shard import TensorShard, set_shard, shard_range
-from megalr.tensor_parallel.collectives import copy, reduce
+from megalr.tensor_parallel.collectives import all_reduce, copy
 from megalr.tensor_parallel.mesh import Group, Mesh
 
 
@@ -61,11 +63,37 @@ class SummedRMSNorm(nn.Module):
         set_shard(self.weight, TensorShard((width,), rows=(part,)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``(..., w/p)`` to the same shape and dtype, computed in float32."""
+        """``(..., w/p)`` to the same shape and dtype, computed in float32 and rounded once."""
+        return _SummedNorm.apply(x, self.weight, self.width, self.eps, self.group)
+
+
+class _SummedNorm(torch.autograd.Function):
+    """Keeps x in its dtype and one float32 number per vector.
+
+    With ``f = 1 / sqrt(mean x^2 + eps)``, ``n = f x`` and ``g = weight dy``: ``dx = f (g - n mean(g
+    n))``, where both means are sums over all ranks divided by w.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, width: int, eps: float, group: Group
+    ) -> torch.Tensor:
         exact = x.float()
-        squares = exact.square().sum(dim=-1, keepdim=True)  # (..., 1)
-        mean = reduce(copy(squares, self.group), self.group) / self.width
-        return (exact * torch.rsqrt(mean + self.eps) * self.weight.float()).to(x.dtype)
+        mean = all_reduce(exact.square().sum(dim=-1, keepdim=True), group) / width  # (..., 1)
+        factor = torch.rsqrt(mean + eps)
+        ctx.save_for_backward(x, weight, factor)
+        ctx.width, ctx.group = width, group
+        return (exact * factor * weight.float()).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        x, weight, factor = ctx.saved_tensors
+        n, dy = x.float() * factor, grads[0].float()
+        g = dy * weight.float()
+        mean = all_reduce((g * n).sum(dim=-1, keepdim=True), ctx.group) / ctx.width
+        dx = factor * (g - n * mean)
+        dweight = (dy * n).flatten(0, -2).sum(dim=0)
+        return dx.to(x.dtype), dweight.to(weight.dtype), None, None, None
 
 
 def rms_norm_of_shards(width: int, eps: float, mesh: Mesh) -> nn.RMSNorm | SummedRMSNorm:

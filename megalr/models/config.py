@@ -48,7 +48,7 @@ class DecoderConfig:
 
     Raises:
         UserError: sizes that do not divide, a rotary width that is odd, a pattern that does not fit
-            the layers, or window_layers without a window.
+            the layers, window_layers without a window, or a base of RoPE that yarn cannot scale.
     """
 
     hidden_size: int
@@ -102,6 +102,11 @@ class DecoderConfig:
                     f"model.{name} has {len(pattern)} values for {self.num_layers} layers: give "
                     "one for each layer, or a pattern whose length divides model.num_layers"
                 )
+        scaling = self.rope_scaling
+        if scaling is not None and scaling.type == "yarn" and self.rope_theta <= 1:
+            raise UserError(
+                f"model.rope_theta {self.rope_theta:g} must be above 1 with rope_scaling yarn"
+            )
         if self.window_layers is not None and self.sliding_window is None:
             raise UserError("model.window_layers is given without model.sliding_window: give both")
 

@@ -31,7 +31,15 @@ METHODS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True, "attention_bias": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_embeddings": True, "attention_bias": True},
+        {"head_dim": 10, "qk_norm": "head"},
+        {"head_dim": 10, "qk_norm": "full", "norm_order": "post"},
+    ],
+)
 def test_every_tensor_of_the_decoder_is_counted(name: str, changes: dict) -> None:
     sizes, method = tiny(**changes), METHODS[name]
     with torch.device("meta"):
