@@ -83,7 +83,6 @@ def apply_rope(x: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
     """Rotate ``x (B, H, S, D)`` by ``tables (2, S, W)`` in float32, in the dtype of x.
 
     Tables of each row of the batch by itself are ``(2, B, 1, S, W)``.
-
     The halves of the first W <= D dimensions become (x1 c - x2 s, x2 c + x1 s) (RoPE, arXiv
     2104.09864); the others stay.
     """
@@ -94,8 +93,7 @@ def apply_rope(x: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
     y = (turned * tables[0] + rotated * tables[1]).to(x.dtype)
     if width == x.shape[-1]:
         return y
-    # Heads side by side in memory, as x: attention's output has the layout of q, and in another one
-    # it would be copied for the product that follows.
+    # Side by side in memory as x: attention's output has this layout, else it would be copied.
     parts = (y.transpose(1, 2), x[..., width:].transpose(1, 2))
     return torch.cat(parts, dim=-1).transpose(1, 2)
 

@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+from megalr.config.model import RopeScaling
 from megalr.models.build import build_decoder
 from megalr.models.decoder import Decoder
 from tests.models.settings import factorized, full_rank, low_rank, tiny
 from tests.models.stand_ins import kernels_on_the_cpu
 
+FOUR = {"num_heads": 4, "num_kv_heads": 4}
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "low_rank": (low_rank(), {"num_heads": 4, "num_kv_heads": 4}),
     "low_rank, grouped heads": (low_rank(), {"num_heads": 4, "num_kv_heads": 2}),
@@ -31,7 +33,23 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "cola": (factorized("cola"), {"num_heads": 4, "num_kv_heads": 4}),
     "lora": (factorized("lora"), {"num_heads": 4, "num_kv_heads": 4}),
     "full_rank": (full_rank(), {"num_heads": 4, "num_kv_heads": 4}),
+    "norms of heads": (low_rank(), {**FOUR, "qk_norm": "head", "head_dim": 16}),
+    "norms over all heads, post": (low_rank(), {**FOUR, "qk_norm": "full", "norm_order": "post"}),
+    "no positions in a layer": (low_rank(), {**FOUR, "rope_layers": (True, False)}),
+    "a window in a layer": (
+        low_rank(),
+        {**FOUR, "sliding_window": 5, "window_layers": (True, False)},
+    ),
+    "yarn": (
+        low_rank(),
+        {**FOUR, "rope_scaling": RopeScaling(type="yarn", factor=4.0, original_max_positions=16)},
+    ),
+    "partly rotated": (low_rank(), {**FOUR, "partial_rotary_factor": 0.5}),
 }
+TOGETHER = ("low_rank", "cola", "no positions in a layer", "a window in a layer", "yarn")
+"""Cases in which the operator takes q, k, v as one tensor."""
+CALLS = {"a window in a layer": 1, "partly rotated": 0}
+"""Layers that use the operator, of two."""
 
 
 @pytest.fixture
@@ -65,8 +83,7 @@ def test_loss_and_gradients_are_those_without_kernels(
         for block in decoder.blocks():
             block.compile(dynamic=False, backend="aot_eager", fullgraph=True)
     found = _results(decoder)
-    together = case in ("low_rank", "cola")
-    assert seen == [1 if together else 3] * decoder.config.num_layers
+    assert seen == [1 if case in TOGETHER else 3] * CALLS.get(case, 2)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)

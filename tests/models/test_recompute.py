@@ -66,6 +66,26 @@ def test_gradients_are_those_without_recomputation(method: str, recompute: str) 
         assert torch.equal(found[name], gradient), name
 
 
+@pytest.mark.parametrize("recompute", LEVELS[1:])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"qk_norm": "head", "head_dim": 16, "rope_layers": (True, False)},
+        {"qk_norm": "full", "norm_order": "post"},
+        {"partial_rotary_factor": 0.5, "sliding_window": 5, "window_layers": (False, True)},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_gradients_of_other_families_are_those_without_recomputation(
+    changes: dict, recompute: str
+) -> None:
+    expected = _gradients(build_decoder(tiny(**changes), low_rank(), seed=3))
+    found = _gradients(build_decoder(tiny(**changes), low_rank(), seed=3, recompute=recompute))
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert torch.equal(found[name], gradient), name
+
+
 @pytest.mark.parametrize("recompute", ["elementwise", "bottleneck"])
 def test_compiled_recomputation_gives_the_same_gradients(recompute: str) -> None:
     expected = _gradients(build_decoder(CONFIG, METHODS["low_rank"], seed=3))
