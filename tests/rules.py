@@ -42,6 +42,7 @@ LONGEST_FILE, SHORTEST_FILE, MOST_FILES, LONGEST_FUNCTION = 400, 60, 16, 60
 
 FILE_SIZES: dict[str, str] = {
     "checkpoint/torch_files.py": "one contract: reading tensors without running code",
+    "cli/generate.py": "one command",
     "cli/memory.py": "one command",
     "config/base.py": "one contract: the types that all sections share",
     "config/health.py": "one section, a file like those of the others",
@@ -66,6 +67,7 @@ SAME_FILES = {
     "attention.py": "the layer and its custom kernel",
     "build.py": "builds the room's object from the configuration",
     "config.py": "the settings of the room",
+    "generate.py": "evaluation/ samples, cli/ prints",
     "health.py": "config/ declares the section, training/ decides by it",
     "manifest.py": "the record of a folder that the room writes and reads",
     "methods.py": "config/ declares the methods, optim/ chooses their optimizer",

@@ -134,6 +134,13 @@ _ALL = (
         "launchers/evaluate.py",
     ),
     Command(
+        "generate",
+        "Results",
+        "generate",
+        "Let a run's model or an exported one continue a text.",
+        "megalr generate --run runs/NAME --prompt 'The sea' --max_new_tokens 50 --top_p 0.9",
+    ),
+    Command(
         "export",
         "Other formats",
         "formats",

@@ -133,7 +133,7 @@ def evaluate_model(folder: Path, request: Request, device: torch.device) -> dict
     """
     if not request.data:
         raise UserError("--model needs --data FOLDER: a model does not know its validation data")
-    model = run_on_all(lambda: _transformers_model(folder))
+    model = run_on_all(lambda: open_transformers(folder))
     if request.dtype is not None:
         model = model.to(DTYPES[request.dtype])
     meant = getattr(model.config, "max_position_embeddings", None) or LONGEST
@@ -312,7 +312,14 @@ def _check_tokenizer_of_model(folder: Path, data: TokenDataset) -> list[str]:
     return []
 
 
-def _transformers_model(folder: Path) -> Any:
+def open_transformers(folder: Path) -> Any:
+    """The causal language model of a transformers folder, on the CPU, in its own dtype.
+
+    Factorized folders are opened too. Code in the folder is never run.
+
+    Raises:
+        UserError: transformers cannot load it.
+    """
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no config.json: give a folder with a model")
     raw = read_json_object(folder / "config.json")
