@@ -44,7 +44,9 @@ def block_messages(
 
     column_row: matrices that read the residual stream sum the gradient of their input, those that
     write it sum their output; a factorized matrix sums its bottleneck instead. bottleneck: every
-    group sums its bottlenecks both ways, and each norm one float32 number a token in forward.
+    group sums its bottlenecks both ways, and each norm one float32 number a token in forward; a
+    norm after its matrices also in backward. Norms of q and k: over heads, the gradient of the
+    weight that the heads share; over the whole width, one float32 number a token both ways.
     """
     forward: Messages = []
     backward: Messages = []
@@ -62,6 +64,13 @@ def block_messages(
                 # The factor that is not cut meets a part of dY'X on each rank.
                 whole = len(group.rows) * group.n if reads else sum(group.rows)
                 backward.append(Message(0, element, once=whole * method.rank))
+    if plan.sharded_residual and sizes.norm_order == "post":
+        backward += [Message(1, 4)] * 2
+    if sizes.qk_norm == "head":
+        backward += [Message(0, element, once=width) for width in sizes.qk_norm_widths]
+    elif sizes.qk_norm == "full":
+        forward += [Message(1, 4)] * 2
+        backward += [Message(1, 4)] * 2
     return forward, backward
 
 
