@@ -136,14 +136,21 @@ def test_events_are_marked_unless_they_are_measurements() -> None:
         {"event": "step", "update": 5, "loss": 1.0},
         {"event": "skip", "update": 6, "reason": "spike", "time": 86400.0, "batch": 5},
         {"event": "restart", "update": 7, "trigger": "period", "matrices": 14, "reset": True},
-        {"event": "fork", "update": 8, "of": "runs/a", "note": "x" * 500, "spectra": {}},
+        {
+            "event": "fork",
+            "update": 8,
+            "path": "runs/a/checkpoints/update_8",
+            "changed": [["x"] * 99],
+        },
+        {"event": "moved", "update": 8, "of": "runs/a", "note": "x" * 500, "spectra": {}},
         {"event": "end", "update": 8, "reason": "SIGTERM"},
         {"event": "start", "update": 0},
     )
     assert marks_of(run) == [
         Mark("skip", 6, "1970-01-02 00:00:00", "reason: spike; batch: 5"),
         Mark("restart", 7, "", "trigger: period; reset: true"),
-        Mark("fork", 8, "", "of: runs/a"),
+        Mark("fork", 8, "", "path: runs/a/checkpoints/update_8"),
+        Mark("moved", 8, "", "of: runs/a"),
         Mark("begun again", 0, "", "no checkpoint to resume from"),
     ]
 
