@@ -42,6 +42,7 @@ from megalr.estimate.tensors import DENSE_INSIDE, MatrixGroup, matrix_groups
 from megalr.kernels.attention import HEAD_WIDTHS, MAX_LENGTH
 from megalr.layers.head import chunk_length
 from megalr.models.config import DecoderConfig
+from megalr.models.recompute import SELECTIVE
 from megalr.tensor_parallel.plan import Plan
 
 LIBRARIES = 80 * 2**20
@@ -60,11 +61,13 @@ class Kernels:
         attention: kernels.attention, which saves q, k, v as projected.
         swiglu: kernels.swiglu, which saves gate and up but not their product.
         loss: kernels.loss, which materializes no float32 logits.
+        flex: FlexAttention, for document masks where the attention kernel does not apply.
     """
 
     attention: bool = False
     swiglu: bool = False
     loss: bool = False
+    flex: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class Shape:
         compiled: ``train.compile``.
         recompute: ``train.activation_checkpointing``, one of models.recompute.LEVELS.
         kernels: which custom kernels ``train.kernels`` selects.
+        masked: tokens of a sequence with document masks; 0 without masks.
     """
 
     tokens: int
@@ -84,6 +88,7 @@ class Shape:
     compiled: bool
     recompute: str
     kernels: Kernels = Kernels()
+    masked: int = 0
 
 
 @dataclass(frozen=True)
@@ -119,13 +124,23 @@ def kernels_of(
     length, window = config.data.sequence_length, sizes.sliding_window
     fits = length <= MAX_LENGTH and sizes.head_width in HEAD_WIDTHS
     fits = fits and sizes.rotary_width == sizes.head_width
+    masks = config.data.document_mask
+    fits = fits and (masks or window is None or window >= length)  # masks include the window
+    attention = half and hopper and fits
     down = matrix_groups(sizes, config.method, plan)[3]
     reads_gated = not down.factorized or config.method.name in TWO_PRODUCTS
     return Kernels(
-        attention=half and hopper and fits and (window is None or window >= length),
+        attention=attention,
         swiglu=half and stage < 3 and reads_gated and _gated_silu(sizes),
         loss=not plan.parallel,
+        flex=masks and half and not attention and _flex_fits(config, sizes),
     )
+
+
+def _flex_fits(config: RunConfig, sizes: DecoderConfig) -> bool:
+    width, train = sizes.head_width, config.train
+    compiles = train.compile or train.activation_checkpointing not in SELECTIVE
+    return compiles and width >= 16 and width & (width - 1) == 0
 
 
 def _gated_silu(sizes: DecoderConfig) -> bool:
@@ -146,20 +161,38 @@ def activation_bytes(
         return shape.tokens * (token * shape.element + 4 * (heads + 2 + _head_scales(sizes, plan)))
 
     rotating = sum(map(sizes.rotates, range(sizes.num_layers)))
+    once, each = mask_bytes(sizes, shape)
     saved = rotating * block(True) + (sizes.num_layers - rotating) * block(False)
+    saved += shape.tokens * sizes.num_layers * each
     again = 0.0
     if shape.recompute != "none":
         kept = shape.tokens * shape.element * kept_elements(sizes, method, plan, groups, shape)
         kept += shape.tokens * 4 * heads if shape.recompute in ("elementwise", "mlp") else 0
         saved = kept * sizes.num_layers
         # Recomputed by a block in backward; the rest has been saved.
-        again = max(0.0, block(rotating > 0) - kept)
+        again = max(0.0, block(rotating > 0) - kept) + shape.tokens * each
     f = groups[2].local_rows[0]
     backward = shape.tokens * (3 * f + 2 * residual) * shape.element + again
     backward += shape.element * _dense_transient(method, groups)
     head = head_bytes(sizes, plan, shape)
     work = int(max(backward, head)) + LIBRARIES
-    return ActivationBytes(int(saved), work, int(again))
+    return ActivationBytes(int(saved + shape.tokens * once), work, int(again))
+
+
+def mask_bytes(sizes: DecoderConfig, shape: Shape) -> tuple[float, float]:
+    """Bytes per token that document masks keep, in all and in each block.
+
+    Bounds, three int32; tables of each row's positions, float32, but for the attention kernel,
+    which reads the common ones; without a kernel S bool, of which sdpa makes a copy in the compute
+    precision in each block.
+    """
+    if not shape.masked:
+        return 0, 0
+    rope = sizes.positions == "rope" and not shape.kernels.attention
+    once = 3 * 4 + (2 * 4 * sizes.rotary_width if rope else 0)
+    if shape.kernels.attention or shape.kernels.flex:
+        return once, 0
+    return once + shape.masked, shape.masked * shape.element
 
 
 def _head_scales(sizes: DecoderConfig, plan: Plan) -> int:

@@ -156,6 +156,7 @@ def estimate_memory(
         compiled=config.train.compile,
         recompute=config.train.activation_checkpointing,
         kernels=kernels_of(config, sizes, plan, ds_config["zero_optimization"]["stage"], hopper),
+        masked=config.data.sequence_length if config.data.document_mask else 0,
     )
     return MemoryEstimate(
         state_bytes(config, ds_config, tensors, sizes.num_layers, data_size),

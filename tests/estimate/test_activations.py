@@ -20,6 +20,7 @@ from megalr.estimate.activations import (
     head_bytes,
     kept_elements,
     kernels_of,
+    mask_bytes,
 )
 from megalr.estimate.memory import estimate_memory
 from megalr.estimate.tensors import matrix_groups, plan_of
@@ -119,7 +120,9 @@ def _estimated(
 ) -> float:
     settings = {"precision": "bf16", "kernels": "auto" if kernels else "torch"}
     config: Any = SimpleNamespace(
-        train=SimpleNamespace(**settings), data=SimpleNamespace(sequence_length=256), method=method
+        train=SimpleNamespace(**settings),
+        data=SimpleNamespace(sequence_length=256, document_mask=False),
+        method=method,
     )
     # The heads of the tiny model are narrower than the kernels want; the operators do not mind.
     wide = tiny(hidden_size=256, num_heads=4, num_kv_heads=2)
@@ -245,6 +248,10 @@ def _run(method: dict[str, Any], **sections: dict[str, Any]) -> RunConfig:
 LOW_RANK = {"name": "low_rank", "rank": 256, "alpha": 256.0}
 FULL_RANK = {"name": "full_rank"}
 ALL = Kernels(attention=True, swiglu=True, loss=True)
+FLEX = Kernels(swiglu=True, loss=True, flex=True)
+MASKS = {"document_mask": True}
+MLP = {"activation_checkpointing": "mlp"}
+COMPILED = {**MLP, "compile": True}
 
 
 @pytest.mark.parametrize(
@@ -259,6 +266,11 @@ ALL = Kernels(attention=True, swiglu=True, loss=True)
         (_run(LOW_RANK, data={"sequence_length": 1024}), 1, True, Kernels(False, True, True)),
         (_run(LOW_RANK, model={"sliding_window": 128}), 1, True, Kernels(False, True, True)),
         (_run({"name": "lora", "rank": 8, "alpha": 8.0}), 1, True, Kernels(True, False, True)),
+        (_run(LOW_RANK, data=MASKS, model={"sliding_window": 128}), 1, True, ALL),
+        (_run(LOW_RANK, data=MASKS), 1, False, FLEX),
+        (_run(LOW_RANK, data=MASKS, train=MLP), 1, False, Kernels(False, True, True)),
+        (_run(LOW_RANK, data=MASKS, train=COMPILED), 1, False, FLEX),
+        (_run(LOW_RANK, data={**MASKS, "sequence_length": 1024}), 1, True, FLEX),
         (_run(LOW_RANK, parallel={"tensor": 2}), 1, True, Kernels(True, True, False)),
     ],
 )
@@ -283,3 +295,29 @@ def test_bytes_by_hand() -> None:
     assert found.kept == 24 * 2048 * (2 * (8 * 1024 + 2 * 2752) + 4 * (16 + 2))
     a100 = estimate_memory(_run(FULL_RANK), zero(1), "x", 1, hopper=False).activations
     assert a100.kept - found.kept == 24 * 2048 * 2 * (2 * 1024)  # v keeps the stack alive
+
+
+def test_bytes_of_document_masks_are_those_that_autograd_keeps() -> None:
+    """Plain attention on the CPU: the mask once, a copy in bf16 in each block, tables of rows."""
+    decoder = build_decoder(EAGER_SIZES, low_rank(), seed=3).bfloat16()
+    labels = torch.randint(0, 101, (BATCH, LENGTH))
+    positions = (torch.arange(LENGTH) % 7).int().expand(BATCH, LENGTH)
+    kept: list[dict[int, tuple[Any, int]]] = []
+    for inputs in ((labels, labels), (labels, labels, positions)):
+        kept.append({})
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            kept[-1][storage.data_ptr()] = (tensor, storage.nbytes())  # alive: no address is reused
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = decoder(*inputs)
+        assert torch.isfinite(loss)
+    without, with_masks = (sum(size for _, size in found.values()) for found in kept)
+    shape = Shape(BATCH * LENGTH, 2, False, "none", masked=LENGTH)
+    once, each = mask_bytes(EAGER_SIZES, shape)
+    found = (with_masks - without) / (BATCH * LENGTH)
+    common = 2 * 4 * EAGER_SIZES.rotary_width / BATCH  # tables that all rows share without masks
+    bool_and_bounds = LENGTH + 3 * 4  # in the forward pass, not saved for backward
+    assert found == EAGER_SIZES.num_layers * each + once - bool_and_bounds - common
