@@ -6,14 +6,16 @@ import math
 
 import pytest
 import torch
+import transformers
 
 from megalr.errors import UserError
-from megalr.hf.names import dense_state_dict
+from megalr.hf.names import dense_state_dict, dense_tensors
 from megalr.layers.factors import LinearShape
 from megalr.layers.linear import DenseLinear, FactorizedLinear, LowRankLinear
 from megalr.models.build import build_decoder
 from megalr.models.config import PRESETS, decoder_config
 from megalr.models.decoder import Decoder
+from megalr.models.flops import parameter_count
 from tests.models.settings import factorized, full_rank, low_rank, tiny
 
 METHODS = {
@@ -103,6 +105,63 @@ def test_preset_sizes_are_the_published_parameter_counts() -> None:
             millions, abs=5e-4
         )
     assert PRESETS["llama_1b"].padded_intermediate_size == 5504
+
+
+@pytest.mark.parametrize(
+    ("preset", "kind", "values"),
+    [
+        (
+            "llama3_8b",
+            "LlamaConfig",
+            {
+                "vocab_size": 128256,
+                "hidden_size": 4096,
+                "intermediate_size": 14336,
+                "num_hidden_layers": 32,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 8,
+            },
+        ),
+        (
+            "qwen3_0.6b",
+            "Qwen3Config",
+            {
+                "vocab_size": 151936,
+                "hidden_size": 1024,
+                "intermediate_size": 3072,
+                "num_hidden_layers": 28,
+                "num_attention_heads": 16,
+                "num_key_value_heads": 8,
+                "head_dim": 128,
+                "tie_word_embeddings": True,
+            },
+        ),
+        (
+            "qwen3_1.7b",
+            "Qwen3Config",
+            {
+                "vocab_size": 151936,
+                "hidden_size": 2048,
+                "intermediate_size": 6144,
+                "num_hidden_layers": 28,
+                "num_attention_heads": 16,
+                "num_key_value_heads": 8,
+                "head_dim": 128,
+                "tie_word_embeddings": True,
+            },
+        ),
+    ],
+)
+def test_presets_have_the_tensors_of_the_published_models(
+    preset: str, kind: str, values: dict
+) -> None:
+    with torch.device("meta"):
+        decoder = Decoder(decoder_config(preset, {"pad_multiple": 1}), DenseLinear)
+        settings = getattr(transformers, kind)(**values)
+        published = transformers.AutoModelForCausalLM.from_config(settings)
+    found = {name: tensor.shape for name, tensor in dense_tensors(decoder)}
+    assert found == {name: tensor.shape for name, tensor in published.named_parameters()}
+    assert parameter_count(decoder) == sum(p.numel() for p in published.parameters())
 
 
 def test_bad_sizes_are_one_line_that_says_what_to_do() -> None:
