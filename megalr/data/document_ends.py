@@ -52,26 +52,11 @@ def mark_starts(
         out: zeros, (rows, tokens of the longest window).
 
     Raises:
-        UserError: the index is damaged, or has an empty document, which has no token to start at.
+        UserError: as :meth:`IndexedShard.starts_inside`.
     """
-    # Documents of each window, one after the other: that of its first token, and those that start.
-    begin = shard.documents_before(first + 1) - 1
-    counts = shard.documents_before(first + count) - begin
-    ends = np.cumsum(counts)
-    number = np.arange(ends[-1]) - np.repeat(ends - counts, counts)  # within the window
-    starts, sizes = shard.spans(np.repeat(begin, counts) + number)
-    places = starts - np.repeat(first, counts)
-    later = number > 0
-    sound = np.where(later, (places > 0) & (places < np.repeat(count, counts)), places <= 0)
-    sound &= sizes > 0
-    sound[ends - 1] &= (starts + sizes)[ends - 1] >= first + count
-    if not sound.all():
-        wrong = int(starts[np.flatnonzero(~sound)[0]])
-        raise UserError(
-            f"{shard.idx}: the document that starts at token {wrong} is empty or out of order; the "
-            "file is damaged, run the preprocessing again"
-        )
-    out[np.repeat(rows, counts)[later], places[later]] = places[later]
+    for row, token, length in zip(rows.tolist(), first.tolist(), count.tolist(), strict=True):
+        for start in shard.starts_inside(token, length):
+            out[row, start - token] = start - token
 
 
 def positions_in_documents(starts: NDArray[np.int32]) -> NDArray[np.int32]:
