@@ -1,6 +1,6 @@
 """megalr: pretraining of language models whose weights are stored as factors.
 
-``launchers/pretrain.py`` runs it on DeepSpeed. As a library (docs/library.md) it needs torch only:
+``megalr train`` runs it on DeepSpeed. As a library (docs/library.md) it needs torch only:
 the names below are loaded when they are first used, so ``import megalr`` is cheap.
 """
 

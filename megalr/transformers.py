@@ -30,7 +30,7 @@ class RestartsCallback(TrainerCallback):
     Raises:
         TypeError: an unknown setting.
         UserError: when training starts, for what :class:`megalr.Restarts` refuses, and under
-            DeepSpeed (``launchers/pretrain.py`` has restarts there).
+            DeepSpeed (``megalr train`` has restarts there).
 
     Attributes:
         reports: one for each restart since training started.
@@ -47,7 +47,7 @@ class RestartsCallback(TrainerCallback):
         if args.deepspeed is not None:
             raise UserError(
                 "RestartsCallback: the Trainer's optimizer is inside of DeepSpeed: train with DDP "
-                "or FSDP2, or with launchers/pretrain.py"
+                "or FSDP2, or with `megalr train`"
             )
         settings = {"total_updates": state.max_steps, **self.settings}
         copies = args.parallel_mode == ParallelMode.DISTRIBUTED and not args.fsdp

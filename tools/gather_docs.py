@@ -23,6 +23,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megalr.cli.command_line import parse
 from megalr.errors import UserError, exit_cleanly
 
 TIMESTAMP = "1970-01-01T00:00:00Z"
@@ -249,7 +250,7 @@ def main() -> None:
     )
     parser.add_argument("--shards", type=int, default=4, help="training shards (default 4)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
-    arguments = parser.parse_args()
+    arguments = parse(parser, None)
     for name in ("shards", "workers"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name} {getattr(arguments, name)}: must be at least 1")

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megalr.cli.command_line import in_order, parse
 from megalr.errors import UserError, exit_cleanly
 from megalr.files import disk_errors, write_atomic
 from megalr.run.metrics_reader import perplexity_change, read_run
@@ -216,19 +217,22 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         "--input", nargs="+", default=[], help="your own text, as for tools/preprocess_c4.py"
     )
     parser.add_argument(
-        "--folder",
+        "--output",
         type=Path,
         help="for all results (default: quickstart, with --input quickstart/own)",
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    return separate_overrides(parser.parse_intermixed_args(words))
+    words = sys.argv[1:] if words is None else words
+    arguments = separate_overrides(parse(parser, words, {"--folder": "--output"}))
+    arguments.overrides = in_order(arguments.overrides, words)
+    return arguments
 
 
 def main() -> None:
     """Run the steps, say where everything is."""
     arguments = parse_arguments()
     started = time.perf_counter()
-    folder = arguments.folder or Path("quickstart/own" if arguments.input else "quickstart")
+    folder = arguments.output or Path("quickstart/own" if arguments.input else "quickstart")
     run = folder / "run"
     steps = text_steps(folder, arguments.input, str(os.cpu_count() or 1))
     steps.append(run_step(folder, run, bool(arguments.input), arguments.overrides))

@@ -2,7 +2,7 @@
 
 ========================  =====================================================================
 ``update_N``              a finished checkpoint after N updates, renamed to this name when complete
-``update_N_universal``    the same in DeepSpeed's universal layout (tools/reshape_checkpoint.py)
+``update_N_universal``    the same in DeepSpeed's universal layout (``megalr reshape``)
 ``.saving-...``           being written; never counts
 ``.trash-...``            being deleted; never counts
 ``latest``                name of the newest finished checkpoint, for DeepSpeed's tools

@@ -129,13 +129,11 @@ def read_universal(folder: Path | str) -> Mapping[str, Tensor]:
     """All parameters of a universal folder by name: whole, float32, read on access.
 
     Raises:
-        UserError: it is not a universal folder written by tools/reshape_checkpoint.py.
+        UserError: it is not a universal folder written by ``megalr reshape``.
     """
     path = Path(folder)
     if not is_universal(path):
-        raise UserError(
-            f"{path} is no universal checkpoint: make one by tools/reshape_checkpoint.py"
-        )
+        raise UserError(f"{path} is no universal checkpoint: make one by `megalr reshape`")
     try:
         return _Masters(UniversalFolder(path))
     except Damaged as error:

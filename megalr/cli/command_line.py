@@ -137,7 +137,6 @@ def parse_run(
     parser: argparse.ArgumentParser,
     words: Sequence[str] | None,
     lists: Sequence[str] = ("config",),
-    renamed: Mapping[str, str] | None = None,
     bare_config: bool = False,
 ) -> argparse.Namespace:
     """:func:`parse` for a parser with :func:`add_run_options`.
@@ -150,11 +149,10 @@ def parse_run(
         parser: has further options, maybe.
         words: as for :func:`parse`.
         lists: options with several values, behind which overrides may stand.
-        renamed: as for :func:`parse`.
         bare_config: whether files that stand alone count as values of ``--config``.
     """
     words = sys.argv[1:] if words is None else words
-    arguments = parse(parser, words, renamed)
+    arguments = parse(parser, words)
     for name in lists:
         values = getattr(arguments, name)
         setattr(arguments, name, [word for word in values if not _is_override(word)])
@@ -162,9 +160,14 @@ def parse_run(
     if bare_config:
         arguments.config += [word for word in arguments.overrides if not _is_override(word)]
         arguments.overrides = [word for word in arguments.overrides if _is_override(word)]
-    last = {word: place for place, word in enumerate(words)}
-    arguments.overrides.sort(key=lambda word: last.get(word, 0))
+    arguments.overrides = in_order(arguments.overrides, words)
     return arguments
+
+
+def in_order(overrides: Iterable[str], words: Sequence[str]) -> list[str]:
+    """The overrides in the order of the command line ``words``, since the last of a key wins."""
+    last = {word: place for place, word in enumerate(words)}
+    return sorted(overrides, key=lambda word: last.get(word, 0))
 
 
 def _is_override(word: str) -> bool:

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megalr.cli.command_line import new_parser, parse
+from megalr.cli.command_line import LAUNCHERS, add_gpus, new_parser, parse, without_option
+from megalr.cli.train import ranks_to_start, start_ranks
 from megalr.errors import UserError
 
 FLAGS = {"true": True, "false": False, None: None}
@@ -37,12 +38,7 @@ def positive(text: str) -> int:
 
 def evaluate_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """The command line of ``megalr evaluate``."""
-    parser = new_parser(
-        "evaluate",
-        prog,
-        "Prints JSON on standard output. Several GPUs: torchrun --nproc_per_node 4 -m "
-        "megalr.cli.main evaluate ...",
-    )
+    parser = new_parser("evaluate", prog, "Prints JSON on standard output.")
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--run", type=Path, help="folder of a run")
@@ -55,6 +51,7 @@ def evaluate_parser(prog: str | None = None) -> argparse.ArgumentParser:
     add("--document_mask", choices=("true", "false"), help="of windows (default: the run's)")
     add("--tokens", type=natural, help="largest number of targets; 0: all")
     add("--micro_batch_size", type=positive, help="sequences per forward pass and rank")
+    add_gpus(parser, "1")
     add("--dtype", choices=DTYPES, help="compute dtype (default: the run's, the model's)")
     add("--tasks", help="lm-eval's tasks for --model, separated by commas")
     add("--num_fewshot", type=natural, help="of --tasks: examples before a question")
@@ -109,13 +106,21 @@ def _evaluate_perplexity(arguments: argparse.Namespace) -> tuple[dict[str, Any],
     return found, "\n".join([line, *(f"note: {note}" for note in found["notes"])])
 
 
-def evaluate_command(words: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """Parse, evaluate, print on rank 0."""
+def evaluate_command(words: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Evaluate on one GPU, several, or as a rank of a launcher; print on rank 0."""
+    words = sys.argv[1:] if words is None else words
     arguments = parse(evaluate_parser(prog), words)
     if arguments.tag is not None and arguments.run is None:
         raise UserError(f"--tag {arguments.tag} belongs to --run: a model has no checkpoints")
     if arguments.tasks is not None and arguments.model is None:
         raise UserError("--tasks needs --model: export the run with `megalr export` first")
+    if arguments.gpus is not None:
+        if arguments.tasks is not None:
+            raise UserError("--gpus with --tasks has no effect: lm-eval runs on one GPU")
+        ranks = ranks_to_start(arguments.gpus)
+        if ranks is not None:
+            program = [str(LAUNCHERS / "evaluate.py"), *without_option(words, "--gpus")]
+            return start_ranks(program, *ranks)
     evaluated = _evaluate_tasks if arguments.tasks is not None else _evaluate_perplexity
     with contextlib.redirect_stdout(sys.stderr):  # standard output holds the JSON line only
         found, line = evaluated(arguments)
@@ -124,3 +129,4 @@ def evaluate_command(words: Sequence[str] | None = None, prog: str | None = None
     if is_rank0():
         print(line, file=sys.stderr, flush=True)
         print(json.dumps(found), flush=True)
+    return 0

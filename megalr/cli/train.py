@@ -10,7 +10,7 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,35 +84,33 @@ def _train(words: Sequence[str] | None, prog: str | None, alone: bool) -> int:
     request = StopRequest()
     if not arguments.print_config:
         request.listen()
-    if is_launched(os.environ):
-        if arguments.gpus is not None:
-            raise UserError("--gpus under a launcher has no effect: remove it, or the launcher")
-    elif not (arguments.print_config or (alone and arguments.gpus is None)):
-        ranks, gpus = local_ranks(arguments.gpus)
-        if ranks > 1 or gpus:
-            if request.signal:  # it came while torch was imported
-                return STOPPED
-            program = [str(LAUNCHERS / "pretrain.py"), *without_option(words, "--gpus")]
-            return start_ranks(program, ranks, gpus)
-    return _rank(arguments, request)
+    wants = arguments.gpus is not None or not (alone or arguments.print_config)
+    ranks = ranks_to_start(arguments.gpus) if wants else None
+    if ranks is None:
+        return _rank(arguments, request)
+    if request.signal:  # it came while torch was imported
+        return STOPPED
+    return start_ranks([str(LAUNCHERS / "pretrain.py"), *without_option(words, "--gpus")], *ranks)
 
 
-def is_launched(environment: Mapping[str, str]) -> bool:
-    """Whether a launcher started this process as one of several ranks, or as the only one."""
-    from megalr.distributed.launcher_env import number_of_processes
+def ranks_to_start(wanted: int | Sequence[str] | None) -> tuple[int, list[str]] | None:
+    """Number of ranks to start on this machine, and the GPUs to show them (empty: as they are).
 
-    return "RANK" in environment or number_of_processes(environment) > 1
-
-
-def local_ranks(wanted: int | Sequence[str] | None) -> tuple[int, list[str]]:
-    """Ranks to start on this machine, and the GPUs to show them (empty: as they are).
+    None if this process is to be the only rank, or a launcher has made it a rank.
 
     Args:
         wanted: how many GPUs, or which; None: all. Without a GPU, how many processes; None: one.
 
     Raises:
-        UserError: this machine has not got these GPUs, or it is one of several of a SLURM job.
+        UserError: ``wanted`` is given under a launcher, this machine has not got these GPUs, or it
+            is one of several of a SLURM job.
     """
+    from megalr.distributed.launcher_env import number_of_processes
+
+    if "RANK" in os.environ or number_of_processes() > 1:
+        if wanted is not None:
+            raise UserError("--gpus under a launcher has no effect: remove it, or the launcher")
+        return None
     from megalr.distributed.local_ranks import choose_gpus, visible_gpus
 
     nodes = os.environ.get("SLURM_JOB_NUM_NODES", "1")
@@ -123,10 +121,14 @@ def local_ranks(wanted: int | Sequence[str] | None) -> tuple[int, list[str]]:
         )
     there = [] if os.environ.get("DS_ACCELERATOR") == "cpu" else visible_gpus()
     if not there and isinstance(wanted, int):
+        if wanted < 1:
+            raise UserError(f"--gpus is {wanted}: give 1 or more")
         print(f"no GPU is visible: {wanted} processes on the CPU", file=sys.stderr, flush=True)
-        return wanted, []
+        return (wanted, []) if wanted > 1 else None
     gpus = choose_gpus(wanted, there)
-    return max(1, len(gpus)), [] if gpus == there else gpus
+    if gpus == there:
+        return (len(gpus), []) if len(gpus) > 1 else None
+    return len(gpus), gpus
 
 
 def start_ranks(program: Sequence[str], ranks: int, gpus: Sequence[str]) -> int:

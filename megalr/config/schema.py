@@ -47,7 +47,7 @@ class DataSource(Section):
     """One preprocessed data set of a mixture."""
 
     path: Folder = Field(min_length=1, examples=["data/c4"])
-    """Folder that tools/preprocess_c4.py wrote."""
+    """Folder that `megalr data` wrote."""
     weight: float | None = Field(default=None, gt=0, examples=[0.7])
     """Share of the samples that come from here, relative to the other weights; null (then for all
     of them) = in proportion to the sizes."""

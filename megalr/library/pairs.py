@@ -1,6 +1,6 @@
 """The factor pairs of a model: layers of megalr, and of a folder exported in factorized form.
 
-An exported folder (``tools/export_hf.py --form factorized``) runs its own copy of
+An exported folder (``megalr export --form factorized``) runs its own copy of
 ``modeling_factorized.py``, so its layers are recognised by their names and not by their classes.
 """
 

@@ -225,7 +225,7 @@ def holds_tokenizer(folder: Path) -> bool:
 
 
 def open_tokenizer(path: str | Path) -> Tokenizer:
-    """Open a ``*.model`` file, a folder of tools/train_tokenizer.py or a Hugging Face folder.
+    """Open a ``*.model`` file, a folder of ``megalr tokenizer`` or a Hugging Face folder.
 
     A folder with nothing but one ``*.model`` file is that SentencePiece model.
 

@@ -47,9 +47,12 @@ def test_a_run_is_exported_and_the_model_evaluated(form: str, folder: Path, tmp_
     last = f"written: {tmp_path / 'out'} (update_2, {form}, float32)"
     assert done.stdout.splitlines()[-1] == last
     data = folder.parent / "data"
-    done = _start("launchers/evaluate.py", "--model", tmp_path / "out", "--data", data)
+    # In two processes: the loss does not depend on their number.
+    words = ["--model", tmp_path / "out", "--data", data, "--gpus", 1 if form == "dense" else 2]
+    done = _start("launchers/evaluate.py", *words)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)  # and nothing else
+    assert found["ranks"] == words[-1]
     (expected,) = events(folder, "eval")
     assert found["loss"] == pytest.approx(expected["loss"], abs=1e-5)
     assert f"perplexity {found['perplexity']:.4f}" in done.stderr
@@ -60,6 +63,7 @@ def test_a_run_is_exported_and_the_model_evaluated(form: str, folder: Path, tmp_
     [
         (["--model", "out", "--micro_batch_size", "0"], "evaluate.py: error: argument --micro"),
         (["--model", "out", "--tag", "update_2"], "error: --tag update_2 belongs to --run"),
+        (["--model", "out", "--tasks", "piqa", "--gpus", "2"], "error: --gpus with --tasks has no"),
         (["--run", "runs/a", "--tasks", "piqa"], "error: --tasks needs --model: export the run"),
     ],
 )

@@ -70,6 +70,7 @@ def test_failing_steps_stop_with_their_command_and_are_not_recorded(tmp_path: Pa
         ["--input", "a.json", "b.json", "restarts.every=100", "data.train=x"],
         ["restarts.every=100", "data.train=x", "--input", "a.json", "b.json"],
         ["restarts.every=100", "--input", "a.json", "b.json", "data.train=x", "--folder", "out"],
+        ["--input", "a.json", "b.json", "restarts.every=100", "--output", "out", "data.train=x"],
     ],
 )
 def test_settings_are_no_input_wherever_they_stand(words: list[str]) -> None:
