@@ -27,6 +27,7 @@ PACKAGED = {
     "sweep": ("recipes/sweeps/*.yaml",),
 }
 """Files that come with megalr and can be given by name, by kind."""
+ENDINGS = (".yaml", ".yml", ".json")
 DEFAULT_DEEPSPEED: dict[str, Any] = {"zero_optimization": {"stage": 1}}
 
 
@@ -208,8 +209,8 @@ def packaged_names(kind: str) -> dict[str, Path]:
 def find_file(given: str, kind: str = "recipe") -> Path:
     """The file ``given``, or the one of that name that comes with megalr.
 
-    A word without folder and ending, such as ``llama_60m``, names one of megalr's files unless such
-    a file exists.
+    A word without folder and ending, such as ``qwen3_0.6b``, names one of megalr's files unless
+    such a file exists.
 
     Args:
         given: value of ``--config`` or ``--deepspeed_config``.
@@ -219,7 +220,7 @@ def find_file(given: str, kind: str = "recipe") -> Path:
         UserError: nothing has that name; shows the nearest.
     """
     path = Path(given)
-    if path.suffix or path.name != given or path.is_file():
+    if path.suffix in ENDINGS or path.name != given or path.is_file():
         return path
     names = packaged_names(kind)
     if given not in names:

@@ -16,6 +16,7 @@ from megalr.cli.command_line import (
     add_run_options,
     config_files,
     deepspeed_config,
+    find_file,
     new_parser,
     parse_run,
 )
@@ -88,7 +89,7 @@ def fill(template: str, arguments: argparse.Namespace) -> str:
 
     name = arguments.name
     if name is None:
-        name = re.sub(r"[^\w.+-]+", "_", Path(arguments.config[0]).stem)
+        name = re.sub(r"[^\w.+-]+", "_", find_file(arguments.config[0]).stem)
     header = {
         "job-name": name,
         "nodes": arguments.nodes,

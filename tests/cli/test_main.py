@@ -98,6 +98,7 @@ def test_recipes_are_found_by_name_and_files_come_first(
     monkeypatch.chdir(tmp_path)
     assert find_file("llama_60m") == ROOT / "recipes" / "llama_60m.yaml"
     assert find_file("llama_60m_loro") == ROOT / "recipes" / "methods" / "llama_60m_loro.yaml"
+    assert find_file("qwen3_0.6b") == ROOT / "recipes" / "qwen3_0.6b.yaml"
     assert find_file("zero2", "DeepSpeed JSON") == ROOT / "ds_configs" / "zero2.json"
     for path in ("llama_60m.yaml", "recipes/llama_60m", "missing.yaml"):
         assert find_file(path) == Path(path)  # a path stays one, and is an error where it is read

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("megalr", "recipes", "ds_configs", "launchers")
@@ -54,6 +55,11 @@ def test_the_command_works_from_an_empty_folder(installed: Path, tmp_path: Path)
     assert "optimizer.lr " in done.stdout, done.stderr
     done = _megalr(installed, tmp_path, "memory", "--config", "llama_9m", "--gpus", "1")
     assert done.returncode == 0 and "peak, GiB" in done.stdout, done.stderr
+    words = ("train", "--config", "llama_9m", "--print-config", "run.seed=1", "run.seed=7")
+    done = _megalr(installed, tmp_path, *words, "--deepspeed_config", "zero2")
+    printed = yaml.safe_load(done.stdout)
+    assert (printed["model"]["preset"], printed["run"]["seed"]) == ("llama_9m", 7), done.stderr
+    assert '"stage": 2' in done.stdout
     size = ("--nodes", "1", "--gpus", "4", "--time", "60", "data.train=/data")
     done = _megalr(installed, tmp_path, "submit", "--config", "llama_60m", *size, "--dry-run")
     assert f"PYTHON=${{PYTHON:-{sys.executable}}}\n" in done.stdout, done.stderr

@@ -92,6 +92,17 @@ def test_a_mistake_is_found_before_the_queue(
         submit(monkeypatch, *arguments)
 
 
+def test_a_recipe_is_found_by_name_and_options_may_be_spelled_with_dashes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["--config", "qwen3_0.6b", "--deepspeed-config=zero2", "--dry-run", "data.train=/d"]
+    submit_command([*SIZE, *words, "train.micro_batch_size=4"])
+    script = capsys.readouterr().out
+    assert "#SBATCH --job-name=qwen3_0.6b\n" in script
+    assert "set -- --config qwen3_0.6b --deepspeed_config zero2 data.train=/d train" in script
+
+
 ORDER = 'touch "$HERE/ran"'
 HOSTILE = [
     f"a\n{ORDER}",
