@@ -187,10 +187,11 @@ def _print_config(config: RunConfig, ds_user: dict[str, Any], source: str) -> No
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs to stdout
         from megalr.engine.build import check_run
         from megalr.engine.config import describe_deepspeed
+        from megalr.models.build import describe_parameters, with_sizes
 
         stage, described = describe_deepspeed(config, ds_user, source)
         groups = check_run(config, stage)
-    print(dump_config(config), end="")
+    print(dump_config(with_sizes(config)) + describe_parameters(config), end="")
     for name, values in groups.items():
         print(f"# {name}: peak lr {values['lr']:g}, weight decay {values['weight_decay']:g}")
     print(described)

@@ -6,6 +6,7 @@ The only file of models/ and layers/ that knows methods by name.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from megalr.layers.sltrain import SLTrainLinear
 from megalr.models.attention import MakeLinear
 from megalr.models.config import DecoderConfig, decoder_config
 from megalr.models.decoder import Decoder
+from megalr.models.flops import parameter_count
 from megalr.models.recompute import FOR_FACTORS
 from megalr.tensor_parallel.mesh import ONE_RANK, Mesh
 from megalr.tensor_parallel.plan import SINGLE, Plan
@@ -55,6 +57,26 @@ def sizes_of(config: RunConfig) -> DecoderConfig:
     """
     values = {key: value for key, value in config.model if value is not None}
     return decoder_config(values.pop("preset", None), values)
+
+
+def with_sizes(config: RunConfig) -> RunConfig:
+    """The same run with every size and choice of section ``model`` that it takes from its preset.
+
+    A null that is left means none: no window, no scaling, the same in all layers. With
+    ``model.from_pretrained`` the sizes are in a folder that may be elsewhere, and the configuration
+    is returned as it is.
+
+    Raises:
+        UserError: unknown preset, or sizes that do not fit each other.
+    """
+    if config.model.from_pretrained is not None:
+        return config
+    sizes = sizes_of(config)
+    known = {field.name: getattr(sizes, field.name) for field in fields(DecoderConfig)}
+    known |= {"num_kv_heads": sizes.kv_heads, "head_dim": sizes.head_width}
+    empty = [name for name, given in config.model if given is None and name in known]
+    missing = {name: known[name] for name in empty}
+    return config.model_copy(update={"model": config.model.model_copy(update=missing)})
 
 
 def make_plan(config: DecoderConfig, method: Any, mesh: Mesh, layout: str) -> Plan:
@@ -285,3 +307,19 @@ def build_model(
             sparse_indices=sparse_indices,
         )
     return decoder
+
+
+def describe_parameters(config: RunConfig) -> str:
+    """Comment of one line: parameters of the whole model without padding, and the trained ones.
+
+    Empty with ``model.from_pretrained``. Builds the decoder without memory for its weights.
+
+    Raises:
+        UserError: sizes, rank or targets that do not fit each other.
+    """
+    if config.model.from_pretrained is not None:
+        return ""
+    with torch.device("meta"):
+        decoder = build_decoder(sizes_of(config), config.method, config.run.seed, initialize=False)
+    total, trained = parameter_count(decoder), parameter_count(decoder, trainable_only=True)
+    return f"# parameters: {total:,}; trained: {trained:,}\n"

@@ -110,6 +110,20 @@ def report(device: torch.device) -> str:
     return "\n".join(f"[environment] {line}" for line in lines)
 
 
+def slow_precision(device: torch.device, precision: str) -> str | None:
+    """One line if the run would be slow for its precision alone; None otherwise.
+
+    Most processors have no bf16 arithmetic; a 9M model took 40 to 61 s for an update of 128 x 256
+    tokens in bf16, 3.4 s in float32, on two cores.
+    """
+    if device.type != "cpu" or precision == "fp32":
+        return None
+    return (
+        f"warning: train.precision is {precision}; on a CPU it may take ten times as long as "
+        "float32: set train.precision=fp32"
+    )
+
+
 def check_ranks_agree(config: RunConfig, ds_config: dict[str, Any], fingerprint: str) -> None:
     """Refuse to start unless all ranks have rank 0's code, configuration and data. Collective.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +35,23 @@ RUN_LOCK = ".lock"
 """Locked by rank 0 while a job runs."""
 LAUNCHER_FILES = (RUN_LOCK, "logs", "stop", ".slurm")
 """Names that a launcher may create in the folder before the run begins."""
+Resolve = Callable[[RunConfig], RunConfig]
 
 
-def check_run_folder(config: RunConfig, allowed: Sequence[str] = ()) -> list[Difference]:
+def check_run_folder(
+    config: RunConfig, allowed: Sequence[str] = (), resolve: Resolve = lambda config: config
+) -> list[Difference]:
     """Check whether a run may use its folder. Writes nothing; called on one rank.
 
     ``run.resume``: ``never`` refuses a folder that holds a run, ``must`` one without a checkpoint,
     ``auto`` continues if the configuration is the same except for the keys that are free on resume
     and those that match ``allowed``. The folder of a run that ended before its first update (out
     of memory, say) may be used by any other.
+
+    Args:
+        config: the run that is to use the folder.
+        allowed: patterns of keys that may differ.
+        resolve: fills in what a null stands for, in both configurations before they are compared.
 
     Returns:
         The differences that ``allowed`` permits.
@@ -53,13 +61,15 @@ def check_run_folder(config: RunConfig, allowed: Sequence[str] = ()) -> list[Dif
     """
     folder = Path(config.run.dir)
     try:
-        return _check_run_folder(folder, config, allowed)
+        return _check_run_folder(folder, config, allowed, resolve)
     except OSError as error:
         path = error.filename or folder
         raise UserError(f"run.dir {folder}: {path} cannot be read: {error.strerror}") from error
 
 
-def _check_run_folder(folder: Path, config: RunConfig, allowed: Sequence[str]) -> list[Difference]:
+def _check_run_folder(
+    folder: Path, config: RunConfig, allowed: Sequence[str], resolve: Resolve
+) -> list[Difference]:
     saved = folder / CONFIG
     if config.run.resume == "never" and saved.exists():
         raise UserError(
@@ -74,7 +84,7 @@ def _check_run_folder(folder: Path, config: RunConfig, allowed: Sequence[str]) -
     if saved.exists():
         if not tags(folder / CHECKPOINTS) and not has_updates(folder):
             return []  # ended before its first update: free for any run
-        return _compare(saved, config, allowed)
+        return _compare(saved, config, allowed, resolve)
     if folder.exists() and not all(_may_precede_a_run(path) for path in folder.iterdir()):
         raise UserError(
             f"run.dir {folder} is not empty and holds no {CONFIG}: choose another run.dir"
@@ -184,7 +194,9 @@ def write_run_folder(config: RunConfig, ds_config: dict[str, Any]) -> None:
         raise UserError(f"run.dir {folder} cannot be written: {error.strerror}") from error
 
 
-def _compare(saved: Path, config: RunConfig, allowed: Sequence[str]) -> list[Difference]:
+def _compare(
+    saved: Path, config: RunConfig, allowed: Sequence[str], resolve: Resolve
+) -> list[Difference]:
     try:
         old = RunConfig.model_validate(read_config(saved.parent))
     except ValidationError as error:
@@ -195,6 +207,7 @@ def _compare(saved: Path, config: RunConfig, allowed: Sequence[str]) -> list[Dif
             "choose another run.dir"
         ) from error
     same = keys_of_same_folders(old, working_directory(saved.parent), config, Path.cwd())
+    old, config = resolve(old), resolve(config)
     different = differences_that_forbid_resume(old, config, [*allowed, *same])
     if different:
         listed = "; ".join(f"{key}: {before} there, {now} here" for key, before, now in different)

@@ -34,12 +34,12 @@ from megalr.hf.init_from_pretrained import (
     write_supports,
 )
 from megalr.layers.lora import LoRALinear
-from megalr.models.build import sizes_of
+from megalr.models.build import sizes_of, with_sizes
 from megalr.models.decoder import Decoder
 from megalr.optim.schedules import make_schedule
 from megalr.restarts.controller import Restarts
 from megalr.restarts.relora import Relora
-from megalr.run.environment import check_ranks_agree, report, versions
+from megalr.run.environment import check_ranks_agree, report, slow_precision, versions
 from megalr.run.folder import check_run_folder, write_run_folder
 from megalr.run.lock import run_folder_lock
 from megalr.run.metrics_writer import MetricsWriter
@@ -86,6 +86,8 @@ def pretrain(
     lines = report(device)
     if is_rank0():
         print(*(fitted(line, sys.stdout) for line in lines.splitlines()), sep="\n", flush=True)
+        if warning := slow_precision(device, config.train.precision):
+            print(warning, file=sys.stderr, flush=True)
     stop = StopVote(request or StopRequest(), Path(config.run.dir), device)
     if stop.requested(now=True):
         return _stopped_at_start(stop)
@@ -114,7 +116,7 @@ def _pretrain(
     vocab_size = None if imports else run_on_all(lambda: sizes_of(config).vocab_size)
     train_data, validation_data = open_data(config, vocab_size)
     check_ranks_agree(config, ds_config, train_data.fingerprint)
-    changed = run_on_rank0(lambda: check_run_folder(config, allowed))
+    changed = run_on_rank0(lambda: check_run_folder(config, allowed, with_sizes))
     found = find_checkpoint(folder, config.checkpoint.verify)
     note_lost_checkpoints(folder, found)
     if imports and found.tag is None:

@@ -8,12 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megalr.config.schema import RunConfig
 from megalr.distributed.peer_errors import name_lost_peers
 from megalr.errors import AgreedError, PeerLost
 from megalr.run import environment
-from megalr.run.environment import check_ranks_agree, commit, report, source_hash
+from megalr.run.environment import (
+    check_ranks_agree,
+    commit,
+    report,
+    slow_precision,
+    source_hash,
+)
 from megalr.version import __version__
 from tests.ranks import RankFailed, run_distributed
 from tests.training.runs import settings
@@ -117,3 +124,20 @@ def test_other_errors_pass_unchanged() -> None:
         raise RuntimeError("shapes differ")
     with pytest.raises(PeerLost, match="a collective got no answer"), name_lost_peers(60):
         raise RuntimeError("[x.cc:1] Timed out waiting 5000ms for recv operation\nhint")
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "warned"),
+    [
+        ("cpu", "bf16", True),
+        ("cpu", "paper_bf16", True),
+        ("cpu", "fp32", False),
+        ("cuda", "bf16", False),
+    ],
+)
+def test_half_precision_on_a_processor_is_warned_of_in_one_line(
+    device: str, precision: str, warned: bool
+) -> None:
+    line = slow_precision(torch.device(device), precision)
+    assert (line is not None) == warned
+    assert line is None or ("train.precision=fp32" in line and "\n" not in line)
