@@ -1,7 +1,8 @@
-# make quickstart   venv, text, tokenizer, shards, a 2-process DeepSpeed run, evaluation, loss curve
+# make quickstart   venv, text, tokenizer, shards, a low-rank model without and with restarts, report, export
 # make test         venv, the tests but those of real clusters and kill loops
 # make test-all     all of them; SLURM, pdsh and network namespaces where they are installed
-# make lint         ruff, mypy, the order of imports between rooms, the rules of tests/rules.py
+# make docs         the documentation as a site in site/, which opens without a network
+# make lint         ruff, mypy, the order of imports between rooms, the rules of tests/rules.py, docs
 #
 # PYTHON=python3.12 chooses the interpreter of the venv; INPUT='path/*.json.gz' gives the quickstart
 # your own text; ARGS='...' goes to pytest or, as section.key=value, to the quickstart's training.
@@ -12,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: venv quickstart test test-all lint
+.PHONY: venv quickstart test test-all docs lint
 
 venv: $(INSTALLED)
 
@@ -25,7 +26,7 @@ $(INSTALLED): setup.py constraints.txt
 	touch $@
 
 quickstart: $(INSTALLED)
-	$(VENV)/bin/python tools/quickstart.py $(ARGS) $(if $(INPUT),--input '$(INPUT)')
+	$(VENV)/bin/python tools/quickstart.py $(ARGS) $(if $(INPUT),--input $(foreach FILES,$(INPUT),'$(FILES)'))
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -m 'not long' $(ARGS)
@@ -33,9 +34,14 @@ test: $(INSTALLED)
 test-all: $(INSTALLED)
 	$(VENV)/bin/python -m pytest $(ARGS)
 
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	@echo "site/index.html; searching needs a server: $(VENV)/bin/python -m http.server --directory site"
+
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy megalr
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/python -m tests.rules
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet --site-dir $(VENV)/site

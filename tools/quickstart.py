@@ -1,6 +1,7 @@
-"""From nothing to a trained low-rank model: text, tokenizer, shards, training, report.
+"""From nothing to two trained low-rank models, without and with restarts, side by side.
 
-Runs the command lines that one would type, prints each, and skips those whose results are there.
+Text, tokenizer, shards, two runs, one report, an export, generated text. Runs the command lines
+that one would type, prints each, and skips those whose results are there.
 
 python tools/quickstart.py [--input 'path/*.json.gz'] [section.key=value ...]
 """
@@ -29,6 +30,9 @@ from megalr.files import disk_errors, write_atomic
 from megalr.run.metrics_reader import perplexity_change, read_run
 
 OVERRIDE = re.compile(r"[a-z_0-9]+(\.[a-z_0-9]+)+=")
+RESTARTS = ("restarts.every=25",)
+"""What the second run has and the first has not."""
+PROMPT = "This function returns"
 
 
 @dataclass(frozen=True)
@@ -145,10 +149,20 @@ def text_steps(folder: Path, patterns: list[str], workers: str) -> list[Step]:
     return steps
 
 
-def run_step(folder: Path, run: Path, own_text: bool, overrides: list[str]) -> Step:
+def run_steps_of_both(folder: Path, own_text: bool, overrides: list[str]) -> list[Step]:
+    """The same training without and with restarts; settings of restarts are for the second."""
+    plain = [word for word in overrides if not word.startswith("restarts.")]
+    return [
+        run_step(folder, "plain", own_text, plain),
+        run_step(folder, "restarts", own_text, [*RESTARTS, *overrides]),
+    ]
+
+
+def run_step(folder: Path, name: str, own_text: bool, overrides: list[str]) -> Step:
     """Training in two processes, on two GPUs where there are any; one on a single GPU."""
     import torch
 
+    run = folder / "runs" / name
     gpus = torch.cuda.device_count()
     ranks = 1 if gpus == 1 else 2
     port = ["--master_port", str(free_port())]
@@ -163,7 +177,7 @@ def run_step(folder: Path, run: Path, own_text: bool, overrides: list[str]) -> S
     else:
         environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
     return Step(
-        "training",
+        f"training-{name}",
         command + overrides,
         [run / "metrics.jsonl"],
         environment=environment,
@@ -183,16 +197,37 @@ def free_port() -> int:
     raise UserError("no free port of the loopback interface for the ranks to meet")
 
 
-def report_steps(folder: Path, run: Path) -> list[Step]:
-    """The loss curve as a picture, and a page with everything."""
-    return [
+def result_steps(folder: Path) -> list[Step]:
+    """The curves of both runs as a picture, a page with everything; the second as a folder."""
+    runs, model = folder / "runs", folder / "model"
+    steps = [
         Step(
             name,
-            ["python", "tools/report.py", str(run), "--output", str(folder / output)],
+            ["python", "tools/report.py", str(runs), "--output", str(folder / output)],
             [folder / output],
         )
         for name, output in (("curve", "curve.png"), ("report", "report.html"))
     ]
+    export = ["python", "tools/export_hf.py", str(runs / "restarts"), "--output", str(model)]
+    return [
+        *steps,
+        Step("export", [*export, "--form", "factorized"], [model], replaced=[model]),
+    ]
+
+
+def continued(model: Path, prompt: str, tokens: int = 40) -> str:
+    """``prompt`` and what the exported model makes of it, drawn at temperature 0.7."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import megalr.hf.auto  # noqa: F401  (the classes of factorized folders)
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids  # (1, S)
+    network = AutoModelForCausalLM.from_pretrained(model)
+    drawn = network.generate(ids, max_new_tokens=tokens, do_sample=True, temperature=0.7)
+    return " ".join(tokenizer.decode(drawn[0], skip_special_tokens=True).split())
 
 
 def separate_overrides(arguments: argparse.Namespace) -> argparse.Namespace:
@@ -229,24 +264,29 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Run the steps, say where everything is."""
+    """Run the steps, compare the runs, say where everything is."""
     arguments = parse_arguments()
     started = time.perf_counter()
     folder = arguments.output or Path("quickstart/own" if arguments.input else "quickstart")
-    run = folder / "run"
+    own_text = bool(arguments.input)
     steps = text_steps(folder, arguments.input, str(os.cpu_count() or 1))
-    steps.append(run_step(folder, run, bool(arguments.input), arguments.overrides))
-    steps += report_steps(folder, run)
+    steps += run_steps_of_both(folder, own_text, arguments.overrides)
+    steps += result_steps(folder)
     programs = {
         "python": sys.executable,
         "deepspeed": str(Path(sys.executable).parent / "deepspeed"),
     }
     run_steps(steps, folder / "steps", programs)
+    runs = folder / "runs"
     print(
-        f"\n{perplexity_change(read_run(run))} ({time.perf_counter() - started:.0f} s)\n"
-        f"  curve      {folder / 'curve.png'}\n"
+        f"\nwithout restarts: {perplexity_change(read_run(runs / 'plain'))}\n"
+        f"with restarts:    {perplexity_change(read_run(runs / 'restarts'))}\n"
+        f"sample: {continued(folder / 'model', PROMPT)}\n\n"
+        f"({time.perf_counter() - started:.0f} s)\n"
+        f"  curves     {folder / 'curve.png'}\n"
         f"  report     {folder / 'report.html'}\n"
-        f"  run        {run} (config.yaml, metrics.jsonl, checkpoints/, tensorboard/)\n"
+        f"  runs       {runs} (config.yaml, metrics.jsonl, checkpoints/, tensorboard/)\n"
+        f"  model      {folder / 'model'} (factorized, for transformers)\n"
         f"  tokenizer  {folder / 'tokenizer'}\n"
         f"  shards     {folder / 'data'}"
     )

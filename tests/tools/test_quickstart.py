@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from quickstart import Step, parse_arguments, run_steps
+from quickstart import PROMPT, Step, continued, parse_arguments, run_steps, run_steps_of_both
 
 from megalr.errors import UserError
 
@@ -90,14 +90,27 @@ def test_a_file_with_a_name_like_a_setting_is_input(
 
 
 def test_make_gives_the_settings_and_the_input_to_the_quickstart() -> None:
-    command = ["make", "-n", "quickstart", "INPUT=f*.gz", "ARGS=restarts.every=100 data.packing=no"]
+    settings = "ARGS=restarts.every=100 data.packing=no"
+    command = ["make", "-n", "quickstart", "INPUT=f*.gz more/*.jsonl", settings]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     # Under `make test` it also prints the folders that it enters and leaves.
     (line,) = (line for line in done.stdout.splitlines() if "tools/quickstart.py" in line)
     words = shlex.split(line)[2:]
     arguments = parse_arguments(words)
-    assert arguments.input == ["f*.gz"]
+    assert arguments.input == ["f*.gz", "more/*.jsonl"]
     assert arguments.overrides == ["restarts.every=100", "data.packing=no"]
+
+
+def test_the_two_runs_differ_in_restarts_only(tmp_path: Path) -> None:
+    given = ["optimizer.lr=1e-3", "restarts.every=50"]
+    plain, restarts = run_steps_of_both(tmp_path, False, given)
+    assert set(restarts.command) - {*plain.command, *restarts.passing} == {
+        f"run.dir={tmp_path}/runs/restarts",
+        "restarts.every=25",
+        "restarts.every=50",
+    }
+    assert restarts.command[-1] == "restarts.every=50"  # the last of a key wins
+    assert plain.command[-1] == "optimizer.lr=1e-3"
 
 
 def write_text(path: Path, documents: int) -> None:
@@ -122,7 +135,8 @@ def test_quickstart_on_own_text_ends_with_a_report_and_a_second_time_does_nothin
         str(tmp_path / "*.json.gz"),
         "--folder",
         str(tmp_path / "out"),
-        "train.updates=2",
+        "train.updates=3",
+        "restarts.every=2",
         "schedule.warmup_updates=1",
         "evaluation.every=1",
         "evaluation.tokens=512",
@@ -133,9 +147,14 @@ def test_quickstart_on_own_text_ends_with_a_report_and_a_second_time_does_nothin
     assert first.returncode == 0, first.stdout + first.stderr
     assert "deepspeed --num_gpus" in first.stdout and "validation perplexity" in first.stdout
     assert (tmp_path / "out" / "curve.png").read_bytes().startswith(b"\x89PNG")
-    events = (tmp_path / "out" / "run" / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(events[-1])["event"] == "end"
+    runs = tmp_path / "out" / "runs"
+    files = [runs / name / "metrics.jsonl" for name in ("plain", "restarts")]
+    events = [file.read_text().splitlines() for file in files]
+    kinds = [{json.loads(line)["event"] for line in lines} for lines in events]
+    assert "restart" not in kinds[0] and {"restart", "end"} <= kinds[1]
+    sample = continued(tmp_path / "out" / "model", PROMPT)
+    assert sample.startswith(PROMPT) and f"sample: {sample}" in first.stdout
     second = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert second.returncode == 0, second.stderr
-    assert second.stdout.count("there already") == 5 and "done in" not in second.stdout
-    assert (tmp_path / "out" / "run" / "metrics.jsonl").read_text().splitlines() == events
+    assert second.stdout.count("there already") == 7 and "done in" not in second.stdout
+    assert [file.read_text().splitlines() for file in files] == events
