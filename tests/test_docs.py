@@ -21,7 +21,8 @@ from megalr.config.schema import RunConfig
 from megalr.models.config import PRESETS
 
 ROOT = Path(__file__).parents[1]
-USER_PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
+USER_PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *TUTORIALS]
 DEVELOPER_PAGES = [ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs" / "dev").glob("*.md"))]
 LAB = [ROOT / "benchmarks" / "README.md", *sorted((ROOT / "benchmarks").glob("lab/*.md"))]
 PAGES = [*USER_PAGES, *DEVELOPER_PAGES, *LAB]
@@ -81,7 +82,7 @@ def test_links_and_named_files_are_there(page: Path) -> None:
 
 def test_readme_leads_to_every_page() -> None:
     text = PAGES[0].read_text(encoding="utf-8")
-    for page in (*(ROOT / "docs").glob("*.md"), *DEVELOPER_PAGES):
+    for page in (*(ROOT / "docs").glob("*.md"), *TUTORIALS, *DEVELOPER_PAGES):
         assert f"]({page.relative_to(ROOT).as_posix()})" in text
     measurements, *lab = LAB
     for page in lab:
