@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
+import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -53,6 +57,25 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
+@contextlib.contextmanager
+def _prints_hidden(ds_config: dict[str, Any]) -> Iterator[None]:
+    """Hide what is printed on stdout, unless it fails or ``log_level`` is info or debug.
+
+    BF16_Optimizer of DeepSpeed 0.19 prints 3 lines of memory for every group of parameters. The
+    logger's warnings are shown: it keeps the stdout of its import.
+    """
+    if ds_config.get("log_level") in ("info", "debug"):
+        yield
+        return
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield
+    except BaseException:
+        sys.stdout.write(printed.getvalue())
+        raise
+
+
 def build_engine(config: RunConfig, ds_config: dict[str, Any], decoder: Decoder) -> Any:
     """DeepSpeed's engine with the run's optimizer.
 
@@ -82,13 +105,14 @@ def build_engine(config: RunConfig, ds_config: dict[str, Any], decoder: Decoder)
         torch.cuda.set_stream(torch.cuda.Stream())
     # DeepSpeed keeps the mesh of an earlier engine of this process and uses it when given none.
     deepspeed.utils.groups.mpu = None
-    engine, _, _, _ = deepspeed.initialize(
-        model=decoder,
-        optimizer=optimizer,
-        config=without_accumulation_dtype(ds_config) if unwrapped else ds_config,
-        mpu=mesh if decoder.plan.parallel else None,
-        dist_init_required=False,
-    )
+    with _prints_hidden(ds_config):
+        engine, _, _, _ = deepspeed.initialize(
+            model=decoder,
+            optimizer=optimizer,
+            config=without_accumulation_dtype(ds_config) if unwrapped else ds_config,
+            mpu=mesh if decoder.plan.parallel else None,
+            dist_init_required=False,
+        )
     # bf16 without ZeRO has made a step on zero gradients (docs/dev/deepspeed-notes.md): harmless
     # at learning rate 0, but Adam's counter and moments must start from nothing.
     engine.basic_optimizer.state.clear()
