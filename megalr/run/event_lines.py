@@ -74,6 +74,12 @@ def _resume(n: Numbers) -> str:
     return ", ".join(parts)
 
 
+def _fork(n: Numbers) -> str:
+    parts = [f"{'weights' if n['state'] == 'weights' else 'state'} of {n['path']}"]
+    parts += [f"{key} {source} -> {own}" for key, source, own in n["changed"]]
+    return ", ".join(parts)
+
+
 def _compile(n: Numbers) -> str:
     kernels = n["kernel_seconds"]
     rest = "" if kernels is None else f", and {took(kernels)} for custom kernels"
@@ -141,6 +147,7 @@ def _rollback(n: Numbers) -> str:
 LINES: dict[str, Callable[[Numbers], str]] = {
     "import": _import,
     "resume": _resume,
+    "fork": _fork,
     "compile": _compile,
     "eval": _evaluation,
     "eval_further": _evaluation,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -80,3 +83,33 @@ def test_options_that_cannot_work_are_refused(
     ds_config = resolve_deepspeed_config(config, zero(stage), "test", 1)
     with pytest.raises(UserError, match=message):
         build_engine(config, ds_config, decoder)
+
+
+def _printed(values: dict, options: dict, fails: bool) -> str:
+    """What building an engine prints, also if DeepSpeed fails at the end of that."""
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+    def end(self: object) -> None:
+        raise RuntimeError("for the test")
+
+    config = RunConfig.model_validate(values)
+    ds_config = resolve_deepspeed_config(config, zero(1) | options, "test", 1)
+    decoder = build_model(config, torch.device("cpu"))
+    printed = io.StringIO()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(printed))
+        if fails:
+            stack.enter_context(patch.object(BF16_Optimizer, "_setup_for_real_optimizer", end))
+            stack.enter_context(pytest.raises(RuntimeError, match="for the test"))
+        build_engine(config, ds_config, decoder).destroy()
+    return printed.getvalue()
+
+
+def test_what_deepspeed_prints_while_it_builds_is_shown_on_failure_or_request(
+    tmp_path: Path,
+) -> None:
+    values = settings(tmp_path, tmp_path, train={"precision": "bf16"})
+    assert run_distributed(_printed, 1, values, {}, False) == [""]
+    for options, fails in (({}, True), ({"log_level": "info"}, False)):
+        (printed,) = run_distributed(_printed, 1, values, options, fails)
+        assert "begin bf16_optimizer" in printed

@@ -48,6 +48,8 @@ EVENTS: dict[str, dict[str, Any]] = {
     "resume": {"path": "checkpoints/update_100", "verify_seconds": 1.0, "load_seconds": 0.5}
     | {"reshaped": True, "damaged": ["update_120: " + "x" * 80], "unfinished": ["update_140"]}
     | {"allowed": [["train.updates", 60, 90]]},
+    "fork": {"path": "runs/a/checkpoints/update_9", "state": "weights"}
+    | {"changed": [["optimizer.lr", 0.01, 0.02], ["data.train", "x" * 80, "y"]]},
     "compile": {"compile_seconds": 83.0, "kernel_seconds": None},
     "eval": {"loss": 4.8155, "perplexity": 123.4},
     "eval_further": {"validation": "v" * 90, "loss": math.inf, "perplexity": math.inf},
@@ -103,6 +105,7 @@ def test_every_documented_event_has_a_line() -> None:
         ("restart", {"skipped_nonfinite": "head.weight"}, "not done, not finite: head.weight"),
         ("eval", {"validation": "c4"}, "c4 ppl 123.4 (loss 4.816)"),
         ("checkpoint", {"bytes": 431 * 1024, "save_seconds": 0.1, "delete_error": None}, "431 KiB"),
+        ("fork", {}, "weights of runs/a/checkpoints/update_9, optimizer.lr 0.01 -> "),
         ("resume", {"damaged": [], "unfinished": []}, "train.updates 60 -> 90"),
     ],
 )
