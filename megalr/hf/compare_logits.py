@@ -23,8 +23,8 @@ from megalr.hf.names import (
     plain_tensors,
     rows_of,
 )
-from megalr.hf.pretrained_config import first_line, load_config
-from megalr.hf.read import Weights
+from megalr.hf.pretrained_config import config_as_stored, first_line
+from megalr.hf.read import Weights, read_weights
 from megalr.layers.linear import DenseLinear
 from megalr.models.config import DecoderConfig
 from megalr.models.decoder import Block, Decoder
@@ -52,7 +52,7 @@ def check_same_function(folder: Path, sizes: DecoderConfig) -> float:
     """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, sizes.vocab_size, (1, POSITIONS), generator=generator)
-    weights = Weights(folder)
+    weights = read_weights(folder)
     with torch.no_grad():
         expected, disturbed = _transformers_logits(folder, weights.dtype, ids)
         found = _decoder_logits(weights, sizes, ids)
@@ -88,7 +88,7 @@ def _transformers_logits(
     """
     from transformers import AutoModelForCausalLM
 
-    config = load_config(folder)
+    config = config_as_stored(folder)
     if getattr(config, "sliding_window", None) is not None:
         config.sliding_window = min(config.sliding_window, WINDOW)
     try:

@@ -36,6 +36,7 @@ from megalr.hf.read import (
     load_plain,
     named_linears,
     open_weights,
+    read_weights,
 )
 from megalr.layers.linear import FactorizedLinear, GroupedLinear
 from megalr.layers.lora import LoRALinear
@@ -278,7 +279,7 @@ def trial_import(folder: Path, rank: int, density: float | None) -> Imported:
 
 
 def _checked_weights(decoder: Decoder, folder: Path) -> Weights:
-    weights = Weights(folder)
+    weights = read_weights(folder)
     check_weights(decoder, weights)
     return weights
 

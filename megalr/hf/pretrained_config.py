@@ -77,13 +77,25 @@ REQUIRED = (
 
 
 def load_config(folder: Path) -> Any:
+    """As :func:`config_as_stored`; of a factorized model the configuration of its dense family."""
+    from megalr.hf.modeling_factorized import TRANSFORMERS
+
+    hf = config_as_stored(folder)
+    if not hf.model_type.startswith(FACTORIZED_PREFIX):
+        return hf
+    own = ("model_type", "architectures", "auto_map", "transformers_version", "factorization")
+    config_class: Any = TRANSFORMERS[hf.model_type.removeprefix(FACTORIZED_PREFIX)][0]
+    return config_class(**{key: value for key, value in hf.to_dict().items() if key not in own})
+
+
+def config_as_stored(folder: Path) -> Any:
     """transformers' configuration of the model in a folder, types and limits checked.
 
     Code that the folder may bring along is never run.
 
     Raises:
         UserError: no such folder, an architecture that cannot be imported (those that can are
-            named), or values that no model can have.
+            named), values that no model can have, or factors that are no product of two matrices.
     """
     path = folder / CONFIG_NAME
     if not path.exists():
@@ -91,20 +103,18 @@ def load_config(folder: Path) -> Any:
             f"{path}: No such file or directory; give a folder with a model of transformers"
         )
     raw = read_json_object(path)
-    kind = raw.get("model_type")
-    if str(kind).startswith(FACTORIZED_PREFIX):
-        raise UserError(
-            f"{folder}: a factorized export cannot be read: start from the dense model it was made "
-            "of, or export the run with --form dense"
-        )
+    stored = raw.get("model_type")
+    kind = stored.removeprefix(FACTORIZED_PREFIX) if isinstance(stored, str) else stored
     if kind not in IMPORTED:
         own_code = " (it needs the folder's own code, which is not run)" * ("auto_map" in raw)
         raise UserError(
-            f"{folder}: architecture {repr(kind)[:60]}{foreign_features(raw)} cannot be read"
+            f"{folder}: architecture {repr(stored)[:60]}{foreign_features(raw)} cannot be read"
             f"{own_code}; those that work: {', '.join(IMPORTED)}"
         )
     check_field_types(path, raw)
     from transformers import AutoConfig
+
+    import megalr.hf.auto  # noqa: F401  (registers the classes of factorized folders)
 
     try:
         hf: Any = AutoConfig.from_pretrained(
@@ -114,12 +124,29 @@ def load_config(folder: Path) -> Any:
         raise UserError(
             f"{path}: transformers cannot read it ({first_line(error)}); copy the folder again"
         ) from error
+    if kind != stored:
+        _check_product(folder, hf)
     fields = {name: getattr(hf, name, None) for name in PretrainedConfig.model_fields}
     check_field_types(path, fields)
     absent = [name for name in REQUIRED if fields[name] is None]
     if absent:
         raise UserError(f"{path}: gives no {absent[0]}; copy the folder again")
     return hf
+
+
+def _check_product(folder: Path, hf: Any) -> None:
+    """Raise UserError unless the matrices of a factorized folder are products of two factors."""
+    from megalr.hf.modeling_factorized import check_config
+
+    try:
+        form = check_config(hf)["form"]
+    except ValueError as error:
+        raise UserError(f"{folder}: {error}") from error
+    if form != "product":
+        raise UserError(
+            f"{folder}: a factorized export of form {form} cannot be read, only products of two "
+            "factors: start from a dense model, for example the run's export with --form dense"
+        )
 
 
 def pretrained_sizes(folder: Path) -> dict[str, Any]:

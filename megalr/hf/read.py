@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from safetensors import SafetensorError, safe_open
 
 from megalr.errors import UserError
 from megalr.files import read_json_object
+from megalr.hf.modeling_factorized import SHARED_INPUT
 from megalr.hf.names import block_linears, is_stacked, plain_tensors, rows_of
+from megalr.hf.pretrained_config import CONFIG_NAME, FACTORIZED_PREFIX
 from megalr.layers.linear import DenseLinear, GroupedLinear
 from megalr.layers.sltrain import SLTrainLinear
 from megalr.models.config import DecoderConfig
@@ -20,6 +23,8 @@ from megalr.models.rope import rope_frequencies
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+FACTOR = re.compile(r"(?P<module>.*)\.b(\.\d+)?\.(?P<kind>weight|bias)")
+"""Names of the factors B of a factorized folder, and of their biases."""
 INV_FREQ = "rotary_emb.inv_freq"
 """Name suffix of RoPE's frequencies, which older versions stored although theta determines them."""
 DTYPES = {
@@ -103,6 +108,95 @@ class Weights:
         if not bool(tensor.isfinite().all()):
             raise UserError(f"{self.folder}: {name} holds numbers that are not finite")
         return tensor
+
+
+class ProductWeights(Weights):
+    """The tensors of a factorized folder under the names of the dense model: matrices are B A.
+
+    B A is multiplied in float32 when it is read.
+
+    Raises:
+        UserError: as :class:`Weights`, or a factor without the other one.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._parts: dict[str, list[str]] = {}
+        self._first_rows: dict[str, int] = {}
+        stored = super().names()
+        for name in sorted(stored):
+            found = FACTOR.fullmatch(name)
+            if found is not None:  # parts of a stacked matrix come in their order: b.0, b.1, ...
+                self._parts.setdefault(f"{found['module']}.{found['kind']}", []).append(name)
+            elif not name.endswith((".a.weight", ".shared_a.weight")):
+                self._parts[name] = [name]
+        for name, parts in self._parts.items():
+            if name.endswith(".weight") and parts != [name]:
+                self._place(name, parts)
+
+    def _a_of(self, name: str) -> str:
+        """The tensor that holds the factor A of a matrix."""
+        own = f"{name.removesuffix('.weight')}.a.weight"
+        shared = own not in self._file_of and name in self._sharing(name)
+        return f"{name.rsplit('.', 2)[0]}.shared_a.weight" if shared else own
+
+    @staticmethod
+    def _sharing(name: str) -> list[str]:
+        """The matrices whose factors A may be one tensor with that of this matrix, in order."""
+        parent = name.rsplit(".", 2)[0]
+        leaves = SHARED_INPUT.get(parent.rpartition(".")[2], ())
+        return [f"{parent}.{leaf}.weight" for leaf in leaves]
+
+    def _place(self, name: str, parts: list[str]) -> None:
+        """Where in its tensor the rows of A of each part begin."""
+        a = self._a_of(name)
+        together = parts
+        if a.endswith(".shared_a.weight"):
+            together = [f"{n.removesuffix('weight')}b.weight" for n in self._sharing(name)]
+        row = 0
+        for each in (a, *together):
+            if each not in self._file_of:
+                raise UserError(f"{self.folder}: lacks {each}; copy the folder again")
+            if len(super().shape(each)) != 2:
+                raise UserError(f"{self.folder}: {each} is no matrix; copy the folder again")
+        for each in together:
+            self._first_rows[each] = row
+            row += super().shape(each)[1]
+        if row != super().shape(a)[0]:
+            raise UserError(
+                f"{self.folder}: {a} has {super().shape(a)[0]} rows and {together[-1]} ends at "
+                f"{row}; copy the folder again"
+            )
+
+    def names(self) -> list[str]:
+        """Names of all tensors of the dense model."""
+        return list(self._parts)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor of the dense model."""
+        shapes = [super(ProductWeights, self).shape(part) for part in self._parts[name]]
+        rows = sum(shape[0] for shape in shapes)
+        if self._parts[name][0] in self._first_rows:
+            return rows, super().shape(self._a_of(name))[1]
+        return rows, *shapes[0][1:]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """A tensor of the dense model, a product in float32; UserError as for :class:`Weights`."""
+        found = []
+        for part in self._parts[name]:
+            tensor = super().__getitem__(part)
+            if part in self._first_rows:
+                start = self._first_rows[part]
+                a = super().__getitem__(self._a_of(name))[start : start + tensor.shape[1]]
+                tensor = tensor.float() @ a.float()
+            found.append(tensor)
+        return torch.cat(found) if len(found) > 1 else found[0]
+
+
+def read_weights(folder: Path) -> Weights:
+    """The tensors of a folder under the dense model's names, whether it is factorized or not."""
+    kind = str(read_json_object(folder / CONFIG_NAME).get("model_type"))
+    return ProductWeights(folder) if kind.startswith(FACTORIZED_PREFIX) else Weights(folder)
 
 
 def _read_index(folder: Path) -> dict[str, str] | None:
@@ -190,7 +284,7 @@ def open_weights(folder: Path, sizes: DecoderConfig) -> Weights:
     Raises:
         UserError: as :class:`Weights` and :func:`check_weights`.
     """
-    weights = Weights(folder)
+    weights = read_weights(folder)
     if sizes.num_layers > len(weights.names()):
         raise UserError(
             f"{folder}: config.json says {sizes.num_layers} layers, the weights are "

@@ -19,8 +19,6 @@ from megalr.compression import compress
 from megalr.compression.calibration import CalibrationOptions
 from megalr.compression.compress import CompressionOptions, compress_folder
 from megalr.errors import UserError
-from megalr.hf.modeling_factorized import FACTORIZED
-from megalr.hf.pretrained_config import load_config
 from tests.compression.models import FAMILIES, load, sample, saved, tiny_model
 from tests.hf.data import write_data, write_tokenizer
 from tests.synthetic import VOCAB_SIZE
@@ -378,10 +376,3 @@ def test_text_needs_the_models_tokenizer_and_the_folder_a_new_place(tmp_path: Pa
     assert outcome.notes == [f"{folder} holds no tokenizer, so none was written"]
     with pytest.raises(UserError, match="is not an empty folder"):
         compress_folder(folder, tmp_path / "out", QUARTER)
-
-
-def test_training_does_not_start_from_a_factorized_folder(tmp_path: Path) -> None:
-    compress_folder(saved(tmp_path / "dense"), tmp_path / "out", QUARTER)
-    assert load(tmp_path / "out").__class__.__name__ == FACTORIZED["llama"][2].__name__
-    with pytest.raises(UserError, match="a factorized export cannot be read"):
-        load_config(tmp_path / "out")

@@ -323,9 +323,14 @@ def test_mutated_settings_are_refused_in_one_line_or_change_nothing(tmp_path: Pa
     assert refused > 30
 
 
-def test_training_does_not_start_from_factors(tmp_path: Path) -> None:
-    folder = write(lively(low_rank()), tmp_path / "out")
-    with pytest.raises(UserError, match=r"a factorized export cannot be read: .* --form dense"):
+@pytest.mark.parametrize(
+    "method, form", [("cola", "silu"), ("sltrain", "sparse"), ("lora", "base")]
+)
+def test_training_starts_from_products_of_two_factors_only(
+    method: str, form: str, tmp_path: Path
+) -> None:
+    folder = write(lively(METHODS[method]), tmp_path / "out")
+    with pytest.raises(UserError, match=rf"export of form {form} cannot be read, .* --form dense"):
         load_config(folder)
 
 
