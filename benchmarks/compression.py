@@ -28,7 +28,7 @@ from megalr.preprocessing.tokenizer_training import train_tokenizer
 from megalr.readers.documents import DocumentReader, ReadOptions
 from megalr.readers.input_splits import plan_splits
 
-VOCABULARY, LENGTH, BATCH = 512, 128, 8
+VOCABULARY, LENGTH, BATCH = 2048, 128, 8
 SHARES = (0.125, 0.25, 0.5)
 TOKENS = 32_768
 FEWER = (2_048, 8_192)
@@ -113,7 +113,7 @@ def main() -> None:
     add = parser.add_argument
     add("--text", nargs="+", required=True, help="files to train and calibrate with")
     add("--held_out", nargs="+", required=True, help="files to evaluate with")
-    add("--updates", type=int, default=1000)
+    add("--updates", type=int, default=400)
     add("--output", type=Path, required=True)
     arguments = parser.parse_args()
     result: dict[str, Any] = provenance(("torch", "transformers"))
