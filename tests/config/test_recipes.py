@@ -8,6 +8,7 @@ import pytest
 
 from megalr.config import load_run_config
 from megalr.engine.config import read_deepspeed_json, resolve_deepspeed_config
+from megalr.estimate.tensors import TRAINED, count, stored_tensors
 from megalr.models.config import PRESETS
 
 ROOT = Path(__file__).parents[2]
@@ -34,6 +35,23 @@ def test_there_is_a_full_rank_and_a_low_rank_recipe_for_every_size() -> None:
     names = {path.stem for path in RECIPES}
     for size in SIZES:
         assert {f"llama_{size}", f"llama_{size}_low_rank"} <= names
+
+
+@pytest.mark.parametrize("name", ["qwen3_0.6b", "qwen3_1.7b", "llama3_8b"])
+def test_recipes_of_newer_families_are_alike_but_for_the_factors(name: str) -> None:
+    dense, factors = (
+        load_run_config([ROOT / "recipes" / f"{stem}.yaml"], presets=PRESETS)
+        for stem in (name, f"{name}_low_rank")
+    )
+    assert dense.data.sequence_length == 2048 and dense.data.packing
+    assert factors.method.rank == PRESETS[name].hidden_size // 4
+    assert factors.method.alpha / factors.method.rank == 32 / 128
+    for section in ("model", "schedule", "data", "train", "evaluation"):
+        assert getattr(dense, section) == getattr(factors, section)
+    sizes = PRESETS[name]
+    tokens = dense.train.updates * dense.train.global_batch_size * dense.data.sequence_length
+    stored = stored_tensors(sizes, dense.method)
+    assert tokens == pytest.approx(20 * count(stored, sizes.num_layers, *TRAINED), rel=0.05)
 
 
 def test_the_one_published_low_rank_script_is_followed() -> None:

@@ -129,7 +129,7 @@ def test_weights_in_half_precision_are_compared_as_exactly(models: Path) -> None
     "family, changes, message",
     [
         ("qwen2", {"layer_types": ["chunked_attention"] * 2}, "layer_types chunked_attention"),
-        ("qwen2", {"layer_types": [FULL]}, "layer_types"),
+        ("qwen2", {"layer_types": [FULL]}, "layer.types"),
         (
             "llama",
             {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
