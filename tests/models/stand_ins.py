@@ -13,7 +13,7 @@ import megalr.layers.embedding
 import megalr.models.attention
 import megalr.models.decoder
 from megalr.kernels.attention import apply_rope, attention_reference
-from megalr.kernels.document_mask import visible
+from megalr.kernels.document_mask import is_bounds, visible
 
 
 @contextlib.contextmanager
@@ -26,9 +26,7 @@ def kernels_on_the_cpu() -> Iterator[list[int]]:
         return _forward(projections, rope, head_dim, documents)
 
     with (
-        mock.patch.object(
-            megalr.models.attention, "attention_applies", lambda x, mask, _: mask is None
-        ),
+        mock.patch.object(megalr.models.attention, "attention_applies", _takes),
         mock.patch.object(megalr.models.decoder, "half_on_gpu", lambda _: True),
         mock.patch.object(megalr.models.decoder, "add_norm_applies", lambda _: True),
         mock.patch.object(megalr.layers.embedding, "half_on_gpu", lambda _: True),
@@ -40,8 +38,8 @@ def kernels_on_the_cpu() -> Iterator[list[int]]:
     torch._dynamo.reset()
 
 
-def _no_mask(x: Any, mask: Any, head_dim: int) -> bool:
-    return mask is None
+def _takes(x: Any, mask: Any, head_dim: int) -> bool:
+    return mask is None or is_bounds(mask)
 
 
 def _three(projections: Any) -> Any:

@@ -37,6 +37,11 @@ GPT2 = {
     "output_bias": True,
     "tie_embeddings": True,
 }
+FEATURES: dict[str, dict[str, Any]] = {
+    "norms of heads": {"qk_norm": "head", "head_dim": 12},
+    "no positions in a layer": {"rope_layers": (True, False)},
+    "a window in a layer": {"sliding_window": 5, "window_layers": (True, False)},
+}
 SIZES = {**{name: changes for name, (changes, _, _) in FAMILIES.items()}, "gpt2": GPT2}
 
 
@@ -188,12 +193,13 @@ def _blocks(sliding: int | None) -> torch.Tensor:
     return mask
 
 
-@pytest.mark.parametrize("case", ["low_rank", "grouped", "full_rank", "window"])
+@pytest.mark.parametrize("case", ["low_rank", "grouped", "full_rank", "window", *FEATURES])
 def test_the_path_of_the_kernels_gives_the_same(case: str) -> None:
     """With PyTorch stand-ins for them, in compiled blocks."""
     changes = {
         "grouped": {"num_heads": 4, "num_kv_heads": 2},
         "window": {"sliding_window": 5},
+        **FEATURES,
     }
     method = full_rank() if case == "full_rank" else low_rank()
     decoder = build_decoder(tiny(**changes.get(case, {})), method, seed=3)
