@@ -26,7 +26,7 @@ SMALLER = {
     "megalr tokenizer": ["--vocab_size", "1024"],
     "megalr train --config recipes/": FEW,
     "megalr train --resume": ["train.updates=3"],
-    "megalr sweep": ["--only", "full_rank*lr=2e-3*", *FEW[:1], "evaluation.tokens=512"],
+    "megalr sweep": ["--only", "full_rank*lr=2e-3*", *FEW[:2], "evaluation.tokens=512"],
 }
 """Words behind a command that begins so: where one is given twice, the last counts."""
 
