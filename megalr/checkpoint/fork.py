@@ -26,7 +26,7 @@ from megalr.config.resuming import (
 from megalr.config.schema import RunConfig
 from megalr.distributed.agreement import run_on_all, run_on_rank0
 from megalr.errors import AgreedError, UserError
-from megalr.models.build import has_sparse_indices, sizes_of
+from megalr.models.build import has_sparse_indices, sizes_of, with_sizes
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def open_fork(config: RunConfig) -> Fork | None:
     source = run_on_all(saved.run_config, Damaged)
     weights_only = config.run.fork_state == "weights"
     run_on_all(lambda: _check(config, source, saved.update))
-    changed = differences_that_forbid_resume(source, config)
+    changed = differences_that_forbid_resume(with_sizes(source), with_sizes(config))
     return Fork(run, tag, saved, weights_only, changed)
 
 
@@ -139,7 +139,10 @@ def _check(config: RunConfig, source: RunConfig, update: int) -> None:
 
 def _sizes(source: RunConfig, config: RunConfig) -> list[Difference]:
     """Sizes and choices of the decoder that differ, however they were given."""
-    before, now = asdict(sizes_of(source)), asdict(sizes_of(config))
+    before, now = (
+        {**asdict(sizes), "num_kv_heads": sizes.kv_heads, "head_dim": sizes.head_width}
+        for sizes in (sizes_of(source), sizes_of(config))
+    )
     return [
         (f"model.{name}", before[name], value)
         for name, value in now.items()

@@ -20,6 +20,9 @@ MASTER = "fp32"
 
 WORKING_DIRECTORY = "working_directory"
 """Key in the state of the loop: where relative paths in the configuration start from."""
+EXTENSIONS = "extensions"
+"""Key in the state of the loop: the learning rates of a run that was extended
+(``megalr.run.extension``)."""
 
 
 class _Counters(BaseModel, strict=True):
@@ -33,6 +36,7 @@ class _LoopState(BaseModel, strict=True):
     batch_offset: NonNegativeInt = 0
     data_fingerprint: str = ""
     working_directory: str | None = None
+    extensions: dict[str, Any] | None = None
     health: dict[str, Any] = {}
     restarts: dict[str, Any] = {}
 

@@ -29,6 +29,7 @@ KEYS_FREE_ON_RESUME = (
     "run.resume",
     "run.fork_from",
     "run.fork_state",
+    "schedule.on_extend",
     "run.timeout_seconds",
     "data.validation",
     "data.prefetch_updates",

@@ -11,6 +11,16 @@ from pydantic import Field
 
 from megalr.config.base import Section
 
+OnExtend = Annotated[
+    Literal["rescale", "hold", "decay"],
+    Field(
+        description="Learning rate of a run that is extended by another train.updates. rescale: as "
+        "if it had been planned so. hold: the last one from there on. decay: from the last one "
+        "along a line to min_lr_ratio at the new end.",
+        examples=["hold"],
+    ),
+]
+
 
 class CosineSchedule(Section):
     """Warm-up from 0, then half a cosine down to the floor at the last update."""
@@ -20,6 +30,7 @@ class CosineSchedule(Section):
     """Updates during which the learning rate rises linearly from 0 to its peak."""
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1, examples=[0.1])
     """Learning rate at the last update as a share of the peak."""
+    on_extend: OnExtend = "rescale"
 
 
 class LinearSchedule(Section):
@@ -30,6 +41,7 @@ class LinearSchedule(Section):
     """Updates during which the learning rate rises linearly from 0 to its peak."""
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1, examples=[0.0])
     """Learning rate at the last update as a share of the peak."""
+    on_extend: OnExtend = "rescale"
 
 
 class ConstantSchedule(Section):
@@ -56,6 +68,7 @@ class WsdSchedule(Section):
     falls steeply first."""
     min_lr_ratio: float = Field(default=0.0, ge=0, le=1, examples=[0.1])
     """Learning rate at the end of the decay as a share of the peak."""
+    on_extend: OnExtend = "rescale"
 
 
 class CosineRestartsSchedule(Section):

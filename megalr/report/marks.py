@@ -25,7 +25,7 @@ DETAILS: dict[str, tuple[str, ...]] = {
         "skipped_nonfinite",
     ),
     "fork": ("path", "source_update", "state", "changed"),
-    "resume": ("path", "reshaped", "damaged", "allowed"),
+    "resume": ("path", "reshaped", "damaged", "allowed", "extended"),
     "rollback": ("to_update", "reason", "first_batch_left_out", "batches_left_out"),
 }
 """Fields that are shown of an event; of others all that are short."""

@@ -8,11 +8,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from megalr.checkpoint.save import save_checkpoint
+from megalr.checkpoint.source import WORKING_DIRECTORY
 from megalr.data.loader import EvaluationBatches, MicroBatch
 from megalr.distributed.agreement import raise_on_any_rank
 from megalr.engine.build import ranks_of_batches
@@ -280,7 +282,7 @@ class CheckpointHook(Hook):
         run, update = self.run, self.run.progress.update
         wait_for(run.device)
         run.settle(run.request(run.window.results))
-        state = {**self.identity, **asdict(run.progress)}
+        state = {**self.identity, WORKING_DIRECTORY: str(Path.cwd()), **asdict(run.progress)}
         for hook in self.hooks:
             state |= hook.state_dict()
         state["health"] = run.health.state_dict()

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megalr.checkpoint.find import find_checkpoint, tidy
-from megalr.checkpoint.fork import open_fork
-from megalr.checkpoint.source import WORKING_DIRECTORY
+from megalr.checkpoint.find import tidy
+from megalr.checkpoint.source import EXTENSIONS
 from megalr.config.methods import ReloraMethod
 from megalr.config.schema import RunConfig
 from megalr.data import EvaluationBatches, TokenDataset
@@ -34,20 +33,26 @@ from megalr.hf.init_from_pretrained import (
     write_supports,
 )
 from megalr.layers.lora import LoRALinear
-from megalr.models.build import sizes_of, with_sizes
+from megalr.models.build import sizes_of
 from megalr.models.decoder import Decoder
-from megalr.optim.schedules import make_schedule
 from megalr.restarts.controller import Restarts
 from megalr.restarts.relora import Relora
 from megalr.run.environment import check_ranks_agree, report, slow_precision, versions
-from megalr.run.folder import check_run_folder, write_run_folder
+from megalr.run.folder import write_run_folder
 from megalr.run.lock import run_folder_lock
 from megalr.run.metrics_writer import MetricsWriter
 from megalr.run.terminal import fitted
 from megalr.tensor_parallel.mesh import make_mesh
 from megalr.training.context import RunContext, TrainProgress
 from megalr.training.device import CompileClock
-from megalr.training.events import note_lost_checkpoints, resume_from, start_facts, write_end
+from megalr.training.events import (
+    Origin,
+    find_origin,
+    resume_from,
+    start_facts,
+    write_end,
+    write_start,
+)
 from megalr.training.hooks import (
     CheckpointHook,
     EvaluationHook,
@@ -116,26 +121,22 @@ def _pretrain(
     vocab_size = None if imports else run_on_all(lambda: sizes_of(config).vocab_size)
     train_data, validation_data = open_data(config, vocab_size)
     check_ranks_agree(config, ds_config, train_data.fingerprint)
-    changed = run_on_rank0(lambda: check_run_folder(config, allowed, with_sizes))
-    found = find_checkpoint(folder, config.checkpoint.verify)
-    note_lost_checkpoints(folder, found)
-    if imports and found.tag is None:
+    origin = find_origin(config, allowed)
+    fork = origin.fork
+    if imports and origin.found.tag is None:
         run_on_rank0(lambda: check_pretrained_tokenizer(config, train_data))
-    fork = open_fork(config) if found.tag is None else None
-    saved_in = fork.run if fork is not None else folder if found.tag is not None else None
-    decoder, imported = initial_model(config, device, mesh, saved_in)
+    decoder, imported = initial_model(config, device, mesh, origin.folder)
     facts = start_facts(config, ds_config, decoder, train_data)
     engine = build_engine(config, ds_config, decoder)
     limit_collectives(config.run.timeout_seconds)
     if stop.requested(now=True):
         return _stopped_at_start(stop)
-    restarts, relora = _restarts(config, engine, decoder), _relora(config, engine, decoder)
+    restarts, relora = _restarts(origin, config, engine, decoder), _relora(config, engine, decoder)
     run_on_rank0(lambda: write_run_folder(config, ds_config))
-    tidy(folder, found)
-    saved, origin = resume_from(found, fork, config, engine, train_data, changed)
+    tidy(folder, origin.found)
+    saved, loaded = resume_from(origin, config, engine, train_data)
     if imported is not None:
         run_on_rank0(lambda: write_supports(folder, imported.supports))
-        origin = {"import": imported.metrics()}
     elif fork is not None:
         run_on_rank0(lambda: write_supports(folder, read_supports(config, fork.run)))
     start = TrainProgress() if saved is None else TrainProgress.of(saved)
@@ -143,12 +144,12 @@ def _pretrain(
     loader = make_loader(config, train_data, mesh, start.next_batch, device.type == "cuda")
     watchdog = Watchdog(config.health.stall_seconds, folder, dist.get_rank())
     with metrics, loader, watchdog:
-        seconds = round(time.perf_counter() - started, 3)
-        facts |= {"startup_seconds": seconds, "versions": versions(device)}
-        facts["parameter_groups"] = described_groups(engine, config)
-        metrics.write("start", start.update, **facts)
-        for event, origin_facts in origin.items():
-            metrics.write(event, start.update, **origin_facts)
+        facts["startup_seconds"] = round(time.perf_counter() - started, 3)
+        facts |= {
+            "versions": versions(device),
+            "parameter_groups": described_groups(engine, config),
+        }
+        write_start(metrics, start.update, facts, imported, origin, loaded)
         compile_clock = clock if config.train.compile else None
         shared = (config, engine, decoder, device, metrics, stop, watchdog, compile_clock, start)
         run = RunContext(*shared)
@@ -156,8 +157,8 @@ def _pretrain(
         batches = {
             name: validation_batches(config, data, mesh) for name, data in validation_data.items()
         }
-        forked = fork is not None
-        hooks = _hooks(run, relora, restarts, log, batches, train_data.fingerprint, forked)
+        identity = {"data_fingerprint": train_data.fingerprint, EXTENSIONS: origin.plan.history}
+        hooks = _hooks(run, relora, restarts, log, batches, identity, fork is not None)
         trainer = Trainer(run, loader, restarts.learning_rate_factor, hooks)
         if saved is not None:
             trainer.resume(saved)
@@ -176,10 +177,9 @@ def _stopped_at_start(stop: StopVote) -> int:
     return STOPPED
 
 
-def _restarts(config: RunConfig, engine: Any, decoder: Decoder) -> Restarts:
-    schedule = make_schedule(config.schedule, config.train.updates)
+def _restarts(origin: Origin, config: RunConfig, engine: Any, decoder: Decoder) -> Restarts:
     pairs = decoder.factor_pairs()
-    return Restarts(config.restarts, engine, pairs, config.train.updates, schedule)
+    return Restarts(config.restarts, engine, pairs, config.train.updates, origin.plan.factor)
 
 
 def _relora(config: RunConfig, engine: Any, decoder: Decoder) -> Relora | None:
@@ -196,14 +196,13 @@ def _hooks(
     restarts: Restarts,
     log: LogHook,
     validation: dict[str, dict[bool, EvaluationBatches]],
-    data_fingerprint: str,
+    identity: dict[str, Any],
     forked: bool,
 ) -> list[Hook]:
     """What is done after some updates, in its order."""
     evaluation = EvaluationHook(run, validation)
     hooks: list[Hook] = [] if relora is None else [ReloraHook(run, relora)]
     hooks += [RestartsHook(run, restarts), log, evaluation]
-    identity = {"data_fingerprint": data_fingerprint, WORKING_DIRECTORY: str(Path.cwd())}
     return [*hooks, CheckpointHook(run, evaluation, hooks, identity, forked)]
 
 
