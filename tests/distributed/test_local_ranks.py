@@ -89,7 +89,9 @@ def test_a_signal_reaches_every_rank_once_and_they_end_in_their_own_time(
     number: signal.Signals, program: str, tmp_path: Path
 ) -> None:
     code = (
-        "import sys; from megalr.distributed.local_ranks import LocalRanks;"
+        "import signal, sys; from megalr.distributed.local_ranks import LocalRanks;"
+        # A shell's background jobs, such as these tests may be, begin with SIGINT ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler);"
         f"sys.exit(LocalRanks([{program!r}, {str(tmp_path)!r}, 'wait'], 2).run())"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
