@@ -50,6 +50,7 @@ def test_a_run_without_a_counterpart_is_refused(tmp_path: Path) -> None:
         grids.compare(tmp_path / "one.json", [tmp_path / "grid.json"])
 
 
+@pytest.mark.long
 def test_a_run_goes_on_in_other_grids_with_the_same_losses(tmp_path: Path) -> None:
     data = write_dataset(tmp_path / "data", documents=40)
     grids.resume(

@@ -42,6 +42,7 @@ def start(tmp_path: Path, config: Path, *words: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.long
 def test_two_ranks_train_as_under_another_launcher_and_stop_together_when_asked(
     data: Path, tmp_path: Path
 ) -> None:

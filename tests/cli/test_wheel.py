@@ -48,6 +48,7 @@ def _megalr(installed: Path, cwd: Path, *words: str) -> subprocess.CompletedProc
     )
 
 
+@pytest.mark.long
 def test_the_command_works_from_an_empty_folder(installed: Path, tmp_path: Path) -> None:
     done = _megalr(installed, tmp_path, "--help")
     assert done.returncode == 0 and done.stdout.startswith("usage: megalr"), done.stderr

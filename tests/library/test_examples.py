@@ -23,7 +23,9 @@ TORCHRUN = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["plain_loop", "trainer", "fsdp2"])
+@pytest.mark.parametrize(
+    "name", ["plain_loop", "trainer", pytest.param("fsdp2", marks=pytest.mark.long)]
+)
 def test_an_example_trains_and_restarts(name: str, tmp_path: Path) -> None:
     program = [str(ROOT / "examples" / f"{name}.py")]
     if name == "fsdp2":

@@ -125,7 +125,7 @@ def test_recomputation_changes_nothing(level: str) -> None:
     assert_same(packed(decoder), packed(plain))
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", ["none", "bottleneck"])
 def test_compiled_blocks_are_compiled_once(level: str) -> None:
     """No recompilation for other documents, with and without FlexAttention's mask as input."""
     ids, labels, positions = window(101)

@@ -241,6 +241,7 @@ def test_theme_button_changes_page_and_plots(browser: Any, report: Path) -> None
         assert shown.plot("loss", "layout")["paper_bgcolor"] != light
 
 
+@pytest.mark.long
 def test_many_long_runs_open_and_can_all_be_shown(browser: Any, tmp_path: Path) -> None:
     for number in range(120):
         losses = tuple(9.0 - 0.001 * number - 0.005 * point for point in range(1500))

@@ -133,6 +133,7 @@ def test_a_second_call_repeats_nothing(
     ).exists()
 
 
+@pytest.mark.long
 def test_a_stopped_sweep_goes_on_where_its_runs_were(data: Path, tmp_path: Path) -> None:
     sets = [f"data.train={data}", "train.updates=5000", "log.every=1", "evaluation.every=0"]
     path, out = write_sweep(tmp_path, set=sets, groups={"g": {}}), tmp_path / "out"
