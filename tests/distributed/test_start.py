@@ -26,8 +26,10 @@ from tests.ranks import run_distributed
 
 def test_one_process_starts_without_a_launcher_and_compiles_nothing(tmp_path: Path) -> None:
     code = (
+        "import atexit\n"
         "import torch.distributed as dist\n"
         "from megalr.distributed.process_group import start_distributed\n"
+        "atexit.register(lambda: print('at the end:', dist.is_initialized()))\n"
         "print(start_distributed(), dist.get_world_size(), dist.get_backend())\n"
     )
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
@@ -36,7 +38,9 @@ def test_one_process_starts_without_a_launcher_and_compiles_nothing(tmp_path: Pa
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
     )
-    assert done.stdout.splitlines()[-1:] == ["cpu 1 gloo"], done.stderr
+    # Groups that outlive Python's threads abort some processes: docs/dev/deepspeed-notes.md.
+    assert done.stdout.splitlines()[-2:] == ["cpu 1 gloo", "at the end: False"], done.stderr
+    assert done.returncode == 0
     assert not (tmp_path / "extensions").exists()
 
 
