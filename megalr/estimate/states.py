@@ -16,9 +16,16 @@ from megalr.engine.config import is_unwrapped
 from megalr.estimate.tensors import TRAINED, Stored
 from megalr.models.config import round_up
 from megalr.optim.quantized import BLOCK, MINIMUM
+from megalr.sharding.exchange import BUCKET_ELEMENTS
 
 ALLREDUCE_ELEMENTS = 500_000_000
 """Elements after which DeepSpeed closes a bucket of its plain all-reduce (stage 0 and 1)."""
+
+ORTHOGONAL = ("muon",)
+"""Optimizers that orthogonalize the momentum of matrices, chunk by chunk."""
+ORTHOGONAL_BYTES = 17
+"""Temporary bytes for each element of a chunk: float32 copies of the gradients and their stack, the
+iteration's matrices in 16 bits, the updates. At most: square matrices take 16, bf16 states less."""
 
 PROJECTED = ("galore", "fira", "golore", "apollo", "apollo_mini")
 
@@ -147,6 +154,9 @@ def state_bytes(
     if config.method.name == "loro":
         moment = 2 if precision == "paper_bf16" else 4
         update = max(update, math.ceil(moment * _directions(groups) * share / total))
+    if config.optimizer.name in ORTHOGONAL:
+        # Beside the copies of gradients, some of which live during the step.
+        update += ORTHOGONAL_BYTES * orthogonalized_together(tensors, layers, share / total)
     host = 0
     if offload:
         # Masters, their gradients and moments live in host memory, beside a copy of the weights.
@@ -172,6 +182,17 @@ def _splits_targets(config: RunConfig) -> bool:
     """Whether the update rule keeps dense target matrices in a parameter group of their own."""
     own_rules = ("spam", "stable_spam", "muon")
     return config.method.name in PROJECTED or config.optimizer.name in own_rules
+
+
+def orthogonalized_together(tensors: list[Stored], layers: int, share: float) -> int:
+    """Elements of the largest chunk of matrices that Muon orthogonalizes at a time on a rank.
+
+    ``share``: the part of all matrices that the rank owns.
+    """
+    shapes = [(m * n, layers if t.block else 1) for t in tensors for m, n in t.matrices]
+    owned = math.ceil(share * sum(numel * times for numel, times in shapes))
+    largest = max((numel for numel, _ in shapes), default=0)
+    return max(largest, min(BUCKET_ELEMENTS, owned))
 
 
 def _directions(groups: dict[str, int]) -> int:

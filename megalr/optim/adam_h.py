@@ -120,6 +120,30 @@ def update_flat(
         apply_update(weight, update, *scaling)
 
 
+def adamw_flat(
+    flat: torch.Tensor,
+    grad: torch.Tensor,
+    state: dict[str, Any],
+    group: dict[str, Any],
+    lr: float,
+    dtype: torch.dtype,
+) -> None:
+    """torch's AdamW of a flat slice: eps outside the bias correction, decay first.
+
+    Its k is ``state["step"]``. In pieces, as :func:`update_flat`.
+    """
+    if "exp_avg" not in state:
+        state["exp_avg"] = torch.zeros_like(flat, dtype=dtype)
+        state["exp_avg_sq"] = torch.zeros_like(flat, dtype=dtype)
+    betas, step = group["betas"], state["step"]
+    parts = [x.split(PIECE) for x in (flat, grad, state["exp_avg"], state["exp_avg_sq"])]
+    for weight, g, m, v in zip(*parts, strict=True):
+        advance_moments([{"exp_avg": m, "exp_avg_sq": v}], [g], betas, dtype)
+        root = (v.sqrt() / math.sqrt(1 - betas[1] ** step)).add_(group["eps"])
+        weight.mul_(1 - lr * group["weight_decay"])
+        weight.add_((m / root).to(weight.dtype), alpha=-lr / (1 - betas[0] ** step))
+
+
 def step_size(lr: float, betas: tuple[float, float], step: int) -> float:
     """lr * sqrt(1 - b2^k) / (1 - b1^k) for the one-based counter k = ``step``."""
     return lr * math.sqrt(1 - betas[1] ** step) / (1 - betas[0] ** step)

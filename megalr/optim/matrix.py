@@ -7,6 +7,7 @@ as in the published code.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -92,11 +93,8 @@ class MatrixOptimizer(ShardedOptimizer):
         dtype: torch.dtype,
     ) -> list[torch.Tensor]:
         """The rule on matrices of one shape at a time: many small kernels become few large ones."""
-        by_shape: dict[torch.Size, list[int]] = {}
-        for index, grad in enumerate(grads):
-            by_shape.setdefault(grad.shape, []).append(index)
         updates: dict[int, torch.Tensor] = {}
-        for indices in by_shape.values():
+        for indices in of_equal_shape(grads):
             batch = torch.stack([grads[i] for i in indices])
             found = self._rule([owns[i] for i in indices], batch, group, dtype)
             updates.update(zip(indices, found.unbind(), strict=True))
@@ -153,6 +151,14 @@ class MatrixOptimizer(ShardedOptimizer):
         for key, basis in zip(("projector", "projector2"), found, strict=False):
             own[key] = basis.to(self.state_dtype or grad.dtype)
         return True
+
+
+def of_equal_shape(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
+    """Indices of the tensors that can be stacked: of one shape and dtype, on one device."""
+    found: dict[Any, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        found.setdefault((tensor.shape, tensor.dtype, tensor.device), []).append(index)
+    return list(found.values())
 
 
 def stacked(owns: list[dict[str, Any]], key: str, dtype: torch.dtype) -> torch.Tensor:

@@ -10,9 +10,9 @@ import torch
 from megalr.config.optimizers import MuonOptimizer
 from megalr.errors import UserError
 from megalr.optim import adam_h
+from megalr.optim.matrix import of_equal_shape
 from megalr.optim.sharded_optimizer import ShardedOptimizer
-from megalr.sharding.exchange import MatrixUpdate
-from megalr.sharding.fragment import LogicalTensor
+from megalr.sharding.exchange import Item, MatrixUpdate
 
 STEPS = 5
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -31,7 +31,8 @@ class Muon(ShardedOptimizer):
     lr * ``adam_lr_ratio``. State: m n elements per matrix, on its owner; two moments elsewhere.
 
     NS5 is :func:`orthogonalized`. The gradient is clipped before, by the
-    global norm, and matrices stacked in one parameter are orthogonalized one by one.
+    global norm, and matrices stacked in one parameter are orthogonalized one by one. Those of equal
+    shape go through one batched product, as many at a time as 32 M elements hold.
     """
 
     declared = (MuonOptimizer,)
@@ -54,7 +55,8 @@ class Muon(ShardedOptimizer):
         state, lr = self.state[parameter], group["lr"]
         state["step"] = state.get("step", 0) + 1
         if not group["use_muon"]:
-            self._adamw(parameter, flat, grad, group)
+            lr_of_adam, dtype = lr * group["adam_lr_ratio"], self._moment_dtype(parameter)
+            adam_h.adamw_flat(flat, grad, state, group, lr_of_adam, dtype)
             return None
 
         def move(weights: list[torch.Tensor], updates: list[torch.Tensor]) -> None:
@@ -62,87 +64,104 @@ class Muon(ShardedOptimizer):
                 torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
                 torch._foreach_add_(weights, updates, alpha=-lr)
 
+        layout = self.layout(parameter)
         return MatrixUpdate(
-            self.layout(parameter),
-            flat,
-            grad,
-            lambda items: [self._orthogonalized(parameter, t, g, group) for t, g in items],
-            move,
+            layout, flat, grad, lambda items: self._whole(items, group), move, together=id(group)
         )
 
-    def _adamw(
-        self, parameter: torch.Tensor, flat: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]
-    ) -> None:
-        """AdamW as in torch: eps outside the bias correction, decay first."""
-        state, betas, lr = self.state[parameter], group["betas"], group["lr"]
-        lr, step = lr * group["adam_lr_ratio"], state["step"]
-        dtype = self._moment_dtype(parameter)
-        (first,), (second,) = adam_h.advance_moments([state], [grad], betas, dtype)
-        root = (second.sqrt() / math.sqrt(1 - betas[1] ** step)).add_(group["eps"])
-        flat.mul_(1 - lr * group["weight_decay"])
-        flat.add_((first / root).to(flat.dtype), alpha=-lr / (1 - betas[0] ** step))
+    def _whole(self, items: list[Item], group: dict[str, Any]) -> list[torch.Tensor]:
+        """U of whole matrices of a group."""
+        homes = {t.name: p for p in group["params"] for t in self.layout(p).tensors}
+        owns, grads = [], []
+        for tensor, grad in items:
+            home = homes[tensor.name]
+            own = self.state[home].setdefault("matrices", {}).setdefault(tensor.name, {})
+            grad = grad.to(self._moment_dtype(home))
+            if "momentum_buffer" not in own:
+                own["momentum_buffer"] = torch.zeros_like(grad)
+            owns.append(own)
+            grads.append(grad)
+        found: dict[int, torch.Tensor] = {}
+        for indices in of_equal_shape(grads):
+            batch = self._rule([owns[i] for i in indices], [grads[i] for i in indices], group)
+            found.update(zip(indices, batch.unbind(), strict=True))
+        return [found[i].to(grad.dtype) for i, (_, grad) in enumerate(items)]
 
-    def _orthogonalized(
-        self,
-        parameter: torch.Tensor,
-        tensor: LogicalTensor,
-        grad: torch.Tensor,
-        group: dict[str, Any],
+    def _rule(
+        self, owns: list[dict[str, Any]], grads: list[torch.Tensor], group: dict[str, Any]
     ) -> torch.Tensor:
-        own = self.state[parameter].setdefault("matrices", {}).setdefault(tensor.name, {})
-        dtype = self._moment_dtype(parameter)
-        if "momentum_buffer" not in own:
-            own["momentum_buffer"] = torch.zeros_like(grad, dtype=dtype)
-        return muon_update(
-            grad.to(dtype, copy=True), own["momentum_buffer"], group["momentum"], group["ns_method"]
-        )
+        """U (b, m, n) of b gradients of one shape, in their dtype, that of the momentum.
+
+        A gradient that is not finite leaves the momentum as it is, and its U is not finite.
+        """
+        momenta = [own["momentum_buffer"] for own in owns]
+        finite = all_finite(grads)  # stays on the device
+        # Where it is not finite, the momentum stands for the gradient: M <- M.
+        blends = [torch.where(*x) for x in zip(finite.unbind(), grads, momenta, strict=True)]
+        torch._foreach_lerp_(momenta, blends, 1 - group["momentum"])
+        torch._foreach_lerp_(blends, momenta, group["momentum"])
+        update = orthogonalized(torch.stack(blends), group["ns_method"])
+        return rescaled(update, grads[0], finite)
 
 
-def orthogonalized(matrix: torch.Tensor, method: str) -> torch.Tensor:
-    """U V^T of ``matrix`` = U S V^T (m, n), approximately: S becomes values near one.
+def all_finite(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Whether all elements of each tensor are finite, (b,)."""
+    return torch.stack(torch._foreach_norm(tensors, torch.inf)).isfinite()
 
-    ``standard`` iterates on the matrix itself, in bf16. ``gram`` iterates on the small Gram matrix
-    X X^T, which needs fewer operations the further m and n are apart, in fp16 (fp32 on a CPU
-    without fp16 arithmetic). Both give the same polynomial of the singular values; the dtype
-    returned is the one of the iteration.
 
-    Sources: Jordan et al. 2024 (standard), tridao.me/blog/2026/gram-newton-schulz (gram). The
-    order of operations is that of DeepSpeed's Muon, so that results agree bitwise.
+def rescaled(update: torch.Tensor, like: torch.Tensor, finite: torch.Tensor) -> torch.Tensor:
+    """U sqrt(max(1, m / n)) of a batch (b, m, n), in the dtype of ``like``; NaN if not finite."""
+    m, n = like.shape
+    factor = torch.full_like(finite, math.sqrt(max(1.0, m / n)), dtype=like.dtype)
+    return update * torch.where(finite, factor, torch.nan)[:, None, None]
+
+
+def orthogonalized(matrices: torch.Tensor, method: str) -> torch.Tensor:
+    """U V^T of a batch (b, m, n) of matrices U S V^T, approximately: S becomes values near one.
+
+    ``standard`` iterates on the matrices themselves, in bf16. ``gram`` iterates on the small Gram
+    matrices X X^T, which needs fewer operations the further m and n are apart, in fp16 (fp32 on a
+    CPU without fp16 arithmetic). Both give the same polynomial of the singular values; the dtype
+    returned is the one of the iteration. The smaller side is multiplied: tall matrices are
+    transposed. A sum of two terms is rounded once, where it is made together with a product.
+
+    Sources: Jordan et al. 2024 (standard), tridao.me/blog/2026/gram-newton-schulz (gram).
     """
-    tall = matrix.shape[0] > matrix.shape[1]
-    dtype = torch.bfloat16 if method == "standard" else _gram_dtype(matrix.device)
-    x = matrix.to(dtype) if method == "standard" else matrix
+    tall = matrices.shape[1] > matrices.shape[2]
+    dtype = torch.bfloat16 if method == "standard" else _gram_dtype(matrices.device)
+    x = matrices.to(dtype) if method == "standard" else matrices
     x = x.mT if tall else x
     # The Gram form divides before the cast: fp16 ends at 65504.
-    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
-    if method == "gram" and x.shape[0] < x.shape[1]:
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
+    if method == "gram" and x.shape[1] < x.shape[2]:
         return _gram_iteration(x, tall)
     a, b, c = COEFFICIENTS
     for _ in range(STEPS):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        gram = torch.bmm(x, x.mT)
+        inner = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, inner, x, beta=a)
     return x.mT if tall else x
 
 
 def _gram_iteration(x: torch.Tensor, transposed: bool) -> torch.Tensor:
-    """The iteration for X (s, l), s < l: the polynomial Q (s, s) is built up from R = X X^T.
+    """The iteration for X (b, s, l), s < l: the polynomial Q (b, s, s) is built up from R = X X^T.
 
     Returns Q X, or its transpose.
     """
     a, b, c = COEFFICIENTS
     for i, steps in enumerate(GRAM_ROUNDS):
-        r = x @ x.mT
-        z = b * r + c * r @ r
+        r = torch.bmm(x, x.mT)
+        z = torch.baddbmm(r, r, r, beta=b, alpha=c)
         q = z.clone()
-        q.diagonal().add_(a)
+        q.diagonal(dim1=1, dim2=2).add_(a)
         for _ in range(steps - 1):
-            rz = a * r + z @ r
-            r = a * rz + z @ rz
-            z = b * r + c * r @ r
-            q = a * q + z @ q
+            rz = torch.baddbmm(r, z, r, beta=a)
+            r = torch.baddbmm(rz, z, rz, beta=a)
+            z = torch.baddbmm(r, r, r, beta=b, alpha=c)
+            q = torch.baddbmm(q, z, q, beta=a)
         if transposed and i == len(GRAM_ROUNDS) - 1:
-            return x.mT @ q.mT
-        x = q @ x
+            return torch.bmm(x.mT, q.mT)
+        x = torch.bmm(q, x)
     return x
 
 
@@ -152,22 +171,3 @@ def _gram_dtype(device: torch.device) -> torch.dtype:
         return torch.float16
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", None)
     return torch.float16 if supported is not None and supported() else torch.float32
-
-
-def muon_update(
-    grad: torch.Tensor, momentum: torch.Tensor, beta: float, method: str
-) -> torch.Tensor:
-    """Muon's update of one matrix (m, n), with Nesterov momentum.
-
-    M <- beta M + (1 - beta) G in place in ``momentum``;
-    U = orthogonalized((1 - beta) G + beta M) * sqrt(max(1, m / n)), of the gradient's dtype.
-    A gradient that is not finite leaves the momentum as it is and is returned as not finite.
-    ``grad`` is overwritten.
-    """
-    finite = torch.isfinite(grad).all()  # stays on the device
-    momentum.copy_(torch.where(finite, momentum.lerp(grad, 1 - beta), momentum))
-    blend = grad.lerp_(momentum, beta)
-    rows, columns = grad.shape
-    update = orthogonalized(blend, method)
-    update *= math.sqrt(rows / columns) if rows > columns else 1.0
-    return torch.where(finite, update.to(grad.dtype), blend)

@@ -7,7 +7,7 @@ move: under ZeRO 1 and 2, for gradients, those of the few matrices that a slice 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -172,6 +172,9 @@ class MatrixUpdate:
     ``rule`` turns (tensor, G) of whole matrices into their updates U, on the owner only; ``apply``
     changes the elements of weights that this rank holds by those of U, 1-D views. Both are called
     with some of the matrices at a time.
+
+    ``together``: updates with the same value have the same ``rule`` and ``apply``, which are called
+    with matrices of all of them; None: no others have.
     """
 
     layout: FlatLayout
@@ -179,11 +182,17 @@ class MatrixUpdate:
     grad: Tensor
     rule: Callable[[list[Item]], list[Tensor]]
     apply: Callable[[list[Tensor], list[Tensor]], Any]
+    together: int | None = None
 
-    def local(self, names: Iterable[str]) -> list[Tensor]:
-        """This rank's elements of the weights with these names."""
-        held = {tensor.name: fragment for tensor, fragment in self.layout.local}
-        return [held[name].of(self.flat) for name in names]
+    @property
+    def kind(self) -> int:
+        """Equal for updates whose rule and apply are the same."""
+        return id(self) if self.together is None else self.together
+
+    def local(self, tensor: LogicalTensor) -> Tensor | None:
+        """This rank's elements of a weight, 1-D; None if it holds none."""
+        fragment = tensor.on(self.layout.ranks.rank)
+        return None if fragment is None else fragment.of(self.flat)
 
 
 def update_matrices(updates: Sequence[MatrixUpdate]) -> None:
@@ -192,40 +201,43 @@ def update_matrices(updates: Sequence[MatrixUpdate]) -> None:
     Owners work at the same time: the split matrices of all flat tensors are exchanged in common
     buckets, where the ranks and dtypes are the same. Every rank gives the same flat tensors.
     """
+    same: dict[int, list[MatrixUpdate]] = {}
     for update in updates:
-        whole = [(t, fragment) for t, fragment in update.layout.local if not t.is_split]
+        same.setdefault(update.kind, []).append(update)
+    for members in same.values():
+        whole = [(t, f, u) for u in members for t, f in u.layout.local if not t.is_split]
         for bucket in buckets(whole, lambda entry: entry[0].numel):
-            items = [(t, fragment.of(update.grad).view(t.shape)) for t, fragment in bucket]
-            found = [matrix.reshape(-1) for matrix in update.rule(items)]
-            update.apply([fragment.of(update.flat) for _, fragment in bucket], found)
+            items = [(t, f.of(u.grad).view(t.shape)) for t, f, u in bucket]
+            found = [matrix.reshape(-1) for matrix in members[0].rule(items)]
+            members[0].apply([f.of(u.flat) for _, f, u in bucket], found)
     alike: dict[Any, list[tuple[LogicalTensor, MatrixUpdate]]] = {}
     for update in updates:
         key = (id(update.layout.ranks.group), update.grad.dtype, update.flat.dtype)
         split = [(tensor, update) for tensor in update.layout.tensors if tensor.is_split]
         alike.setdefault(key, []).extend(split)
     for entries in alike.values():
-        for members in buckets(entries, lambda entry: entry[0].numel):
-            _update_split(members)
+        for part in buckets(entries, lambda entry: entry[0].numel):
+            _update_split(part)
 
 
 def _update_split(bucket: list[tuple[LogicalTensor, MatrixUpdate]]) -> None:
     """Update matrices that several ranks hold: gradients to the owners, updates back."""
     first = bucket[0][1]
     ranks = first.layout.ranks
-    of_update: dict[int, list[LogicalTensor]] = {}
-    for tensor, update in bucket:
-        of_update.setdefault(id(update), []).append(tensor)
-    updates = {id(update): update for _, update in bucket}
+    of_kind: dict[int, list[tuple[LogicalTensor, MatrixUpdate]]] = {}
+    for entry in bucket:
+        of_kind.setdefault(entry[1].kind, []).append(entry)
     matrices = to_owner(ranks, [(tensor, update.grad) for tensor, update in bucket], first.grad)
     whole: dict[str, Tensor] = {}
-    for key, tensors in of_update.items():
-        mine = [tensor for tensor in tensors if tensor.owner == ranks.rank]
-        found = updates[key].rule([(tensor, matrices[tensor.name]) for tensor in mine])
+    for entries in of_kind.values():
+        mine = [tensor for tensor, _ in entries if tensor.owner == ranks.rank]
+        found = entries[0][1].rule([(tensor, matrices[tensor.name]) for tensor in mine])
         whole |= {tensor.name: matrix for tensor, matrix in zip(mine, found, strict=True)}
     parts = from_owner(ranks, [tensor for tensor, _ in bucket], whole, first.flat)
-    for key, tensors in of_update.items():
-        names = [tensor.name for tensor in tensors if tensor.name in parts]
-        updates[key].apply(updates[key].local(names), [parts[name] for name in names])
+    for entries in of_kind.values():
+        held = [(update.local(tensor), tensor.name) for tensor, update in entries]
+        here = [(weight, parts[name]) for weight, name in held if weight is not None]
+        entries[0][1].apply([weight for weight, _ in here], [part for _, part in here])
 
 
 def _collective_device(ranks: Ranks, like: Tensor) -> torch.device:

@@ -1,0 +1,88 @@
+"""Temporary memory of Muon's update, counted allocation by allocation on the CPU."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megalr.config.methods import FullRankMethod
+from megalr.estimate.states import ORTHOGONAL_BYTES, orthogonalized_together
+from megalr.estimate.tensors import stored_tensors
+from megalr.models.config import decoder_config
+from megalr.optim import Muon
+from megalr.sharding import exchange
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of storages that are made while it is on; ``known`` ones are not counted."""
+
+    def __init__(self, known: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.live = {t.untyped_storage()._cdata: 0 for t in known}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return made
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata not in self.live:
+            self.live[storage._cdata] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._free, storage._cdata)
+
+    def _free(self, key: int) -> None:
+        self.now -= self.live.pop(key, 0)
+
+
+def temporary_bytes(shapes: list[tuple[int, int]], chunk: int, **options: Any) -> int:
+    """Peak of one update of matrices of these shapes, at most ``chunk`` elements at a time."""
+    weights = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    optimizer = Muon(weights, use_muon=True, **options)
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    with mock.patch.object(exchange.buckets, "__defaults__", (chunk,)):
+        optimizer.step()
+        known = [t for w in weights for t in (w, w.grad, *_tensors(optimizer.state[w]))]
+        with Allocations(known) as counted:
+            optimizer.step()
+    return counted.peak
+
+
+def _tensors(state: dict[str, Any]) -> list[torch.Tensor]:
+    return [t for t in tree_leaves(dict(state)) if isinstance(t, torch.Tensor)]
+
+
+SQUARE, WIDE, TALL = (256, 256), (256, 704), (704, 256)
+
+
+@pytest.mark.parametrize("method", ["gram", "standard"])
+@pytest.mark.parametrize("shapes", [[SQUARE] * 6, [WIDE] * 3, [TALL] * 3, [SQUARE, WIDE, TALL]])
+def test_temporaries_are_those_of_a_chunk(shapes: list[tuple[int, int]], method: str) -> None:
+    numel = sum(map(math.prod, shapes))
+    peak = temporary_bytes(shapes, numel, ns_method=method)
+    assert 0.45 * ORTHOGONAL_BYTES * numel < peak <= ORTHOGONAL_BYTES * numel * 1.01
+
+
+def test_more_matrices_than_a_chunk_holds_need_no_more_memory() -> None:
+    few, many = (temporary_bytes([SQUARE] * count, 3 * 2**16) for count in (3, 12))
+    assert many == few
+
+
+def test_the_chunk_of_a_model() -> None:
+    tensors = stored_tensors(sizes := decoder_config("llama_1b", {}), FullRankMethod())
+    assert orthogonalized_together(tensors, sizes.num_layers, 1.0) == 32 * 2**20
+    small = stored_tensors(sizes := decoder_config("llama_9m", {}), FullRankMethod())
+    matrices = sum(m * n for t in small for m, n in t.matrices) * sizes.num_layers
+    assert orthogonalized_together(small, sizes.num_layers, 0.5) == math.ceil(matrices / 2)
