@@ -95,7 +95,7 @@ def end_messages(sizes: DecoderConfig, plan: Plan, element: int = 2) -> tuple[Me
         return [], []
     h = sizes.hidden_size
     loss, norm = [Message(1, 4), Message(2, 4)], [Message(0, element, once=h)]
-    if sizes.norm == "layer":
+    if sizes.norm == "layernorm":
         norm *= 2  # its bias as well
     if plan.sharded_residual:
         scattered, gathered = (

@@ -86,7 +86,7 @@ class ModelConfig(Section):
         default=None, min_length=1, validate_default=True, examples=["llama_60m"]
     )
     """Name of the model: llama_9m, llama_20m, llama_60m, llama_130m, llama_350m, llama_1b,
-    llama_3b, llama_7b, llama_13b, llama3_8b, qwen3_0.6b or qwen3_1.7b; required without
+    llama_3b, llama_7b, llama_13b, llama3_8b, qwen3_0.6b, qwen3_1.7b or gpt2_124m; required without
     from_pretrained. The keys below replace single values of it; null keeps the preset's."""
     hidden_size: int | None = Field(default=None, ge=1, le=1_000_000, examples=[512])
     """Width of the residual stream."""
@@ -102,14 +102,21 @@ class ModelConfig(Section):
     """Width of a head; null = the preset's, else hidden_size / num_heads."""
     vocab_size: int | None = Field(default=None, ge=2, le=2_000_000_000, examples=[32000])
     """Number of token ids; must cover every id in the data."""
+    norm: Literal["rmsnorm", "layernorm"] | None = Field(default=None, examples=["layernorm"])
+    """rmsnorm: weights only (LLaMA). layernorm: subtracts the mean, and has biases (GPT-2)."""
     norm_eps: float | None = Field(default=None, gt=0, examples=[1e-6])
-    """Added to the variance in RMSNorm."""
+    """Added to the variance in the norms."""
     norm_order: Literal["pre", "post"] | None = Field(default=None, examples=["post"])
     """pre: attention and MLP read the norm of the residual stream. post: they read the stream, and
     their outputs are normalized before they are added to it (OLMo-2)."""
     qk_norm: Literal["none", "head", "full"] | None = Field(default=None, examples=["head"])
     """RMSNorm of queries and keys. head: of every head by itself (Qwen3). full: of all heads
     together (OLMo-2)."""
+    positions: Literal["rope", "learned"] | None = Field(default=None, examples=["learned"])
+    """rope: queries and keys are rotated. learned: a table is added to the embeddings (GPT-2)."""
+    max_positions: int | None = Field(default=None, ge=1, le=1 << 24, examples=[1024])
+    """Rows of the table of learned positions (tokens), at least data.sequence_length; unused with
+    rope."""
     rope_theta: float | None = Field(default=None, gt=0, examples=[10000])
     """Base of the rotary position frequencies."""
     rope_scaling: RopeScaling | None = Field(
@@ -131,8 +138,17 @@ class ModelConfig(Section):
     """Whether a layer has the sliding window; a list as rope_layers; null = all layers have it."""
     tie_embeddings: bool | None = Field(default=None, examples=[True])
     """Whether the output head is the transposed token embedding."""
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] | None = Field(
+        default=None, examples=["gelu_tanh"]
+    )
+    """Nonlinearity of the MLP; gelu_tanh is the approximation of GPT-2 (gelu_new)."""
+    gated_mlp: bool | None = Field(default=None, examples=[False])
+    """true: down(activation(gate x) * up x), three matrices; with silu this is SwiGLU. false:
+    down(activation(up x)), two matrices (GPT-2)."""
     attention_bias: bool | None = Field(default=None, examples=[False])
     """Whether the q, k and v projections have biases."""
+    output_bias: bool | None = Field(default=None, examples=[True])
+    """Whether the output projection of attention and the matrices of the MLP have biases."""
     initializer_range: float | None = Field(default=None, gt=0, examples=[0.02])
     """Standard deviation of the normal distribution that full weights start from."""
     pad_multiple: int = Field(default=64, ge=1, examples=[64])

@@ -116,14 +116,15 @@ def stored_tensors(sizes: DecoderConfig, method: Any, plan: Plan = SINGLE) -> li
     h, rows = sizes.hidden_size, sizes.padded_vocab_size // plan.mesh.tensor_size
     norm = h // plan.mesh.tensor_size if plan.sharded_residual else h
     tensors = [Stored("embedding", rows * h, "matrices")]
-    if sizes.positions == "learned":
-        tensors.append(Stored("positions", sizes.max_positions * h, "matrices"))
+    if sizes.position_rows:
+        tensors.append(Stored("positions", sizes.position_rows * h, "matrices"))
+    vectors = ("", ".bias") if sizes.norm == "layernorm" else ("",)
     for name in ("attention_norm", "mlp_norm"):
-        tensors.append(Stored(name, norm, "vectors", block=True))
+        tensors += [Stored(f"{name}{v}", norm, "vectors", block=True) for v in vectors]
     t = plan.mesh.tensor_size if sizes.qk_norm == "full" else 1
     for name, width in zip(("q_norm", "k_norm"), sizes.qk_norm_widths, strict=False):
         tensors.append(Stored(name, width // t, "vectors", block=True))
-    tensors.append(Stored("norm", h, "vectors"))
+    tensors += [Stored(f"norm{v}", h, "vectors") for v in vectors]
     if not sizes.tie_embeddings:
         tensors.append(Stored("head", rows * h, "matrices"))
     for group in matrix_groups(sizes, method, plan):

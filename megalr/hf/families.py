@@ -7,7 +7,12 @@ from typing import Any
 from megalr.errors import UserError
 from megalr.models.config import DecoderConfig
 
-ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
+ACTIVATIONS = {
+    "silu": "silu",
+    "gelu": "gelu",
+    "gelu_tanh": "gelu_pytorch_tanh",
+    "relu": "relu",
+}
 """Activation of a DecoderConfig to transformers' name."""
 
 LAYER_NORM = "LayerNorm"
@@ -48,7 +53,7 @@ def features_of(config: DecoderConfig) -> set[str]:
     rotated = {config.rotates(layer) for layer in range(config.num_layers)}
     rope = config.positions == "rope"
     present = {
-        LAYER_NORM: config.norm == "layer",
+        LAYER_NORM: config.norm == "layernorm",
         LEARNED: not rope,
         UNGATED: not config.gated_mlp,
         QKV_BIASES: config.attention_bias,
@@ -127,8 +132,9 @@ def transformers_config(
             n_inner=config.intermediate_size,
             n_layer=config.num_layers,
             n_head=config.num_heads,
-            n_positions=config.max_positions,
+            n_positions=config.position_rows,
             layer_norm_epsilon=config.norm_eps,
+            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
             activation_function=ACTIVATIONS[config.activation],
             **common,
         )

@@ -170,9 +170,12 @@ def pretrained_sizes(folder: Path) -> dict[str, Any]:
         "num_kv_heads": hf.num_key_value_heads,
         "head_dim": head_width_of(hf),
         "vocab_size": hf.vocab_size,
+        "norm": "rmsnorm",
         "norm_eps": float(hf.rms_norm_eps),
         "norm_order": "post" if hf.model_type == "olmo2" else "pre",
         "qk_norm": {"qwen3": "head", "olmo2": "full"}.get(hf.model_type, "none"),
+        "positions": "rope",
+        "max_positions": None,
         "rope_theta": float(rope["rope_theta"]),
         "rope_scaling": scaling_of(hf),
         "partial_rotary_factor": float(rope.get("partial_rotary_factor") or 1),
@@ -180,7 +183,10 @@ def pretrained_sizes(folder: Path) -> dict[str, Any]:
         "sliding_window": hf.sliding_window if any(windows) else None,
         "window_layers": shortest_pattern(windows) if any(windows) else None,
         "tie_embeddings": bool(hf.tie_word_embeddings),
+        "activation": "silu",
+        "gated_mlp": True,
         "attention_bias": hf.model_type == "qwen2",
+        "output_bias": False,
     }
 
 

@@ -135,7 +135,7 @@ class FinalNorm(nn.Module):
     partial sum. So is the gradient of its weight, which is summed here.
 
     Args:
-        kind: ``rms`` or ``layer``.
+        kind: ``rmsnorm`` or ``layernorm``.
         hidden_size: h.
         eps: epsilon.
         group: the ranks over which the head is sharded.
@@ -147,7 +147,7 @@ class FinalNorm(nn.Module):
         self.eps = eps
         self.group = group
         self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.bias = nn.Parameter(torch.zeros(hidden_size)) if kind == "layer" else None
+        self.bias = nn.Parameter(torch.zeros(hidden_size)) if kind == "layernorm" else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(..., h)`` to ``(..., h)``, normalized over the last dimension."""

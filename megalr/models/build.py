@@ -53,10 +53,18 @@ def sizes_of(config: RunConfig) -> DecoderConfig:
     """The decoder's sizes; those of a pretrained model must have been filled in.
 
     Raises:
-        UserError: unknown preset, or sizes that do not fit each other.
+        UserError: unknown preset, sizes that do not fit each other, or fewer learned positions than
+            a sequence has.
     """
     values = {key: value for key, value in config.model if value is not None}
-    return decoder_config(values.pop("preset", None), values)
+    sizes = decoder_config(values.pop("preset", None), values)
+    length, rows = config.data.sequence_length, sizes.position_rows
+    if rows and length > rows:
+        raise UserError(
+            f"data.sequence_length {length} is more than model.max_positions {rows}, the learned "
+            "positions: lower the one or raise the other"
+        )
+    return sizes
 
 
 def with_sizes(config: RunConfig) -> RunConfig:
@@ -142,7 +150,7 @@ def _why_not_bottleneck(config: DecoderConfig, method: Any, ranks: int) -> str |
     missing = sorted(wanted - set(method.targets))
     if missing:
         return f"needs every matrix factorized, but method.targets lacks {', '.join(missing)}"
-    if config.norm != "rms" or config.positions != "rope":
+    if config.norm != "rmsnorm" or config.positions != "rope":
         return "needs RMSNorm and rotary positions"
     if config.hidden_size % ranks:
         return f"needs a hidden size that {ranks} divides, not {config.hidden_size}"

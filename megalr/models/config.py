@@ -22,7 +22,7 @@ class DecoderConfig:
         num_kv_heads: key/value heads (GQA); must divide num_heads. None means num_heads.
         head_dim: width of a head; None means h / num_heads. num_heads * head_dim need not be h.
         vocab_size: entries of the vocabulary, without padding.
-        norm: ``rms`` or ``layer``.
+        norm: ``rmsnorm``, or ``layernorm``, which has biases.
         norm_eps: epsilon of all norms.
         norm_order: ``pre``, ``x + f(norm x)``, or ``post``, ``x + norm f(x)`` (OLMo-2, arXiv
             2501.00656).
@@ -35,10 +35,10 @@ class DecoderConfig:
         partial_rotary_factor: share of a head's dimensions, the first ones, that are rotated.
         rope_layers: whether a layer rotates q and k. A pattern: it is repeated over the layers, so
             its length divides num_layers. None means all (NoPE layers: SmolLM3).
-        max_positions: rows of the learned position table; unused with rope.
+        max_positions: rows of the table of learned positions; unused with rope.
         sliding_window: positions that a position sees, itself included; None means all.
         window_layers: whether a layer has the sliding window; a pattern as rope_layers.
-        activation: ``silu``, ``gelu_tanh`` or ``relu``.
+        activation: ``silu``, ``gelu``, ``gelu_tanh`` or ``relu``.
         gated_mlp: ``down(act(gate x) * up x)`` instead of ``down(act(up x))``.
         attention_bias: bias on q, k, v.
         output_bias: bias on o and on the MLP's matrices.
@@ -48,7 +48,8 @@ class DecoderConfig:
 
     Raises:
         UserError: sizes that do not divide, a rotary width that is odd, a pattern that does not fit
-            the layers, window_layers without a window, or a base of RoPE that yarn cannot scale.
+            the layers, window_layers without a window, a base of RoPE that yarn cannot scale, or
+            learned positions without their number or with settings of RoPE.
     """
 
     hidden_size: int
@@ -58,7 +59,7 @@ class DecoderConfig:
     num_kv_heads: int | None = None
     head_dim: int | None = None
     vocab_size: int = 32000
-    norm: str = "rms"
+    norm: str = "rmsnorm"
     norm_eps: float = 1e-6
     norm_order: str = "pre"
     qk_norm: str = "none"
@@ -67,7 +68,7 @@ class DecoderConfig:
     rope_scaling: RopeScaling | None = None
     partial_rotary_factor: float = 1.0
     rope_layers: tuple[bool, ...] | None = None
-    max_positions: int = 2048
+    max_positions: int | None = None
     sliding_window: int | None = None
     window_layers: tuple[bool, ...] | None = None
     activation: str = "silu"
@@ -95,6 +96,8 @@ class DecoderConfig:
                 f"model.partial_rotary_factor {self.partial_rotary_factor:g}) would be rotated: "
                 "RoPE turns pairs, so choose an even number above 0"
             )
+        if self.positions == "learned":
+            self._check_learned_positions()
         for name in ("rope_layers", "window_layers"):
             pattern = getattr(self, name)
             if pattern is not None and (not pattern or self.num_layers % len(pattern)):
@@ -109,6 +112,23 @@ class DecoderConfig:
             )
         if self.window_layers is not None and self.sliding_window is None:
             raise UserError("model.window_layers is given without model.sliding_window: give both")
+
+    def _check_learned_positions(self) -> None:
+        if self.max_positions is None:
+            raise UserError(
+                "model.positions learned needs model.max_positions, the rows of their table: give "
+                "at least data.sequence_length"
+            )
+        given = {
+            "rope_scaling": self.rope_scaling is not None,
+            "rope_layers": self.rope_layers is not None,
+            "partial_rotary_factor": self.partial_rotary_factor != 1,
+        }
+        if unused := [name for name, there in given.items() if there]:
+            raise UserError(
+                f"model.{unused[0]} is given with model.positions learned, where nothing is "
+                "rotated: leave it out"
+            )
 
     @property
     def head_width(self) -> int:
@@ -135,6 +155,11 @@ class DecoderConfig:
     def rotary_width(self) -> int:
         """Dimensions of a head that RoPE rotates."""
         return int(self.head_width * self.partial_rotary_factor)
+
+    @property
+    def position_rows(self) -> int:
+        """Rows of the table of learned positions; 0 without one."""
+        return (self.max_positions or 0) if self.positions == "learned" else 0
 
     def rotates(self, layer: int) -> bool:
         """Whether a layer, counted from 0, has rotary positions."""
@@ -208,10 +233,27 @@ PRESETS: dict[str, DecoderConfig] = {
     ),
     "qwen3_0.6b": _qwen3(1024, 3072),
     "qwen3_1.7b": _qwen3(2048, 6144),
+    "gpt2_124m": DecoderConfig(
+        768,
+        3072,
+        num_layers=12,
+        num_heads=12,
+        vocab_size=50_257,
+        norm="layernorm",
+        norm_eps=1e-5,
+        positions="learned",
+        max_positions=1024,
+        activation="gelu_tanh",
+        gated_mlp=False,
+        attention_bias=True,
+        output_bias=True,
+        tie_embeddings=True,
+    ),
 }
 """Sizes of the GaLore protocol, 9M to 7B (arXiv 2403.03507), of LLaMA-13B (arXiv 2302.13971) with a
 vocabulary of 32,000; of Llama 3 8B (arXiv 2407.21783, without the later scaling of RoPE) and of
-Qwen3 0.6B and 1.7B (arXiv 2505.09388), with the vocabularies of their published models."""
+Qwen3 0.6B and 1.7B (arXiv 2505.09388), with the vocabularies of their published models; of the
+smallest GPT-2 (Radford et al., 2019), whose weights all start from one standard deviation here."""
 
 
 def decoder_config(preset: str | None, overrides: dict[str, Any]) -> DecoderConfig:

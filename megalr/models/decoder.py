@@ -53,6 +53,7 @@ from megalr.tensor_parallel.plan import SINGLE, Plan
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
+    "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
 }
@@ -68,7 +69,7 @@ def make_norm(config: DecoderConfig, plan: Plan) -> Norm:
         # What follows a norm after attention or MLP is no matrix, so its factor cannot be deferred.
         kind = SummedRMSNorm if config.norm_order == "post" else ShardedRMSNorm
         return kind(h, eps, plan.mesh)
-    return nn.RMSNorm(h, eps=eps) if config.norm == "rms" else nn.LayerNorm(h, eps=eps)
+    return nn.RMSNorm(h, eps=eps) if config.norm == "rmsnorm" else nn.LayerNorm(h, eps=eps)
 
 
 class MLP(nn.Module):
@@ -239,9 +240,7 @@ class Decoder(nn.Module):
             config.vocab_size, config.padded_vocab_size, config.hidden_size, plan.mesh
         )
         self.positions = (
-            nn.Embedding(config.max_positions, config.hidden_size)
-            if config.positions == "learned"
-            else None
+            nn.Embedding(config.position_rows, config.hidden_size) if config.position_rows else None
         )
         self.layers = nn.ModuleList(
             Block(config, index, make_linear, plan, recompute) for index in range(config.num_layers)
@@ -320,9 +319,9 @@ class Decoder(nn.Module):
         return rope[:, positions.long()].unsqueeze(2)  # (2, B, 1, S, W)
 
     def _check_length(self, S: int) -> None:
-        if self.config.max_positions < S:
+        if self.config.position_rows < S:
             raise UserError(
-                f"a sequence of {S} tokens is longer than the model's {self.config.max_positions} "
+                f"a sequence of {S} tokens is longer than the model's {self.config.position_rows} "
                 "learned positions: lower data.sequence_length"
             )
 
@@ -386,7 +385,7 @@ class Decoder(nn.Module):
         std = self.config.initializer_range
         self.embedding.reset_parameters(seed, std)
         if self.positions is not None:
-            init_rows(self.positions.weight, self.config.max_positions, seed, "positions", std)
+            init_rows(self.positions.weight, self.config.position_rows, seed, "positions", std)
         self.head.reset_parameters(seed, std)
         for linear in self.linears():
             linear.reset_parameters(seed, std)

@@ -62,9 +62,8 @@ def parameter_count(decoder: Decoder, trainable_only: bool = False) -> int:
     """
     config = decoder.config
     count = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
-    if decoder.positions is not None:
-        count += config.max_positions * config.hidden_size
-    vectors = 1 if config.norm == "rms" else 2  # LayerNorm has a bias
+    count += config.position_rows * config.hidden_size
+    vectors = 1 if config.norm == "rmsnorm" else 2  # LayerNorm has a bias
     count += (2 * config.num_layers + 1) * vectors * config.hidden_size
     count += config.num_layers * sum(config.qk_norm_widths)
     for linear in decoder.linears():

@@ -26,7 +26,7 @@ from megalr.estimate.memory import estimate_memory
 from megalr.estimate.tensors import matrix_groups, plan_of
 from megalr.models.build import build_decoder, sizes_of
 from megalr.tensor_parallel.plan import SINGLE, Plan
-from tests.models.settings import ALL_TARGETS, factorized, full_rank, low_rank, tiny
+from tests.models.settings import ALL_TARGETS, GPT2, factorized, full_rank, low_rank, tiny
 from tests.models.stand_ins import kernels_on_the_cpu
 from tests.ranks import run_distributed
 from tests.tensor_parallel.meshes import mesh
@@ -36,7 +36,7 @@ BATCH, LENGTH = 3, 16
 SIZES = tiny(num_heads=4, num_kv_heads=2)
 # Not compiled, RMSNorm keeps its input on GPUs, as LayerNorm does everywhere; on the CPU it is
 # several operators, which keep float32 copies.
-EAGER_SIZES = tiny(num_heads=4, num_kv_heads=2, norm="layer")
+EAGER_SIZES = tiny(num_heads=4, num_kv_heads=2, norm="layernorm")
 NOT_DOWN = [target for target in ALL_TARGETS if target != "down"]
 METHODS = {
     "low_rank": low_rank(),
@@ -70,6 +70,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "no positions": {"rope_layers": (False,)},
     "norms of heads, no positions": {"qk_norm": "head", "rope_layers": (False,)},
     "partly rotated": {"partial_rotary_factor": 0.5},
+    "gpt2": {**GPT2, "num_kv_heads": 2, "intermediate_size": 83},
 }
 
 

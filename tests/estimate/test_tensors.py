@@ -16,7 +16,7 @@ from megalr.models.decoder import Decoder
 from megalr.optim.groups import parameter_groups
 from megalr.tensor_parallel.mesh import Mesh
 from megalr.tensor_parallel.plan import Plan
-from tests.models.settings import factorized, full_rank, low_rank, tiny
+from tests.models.settings import GPT2, factorized, full_rank, low_rank, tiny
 from tests.tensor_parallel.meshes import CASES
 from tests.tensor_parallel.meshes import sizes as cut_sizes
 
@@ -38,6 +38,7 @@ METHODS: dict[str, Any] = {
         {"tie_embeddings": True, "attention_bias": True},
         {"head_dim": 10, "qk_norm": "head"},
         {"head_dim": 10, "qk_norm": "full", "norm_order": "post"},
+        GPT2,
     ],
 )
 def test_every_tensor_of_the_decoder_is_counted(name: str, changes: dict) -> None:
@@ -58,9 +59,8 @@ def test_every_tensor_of_the_decoder_is_counted(name: str, changes: dict) -> Non
         assert count(tensors, sizes.num_layers, *kinds) == sum(p.numel() for p in group["params"])
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "cola"])
+@pytest.mark.parametrize("name", CASES)
 def test_every_tensor_of_a_rank_of_two_is_counted(name: str) -> None:
-    # Without positions and LayerNorm (case cola), which no preset has.
     method, layout = CASES[name]
     config = cut_sizes(name)
     sides = [_counts(config, method, Plan(Mesh(2, rank), layout)) for rank in (0, 1)]

@@ -10,20 +10,8 @@ from megalr.config.model import RopeScaling
 from megalr.layers.linear import FactorizedLinear
 from megalr.models.build import build_decoder
 from megalr.models.decoder import Decoder
-from tests.models.settings import tiny
+from tests.models.settings import GPT2, tiny
 
-GPT2: dict[str, Any] = {
-    "num_kv_heads": None,
-    "intermediate_size": 192,
-    "norm": "layer",
-    "norm_eps": 1e-5,
-    "positions": "learned",
-    "max_positions": 32,
-    "activation": "gelu_tanh",
-    "gated_mlp": False,
-    "attention_bias": True,
-    "output_bias": True,
-}
 FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
     "llama": ({"rope_theta": 5e5}, "LlamaForCausalLM"),
     "llama_tied": ({"tie_embeddings": True, "num_kv_heads": None}, "LlamaForCausalLM"),

@@ -5,8 +5,22 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+from megalr.config.schema import RunConfig
 from megalr.models.config import DecoderConfig
 
+GPT2: dict[str, Any] = {
+    "num_kv_heads": None,
+    "intermediate_size": 192,
+    "norm": "layernorm",
+    "norm_eps": 1e-5,
+    "positions": "learned",
+    "max_positions": 32,
+    "activation": "gelu_tanh",
+    "gated_mlp": False,
+    "attention_bias": True,
+    "output_bias": True,
+}
+"""Changes that make ``tiny`` a GPT-2."""
 ALL_TARGETS = ["q", "k", "v", "o", "gate", "up", "down"]
 
 
@@ -22,6 +36,19 @@ def tiny(**changes: Any) -> DecoderConfig:
         "pad_multiple": 16,
     }
     return DecoderConfig(**{**sizes, **changes})
+
+
+def run_of(model: dict[str, Any], method: dict[str, Any] | None = None) -> RunConfig:
+    """The configuration of a run with this section ``model``; sequences of 32 tokens."""
+    values = {
+        "run": {"dir": "runs/x"},
+        "model": model,
+        "method": method or {"name": "full_rank"},
+        "optimizer": {"lr": 1e-3},
+        "data": {"train": "data/x", "sequence_length": 32},
+        "train": {"updates": 2, "global_batch_size": 2, "micro_batch_size": 1},
+    }
+    return RunConfig.model_validate(values)
 
 
 def full_rank() -> SimpleNamespace:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import transformers
 
 from megalr.config.model import RopeScaling
 from megalr.hf.names import dense_state_dict, load_dense_state_dict
-from megalr.models.build import build_decoder
+from megalr.models.build import build_decoder, build_model
 from megalr.models.config import DecoderConfig
-from tests.models.settings import full_rank, low_rank, tiny
+from megalr.models.decoder import Decoder
+from megalr.models.flops import parameter_count
+from tests.models.settings import full_rank, low_rank, run_of, tiny
 
 LLAMA3 = RopeScaling(
     type="llama3",
@@ -221,46 +225,58 @@ def test_low_rank_model_equals_the_dense_model_with_the_product_of_its_factors()
     torch.testing.assert_close(factorized(ids), dense(ids), atol=1e-5, rtol=1e-5)
 
 
-def test_gpt2_family_equals_transformers() -> None:
-    config = tiny(
-        num_kv_heads=None,
-        intermediate_size=192,
-        norm="layer",
-        norm_eps=1e-5,
-        positions="learned",
-        max_positions=32,
-        activation="gelu_tanh",
-        gated_mlp=False,
-        attention_bias=True,
-        output_bias=True,
-        tie_embeddings=True,
-    )
+def _gpt2_pairs(
+    decoder: Decoder, reference: transformers.PreTrainedModel
+) -> Iterator[tuple[torch.nn.Parameter, torch.nn.Parameter, bool]]:
+    """Our parameter, that of GPT2LMHeadModel, and whether it is stored transposed there."""
+    theirs = dict(reference.named_parameters())
+    yield decoder.embedding.weight, theirs.pop("transformer.wte.weight"), False
+    yield decoder.positions.weight, theirs.pop("transformer.wpe.weight"), False
+    modules = [(decoder.norm, "ln_f")]
+    for i, block in enumerate(decoder.layers):
+        modules += [
+            (block.attention_norm, f"h.{i}.ln_1"),
+            (block.attention.qkv, f"h.{i}.attn.c_attn"),
+            (block.attention.o, f"h.{i}.attn.c_proj"),
+            (block.mlp_norm, f"h.{i}.ln_2"),
+            (block.mlp.gate_up, f"h.{i}.mlp.c_fc"),
+            (block.mlp.down, f"h.{i}.mlp.c_proj"),
+        ]
+    for module, name in modules:
+        for kind in ("weight", "bias"):
+            theirs_here = theirs.pop(f"transformer.{name}.{kind}")
+            yield getattr(module, kind), theirs_here, ".c_" in name and kind == "weight"
+    assert not theirs
+
+
+@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu", "relu"])
+def test_a_run_of_the_gpt2_preset_equals_transformers(activation: str) -> None:
+    """From the keys of a configuration: logits, loss and every gradient."""
+    sizes = {"hidden_size": 48, "intermediate_size": 192, "num_layers": 2, "num_heads": 6}
+    model = {**sizes, "vocab_size": 101, "max_positions": 32, "activation": activation}
+    config = run_of({"preset": "gpt2_124m", "pad_multiple": 1, **model})
+    there = {"gelu_tanh": "gelu_new"}.get(activation, activation)
     settings = transformers.GPT2Config(
-        vocab_size=config.vocab_size, n_embd=48, n_layer=2, n_head=6, n_positions=32
+        vocab_size=101, n_embd=48, n_layer=2, n_head=6, n_positions=32, activation_function=there
     )
     torch.manual_seed(2)
     reference = transformers.GPT2LMHeadModel(settings).float().eval()
     for parameter in reference.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
-    decoder = build_decoder(config, full_rank(), seed=0)
-    state = reference.state_dict()
+    decoder = build_model(config, torch.device("cpu"))
     with torch.no_grad():
-        decoder.embedding.weight[: config.vocab_size] = state["transformer.wte.weight"]
-        decoder.positions.weight.copy_(state["transformer.wpe.weight"])
-        decoder.norm.load_state_dict(
-            {k: state[f"transformer.ln_f.{k}"] for k in ("weight", "bias")}
-        )
-        for i, block in enumerate(decoder.layers):
-            p = f"transformer.h.{i}"
-            for norm, name in ((block.attention_norm, "ln_1"), (block.mlp_norm, "ln_2")):
-                norm.load_state_dict({k: state[f"{p}.{name}.{k}"] for k in ("weight", "bias")})
-            for linear, name in (
-                (block.attention.qkv, "attn.c_attn"),
-                (block.attention.o, "attn.c_proj"),
-                (block.mlp.gate_up, "mlp.c_fc"),
-                (block.mlp.down, "mlp.c_proj"),
-            ):
-                linear.weight.copy_(state[f"{p}.{name}.weight"].t())  # Conv1D stores (in, out)
-                linear.bias.copy_(state[f"{p}.{name}.bias"])
-    ids = torch.randint(0, config.vocab_size, (2, 11))
-    torch.testing.assert_close(decoder(ids), reference(ids).logits, atol=1e-5, rtol=1e-5)
+        for ours, theirs, transposed in _gpt2_pairs(decoder, reference):
+            ours.copy_(theirs.t() if transposed else theirs)
+    ids = torch.randint(0, 101, (2, 32))
+    logits = reference(ids).logits
+    torch.testing.assert_close(decoder(ids), logits, atol=1e-5, rtol=1e-5)
+    labels = ids.roll(-1, dims=1)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    loss = decoder(ids, labels) / labels.numel()
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+    expected.backward()
+    loss.backward()
+    for ours, theirs, transposed in _gpt2_pairs(decoder, reference):
+        gradient = theirs.grad.t() if transposed else theirs.grad
+        torch.testing.assert_close(ours.grad, gradient, atol=1e-5, rtol=1e-5)
+    assert parameter_count(decoder) == reference.num_parameters()

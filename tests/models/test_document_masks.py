@@ -28,7 +28,7 @@ LENGTHS = [[17], [1, 9, 7], [5, 5, 1, 1, 5], [1] * 17, [16, 1]]
 
 GPT2 = {
     "num_kv_heads": None,
-    "norm": "layer",
+    "norm": "layernorm",
     "positions": "learned",
     "max_positions": 17,
     "activation": "gelu_tanh",

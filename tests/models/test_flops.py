@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megalr.models.build import build_decoder
 from megalr.models.flops import flops_per_token, matrix_parameters, parameter_count
-from tests.models.settings import factorized, full_rank, low_rank, tiny
+from tests.models.settings import GPT2, factorized, full_rank, low_rank, tiny
 
 
 @pytest.mark.parametrize("method", [full_rank(), low_rank()], ids=["full_rank", "low_rank"])
@@ -58,12 +58,13 @@ def test_attention_of_wide_heads_and_windows_in_some_layers() -> None:
         {"qk_norm": "head", "head_dim": 10},
         {"qk_norm": "full", "norm_order": "post"},
         {"rope_layers": (True, False), "partial_rotary_factor": 0.5},
+        {**GPT2, "max_positions": 40},
     ],
-    ids=lambda changes: "-".join(changes),
+    ids=lambda changes: "-".join(changes)[:20],
 )
 @pytest.mark.parametrize("method", [full_rank(), low_rank()], ids=lambda method: method.name)
 def test_matrices_of_other_blocks_equal_torchs_count(method: object, changes: dict) -> None:
-    config = tiny(num_kv_heads=None, pad_multiple=1, **changes)
+    config = tiny(**{"num_kv_heads": None, "pad_multiple": 1, **changes})
     decoder = build_decoder(config, method, seed=0)
     ids = torch.zeros(1, 40, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:

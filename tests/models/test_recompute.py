@@ -9,9 +9,10 @@ import torch
 
 from megalr.errors import UserError
 from megalr.models.build import build_decoder
+from megalr.models.config import DecoderConfig
 from megalr.models.decoder import Decoder
 from megalr.models.recompute import LEVELS
-from tests.models.settings import ALL_TARGETS, factorized, full_rank, low_rank, tiny
+from tests.models.settings import ALL_TARGETS, GPT2, factorized, full_rank, low_rank, tiny
 
 SHAPE = (3, 16)
 METHODS = {"low_rank": low_rank(), "cola": factorized("cola")}
@@ -73,6 +74,7 @@ def test_gradients_are_those_without_recomputation(method: str, recompute: str) 
         {"qk_norm": "head", "head_dim": 16, "rope_layers": (True, False)},
         {"qk_norm": "full", "norm_order": "post"},
         {"partial_rotary_factor": 0.5, "sliding_window": 5, "window_layers": (False, True)},
+        {**GPT2, "tie_embeddings": True},
     ],
     ids=lambda changes: next(iter(changes)),
 )
@@ -86,10 +88,13 @@ def test_gradients_of_other_families_are_those_without_recomputation(
         assert torch.equal(found[name], gradient), name
 
 
+@pytest.mark.parametrize("config", [CONFIG, tiny(**GPT2)], ids=["llama", "gpt2"])
 @pytest.mark.parametrize("recompute", ["elementwise", "bottleneck"])
-def test_compiled_recomputation_gives_the_same_gradients(recompute: str) -> None:
-    expected = _gradients(build_decoder(CONFIG, METHODS["low_rank"], seed=3))
-    decoder = build_decoder(CONFIG, METHODS["low_rank"], seed=3, recompute=recompute)
+def test_compiled_recomputation_gives_the_same_gradients(
+    recompute: str, config: DecoderConfig
+) -> None:
+    expected = _gradients(build_decoder(config, METHODS["low_rank"], seed=3))
+    decoder = build_decoder(config, METHODS["low_rank"], seed=3, recompute=recompute)
     for block in decoder.blocks():
         block.compile(dynamic=False, backend="aot_eager_decomp_partition")
     for name, gradient in _gradients(decoder).items():

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
 from megalr.config import dump_config, load_run_config
 from megalr.config.schema import RunConfig
@@ -15,18 +15,7 @@ from megalr.errors import UserError
 from megalr.models.build import describe_parameters, sizes_of, with_sizes
 from megalr.models.config import PRESETS
 from megalr.run.folder import CONFIG, METRICS, check_run_folder
-
-
-def run_of(model: dict[str, Any], method: dict[str, Any] | None = None) -> RunConfig:
-    values = {
-        "run": {"dir": "runs/x"},
-        "model": model,
-        "method": method or {"name": "full_rank"},
-        "optimizer": {"lr": 1e-3},
-        "data": {"train": "data/x", "sequence_length": 32},
-        "train": {"updates": 2, "global_batch_size": 2, "micro_batch_size": 1},
-    }
-    return RunConfig.model_validate(values)
+from tests.models.settings import run_of
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
@@ -43,6 +32,7 @@ def test_the_filled_in_configuration_is_the_same_model(preset: str, tmp_path: Pa
         "head_dim": after.head_width,
     }
     no_null = {"rope_scaling", "rope_layers", "window_layers", "from_pretrained"}
+    no_null |= {"max_positions"} if again.model.positions == "rope" else set()
     assert {name for name, value in again.model if value is None} == no_null
 
 
@@ -80,6 +70,7 @@ def printed_counts(config: RunConfig) -> list[int]:
             "qwen3_0.6b",
             qwen3(151_936, 1024, 3072, 28, 16, num_key_value_heads=8, tie_word_embeddings=True),
         ),
+        ("gpt2_124m", GPT2Config()),  # the defaults are the published model's
     ],
 )
 def test_parameters_are_as_many_as_transformers_has(preset: str, there: Any) -> None:

@@ -14,9 +14,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from megalr.config.model import RopeScaling
 from megalr.errors import UserError
 from megalr.kernels.attention import apply_rope
-from megalr.models.build import build_decoder
+from megalr.models.build import build_decoder, sizes_of
 from megalr.models.rope import rope_amplitude, rope_frequencies, rope_tables
-from tests.models.settings import full_rank, tiny
+from tests.models.settings import full_rank, run_of, tiny
 
 CPU = torch.device("cpu")
 LLAMA_3_1 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -138,8 +138,25 @@ def test_scaling_that_is_unknown_or_incomplete_is_refused(values: dict, message:
         RopeScaling.model_validate(values)
 
 
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"max_positions": 31}, r"data\.sequence_length 32 is more than model\.max_positions 31"),
+        ({"rope_layers": [True, False]}, r"model\.rope_layers is given with .* learned"),
+        ({"partial_rotary_factor": 0.5}, r"model\.partial_rotary_factor is given with"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, r"model\.rope_scaling is given with"),
+    ],
+)
+def test_learned_positions_that_do_not_fit_are_refused(model: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        sizes_of(run_of({"preset": "gpt2_124m", **model}))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"learned needs model\.max_positions"):
+        sizes_of(run_of({"preset": "llama_9m", "positions": "learned"}))
+
+
 def test_a_sequence_longer_than_the_learned_positions_is_refused() -> None:
-    sizes = tiny(positions="learned", norm="layer", max_positions=8)
+    sizes = tiny(positions="learned", norm="layernorm", max_positions=8)
     decoder = build_decoder(sizes, full_rank(), seed=0)
     with pytest.raises(UserError, match="9 tokens is longer than the model's 8 learned positions"):
         decoder(torch.zeros(1, 9, dtype=torch.int64))

@@ -51,5 +51,5 @@ def sizes(name: str) -> DecoderConfig:
     if name == "lora":
         changes |= {"tie_embeddings": True}
     if name == "cola":
-        changes |= {"norm": "layer", "positions": "learned", "max_positions": 16}
+        changes |= {"norm": "layernorm", "positions": "learned", "max_positions": 16}
     return tiny(**{**changes, **FEATURES.get(name, {})})

@@ -43,7 +43,7 @@ def _plan(config: DecoderConfig, method: SimpleNamespace, size: int, layout: str
         (tiny(), full_rank(), 2, "bottleneck", "(low_rank and cola), not full_rank: use"),
         (tiny(), factorized("sltrain"), 2, "bottleneck", "not sltrain"),
         (tiny(), low_rank(targets=["q", "k", "v", "o"]), 2, "bottleneck", "lacks down, gate, up"),
-        (tiny(norm="layer"), low_rank(), 2, "bottleneck", "needs RMSNorm and rotary positions"),
+        (tiny(norm="layernorm"), low_rank(), 2, "bottleneck", "needs RMSNorm and rotary positions"),
     ],
 )
 def test_plans_that_do_not_fit(
