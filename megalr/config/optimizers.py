@@ -151,10 +151,9 @@ class StableSPAMOptimizer(AdamSection):
         return gamma1
 
 
-class MuonOptimizer(AdamSection):
-    """Muon: orthogonalized momentum for target matrices, AdamW for everything else."""
+class _OrthogonalSection(AdamSection):
+    """Options of Muon and its relatives."""
 
-    name: Literal["muon"] = "muon"
     betas: Betas = Field(default=(0.9, 0.95), examples=[[0.9, 0.95]])
     """AdamW's decay rates, each in [0, 1)."""
     eps: float = Field(default=1e-10, gt=0, examples=[1e-10])
@@ -167,7 +166,27 @@ class MuonOptimizer(AdamSection):
     """Form of the Newton-Schulz iteration: gram is faster and runs in fp16, standard in bf16."""
 
 
+class MuonOptimizer(_OrthogonalSection):
+    """Muon: orthogonalized momentum for target matrices, AdamW for everything else."""
+
+    name: Literal["muon"] = "muon"
+    fraction: float = Field(default=1.0, gt=0, le=1, examples=[0.25])
+    """Share of a matrix's rows (of its columns, if they are fewer) that an update orthogonalizes
+    and moves, those with the largest momentum. Below 1 the rule is Dion2's: cheaper."""
+
+
+class NorMuonOptimizer(_OrthogonalSection):
+    """NorMuon: Muon whose rows are divided by the root of their second moment."""
+
+    name: Literal["normuon"] = "normuon"
+    fraction: float = Field(default=1.0, gt=0, le=1, examples=[0.25])
+    """Share of a matrix's rows that an update orthogonalizes and moves, those with the largest
+    momentum. Below 1 the rule is NorDion2's: cheaper."""
+    muon_beta2: float = Field(default=0.95, ge=0, lt=1, examples=[0.95])
+    """Decay rate of the second moment of a row, the mean of its squares."""
+
+
 OptimizerConfig = Annotated[
-    AdamWOptimizer | SPAMOptimizer | StableSPAMOptimizer | MuonOptimizer,
+    AdamWOptimizer | SPAMOptimizer | StableSPAMOptimizer | MuonOptimizer | NorMuonOptimizer,
     Field(discriminator="name"),
 ]

@@ -6,7 +6,7 @@ Must not know: the engine, ZeRO stages, the training loop.
 from megalr.optim.apollo import Apollo, ApolloMini
 from megalr.optim.galore import Fira, GaLore, GoLore
 from megalr.optim.loro import LORO
-from megalr.optim.muon import Muon
+from megalr.optim.muon import Muon, NorMuon
 from megalr.optim.spam import SPAM
 from megalr.optim.stable_spam import StableSPAM
 
@@ -19,5 +19,6 @@ __all__ = [
     "GaLore",
     "GoLore",
     "Muon",
+    "NorMuon",
     "StableSPAM",
 ]

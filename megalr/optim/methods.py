@@ -14,7 +14,7 @@ from megalr.optim.apollo import Apollo, ApolloMini
 from megalr.optim.galore import Fira, GaLore, GoLore
 from megalr.optim.loro import LORO
 from megalr.optim.matrix import MatrixOptimizer
-from megalr.optim.muon import Muon
+from megalr.optim.muon import Muon, NorMuon
 from megalr.optim.options import option_names
 from megalr.optim.sharded_optimizer import ShardedOptimizer
 from megalr.optim.spam import SPAM
@@ -123,7 +123,7 @@ def _completed(
     elif rule is SPAM:
         groups = split_targets(groups, None)
         marks["density"] = options.pop("density")
-    elif rule is Muon:
+    elif issubclass(rule, Muon):
         groups = split_targets(groups, None)
         marks["use_muon"] = True
     elif rule is LORO:  # the rank is that of the model's factors
@@ -133,7 +133,7 @@ def _completed(
         options["total_T"] = facts.total_updates
     if rule is GoLore:
         options["total_updates"] = facts.total_updates
-    chosen = ("targets", "factors") if rule is Muon else ("targets",)
+    chosen = ("targets", "factors") if issubclass(rule, Muon) else ("targets",)
     return [{**g, **marks} if g["name"] in chosen else g for g in groups]
 
 
@@ -149,6 +149,7 @@ OPTIMIZER_RULES: dict[str, type[ShardedOptimizer]] = {
     "spam": SPAM,
     "stable_spam": StableSPAM,
     "muon": Muon,
+    "normuon": NorMuon,
 }
 
 

@@ -1,4 +1,4 @@
-"""Muon: orthogonalized momentum for whole matrices, AdamW for everything else."""
+"""Muon, NorMuon and Dion2: orthogonalized momentum for whole matrices, AdamW for the rest."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from megalr.config.optimizers import MuonOptimizer
+from megalr.config.base import Section
+from megalr.config.optimizers import MuonOptimizer, NorMuonOptimizer
 from megalr.errors import UserError
 from megalr.optim import adam_h
 from megalr.optim.matrix import of_equal_shape
-from megalr.optim.sharded_optimizer import ShardedOptimizer
+from megalr.optim.sharded_optimizer import ShardedOptimizer, scalar_dtype
 from megalr.sharding.exchange import Item, MatrixUpdate
 
 STEPS = 5
@@ -20,6 +21,8 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 steepest at zero and takes them to between 0.7 and 1.2 in five steps, not to one exactly."""
 GRAM_ROUNDS = (2, 3)
 """Steps of the Gram form between two products with X: its rounding errors grow with every step."""
+ROW_EPS = 1e-8
+"""NorMuon's, added to the root of a row's second moment."""
 
 
 class Muon(ShardedOptimizer):
@@ -33,17 +36,26 @@ class Muon(ShardedOptimizer):
     NS5 is :func:`orthogonalized`. The gradient is clipped before, by the
     global norm, and matrices stacked in one parameter are orthogonalized one by one. Those of equal
     shape go through one batched product, as many at a time as 32 M elements hold.
+
+    With ``fraction`` below 1 NS5 gets the rows (columns, if they are fewer) of M that
+    :func:`largest_slices` chooses, without Nesterov's blend, and U is zero elsewhere.
     """
 
-    declared = (MuonOptimizer,)
+    declared: ClassVar[tuple[type[Section], ...]] = (MuonOptimizer,)
     marks: ClassVar[dict[str, Any]] = {"use_muon": False}
+    nesterov: ClassVar[bool] = True
+    by_rows: ClassVar[bool] = False
+    """Whether ``fraction`` always chooses rows."""
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         for parameter in group["params"]:
             for tensor in self.layout(parameter).tensors:
                 if group["use_muon"] and len(tensor.shape) != 2:
-                    raise UserError(f"Muon needs matrices; {tensor.name} has shape {tensor.shape}")
+                    kind = type(self).__name__
+                    raise UserError(
+                        f"{kind} needs matrices; {tensor.name} has shape {tensor.shape}"
+                    )
 
     def _update(
         self,
@@ -90,18 +102,93 @@ class Muon(ShardedOptimizer):
     def _rule(
         self, owns: list[dict[str, Any]], grads: list[torch.Tensor], group: dict[str, Any]
     ) -> torch.Tensor:
-        """U (b, m, n) of b gradients of one shape, in their dtype, that of the momentum.
+        """U (b, m, n) of b gradients of one shape.
 
-        A gradient that is not finite leaves the momentum as it is, and its U is not finite.
+        A gradient that is not finite leaves the state as it is, and its U is not finite.
         """
         momenta = [own["momentum_buffer"] for own in owns]
         finite = all_finite(grads)  # stays on the device
-        # Where it is not finite, the momentum stands for the gradient: M <- M.
+        places, (m, n) = None, grads[0].shape
+        side = 0 if self.by_rows or m <= n else 1
+        if group["fraction"] < 1:
+            batch, places = largest_slices(momenta, grads, finite, group, side)
+        else:
+            batch = self._direction(momenta, grads, finite, group["momentum"])
+        update = orthogonalized(batch, group["ns_method"])
+        update = self._normalized(owns, update, finite, places, group)
+        stretch = math.sqrt(max(1.0, m / n))
+        update = update * _if_finite(finite, stretch, torch.nan, scalar_dtype(grads[0].dtype))
+        if places is None:
+            return update
+        index = places[:, :, None] if side == 0 else places[:, None, :]
+        whole = update.new_zeros(len(grads), m, n)
+        return whole.scatter_(side + 1, index.expand_as(update), update)
+
+    def _direction(
+        self,
+        momenta: list[torch.Tensor],
+        grads: list[torch.Tensor],
+        finite: torch.Tensor,
+        beta: float,
+    ) -> torch.Tensor:
+        """What is orthogonalized, (b, m, n), after the momenta moved on: Nesterov's blend."""
+        # Where a gradient is not finite, the momentum stands for it: M <- M.
         blends = [torch.where(*x) for x in zip(finite.unbind(), grads, momenta, strict=True)]
-        torch._foreach_lerp_(momenta, blends, 1 - group["momentum"])
-        torch._foreach_lerp_(blends, momenta, group["momentum"])
-        update = orthogonalized(torch.stack(blends), group["ns_method"])
-        return rescaled(update, grads[0], finite)
+        torch._foreach_lerp_(momenta, blends, 1 - beta)
+        if self.nesterov:
+            torch._foreach_lerp_(blends, momenta, beta)
+        return torch.stack(blends if self.nesterov else momenta)
+
+    def _normalized(
+        self,
+        owns: list[dict[str, Any]],
+        update: torch.Tensor,
+        finite: torch.Tensor,
+        places: torch.Tensor | None,
+        group: dict[str, Any],
+    ) -> torch.Tensor:
+        """The orthogonalized matrices or, at the rows ``places`` (b, k), parts (b, k, n) of them,
+        as they enter the weights but for a factor; here as they are."""
+        return update
+
+
+class NorMuon(Muon):
+    """NorMuon (Li et al. 2025, arXiv 2510.05491; in the form of the authors' code).
+
+    M <- momentum * M + (1 - momentum) G; O = NS5(M), without Nesterov's blend; for every row
+    v <- muon_beta2 v + (1 - muon_beta2) mean(O * O); O' = O / (sqrt(v) + 1e-8), rescaled to the
+    Frobenius norm of O; then as Muon, with U = O' sqrt(max(1, m / n)). With ``fraction`` below 1
+    that happens to the chosen rows alone (NorDion2). State: m n + m elements per matrix.
+    """
+
+    declared = (NorMuonOptimizer,)
+    nesterov, by_rows = False, True
+
+    def _normalized(
+        self,
+        owns: list[dict[str, Any]],
+        update: torch.Tensor,
+        finite: torch.Tensor,
+        places: torch.Tensor | None,
+        group: dict[str, Any],
+    ) -> torch.Tensor:
+        momentum = owns[0]["momentum_buffer"]
+        dtype = scalar_dtype(momentum.dtype)
+        for own in owns:
+            if "exp_avg_sq" not in own:
+                own["exp_avg_sq"] = momentum.new_zeros(len(momentum), dtype=dtype)
+        whole = torch.stack([own["exp_avg_sq"] for own in owns])  # (b, m)
+        update = update.to(dtype)
+        second = whole if places is None else whole.gather(1, places)
+        weight = _if_finite(finite, 1 - group["muon_beta2"], 0.0, dtype)[:, 0]
+        second = second.lerp(update.square().mean(dim=2), weight)
+        whole = second if places is None else whole.scatter(1, places, second)
+        for own, new in zip(owns, whole.unbind(), strict=True):
+            own["exp_avg_sq"].copy_(new)
+        norm = torch.linalg.vector_norm(update, dim=(1, 2), keepdim=True)
+        update = update / (second.sqrt() + ROW_EPS)[:, :, None]
+        changed = torch.linalg.vector_norm(update, dim=(1, 2), keepdim=True)
+        return update.mul_(norm / changed.clamp_min(ROW_EPS))
 
 
 def all_finite(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -109,11 +196,41 @@ def all_finite(tensors: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack(torch._foreach_norm(tensors, torch.inf)).isfinite()
 
 
-def rescaled(update: torch.Tensor, like: torch.Tensor, finite: torch.Tensor) -> torch.Tensor:
-    """U sqrt(max(1, m / n)) of a batch (b, m, n), in the dtype of ``like``; NaN if not finite."""
-    m, n = like.shape
-    factor = torch.full_like(finite, math.sqrt(max(1.0, m / n)), dtype=like.dtype)
-    return update * torch.where(finite, factor, torch.nan)[:, None, None]
+def _if_finite(
+    finite: torch.Tensor, value: float, otherwise: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """A factor (b, 1, 1) for each matrix of a batch."""
+    full = torch.full_like(finite, value, dtype=dtype)
+    return torch.where(finite, full, otherwise)[:, None, None]
+
+
+def largest_slices(
+    momenta: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    finite: torch.Tensor,
+    group: dict[str, Any],
+    side: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Dion2's choice (Ahn et al. 2025, arXiv 2512.16928): rows (``side`` 0) or columns (1) of M.
+
+    M <- M + G; the share ``fraction`` (rounded up) of the slices, those with the largest sums of
+    magnitudes, is copied out, and decays by ``momentum`` in M; the others wait as they are.
+    Returns them, (b, k, n) or (b, m, k), and their indices in ascending order, (b, k).
+    """
+    zero = grads[0].new_zeros(())
+    torch._foreach_add_(
+        momenta, [torch.where(ok, g, zero) for ok, g in zip(finite.unbind(), grads, strict=True)]
+    )
+    sums = torch.stack([torch.linalg.vector_norm(m, ord=1, dim=1 - side) for m in momenta])
+    count = math.ceil(group["fraction"] * sums.shape[1])
+    places = sums.topk(count, dim=1, sorted=False).indices.sort(dim=1).values
+    chosen = torch.stack(
+        [m.index_select(side, at) for m, at in zip(momenta, places.unbind(), strict=True)]
+    )
+    decayed = chosen * _if_finite(finite, group["momentum"], 1.0, chosen.dtype)
+    for m, at, part in zip(momenta, places.unbind(), decayed.unbind(), strict=True):
+        m.index_copy_(side, at, part)
+    return chosen, places
 
 
 def orthogonalized(matrices: torch.Tensor, method: str) -> torch.Tensor:

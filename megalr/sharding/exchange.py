@@ -207,9 +207,7 @@ def update_matrices(updates: Sequence[MatrixUpdate]) -> None:
     for members in same.values():
         whole = [(t, f, u) for u in members for t, f in u.layout.local if not t.is_split]
         for bucket in buckets(whole, lambda entry: entry[0].numel):
-            items = [(t, f.of(u.grad).view(t.shape)) for t, f, u in bucket]
-            found = [matrix.reshape(-1) for matrix in members[0].rule(items)]
-            members[0].apply([f.of(u.flat) for _, f, u in bucket], found)
+            _update_whole(bucket)
     alike: dict[Any, list[tuple[LogicalTensor, MatrixUpdate]]] = {}
     for update in updates:
         key = (id(update.layout.ranks.group), update.grad.dtype, update.flat.dtype)
@@ -218,6 +216,13 @@ def update_matrices(updates: Sequence[MatrixUpdate]) -> None:
     for entries in alike.values():
         for part in buckets(entries, lambda entry: entry[0].numel):
             _update_split(part)
+
+
+def _update_whole(bucket: list[tuple[LogicalTensor, Fragment, MatrixUpdate]]) -> None:
+    """Update matrices of one kind that this rank holds entirely."""
+    first = bucket[0][2]
+    found = first.rule([(t, f.of(u.grad).view(t.shape)) for t, f, u in bucket])
+    first.apply([f.of(u.flat) for _, f, u in bucket], [matrix.reshape(-1) for matrix in found])
 
 
 def _update_split(bucket: list[tuple[LogicalTensor, MatrixUpdate]]) -> None:

@@ -76,11 +76,12 @@ SHAPES = {
     "golore": ((3, 2), (1, 0)),
     "apollo_mini": ((1, 0), (2, 2)),
     "muon": ((2, 2), (1, 1)),
+    "normuon": ((3, 1), (2, 3)),
     "cola": ((2, 3), (3, 1)),
     "ratios": ((3, 2), (1, 0)),
     "galore_ratios": ((2, 3), (2, 1)),
 }
-LIKE_OTHERS = ("fira", "golore", "apollo_mini", "muon", "cola")
+LIKE_OTHERS = ("fira", "golore", "apollo_mini", "muon", "normuon", "cola")
 """In make test-all only."""
 BY_KIND = {
     "lr_ratio": {"embedding": 3.0, "head": 0.5, "norms": 2.0},

@@ -45,6 +45,8 @@ def _state_of_target(name: str, m: int, n: int) -> int:
         "spam": 2 * m * n,
         "stable_spam": 2 * m * n,
         "muon": m * n,
+        "dion2": m * n,
+        "normuon": m * n + m,
     }[name]
 
 
@@ -105,7 +107,10 @@ def test_state_and_masters_are_the_formulas_divided_over_ranks(
         "low_rank": {},
         "spam": {**METHODS["spam"], "method": {"name": "full_rank"}},
         "stable_spam": {**METHODS["stable_spam"], "method": {"name": "full_rank"}},
-        "muon": {**METHODS["muon"], "method": {"name": "full_rank"}},
+        **{
+            name: {**METHODS[name], "method": {"name": "full_rank"}}
+            for name in ("muon", "dion2", "normuon")
+        },
     }.get(name) or METHODS.get(name, {})
     values = settings(tmp_path, tmp_path, **sections, model={"pad_multiple": 1})
     ranks = run_distributed(_measure, world_size, values, stage)

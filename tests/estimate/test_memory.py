@@ -39,6 +39,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         zero(2),
     ),
     "muon": ({**METHODS["muon"], **FULL, "train": BF16}, zero(2)),
+    "normuon": ({**METHODS["normuon"], **FULL, "train": BF16}, zero(2)),
     "galore, 8 bits": (
         {
             "method": {**METHODS["galore"]["method"], "state_bits": 8},

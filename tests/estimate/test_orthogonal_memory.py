@@ -16,7 +16,7 @@ from megalr.config.methods import FullRankMethod
 from megalr.estimate.states import ORTHOGONAL_BYTES, orthogonalized_together
 from megalr.estimate.tensors import stored_tensors
 from megalr.models.config import decoder_config
-from megalr.optim import Muon
+from megalr.optim import Muon, NorMuon
 from megalr.sharding import exchange
 
 
@@ -46,10 +46,12 @@ class Allocations(TorchDispatchMode):
         self.now -= self.live.pop(key, 0)
 
 
-def temporary_bytes(shapes: list[tuple[int, int]], chunk: int, **options: Any) -> int:
+def temporary_bytes(
+    shapes: list[tuple[int, int]], chunk: int, kind: Any = Muon, **options: Any
+) -> int:
     """Peak of one update of matrices of these shapes, at most ``chunk`` elements at a time."""
     weights = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
-    optimizer = Muon(weights, use_muon=True, **options)
+    optimizer = kind(weights, use_muon=True, **options)
     for weight in weights:
         weight.grad = torch.randn_like(weight)
     with mock.patch.object(exchange.buckets, "__defaults__", (chunk,)):
@@ -67,11 +69,14 @@ def _tensors(state: dict[str, Any]) -> list[torch.Tensor]:
 SQUARE, WIDE, TALL = (256, 256), (256, 704), (704, 256)
 
 
+@pytest.mark.parametrize("kind", [Muon, NorMuon])
 @pytest.mark.parametrize("method", ["gram", "standard"])
 @pytest.mark.parametrize("shapes", [[SQUARE] * 6, [WIDE] * 3, [TALL] * 3, [SQUARE, WIDE, TALL]])
-def test_temporaries_are_those_of_a_chunk(shapes: list[tuple[int, int]], method: str) -> None:
+def test_temporaries_are_those_of_a_chunk(
+    shapes: list[tuple[int, int]], method: str, kind: Any
+) -> None:
     numel = sum(map(math.prod, shapes))
-    peak = temporary_bytes(shapes, numel, ns_method=method)
+    peak = temporary_bytes(shapes, numel, kind, ns_method=method)
     assert 0.45 * ORTHOGONAL_BYTES * numel < peak <= ORTHOGONAL_BYTES * numel * 1.01
 
 

@@ -22,6 +22,7 @@ from megalr.optim import (
     GaLore,
     GoLore,
     Muon,
+    NorMuon,
     StableSPAM,
     projection,
 )
@@ -46,9 +47,9 @@ METHODS = {
     "apollo": lambda g: Apollo(with_rank(g), lr=3e-3),
     "apollo_mini": lambda g: ApolloMini(with_rank(g, rank=1), lr=3e-4),
     "golore": lambda g: GoLore(with_rank(g), lr=3e-3, total_updates=20, rand_ratio=0.5),
-    "muon": lambda g: Muon(
-        [{**h, "use_muon": h["name"] == "matrices"} for h in g], lr=3e-3, adam_lr_ratio=0.3
-    ),
+    "muon": lambda g: Muon(with_muon(g), lr=3e-3, adam_lr_ratio=0.3),
+    "dion2": lambda g: Muon(with_muon(g), lr=3e-3, adam_lr_ratio=0.3, fraction=0.4),
+    "normuon": lambda g: NorMuon(with_muon(g), lr=3e-3, adam_lr_ratio=0.3),
     "loro": lambda g: LORO(g, lr=3e-3, hidden_size=16, exact_every=GAP),
 }  # fmt: skip
 ELEMENTWISE = ("spam", "spam_sparse", "stable_spam")
@@ -58,6 +59,11 @@ def with_rank(groups, **options):
     """The projected options on the group of matrices; the others get plain Adam."""
     chosen = {**PROJECTED, **options}
     return [{**g, **chosen} if g["name"] == "matrices" else g for g in groups]
+
+
+def with_muon(groups):
+    """The mark of the group of matrices."""
+    return [{**g, "use_muon": g["name"] == "matrices"} for g in groups]
 
 
 class Net(nn.Module):

@@ -298,3 +298,41 @@ def loro_product(b, a, grads, lr, hidden, every, refresh_every, wd=0.0):
             adams = (AdamH(), AdamH())
         out.append((b, a))
     return out
+
+
+def orthogonal(x):
+    """Muon's quintic, five times, on the singular values of x / |x|."""
+    left, values, right = np.linalg.svd(x / (np.sqrt((x * x).sum()) + 1e-7), full_matrices=False)
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    return (left * values) @ right
+
+
+def muon(w, grads, lr, mu, wd=0.0, fraction=1.0, beta2=None):
+    """Muon; with beta2 NorMuon; with a fraction below 1 Dion2 and NorDion2."""
+    (rows, columns), out = w.shape, []
+    stretch = math.sqrt(max(1.0, rows / columns))
+    momentum, second = np.zeros_like(w), np.zeros(rows)
+    for g in grads:
+        chosen = np.ix_(range(rows), range(columns))
+        if fraction == 1:
+            momentum = mu * momentum + (1 - mu) * g
+            x = momentum if beta2 is not None else (1 - mu) * g + mu * momentum
+        else:
+            momentum = momentum + g
+            axis = 0 if beta2 is not None or rows <= columns else 1
+            sums = np.abs(momentum).sum(axis=1 - axis)
+            best = np.sort(np.argsort(-sums)[: math.ceil(fraction * len(sums))])
+            chosen = np.ix_(best, range(columns)) if axis == 0 else np.ix_(range(rows), best)
+            x = momentum[chosen].copy()
+            momentum[chosen] *= mu
+        o = orthogonal(x)
+        if beta2 is not None:
+            at = chosen[0][:, 0]
+            second[at] = beta2 * second[at] + (1 - beta2) * (o * o).mean(axis=1)
+            changed = o / (np.sqrt(second[at]) + 1e-8)[:, None]
+            o = changed * np.sqrt((o * o).sum() / (changed * changed).sum())
+        w = (1 - lr * wd) * w
+        w[chosen] -= lr * stretch * o
+        out.append(w.copy())
+    return out

@@ -13,7 +13,7 @@ from megalr.config.methods import FullRankMethod, LowRankMethod
 from megalr.errors import UserError
 from megalr.models.build import build_decoder
 from megalr.models.config import decoder_config
-from megalr.optim import SPAM, Apollo, ApolloMini, Fira, GaLore, GoLore, Muon, StableSPAM
+from megalr.optim import SPAM, Apollo, ApolloMini, Fira, GaLore, GoLore, Muon, NorMuon, StableSPAM
 from megalr.optim.groups import parameter_groups
 from megalr.optim.loro import exact_step
 from megalr.optim.methods import RunFacts, make_optimizer
@@ -33,6 +33,7 @@ OPTIMIZERS = {
     SPAM: config.SPAMOptimizer(lr=0.01, density=0.5),
     StableSPAM: config.StableSPAMOptimizer(lr=0.01, weight_decay=0.2),
     Muon: config.MuonOptimizer(lr=0.01),
+    NorMuon: config.NorMuonOptimizer(lr=0.01, fraction=0.5),
 }
 
 

@@ -16,6 +16,8 @@ from megalr.optim import (
     Fira,
     GaLore,
     GoLore,
+    Muon,
+    NorMuon,
     StableSPAM,
     projection,
 )
@@ -32,6 +34,10 @@ MAKERS = {
     "apollo": lambda p, **k: Apollo(p, **R, **k),
     "apollo_mini": lambda p, **k: ApolloMini(p, rank=1, update_proj_gap=3, **k),
     "golore": lambda p, **k: GoLore(p, total_updates=8, rand_ratio=0.5, **R, **k),
+    "muon": lambda p, **k: Muon(p, use_muon=True, **k),
+    "dion2": lambda p, **k: Muon(p, use_muon=True, fraction=0.4, **k),
+    "normuon": lambda p, **k: NorMuon(p, use_muon=True, **k),
+    "nordion2": lambda p, **k: NorMuon(p, use_muon=True, fraction=0.4, **k),
     "loro": lambda p, **k: LORO(p, hidden_size=8, exact_every=3, **k),
 }
 
@@ -98,6 +104,8 @@ def test_state_sizes_are_those_of_the_memory_table():
         assert elements("apollo_mini", shape) == 2 * long + 1
         assert elements("spam", shape) == 2 * 60
         assert elements("stable_spam", shape) == 2 * 60 + 3
+        assert elements("muon", shape) == elements("dion2", shape) == 60
+        assert elements("normuon", shape) == elements("nordion2", shape) == 60 + shape[0]
 
 
 def test_sparse_spam_keeps_moments_of_the_mask_only_and_leaves_other_weights_alone():
@@ -119,7 +127,7 @@ def test_sparse_spam_keeps_moments_of_the_mask_only_and_leaves_other_weights_alo
     assert int((new != 0).sum()) == int(both.sum()) and not torch.equal(old_mask, state["mask"])
 
 
-@pytest.mark.parametrize("name", ["galore", "fira", "apollo", "golore", "stable_spam"])
+@pytest.mark.parametrize("name", ["galore", "fira", "apollo", "golore", "stable_spam", "normuon"])
 def test_matrices_stacked_in_one_parameter_are_updated_as_separate_parameters(name):
     torch.manual_seed(1)
     shapes = [(6, 5), (3, 5), (8, 5)]  # right, left and right projections
@@ -306,6 +314,8 @@ BAD = [
     (lambda p: LORO(p, hidden_size=8, lr_scaler=0.0), "lr_scaler must be above 0, or -1, got 0.0"),
     (lambda p: SPAM(p, update_gap=1.5), "optimizer.update_gap must be a valid integer"),
     (lambda p: SPAM(p, density=2.0, eps=-1), "optimizer.eps must be > 0, got -1; optimizer.dens"),
+    (lambda p: Muon(p, fraction=0.0), "optimizer.fraction must be in (0, 1], got 0.0"),
+    (lambda p: NorMuon(p, muon_beta2=1.0), "optimizer.muon_beta2 must be in [0, 1), got 1.0"),
     (lambda p: SPAM([{"params": p, "threshold": -1}]), "optimizer.threshold must be >= 0, got -1"),
 ]
 

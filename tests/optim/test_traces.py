@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from megalr.optim import (
     GaLore,
     GoLore,
     Muon,
+    NorMuon,
     StableSPAM,
     projection,
 )
@@ -240,28 +240,45 @@ def test_groups_without_a_rank_get_adam_with_epsilon_outside_the_correction():
     assert closest(ours, oracle.adam_h(w, grads, 0.03, 0.2)) < 1e-12
 
 
+ORTHOGONAL = {
+    "muon": (Muon, {}, {}),
+    "dion2": (Muon, {"fraction": 0.3}, {"fraction": 0.3}),
+    "normuon": (NorMuon, {"muon_beta2": 0.8}, {"beta2": 0.8}),
+    "nordion2": (
+        NorMuon, {"muon_beta2": 0.8, "fraction": 0.3}, {"beta2": 0.8, "fraction": 0.3}
+    ),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("shape", [(8, 5), (5, 8), (6, 6)])
+@pytest.mark.parametrize("name", list(ORTHOGONAL))
 @pytest.mark.parametrize("method", ["gram", "standard"])
-def test_muon_steps_along_its_momentum_with_singular_values_near_one(shape, method):
-    w, grads = oracle.weight(*shape), oracle.gradients(4, *shape)
-    ours = run(
-        lambda p: Muon(p, lr=0.01, use_muon=True, momentum=0.9, weight_decay=0.5, ns_method=method),
-        w,
-        grads,
-    )
-    momentum, out = np.zeros(shape), []
-    for g in grads:
-        momentum = 0.9 * momentum + 0.1 * g
-        left, values, right = np.linalg.svd(0.1 * g + 0.9 * momentum, full_matrices=False)
-        values = values / np.sqrt((values**2).sum())
-        for _ in range(5):  # the quintic acts on singular values alone
-            values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
-        assert values.min() > 0.3 and values.max() < 1.3
-        update = (left * values) @ right * math.sqrt(max(1.0, shape[0] / shape[1]))
-        w = (1 - 0.01 * 0.5) * w - 0.01 * update
-        out.append(w)
-    # fp32 on the CPU for "gram", bf16 for "standard"
-    assert closest(ours, out) < (1e-4 if method == "gram" else 1e-3)
+def test_orthogonalized_momentum_is_the_rule_in_float64(shape, name, method, monkeypatch):
+    kind, options, of_oracle = ORTHOGONAL[name]
+    w, grads = oracle.weight(*shape), oracle.gradients(7, *shape)
+
+    def ours():
+        return run(
+            lambda p: kind(
+                p,
+                lr=0.01,
+                use_muon=True,
+                momentum=0.9,
+                weight_decay=0.5,
+                ns_method=method,
+                **options,
+            ),
+            w,
+            grads,
+        )
+
+    wanted = oracle.muon(w.copy(), grads, 0.01, 0.9, wd=0.5, **of_oracle)
+    if method == "gram":
+        assert closest(ours(), wanted) < 1e-3  # the iteration in fp16
+        monkeypatch.setattr("megalr.optim.muon._gram_dtype", lambda device: torch.float64)
+        assert closest(ours(), wanted) < 1e-12
+    else:
+        assert closest(ours(), wanted) < 3e-3  # in bf16
 
 
 def test_muon_gives_other_groups_the_adamw_of_torch():

@@ -40,10 +40,12 @@ METHODS: dict[str, dict[str, dict]] = {
     "spam": {"optimizer": {"name": "spam", "update_gap": 6, "warmup_epoch": 2}},
     "stable_spam": {"optimizer": {"name": "stable_spam", "update_gap": 6}},
     "muon": {"optimizer": {"name": "muon"}},
+    "dion2": {"optimizer": {"name": "muon", "fraction": 0.25}},
+    "normuon": {"optimizer": {"name": "normuon"}},
 }
 
 
-LIKE_OTHERS = ("relora_magnitude", "apollo_mini", "golore", "muon")
+LIKE_OTHERS = ("relora_magnitude", "apollo_mini", "golore", "muon", "dion2", "normuon")
 """Not in make test: each differs little from another of the list; tests/optim has all of them."""
 
 
