@@ -153,7 +153,7 @@ def load_manifest(path: str | Path) -> DataManifest:
 
 def _manifest_of(path: Path) -> Path:
     """The manifest's path; a UserError that says what to do if ``path`` is no data set."""
-    command = "python tools/preprocess_c4.py --input {} --tokenizer TOKENIZER --output FOLDER"
+    command = "megalr data --input {} --tokenizer TOKENIZER --output FOLDER"
     if path.is_dir():
         if (path / MANIFEST_NAME).is_file():
             return path / MANIFEST_NAME
@@ -164,13 +164,13 @@ def _manifest_of(path: Path) -> Path:
             )
         raise UserError(
             f"{path / MANIFEST_NAME}: no such file; a data set is a folder that "
-            f"tools/preprocess_c4.py has finished. If this folder holds text, preprocess it first: "
+            f"`megalr data` has finished. If this folder holds text, preprocess it first: "
             f"{command.format(path)}"
         )
     file = path if path.exists() else Path(f"{path}.bin")  # the prefix of a Megatron shard
     if not file.exists():
         raise UserError(
-            f"{path}: no such file; a data set is a folder that tools/preprocess_c4.py has finished"
+            f"{path}: no such file; a data set is a folder that `megalr data` has finished"
         )
     try:
         with open(file, "rb") as stream:

@@ -141,7 +141,7 @@ class IndexedShard:
         if magic.startswith(OLD_MAGIC):
             raise UserError(
                 f"{self.idx}: an index in the old format of fairseq and Megatron (TNTIDX), which "
-                f"is not supported; preprocess the text with tools/preprocess_c4.py"
+                f"is not supported; preprocess the text with `megalr data`"
             )
         if magic != MAGIC:
             raise self._fail(self.idx, f"starts with {magic!r} and not with {MAGIC!r}")

@@ -97,6 +97,7 @@ def own_device(local_rank: int) -> torch.device:
                 "torch sees none: check the driver and torch's CUDA build (nvidia-smi, "
                 "torch.version.cuda), or set DS_ACCELERATOR=cpu to train on the CPU"
             )
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for a GPU, and warn
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if count == 1:

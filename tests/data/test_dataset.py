@@ -194,7 +194,7 @@ def test_text_and_shards_without_a_manifest_are_told_apart_from_a_data_set(tmp_p
     (tmp_path / "plain.bin").write_bytes(bytes(8))
     (tmp_path / "other.json").write_text("{}")
     for name in ("text.jsonl", "plain.bin", "other.json"):
-        command = f"python tools/preprocess_c4.py --input {tmp_path / name} "
+        command = f"megalr data --input {tmp_path / name} "
         with pytest.raises(UserError, match=rf"{name}: is no data set .*{re.escape(command)}"):
             open_training_data(tmp_path / name, sequence_length=4)
     with pytest.raises(UserError, match=r"plain\.bin: is no data set"):
