@@ -17,9 +17,12 @@ from megalr.sweep.results import RUNS_CSV, Row, read_csv, write_csv
 LIST = Path(__file__).resolve().parents[1] / "results" / "study" / "runs.csv"
 KEY = (
     *("study", "size", "group", "method", "optimizer", "precision", "restarts", "rank", "alpha"),
-    *("lr", "lr_ratio_embedding", "lr_ratio_head", "adam_lr_ratio", "seed", "updates"),
+    *("lr", "lr_ratio_embedding", "lr_ratio_head", "adam_lr_ratio", "seed", "updates", "setting"),
 )
 """Columns that tell runs apart."""
+
+AXES_IN_COLUMNS = ("lr", "ratio", "alpha", "rank")
+"""Axes whose values other columns hold; those of all others are in ``setting``."""
 
 COLUMNS = (
     *KEY,
@@ -34,13 +37,21 @@ def study_row(row: Row, given: argparse.Namespace) -> Row:
     """A row of a sweep as a row of the list."""
     adam = row.get("axis_ratio") if row["optimizer"] == "muon" else None
     named = {f"perplexity_{name}": row.get(f"perplexity_{name}") for name in ("c4", "mix")}
-    named["perplexity_c4"] = named["perplexity_c4"] or row["perplexity"]  # a single set has no name
+    if not any(named.values()):
+        named["perplexity_c4"] = row["perplexity"]  # a single set has no name
+    axes = {
+        name.removeprefix("axis_"): value for name, value in row.items() if name.startswith("axis_")
+    }
+    further = [
+        f"{name}={axes[name]}" for name in axes if name not in AXES_IN_COLUMNS and axes[name]
+    ]
     return {
         **row,
         **named,
         "study": given.study,
         "size": given.size,
         "adam_lr_ratio": adam,
+        "setting": " ".join(further),
         "runs_per_gpu": given.per_gpu,
         "commit": given.commit or row["version"],
     }
