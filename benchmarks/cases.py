@@ -90,7 +90,7 @@ def method_cases(preset: str, rank: int) -> dict[str, Case]:
         "loro": {"name": "loro", "rank": rank},
     }
     cases = {name: Case(preset, method, 64) for name, method in methods.items()}
-    for name in ("spam", "stable_spam", "muon"):
+    for name in ("spam", "stable_spam", "muon", "scale"):
         optimizer = {"name": name, "lr": 1e-3}
         cases[name] = Case(preset, FULL, 64, optimizer=optimizer)
     return {f"{preset.removeprefix('llama_')}_{name}": case for name, case in cases.items()}

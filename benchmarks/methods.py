@@ -62,6 +62,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "spam": {"optimizer": {"name": "spam", "lr": 2e-3, "update_gap": 100, "warmup_epoch": 20}},
     "stable_spam": {"optimizer": {"name": "stable_spam", "lr": 2e-3, "update_gap": 100}},
     "muon": {"optimizer": {"name": "muon", "lr": 2e-2, "adam_lr_ratio": 0.1}},
+    "scale": {"optimizer": {"name": "scale", "lr": 1e-3, "lr_ratio": {"norms": 20.0}}},
 }
 
 

@@ -27,7 +27,7 @@ import torch
 
 from megalr.errors import exit_cleanly
 from megalr.models.config import decoder_config
-from megalr.optim import SPAM, Apollo, ApolloMini, Fira, GaLore, GoLore, Muon, StableSPAM
+from megalr.optim import SCALE, SPAM, Apollo, ApolloMini, Fira, GaLore, GoLore, Muon, StableSPAM
 from megalr.optim.projection import side_of, subspace_basis, svd_bases
 from megalr.optim.sharded_optimizer import ShardedOptimizer
 from megalr.sharding.fragment import FlatLayout, Fragment, LogicalTensor
@@ -45,6 +45,7 @@ OPTIMIZERS: dict[str, Callable[[Any, int], torch.optim.Optimizer]] = {
     "apollo": lambda g, r: Apollo(projected(g, r)),
     "apollo_mini": lambda g, r: ApolloMini(projected(g, 1)),
     "golore": lambda g, r: GoLore(projected(g, r), total_updates=10_000),
+    "scale": lambda g, r: SCALE(g),
     "muon": lambda g, r: Muon([{**x, "use_muon": x["name"] == "targets"} for x in g]),
 }
 

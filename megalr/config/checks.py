@@ -123,6 +123,12 @@ def _method_problems(value_of: Callable[[str], Any]) -> Iterator[tuple[str, str]
             "method cola has a nonlinearity between its factors and cannot take the weights of a "
             "matrix: use another method, or a preset",
         )
+    if optimizer == "scale" and value_of("restarts.reset_scope") == "factors":
+        yield (
+            "restarts.reset_scope",
+            "factors have no moments with optimizer scale, which keeps those of head and norms "
+            "only: use all",
+        )
     if method not in PROJECTED_NAMES:
         return
     if optimizer not in (None, "adamw"):

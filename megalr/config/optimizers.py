@@ -186,7 +186,22 @@ class NorMuonOptimizer(_OrthogonalSection):
     """Decay rate of the second moment of a row, the mean of its squares."""
 
 
+class SCALEOptimizer(AdamSection):
+    """SCALE: gradients normalized row by row, momentum for the output head, Adam for vectors."""
+
+    name: Literal["scale"] = "scale"
+    eps: float = Field(default=1e-8, gt=0, examples=[1e-8])
+    """Added to the root of Adam's second moment (norms, biases), before the bias correction."""
+    momentum: float = Field(default=0.9, ge=0, lt=1, examples=[0.9])
+    """Decay rate of the average gradient of the output head."""
+
+
 OptimizerConfig = Annotated[
-    AdamWOptimizer | SPAMOptimizer | StableSPAMOptimizer | MuonOptimizer | NorMuonOptimizer,
+    AdamWOptimizer
+    | SPAMOptimizer
+    | StableSPAMOptimizer
+    | MuonOptimizer
+    | NorMuonOptimizer
+    | SCALEOptimizer,
     Field(discriminator="name"),
 ]

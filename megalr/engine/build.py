@@ -26,7 +26,7 @@ from megalr.models.build import build_decoder, make_plan, sizes_of
 from megalr.models.decoder import Decoder
 from megalr.models.recompute import SELECTIVE
 from megalr.optim.groups import describe_groups, parameter_groups
-from megalr.optim.methods import RunFacts, build_optimizer
+from megalr.optim.methods import RunFacts, build_optimizer, kinds_apart
 from megalr.sharding.tensor_shard import shard_of
 from megalr.tensor_parallel.mesh import Mesh
 
@@ -138,6 +138,7 @@ def _optimizer_of(config: RunConfig, decoder: Decoder) -> torch.optim.Optimizer:
         config.optimizer.weight_decay,
         config.optimizer.lr_ratio,
         config.optimizer.weight_decay_ratio,
+        kinds_apart(config.optimizer),
     )
     facts = RunFacts(
         total_updates=config.train.updates,

@@ -23,6 +23,7 @@ from megalr.kernels.adamw import AdamW
 from megalr.optim.loro import LORO
 from megalr.optim.matrix import MatrixOptimizer
 from megalr.optim.muon import Muon
+from megalr.optim.scale import SCALE
 from megalr.optim.sharded_optimizer import ShardedOptimizer, moment_names, set_step
 from megalr.optim.spam import SPAM
 from megalr.optim.stable_spam import StableSPAM
@@ -191,7 +192,7 @@ def _check_tensor_parallelism(engine: Any, base: ShardedOptimizer) -> None:
     masked = isinstance(base, SPAM) and any(
         g["density"] not in (None, 1) for g in base.param_groups
     )
-    if size > 1 and (masked or isinstance(base, (*WHOLE_MATRIX, StableSPAM))):
+    if size > 1 and (masked or isinstance(base, (*WHOLE_MATRIX, StableSPAM, SCALE))):
         raise UserError(
             f"{type(base).__name__} looks at whole tensors and tensor parallelism over {size} "
             "ranks cuts them: use data parallelism for it, or adamw or spam (density 1)"

@@ -94,16 +94,27 @@ def wrapper_name(precision: str, stage: int, accumulation: str, offload: bool) -
     return "DeepSpeedZeroOptimizer"
 
 
-def group_sizes(tensors: list[Stored], layers: int, split_targets: bool) -> dict[str, int]:
-    """Elements of each parameter group; dense targets are a group of their own only for some
-    optimizers."""
+def group_sizes(
+    tensors: list[Stored], layers: int, split_targets: bool, by_kind: bool = False
+) -> dict[str, int]:
+    """Elements of each parameter group.
+
+    Only for some optimizers dense targets are a group of their own, or (``by_kind``) embedding,
+    head and sparse values.
+    """
     sizes: dict[str, int] = {}
     for tensor in tensors:
         if tensor.group in TRAINED:
             merged = tensor.group == "targets" and not split_targets
             name = "matrices" if merged else tensor.group
+            name = _APART.get(tensor.kind, name) if by_kind else name
             sizes[name] = sizes.get(name, 0) + tensor.numel * (layers if tensor.block else 1)
-    return {name: sizes[name] for name in TRAINED if name in sizes}
+    order = ("factors", "targets", "matrices", *dict.fromkeys(_APART.values()), "vectors")
+    return {name: sizes[name] for name in order if name in sizes}
+
+
+_APART = {"embedding": "embedding", "positions": "embedding", "head": "head", "values": "sparse"}
+"""Groups of SCALE by the kind of a tensor."""
 
 
 def state_bytes(
@@ -126,7 +137,8 @@ def state_bytes(
     master = 2 if precision == "paper_bf16" else 4
     added = 4 if accumulation == "fp32" else 2
 
-    groups = group_sizes(tensors, layers, _splits_targets(config))
+    by_kind = config.optimizer.name == "scale"
+    groups = group_sizes(tensors, layers, _splits_targets(config), by_kind)
     total = sum(groups.values())
     flat = {name: round_up(size, 2 * data_size) for name, size in groups.items()}
     if stage == 0:
@@ -283,10 +295,13 @@ def moment_bytes(config: RunConfig, tensors: list[Stored], layers: int) -> int:
     The formulas of docs/methods.md, without the scalars kept per tensor.
     """
     element = 2 if config.train.precision == "paper_bf16" else 4
+    scale = config.optimizer.name == "scale"
+    tied = all(tensor.kind != "head" for tensor in tensors)
     bytes_ = 0.0
     for tensor in tensors:
         if tensor.group in TRAINED:
             once = _moments_of(tensor, config, element)
+            once = element * _scale_state(tensor, tied) if scale else once
             bytes_ += once * (layers if tensor.block else 1)
     return math.ceil(bytes_)
 
@@ -302,6 +317,13 @@ def _moments_of(tensor: Stored, config: RunConfig, element: int) -> float:
     if optimizer.name == "spam" and tensor.group == "targets" and density not in (None, 1):
         return 2 * element * density * tensor.numel + tensor.numel
     return 2 * element * tensor.numel
+
+
+def _scale_state(tensor: Stored, tied: bool) -> int:
+    """Elements of SCALE's state: momentum of the head, Adam's moments of vectors."""
+    if tensor.group == "vectors" or tensor.kind == "values":
+        return 2 * tensor.numel
+    return tensor.numel * (_APART.get(tensor.kind) == ("embedding" if tied else "head"))
 
 
 def _projected_state(m: int, n: int, method: Any, element: int) -> float:

@@ -71,6 +71,11 @@ class Stored:
     block: bool = False
     matrices: tuple[tuple[int, int], ...] = ()
 
+    @property
+    def kind(self) -> str:
+        """The last part of the name: embedding, head, weight, a, b, values, bias, ..."""
+        return self.name.rpartition(".")[2]
+
 
 def matrix_groups(sizes: DecoderConfig, method: Any, plan: Plan) -> list[MatrixGroup]:
     """The four groups of a block, in order: qkv, o, into, down."""

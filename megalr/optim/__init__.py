@@ -7,11 +7,13 @@ from megalr.optim.apollo import Apollo, ApolloMini
 from megalr.optim.galore import Fira, GaLore, GoLore
 from megalr.optim.loro import LORO
 from megalr.optim.muon import Muon, NorMuon
+from megalr.optim.scale import SCALE
 from megalr.optim.spam import SPAM
 from megalr.optim.stable_spam import StableSPAM
 
 __all__ = [
     "LORO",
+    "SCALE",
     "SPAM",
     "Apollo",
     "ApolloMini",

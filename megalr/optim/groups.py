@@ -27,6 +27,7 @@ def parameter_groups(
     weight_decay: float,
     lr_ratio: LearningRateRatios | None = None,
     weight_decay_ratio: WeightDecayRatios | None = None,
+    apart: Iterable[str] = (),
 ) -> list[dict[str, Any]]:
     """Trainable parameters in groups, in the order of the model inside each.
 
@@ -36,8 +37,8 @@ def parameter_groups(
     * ``vectors``: norms and biases, by default without weight decay.
 
     Of these, kinds whose learning rate or weight decay differs from that of the group's first kind
-    (see ``NAME_OF_KIND``) get a group named after the kind. ``lr_ratio`` of a group, if not 1, is
-    the factor of its learning rate.
+    (see ``NAME_OF_KIND``), and those of ``apart``, get a group named after the kind. ``lr_ratio``
+    of a group, if not 1, is the factor of its learning rate.
 
     Raises:
         UserError: a ratio for a kind that the model has no parameters of.
@@ -60,8 +61,10 @@ def parameter_groups(
         for kind in NAME_OF_KIND
     }
     groups: dict[str, dict[str, Any]] = {}
+    separate = set(apart)
     for kind, base in NAME_OF_KIND.items():
         same = options[kind] == options["norms" if base == "vectors" else base]
+        same &= kind not in separate
         groups.setdefault(base if same else kind, {"params": [], **options[kind]})
     for parameter, kind in kinds.items():
         groups[kind if kind in groups else NAME_OF_KIND[kind]]["params"].append(parameter)

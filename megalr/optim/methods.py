@@ -16,6 +16,7 @@ from megalr.optim.loro import LORO
 from megalr.optim.matrix import MatrixOptimizer
 from megalr.optim.muon import Muon, NorMuon
 from megalr.optim.options import option_names
+from megalr.optim.scale import SCALE
 from megalr.optim.sharded_optimizer import ShardedOptimizer
 from megalr.optim.spam import SPAM
 from megalr.optim.stable_spam import StableSPAM
@@ -126,6 +127,8 @@ def _completed(
     elif issubclass(rule, Muon):
         groups = split_targets(groups, None)
         marks["use_muon"] = True
+    elif rule is SCALE:
+        return _by_kind(groups)
     elif rule is LORO:  # the rank is that of the model's factors
         options.pop("rank")
         options["hidden_size"] = facts.hidden_size
@@ -135,6 +138,20 @@ def _completed(
         options["total_updates"] = facts.total_updates
     chosen = ("targets", "factors") if issubclass(rule, Muon) else ("targets",)
     return [{**g, **marks} if g["name"] in chosen else g for g in groups]
+
+
+def _by_kind(groups: Groups) -> Groups:
+    """The groups with the kinds of SCALE; a tied embedding is the head."""
+    kinds = {"embedding": "embedding", "head": "head", "sparse": "vectors", "vectors": "vectors"}
+    if not any(group["name"] == "head" for group in groups):
+        kinds["embedding"] = "head"
+    return [{**group, "kind": kinds.get(group["name"], "matrices")} for group in groups]
+
+
+def kinds_apart(optimizer: Any) -> tuple[str, ...]:
+    """Kinds of parameters that need groups of their own for the optimizer of a run."""
+    rule = OPTIMIZER_RULES.get(optimizer.name)
+    return () if rule is None else rule.apart
 
 
 METHOD_RULES: dict[str, type[ShardedOptimizer]] = {
@@ -150,6 +167,7 @@ OPTIMIZER_RULES: dict[str, type[ShardedOptimizer]] = {
     "stable_spam": StableSPAM,
     "muon": Muon,
     "normuon": NorMuon,
+    "scale": SCALE,
 }
 
 

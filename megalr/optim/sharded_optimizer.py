@@ -107,6 +107,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
     marks: ClassVar[dict[str, Any]] = {}
     """Options beyond those of the sections, or with another default: those that differ between the
     groups of a run or follow from it."""
+    apart: ClassVar[tuple[str, ...]] = ()
+    """Kinds of parameters (optim.groups) that need groups of their own in a run."""
     per_tensor_states: ClassVar[tuple[str, ...]] = ()
     """States with one number for each logical tensor of a flat storage, in the layout's order."""
 

@@ -296,3 +296,11 @@ def test_other_validation_data_are_refused(tmp_path: Path, value: str, message: 
     found = problems_of([write(tmp_path, MINIMAL)], [f"data.validation={value}"])
     assert "data.validation = " in found and message in found
     assert "\n" not in found
+
+
+def test_scale_has_no_moments_of_factors_to_reset(tmp_path: Path) -> None:
+    given = ["optimizer.name=scale", "restarts={every: 5, reset_scope: factors}"]
+    message = problems_of([write(tmp_path, MINIMAL)], given)
+    assert "restarts.reset_scope = 'factors': factors have no moments with optimizer" in message
+    config = load_run_config([write(tmp_path, MINIMAL)], [given[0], "restarts.every=5"])
+    assert config.optimizer.momentum == 0.9

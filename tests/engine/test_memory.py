@@ -47,6 +47,7 @@ def _state_of_target(name: str, m: int, n: int) -> int:
         "muon": m * n,
         "dion2": m * n,
         "normuon": m * n + m,
+        "scale": 0,
     }[name]
 
 
@@ -109,7 +110,7 @@ def test_state_and_masters_are_the_formulas_divided_over_ranks(
         "stable_spam": {**METHODS["stable_spam"], "method": {"name": "full_rank"}},
         **{
             name: {**METHODS[name], "method": {"name": "full_rank"}}
-            for name in ("muon", "dion2", "normuon")
+            for name in ("muon", "dion2", "normuon", "scale")
         },
     }.get(name) or METHODS.get(name, {})
     values = settings(tmp_path, tmp_path, **sections, model={"pad_multiple": 1})
@@ -117,7 +118,7 @@ def test_state_and_masters_are_the_formulas_divided_over_ranks(
 
     h, kv, mlp, vocab, layers = 48, 24, 83, 120, 2
     others = 2 * vocab * h + (2 * layers + 1) * h  # embedding, head, norms: Adam's two moments
-    expected = 2 * others
+    expected = 2 * others if name != "scale" else vocab * h + 2 * (2 * layers + 1) * h
     expected += layers * sum(_state_of_target(name, m, n) for m, n in _targets(h, kv, mlp))
     if (
         name == "stable_spam"

@@ -10,7 +10,7 @@ import torch
 from megalr.engine.state import attach_layouts
 from megalr.engine.wrappers import BF16, Unfused, Unwrapped, ZeRO3, ZeRO12, wrapper_of
 from megalr.errors import UserError
-from megalr.optim import SPAM, GaLore, StableSPAM
+from megalr.optim import SCALE, SPAM, GaLore, StableSPAM
 from megalr.sharding.exchange import assign_owners
 from megalr.sharding.fragment import LogicalTensor, share_fragments, slice_fragments, within
 from tests.optim import engines
@@ -36,6 +36,18 @@ def test_a_rank_that_holds_nothing_but_padding_takes_part():
     assert max(run_distributed(engines.stable_spam_on_slices, 3, 4, 7)) < 1e-6
 
 
+@pytest.mark.parametrize("kind", ["matrices", "embedding", "head"])
+def test_rows_that_slices_cut_are_normalized_as_whole_rows(kind):
+    """Rows in two and in three slices, slices of padding, rows that end with a slice."""
+    for size, shapes in (
+        (7, [(4, 5)]),
+        (3, [(1, 8)]),
+        (11, [(3, 4), (2, 10)]),
+        (9, [(2, 4), (1, 2)]),
+    ):
+        assert max(run_distributed(engines.scale_on_slices, 3, kind, size, shapes)) < 1e-14
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_resume_from_an_engine_checkpoint_is_bitwise(stage):
     methods = ALL if stage == 2 else ("spam", "fira", "loro")
@@ -53,6 +65,8 @@ def test_optimizer_state_is_divided_over_the_ranks(stage):
         "fira": low + len(shapes) + 2 * others,
         "apollo": sum(2 * max(s) * r + 1 for s in shapes) + 2 * others,
         "stable_spam": 2 * sum(a * b for a, b in shapes) + 2 * others,
+        "scale": 2 * 28,
+        "scale_head": sum(a * b for a, b in shapes) + 2 * 28,
     }
     for method, total in elements.items():
         ranks = run_distributed(engines.state_elements, 2, method, stage)
@@ -86,7 +100,12 @@ def test_tensor_parallelism_is_refused_where_whole_tensors_are_looked_at():
     mpu = SimpleNamespace(get_model_parallel_world_size=lambda: 2)
     weight = torch.nn.Parameter(torch.randn(6, 4))
     module = torch.nn.Module()
-    for optimizer in (GaLore([weight], rank=2), StableSPAM([weight]), SPAM([weight], density=0.5)):
+    for optimizer in (
+        GaLore([weight], rank=2),
+        StableSPAM([weight]),
+        SPAM([weight], density=0.5),
+        SCALE([weight]),
+    ):
         engine = SimpleNamespace(optimizer=optimizer, mpu=mpu, module=module)
         with pytest.raises(UserError, match="tensor parallelism over 2 ranks cuts them"):
             attach_layouts(engine)

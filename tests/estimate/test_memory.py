@@ -40,6 +40,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "muon": ({**METHODS["muon"], **FULL, "train": BF16}, zero(2)),
     "normuon": ({**METHODS["normuon"], **FULL, "train": BF16}, zero(2)),
+    "scale": ({**METHODS["scale"], **METHODS["sltrain"], "train": BF16}, zero(2)),
+    "scale, tied": (
+        {**METHODS["scale"], "train": BF16, "model": {"tie_embeddings": True}},
+        zero(1),
+    ),
     "galore, 8 bits": (
         {
             "method": {**METHODS["galore"]["method"], "state_bits": 8},

@@ -35,6 +35,17 @@ def _split(make, **options):
     return build
 
 
+def by_kind(model: nn.Module) -> list[dict[str, Any]]:
+    """The groups of SCALE."""
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    embedding, head = inner.embedding.weight, inner.head.weight
+    return [
+        {"params": [embedding], "kind": "embedding"},
+        {"params": [head], "kind": "head"},
+        {"params": [p for p in inner.parameters() if p is not embedding and p is not head]},
+    ]
+
+
 OPTIMIZERS = {
     "adamw": lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2),
     "adamw, transport": lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2),
@@ -56,6 +67,7 @@ OPTIMIZERS = {
     "muon": _split(lambda g: megalr.optim.Muon(g, lr=1e-2, ns_method="gram"), use_muon=True),
     "dion2": _split(lambda g: megalr.optim.Muon(g, lr=1e-2, fraction=0.4), use_muon=True),
     "normuon": _split(lambda g: megalr.optim.NorMuon(g, lr=1e-2), use_muon=True),
+    "scale": lambda m: megalr.optim.SCALE(by_kind(m), lr=1e-2),
     "loro": lambda m: megalr.optim.LORO(
         [*chain(*megalr.split_parameters(m))], lr=1e-2, hidden_size=12, exact_every=3
     ),

@@ -49,7 +49,7 @@ def test_elementwise_states_are_saved_together_and_loaded_on_another_number_of_r
     tmp_path,
 ) -> None:
     """torch.distributed.checkpoint writes one folder; two ranks save, three load."""
-    kinds = ["adamw", "spam", "stable_spam"]
+    kinds = ["adamw", "spam", "stable_spam", "scale"]
     for kind in kinds:
         run_distributed(parallel.save_together, 2, kind, str(tmp_path / kind))
     for result in run_distributed(parallel.continue_from, 3, kinds, str(tmp_path)):

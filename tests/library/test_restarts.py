@@ -18,6 +18,7 @@ from megalr.restarts.schedule import RestartSchedule
 from tests.hf.models import FAMILIES, lively
 from tests.hf.test_factorized import METHODS, load, sample, write
 from tests.library.models import batch, loss_of, net
+from tests.library.parallel import by_kind
 
 TARGETS = ["up", "down"]
 
@@ -53,6 +54,7 @@ OPTIMIZERS = {
     "galore": galore,
     "loro": lambda m: megalr.optim.LORO(m.parameters(), lr=1e-2, hidden_size=12, exact_every=3),
     "muon": muon_of_megalr,
+    "scale": lambda m: megalr.optim.SCALE(by_kind(m), lr=1e-2),
 }
 
 

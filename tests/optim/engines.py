@@ -15,6 +15,7 @@ from megalr.engine.state import attach_layouts
 from megalr.errors import UserError
 from megalr.optim import (
     LORO,
+    SCALE,
     SPAM,
     Apollo,
     ApolloMini,
@@ -50,9 +51,16 @@ METHODS = {
     "muon": lambda g: Muon(with_muon(g), lr=3e-3, adam_lr_ratio=0.3),
     "dion2": lambda g: Muon(with_muon(g), lr=3e-3, adam_lr_ratio=0.3, fraction=0.4),
     "normuon": lambda g: NorMuon(with_muon(g), lr=3e-3, adam_lr_ratio=0.3),
+    "scale": lambda g: SCALE(of_kinds(g, "embedding", "matrices"), lr=3e-3, weight_decay=0.1),
+    "scale_head": lambda g: SCALE(of_kinds(g, "matrices", "head"), lr=3e-3),
     "loro": lambda g: LORO(g, lr=3e-3, hidden_size=16, exact_every=GAP),
 }  # fmt: skip
-ELEMENTWISE = ("spam", "spam_sparse", "stable_spam")
+ELEMENTWISE = ("spam", "spam_sparse", "stable_spam", "scale", "scale_head")
+
+
+def of_kinds(groups, *kinds):
+    """SCALE's kinds for the embedding and the matrices."""
+    return [{**g, "kind": kind} for g, kind in zip(groups, (*kinds, "vectors"), strict=True)]
 
 
 def with_rank(groups, **options):
@@ -223,6 +231,40 @@ def stable_spam_on_slices(slice_size, numel):
         optimizer.step()
         reference.step()
     padded[:numel] = alone.detach()
+    return float((flat.detach() - padded.chunk(world)[rank]).abs().max())
+
+
+def scale_on_slices(kind, slice_size, shapes):
+    """Distance of this rank's slice of some matrices from a process that holds them alone."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    padded = torch.zeros(slice_size * world, dtype=torch.float64)
+    tensors, first = [], 0
+    for number, (m, n) in enumerate(shapes):
+        fragments = slice_fragments(m * n, first, slice_size, world)
+        tensors.append(LogicalTensor(str(number), (m, n), fragments))
+        first += m * n
+    padded[:first] = torch.linspace(-1, 1, first)
+    sizes = [m * n for m, n in shapes]
+
+    def whole(values):
+        return [v.view(s) for v, s in zip(values[:first].split(sizes), shapes, strict=True)]
+
+    alone = [nn.Parameter(part.clone()) for part in whole(padded)]
+    flat = nn.Parameter(padded.chunk(world)[rank].clone())
+    optimizer, reference = SCALE([flat], lr=0.1), SCALE(alone, lr=0.1, kind=kind)
+    optimizer.param_groups[0]["kind"] = kind
+    optimizer.attach_layouts(
+        {flat: FlatLayout(tuple(tensors), Ranks(rank, world, dist.group.WORLD))}
+    )
+    for update in range(4):
+        gradient = torch.zeros_like(padded)
+        gradient[:first] = torch.cos(torch.arange(first) * (update + 1.0)) * 10.0**update
+        flat.grad = gradient.chunk(world)[rank].clone()
+        for parameter, part in zip(alone, whole(gradient), strict=True):
+            parameter.grad = part.clone()
+        optimizer.step()
+        reference.step()
+    padded[:first] = torch.cat([parameter.detach().flatten() for parameter in alone])
     return float((flat.detach() - padded.chunk(world)[rank]).abs().max())
 
 

@@ -271,6 +271,22 @@ def stable_spam(
     return out
 
 
+def scale(w, grads, lr, kind, momentum=0.9, wd=0.0):
+    """Rows are outputs. An embedding is normalized per column, the head through its momentum."""
+    m, out = np.zeros_like(w), []
+    for g in grads:
+        if kind == "head":
+            m = momentum * m + (1 - momentum) * g
+            g = m
+        u = np.zeros_like(g)
+        for i, j in np.ndindex(*g.shape):
+            line = g[:, j] if kind == "embedding" else g[i]
+            u[i, j] = g[i, j] / max(math.sqrt((line * line).mean()), 1e-8)
+        w = (1 - lr * wd) * w - lr * u
+        out.append(w)
+    return out
+
+
 def loro_product(b, a, grads, lr, hidden, every, refresh_every, wd=0.0):
     """B A after each update: Riemannian steps with explicit m x n matrices."""
     rank = b.shape[1]

@@ -17,7 +17,7 @@ from megalr.errors import UserError
 from megalr.models.build import build_decoder
 from megalr.models.config import decoder_config
 from megalr.optim.groups import parameter_groups
-from megalr.optim.methods import RunFacts, build_optimizer
+from megalr.optim.methods import RunFacts, build_optimizer, kinds_apart
 from tests.optim.test_methods import METHODS, OPTIMIZERS
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "vocab_size": 64}
@@ -62,6 +62,7 @@ def test_every_parameter_gets_the_rate_and_the_decay_of_its_kind(case: int) -> N
         0.1,
         LearningRateRatios(**present),
         WeightDecayRatios(**{kind: 2 * ratio for kind, ratio in present.items()}),
+        kinds_apart(optimizer),
     )
     made = build_optimizer(optimizer, method, groups, FACTS)
     set_learning_rate(SimpleNamespace(optimizer=made), 0.02)
@@ -73,10 +74,10 @@ def test_every_parameter_gets_the_rate_and_the_decay_of_its_kind(case: int) -> N
             assert group["lr"] == 0.02 * ratio
             assert group["weight_decay"] == pytest.approx(0.1 * 2 * ratio)
     assert sorted(seen) == sorted(kinds)
-    plain = build_optimizer(
-        optimizer, method, parameter_groups(decoder, decoder.factor_parameters(), 0.1), FACTS
-    )
-    marks = ("rank", "density", "use_muon")
+    apart = kinds_apart(optimizer)
+    groups = parameter_groups(decoder, decoder.factor_parameters(), 0.1, apart=apart)
+    plain = build_optimizer(optimizer, method, groups, FACTS)
+    marks = ("rank", "density", "use_muon", "kind")
     options = [
         {id(p): [g.get(mark) for mark in marks] for g in each.param_groups for p in g["params"]}
         for each in (made, plain)

@@ -9,14 +9,25 @@ import torch
 
 from megalr.config import optimizers as config
 from megalr.config import projected
-from megalr.config.methods import FullRankMethod, LowRankMethod
+from megalr.config.methods import FullRankMethod, LowRankMethod, SLTrainMethod
 from megalr.errors import UserError
 from megalr.models.build import build_decoder
 from megalr.models.config import decoder_config
-from megalr.optim import SPAM, Apollo, ApolloMini, Fira, GaLore, GoLore, Muon, NorMuon, StableSPAM
+from megalr.optim import (
+    SCALE,
+    SPAM,
+    Apollo,
+    ApolloMini,
+    Fira,
+    GaLore,
+    GoLore,
+    Muon,
+    NorMuon,
+    StableSPAM,
+)
 from megalr.optim.groups import parameter_groups
 from megalr.optim.loro import exact_step
-from megalr.optim.methods import RunFacts, make_optimizer
+from megalr.optim.methods import RunFacts, kinds_apart, make_optimizer
 
 SIZES = {"hidden_size": 32, "intermediate_size": 43, "num_layers": 2, "vocab_size": 60}
 FACTS = RunFacts(total_updates=50, hidden_size=32, seed=7)
@@ -34,14 +45,15 @@ OPTIMIZERS = {
     StableSPAM: config.StableSPAMOptimizer(lr=0.01, weight_decay=0.2),
     Muon: config.MuonOptimizer(lr=0.01),
     NorMuon: config.NorMuonOptimizer(lr=0.01, fraction=0.5),
+    SCALE: config.SCALEOptimizer(lr=0.01),
 }
 
 
-def decoder_and_groups(method=None, decay=0.1):
-    sizes = decoder_config("llama_9m", {**SIZES, "pad_multiple": 16})
+def decoder_and_groups(method=None, decay=0.1, apart=(), **sizes):
+    sizes = decoder_config("llama_9m", {**SIZES, "pad_multiple": 16, **sizes})
     decoder = build_decoder(sizes, method or FullRankMethod(), 3)
     factors = [p for pair in decoder.factor_pairs() for p in (pair.a, pair.b)]
-    return decoder, parameter_groups(decoder, factors, decay)
+    return decoder, parameter_groups(decoder, factors, decay, apart=apart)
 
 
 def train(decoder, optimizer, updates):
@@ -79,13 +91,30 @@ def test_a_method_projects_the_target_matrices_and_nothing_else(kind):
 @pytest.mark.parametrize("weights", ["full_rank", "low_rank"])
 def test_an_optimizer_trains_full_and_factorized_weights(kind, weights):
     method = FullRankMethod() if weights == "full_rank" else LowRankMethod(rank=4, alpha=8.0)
-    decoder, groups = decoder_and_groups(method)
+    decoder, groups = decoder_and_groups(method, apart=kinds_apart(OPTIMIZERS[kind]))
     optimizer = make_optimizer(OPTIMIZERS[kind], method, groups, FACTS)
     assert type(optimizer) is kind
     losses = train(decoder, optimizer, 12)
     assert losses[-1] < losses[0]
     if kind is StableSPAM:
         assert optimizer.param_groups[0]["total_T"] == 50
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("method", [FullRankMethod(), SLTrainMethod(rank=4, density=0.1)])
+def test_scale_knows_the_kind_of_every_parameter(method, tied):
+    """A tied embedding is the output head; sparse values are no matrix and get Adam."""
+    apart = kinds_apart(OPTIMIZERS[SCALE])
+    decoder, groups = decoder_and_groups(method, apart=apart, tie_embeddings=tied)
+    optimizer = make_optimizer(OPTIMIZERS[SCALE], method, groups, FACTS)
+    kinds = {id(p): g["kind"] for g in optimizer.param_groups for p in g["params"]}
+    for name, parameter in decoder.named_parameters():
+        first, last = name.split(".")[0], name.rpartition(".")[2]
+        kind = "vectors" if last == "values" or parameter.dim() == 1 else "matrices"
+        kind = {"embedding": "head" if tied else "embedding", "head": "head"}.get(first, kind)
+        assert kinds[id(parameter)] == kind, name
+    losses = train(decoder, optimizer, 12)
+    assert losses[-1] < losses[0]
 
 
 def test_plain_adamw_is_left_to_the_caller():
@@ -96,7 +125,7 @@ def test_plain_adamw_is_left_to_the_caller():
 def test_padding_of_the_model_stays_zero_under_every_method():
     for method, optimizer in [*((m, ADAMW) for m in METHODS.values()),
                               *((FullRankMethod(), o) for o in OPTIMIZERS.values())]:  # fmt: skip
-        decoder, groups = decoder_and_groups()
+        decoder, groups = decoder_and_groups(apart=kinds_apart(optimizer))
         zero = {name: p == 0 for name, p in decoder.named_parameters()}
         assert sum(int(mask.sum()) for mask in zero.values()) > 500  # width 43 is stored as 48
         train(decoder, make_optimizer(optimizer, method, groups, FACTS), 7)

@@ -10,6 +10,7 @@ import torch
 from megalr.errors import UserError
 from megalr.optim import (
     LORO,
+    SCALE,
     SPAM,
     Apollo,
     ApolloMini,
@@ -28,6 +29,9 @@ MAKERS = {
     "spam": lambda p, **k: SPAM(p, update_gap=4, warmup_epoch=2, grad_accu_steps=1, **k),
     "spam_sparse": lambda p, **k: SPAM(p, update_gap=4, warmup_epoch=2, density=0.4, **k),
     "stable_spam": lambda p, **k: StableSPAM(p, update_gap=4, total_T=20, **k),
+    "scale": lambda p, **k: SCALE(p, **k),
+    "scale_embedding": lambda p, **k: SCALE(p, kind="embedding", **k),
+    "scale_head": lambda p, **k: SCALE(p, kind="head", **k),
     "galore": lambda p, **k: GaLore(p, **R, **k),
     "galore_full": lambda p, **k: GaLore(p, proj_type="full", **R, **k),
     "fira": lambda p, **k: Fira(p, **R, **k),
@@ -106,6 +110,8 @@ def test_state_sizes_are_those_of_the_memory_table():
         assert elements("stable_spam", shape) == 2 * 60 + 3
         assert elements("muon", shape) == elements("dion2", shape) == 60
         assert elements("normuon", shape) == elements("nordion2", shape) == 60 + shape[0]
+        assert elements("scale", shape) == elements("scale_embedding", shape) == 0
+        assert elements("scale_head", shape) == 60
 
 
 def test_sparse_spam_keeps_moments_of_the_mask_only_and_leaves_other_weights_alone():
@@ -127,7 +133,10 @@ def test_sparse_spam_keeps_moments_of_the_mask_only_and_leaves_other_weights_alo
     assert int((new != 0).sum()) == int(both.sum()) and not torch.equal(old_mask, state["mask"])
 
 
-@pytest.mark.parametrize("name", ["galore", "fira", "apollo", "golore", "stable_spam", "normuon"])
+@pytest.mark.parametrize(
+    "name",
+    ["galore", "fira", "apollo", "golore", "stable_spam", "normuon", "scale", "scale_embedding"],
+)
 def test_matrices_stacked_in_one_parameter_are_updated_as_separate_parameters(name):
     torch.manual_seed(1)
     shapes = [(6, 5), (3, 5), (8, 5)]  # right, left and right projections
@@ -290,6 +299,28 @@ def test_reset_zeroes_the_chosen_moments_and_reports_how_much(name):
     assert optimizer.state[tensors[1]]["step"] == 0
 
 
+def test_a_reset_zeroes_the_momentum_that_scale_has():
+    head, matrix, vector = (torch.nn.Parameter(torch.randn(s)) for s in ((5, 4), (3, 4), (6,)))
+    optimizer = SCALE([{"params": [head], "kind": "head"}, {"params": [matrix, vector]}])
+    train(optimizer, [head, matrix, vector], 3)
+    assert optimizer.reset_moments([matrix]) == (0, 20 + 2 * 6)
+    assert optimizer.state[head]["momentum_buffer"].any()
+    assert optimizer.reset_moments([head], counter="zero") == (20, 32)
+    assert optimizer.reset_moments(moments=["exp_avg_sq"]) == (6, 32)
+    assert not optimizer.state[head]["momentum_buffer"].any()
+    assert optimizer.state[vector]["exp_avg"].any() and optimizer.state[vector]["step"] == 3
+
+
+def test_scale_in_bfloat16_rounds_once():
+    weight, grad = torch.randn(9, 33).bfloat16(), torch.randn(9, 33).bfloat16()
+    parameter = torch.nn.Parameter(weight.clone())
+    parameter.grad = grad.clone()
+    SCALE([parameter], lr=0.1, state_dtype=torch.bfloat16).step()
+    exact = grad.double() / grad.double().square().mean(dim=1, keepdim=True).sqrt()
+    want = (weight.double() - 0.1 * exact).bfloat16()
+    assert torch.equal(parameter.detach(), want)
+
+
 BAD = [
     (lambda p: GaLore(p, rank=6), "rank 6 is out of range for tensor1 of shape (7, 5)"),
     (lambda p: GaLore(p, rank=0), "rank 0 is out of range"),
@@ -303,6 +334,8 @@ BAD = [
     (lambda p: SPAM(p, density=0.0), "density must be in (0, 1], got 0.0"),
     (lambda p: StableSPAM(p, gamma2=1.0), "gamma2 must be in [0, 1), got 1.0"),
     (lambda p: StableSPAM(p, total_T=0), "total_T must be >= 1 update"),
+    (lambda p: SCALE(p, kind="rows"), "kind must be one of matrices, embedding, head, vectors"),
+    (lambda p: SCALE(p, momentum=1.0), "momentum must be in [0, 1), got 1.0"),
     (lambda p: LORO(p, hidden_size=8, exact_every=0), "exact_every must be >= 1 update, got 0"),
     (lambda p: GaLore(p, lr=-1), "optimizer.lr must be >= 0, got -1"),
     (lambda p: GaLore(p, betas=(0.9, 1.0)), "optimizer.betas must be two numbers in [0, 1)"),

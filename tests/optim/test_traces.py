@@ -12,6 +12,7 @@ import torch
 
 from megalr.optim import (
     LORO,
+    SCALE,
     SPAM,
     Apollo,
     ApolloMini,
@@ -214,6 +215,26 @@ def test_stable_spam_follows_its_formula_with_and_without_the_accidents(compat, 
         w, grads, 0.01, gamma1, 0.99, 0.9, total, 0.4, gap, 0.1, compat == "published"
     )
     assert closest(ours, want) < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["matrices", "embedding", "head", None])
+@pytest.mark.parametrize("shape", [(7, 5), (1, 6), (6, 1)])
+def test_scale_divides_rows_or_columns_by_their_rms(kind, shape):
+    grads = [g * 30.0 ** (t % 3) for t, g in enumerate(oracle.gradients(8, *shape))]
+    grads[5][-1] = 0.0  # an output without gradient
+    w = oracle.weight(*shape)
+    ours = run(lambda p: SCALE(p, lr=0.02, kind=kind, momentum=0.7, weight_decay=0.3), w, grads)
+    assert closest(ours, oracle.scale(w, grads, 0.02, kind, 0.7, 0.3)) < 1e-12
+
+
+def test_scale_gives_vectors_adam_with_epsilon_outside_the_correction():
+    w, grads = oracle.weight(1, 9)[0], [g[0] for g in oracle.gradients(6, 1, 9)]
+    ours = run(lambda p: SCALE(p, lr=0.03, eps=1e-6), w, grads)
+    assert closest(ours, oracle.adam_h(w, grads, 0.03)) < 1e-12
+    table = oracle.weight(4, 9)
+    grads = oracle.gradients(6, 4, 9)
+    ours = run(lambda p: SCALE(p, lr=0.03, eps=1e-6, kind="vectors"), table, grads)
+    assert closest(ours, oracle.adam_h(table, grads, 0.03)) < 1e-12
 
 
 @pytest.mark.parametrize("shape", [(9, 6), (5, 8), (6, 6)])

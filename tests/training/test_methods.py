@@ -42,6 +42,7 @@ METHODS: dict[str, dict[str, dict]] = {
     "muon": {"optimizer": {"name": "muon"}},
     "dion2": {"optimizer": {"name": "muon", "fraction": 0.25}},
     "normuon": {"optimizer": {"name": "normuon"}},
+    "scale": {"optimizer": {"name": "scale", "lr": 0.003}},
 }
 
 
@@ -75,7 +76,7 @@ def test_three_ranks_give_the_losses_of_one_and_resume_bitwise(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["sltrain", "lora", "cola", "spam", "stable_spam"])
+@pytest.mark.parametrize("name", ["sltrain", "lora", "cola", "spam", "stable_spam", "scale"])
 def test_elementwise_methods_give_the_same_losses_under_zero_3(
     name: str, data: Path, tmp_path: Path
 ) -> None:
