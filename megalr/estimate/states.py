@@ -15,7 +15,7 @@ from megalr.config.schema import RunConfig
 from megalr.engine.config import is_unwrapped
 from megalr.estimate.tensors import TRAINED, Stored
 from megalr.models.config import round_up
-from megalr.optim.quantized import BLOCK, MINIMUM
+from megalr.optim.adam_h import BLOCK, MINIMUM
 from megalr.sharding.exchange import BUCKET_ELEMENTS
 
 ALLREDUCE_ELEMENTS = 500_000_000

@@ -37,7 +37,7 @@ class GaLore(MatrixOptimizer):
     State of a matrix of sizes s <= l (elements): s r + 2 l r (full: (m + n) r + 2 r^2).
     ``basis``: svd (the published full SVD), subspace (randomized iteration) or auto. ``limiter``:
     Fira's limiter on the update (off as published). ``state_bits=8`` keeps the moments of target
-    matrices in 8 bits (:mod:`megalr.optim.quantized`): 2 l r bytes and one scale per 256 elements.
+    matrices in 8 bits (:mod:`megalr.optim.adam_h`): 2 l r bytes and one scale per 256 elements.
     """
 
     declared = (AdamWOptimizer, GaLoreMethod)

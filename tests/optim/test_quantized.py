@@ -7,7 +7,7 @@ import io
 import torch
 
 from megalr.optim import GaLore
-from megalr.optim.quantized import BLOCK, decode, encode
+from megalr.optim.adam_h import BLOCK, decode, encode
 
 
 def test_codes_return_values_within_the_stated_error_and_keep_zero_and_maximum():
