@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-
 PIECE = 16 * 1024 * 1024
 BLOCK = 256
 """Elements that share the scale of 8-bit moments."""
