@@ -24,6 +24,7 @@ from megalr.engine.wrappers import wrapper_of
 from megalr.errors import UserError
 from megalr.models.build import build_decoder, make_plan, sizes_of
 from megalr.models.decoder import Decoder
+from megalr.models.drawing import Fill, hold, pieces
 from megalr.models.recompute import SELECTIVE
 from megalr.optim.groups import describe_groups, parameter_groups
 from megalr.optim.methods import RunFacts, build_optimizer, kinds_apart
@@ -76,8 +77,13 @@ def _prints_hidden(ds_config: dict[str, Any]) -> Iterator[None]:
         raise
 
 
-def build_engine(config: RunConfig, ds_config: dict[str, Any], decoder: Decoder) -> Any:
+def build_engine(
+    config: RunConfig, ds_config: dict[str, Any], decoder: Decoder, fill: Fill | None = None
+) -> Any:
     """DeepSpeed's engine with the run's optimizer.
+
+    ``fill``: at ZeRO 3, sets the weights of one piece of a decoder that is empty so far
+    (models.drawing); None: the decoder has its weights.
 
     Raises:
         UserError: a combination that cannot work (compilation or CUDA graphs with ZeRO-3, ...).
@@ -106,6 +112,8 @@ def build_engine(config: RunConfig, ds_config: dict[str, Any], decoder: Decoder)
     # DeepSpeed keeps the mesh of an earlier engine of this process and uses it when given none.
     deepspeed.utils.groups.mpu = None
     with _prints_hidden(ds_config):
+        if fill is not None:
+            _share_out(decoder, fill, ds_config)
         engine, _, _, _ = deepspeed.initialize(
             model=decoder,
             optimizer=optimizer,
@@ -129,6 +137,25 @@ def build_engine(config: RunConfig, ds_config: dict[str, Any], decoder: Decoder)
         graph = MicroBatchGraph(decoder, shape, consumed, config.data.document_mask)
     decoder.forward = ScaledLoss(decoder, graph)  # type: ignore[method-assign]
     return engine
+
+
+def _share_out(decoder: Decoder, fill: Fill, ds_config: dict[str, Any]) -> None:
+    """Fill an empty decoder piece by piece, each shared out over the ranks before the next.
+
+    As DeepSpeed's ``initialize`` shares out a decoder that is whole on every rank; it passes over
+    parameters that are shared out already.
+    """
+    from deepspeed import zero
+
+    first, *others = pieces(decoder)
+    hold(first)
+    fill(first)
+    shared_out: Any = decoder.embedding.weight
+    zero.Init(module=first, dtype=shared_out.dtype, config_dict_or_path=ds_config)
+    for piece in others:
+        hold(piece)
+        fill(piece)
+        shared_out.convert_to_zero_parameters(param_list=list(piece.parameters()))
 
 
 def _optimizer_of(config: RunConfig, decoder: Decoder) -> torch.optim.Optimizer:

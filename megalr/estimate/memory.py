@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from megalr.config.schema import RunConfig
 from megalr.engine.config import resolve_deepspeed_config
 from megalr.errors import UserError
-from megalr.estimate.activations import ActivationBytes, Shape, activation_bytes, kernels_of
+from megalr.estimate.activations import (
+    LIBRARIES,
+    ActivationBytes,
+    Shape,
+    activation_bytes,
+    kernels_of,
+)
 from megalr.estimate.states import StateBytes, state_bytes
-from megalr.estimate.tensors import Stored, plan_of, stored_tensors
+from megalr.estimate.tensors import Stored, drawing_bytes, plan_of, stored_tensors
 from megalr.models.build import sizes_of
 from megalr.models.config import DecoderConfig
 
 GIB = 2**30
+
+RESERVED = 0.15
+"""Share of the peak that a GPU reserved more than this at most, over all recorded runs without
+restarts (tests/estimate/test_recorded.py, benchmarks/lab/memory.md)."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +38,7 @@ class MemoryEstimate:
         accumulation: micro-batches per update.
         graphs: whether forward and backward run as a CUDA graph, which keeps its memory pool.
         embedding: gradients of the embedding tables, computed after those of all blocks.
+        gpus: ranks of the run.
     """
 
     states: StateBytes
@@ -34,17 +46,12 @@ class MemoryEstimate:
     accumulation: int
     graphs: bool
     embedding: int
+    gpus: int
 
     @property
     def fixed(self) -> int:
         """Bytes that stay allocated from the first update on."""
-        s = self.states
-        return s.weights + s.frozen + s.masters + s.gradients + s.moments + s.buckets
-
-    @property
-    def micro_batch(self) -> int:
-        """Bytes of forward and backward."""
-        return self.activations.kept + self.activations.work
+        return sum(self._fixed_parts().values())
 
     @property
     def graph(self) -> int:
@@ -56,62 +63,112 @@ class MemoryEstimate:
         gradients, under ZeRO 2 as well, and a second copy exists outside it where gradients
         accumulate in ``.grad``.
         """
+        return sum(self._graph_parts().values())
+
+    def _fixed_parts(self) -> dict[str, int]:
+        s = self.states
+        return {
+            "weights": s.weights,
+            "frozen weights, positions": s.frozen,
+            "master weights": s.masters,
+            "gradients, accumulated": s.gradients,
+            "optimizer state": s.moments,
+            "communication buffers": s.buckets,
+        }
+
+    def _work_parts(self) -> dict[str, int]:
+        work = self.activations.work - LIBRARIES
+        return {"head, backward of a block": work, "work space of libraries": LIBRARIES}
+
+    def _graph_parts(self) -> dict[str, int]:
         s, a = self.states, self.activations
         adds_up = self.accumulation > 1 and s.wrapper != "BF16_Optimizer"
         beside = s.weights - self.embedding if a.again else 0
-        backward = max(a.kept + beside, s.weights)
-        return backward + a.work + (s.weights if adds_up else 0)
+        return {
+            "activations kept": a.kept,
+            "gradients beside activations": max(a.kept + beside, s.weights) - a.kept,
+            **self._work_parts(),
+            "gradients outside the graph": s.weights if adds_up else 0,
+        }
 
-    @property
-    def reserved_at_start(self) -> int:
-        """Bytes that the allocator has reserved before the first update while memory is plentiful.
+    def moments(self) -> dict[str, dict[str, int]]:
+        """Bytes by part at each moment that can be the peak; parts of 0 bytes included.
 
-        The float32 weights of the initialization are free by then, but fragmented, so activations
-        cannot use that memory; it stays reserved until the graph capture empties the cache (a full
-        device would do the same). A run needs :attr:`peak` only.
+        Activations and the temporary copies of the update do not exist together, except under a
+        CUDA graph, whose memory stays; there the peak is the reserved memory.
         """
-        s = self.states
-        return self.fixed - s.moments + self.graph + s.drawn
+        s, a = self.states, self.activations
+        weights = {"weights": s.weights, "frozen weights, positions": s.frozen}
+        start = {**weights, "a piece as it is drawn": s.start}
+        if self.graphs:
+            update = {
+                **self._fixed_parts(),
+                **self._graph_parts(),
+                "copies of the update": s.update,
+            }
+            return {"in the update": update, "at the start": start}
+        # The first micro-batch starts without gradients; later ones find them.
+        before = s.step_gradients if self.accumulation > 1 else 0
+        beside = max(0, s.step_gradients - before - a.kept)
+        backward = {
+            "activations kept": a.kept,
+            "gradients of earlier micro-batches": before,
+            "gradients beside activations": beside,
+            **self._work_parts(),
+        }
+        update = {"gradients": s.step_gradients, "copies of the update": s.update}
+        return {
+            "in forward and backward": {**self._fixed_parts(), **backward},
+            "in the update": {**self._fixed_parts(), **update},
+            "at the start": start,
+        }
+
+    def peak_parts(self) -> tuple[str, dict[str, int]]:
+        """The moment of the peak, and its parts in bytes, which add up to :attr:`peak`."""
+        moments = self.moments()
+        name = max(moments, key=lambda moment: sum(moments[moment].values()))
+        return name, {part: size for part, size in moments[name].items() if size}
 
     @property
     def peak(self) -> int:
-        """Largest number of bytes allocated at one time.
+        """Largest number of bytes allocated at one time; ``peak_memory_gib`` in metrics.jsonl."""
+        return sum(self.peak_parts()[1].values())
 
-        Activations and the temporary copies of the update do not exist together, except under a
-        CUDA graph; there the peak is the reserved memory, ``peak_memory_gib`` in metrics.jsonl.
-        With ZeRO on many ranks it can be the initialization, which draws the whole model in float32
-        on every rank.
-        """
-        s = self.states
-        if self.graphs:
-            return max(self.fixed + self.graph + s.update, s.drawn)
-        # The first micro-batch starts without gradients; later ones find them.
-        before = s.step_gradients if self.accumulation > 1 else 0
-        growing = max(self.activations.kept, s.step_gradients - before) + self.activations.work
-        return max(self.fixed + max(before + growing, s.step_gradients + s.update), s.drawn)
+    @property
+    def needed(self) -> int:
+        """Bytes that a GPU should have: the peak and the error bound, CUDA, NCCL."""
+        return self.peak + self.bound + self.outside
+
+    @property
+    def bound(self) -> int:
+        """Bytes that a GPU may reserve beyond the peak: ``RESERVED`` of it."""
+        return math.ceil(RESERVED * self.peak)
+
+    @property
+    def outside(self) -> int:
+        """Bytes outside of PyTorch's allocator, a rule of thumb: the CUDA context, and NCCL."""
+        return GIB if self.gpus == 1 else 2 * GIB
 
     def table(self) -> str:
-        """Lines of ``name  GiB``, the total last."""
-        s, a = self.states, self.activations
-        rows = [
-            ("weights", s.weights),
-            ("frozen weights, positions", s.frozen),
-            ("master weights", s.masters),
-            ("gradients, accumulated", s.gradients),
-            ("gradients of a micro-batch", s.step_gradients),
-            ("optimizer state", s.moments),
-            ("communication buffers", s.buckets),
-            ("activations kept", a.kept),
-            ("head, backward of a block", a.work),
-            ("update: copies, directions", s.update),
+        """Lines of ``name  GiB``: parts that add up to the peak as printed, and what it needs."""
+        moment, parts = self.peak_parts()
+        rows = list(parts.items())
+        lines, total, shown = [], 0, 0
+        for name, size in rows:
+            # A row is the step of the rounded sums, so that the printed rows add up.
+            total, before = total + size, shown
+            shown = round(1000 * total / GIB)
+            lines.append(f"{name:<40}{(shown - before) / 1000:10.3f}")
+        more = f"error bound, {RESERVED:.0%} of the peak"
+        lines += [
+            "-" * 50,
+            f"{'peak':<40}{shown / 1000:10.3f}  {moment}",
+            f"{more:<40}{self.bound / GIB:10.3f}  allocator's fragments, as recorded",
+            f"{'outside of PyTorch':<40}{self.outside / GIB:10.3f}  CUDA context, NCCL",
+            f"{'a GPU should have':<40}{self.needed / GIB:10.3f}",
         ]
-        lines = [f"{name:<32}{size / GIB:10.3f}" for name, size in rows if size]
-        how = "activations and the update's copies are not there together"
-        if self.graphs:
-            how = "gradients take the place of activations"
-        lines += ["-" * 42, f"{'peak, GiB':<32}{self.peak / GIB:10.3f}  ({how})"]
-        if s.on_host:
-            lines.append(f"{'in host memory, GiB':<32}{s.on_host / GIB:10.3f}")
+        if self.states.on_host:
+            lines.append(f"{'in host memory':<40}{self.states.on_host / GIB:10.3f}")
         return "\n".join(lines)
 
 
@@ -159,11 +216,19 @@ def estimate_memory(
         masked=config.data.sequence_length if config.data.document_mask else 0,
     )
     return MemoryEstimate(
-        state_bytes(config, ds_config, tensors, sizes.num_layers, data_size),
+        state_bytes(
+            config,
+            ds_config,
+            tensors,
+            sizes.num_layers,
+            data_size,
+            drawing_bytes(sizes, config.method, plan),
+        ),
         activation_bytes(sizes, config.method, plan, shape),
         ds_config["gradient_accumulation_steps"],
         config.train.cuda_graphs,
         shape.element * _table_numbers(sizes, tensors),
+        gpus,
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from megalr.config.schema import RunConfig
 from megalr.engine.config import is_unwrapped
-from megalr.estimate.tensors import TRAINED, Stored
+from megalr.estimate.tensors import TRAINED, Stored, piece_of
 from megalr.models.config import round_up
 from megalr.optim.adam_h import BLOCK, MINIMUM
 from megalr.sharding.exchange import BUCKET_ELEMENTS
@@ -46,7 +46,8 @@ class StateBytes:
         step_gradients: ``.grad`` of the parameters, written by backward; with several micro-batches
             they stay until the update.
         update: temporary memory while the engine reduces gradients and steps.
-        drawn: the whole model in float32, as initialized before the engine makes its copies.
+        start: beside the weights that stay, what exists at most while the weights are drawn: a
+            matrix in float32, at ZeRO 3 also a piece of the model that is not shared out yet.
         on_host: bytes of masters, gradients and moments in host memory (offload); not counted in
             the fields above.
     """
@@ -60,7 +61,7 @@ class StateBytes:
     buckets: int
     step_gradients: int
     update: int
-    drawn: int
+    start: int
     on_host: int = 0
 
 
@@ -123,8 +124,9 @@ def state_bytes(
     tensors: list[Stored],
     layers: int,
     data_size: int,
+    drawing: dict[str, int],
 ) -> StateBytes:
-    """Bytes on one of ``data_size`` data-parallel ranks.
+    """Bytes on one of ``data_size`` data-parallel ranks; ``drawing`` from tensors.drawing_bytes.
 
     Matrix optimizers keep the states of a matrix on one rank: their moments are the average.
     """
@@ -185,9 +187,18 @@ def state_bytes(
         buckets,
         step,
         update,
-        4 * total + _frozen(tensors, layers, 4, 1),
+        _start(tensors, weight if stage == 3 else 0, drawing),
         host,
     )
+
+
+def _start(tensors: list[Stored], whole: int, drawing: dict[str, int]) -> int:
+    """Largest temporary memory of a piece while it is drawn; ``whole``: bytes of each of its
+    elements that come on top of those that stay."""
+    sizes = dict.fromkeys(drawing, 0)
+    for tensor in tensors:
+        sizes[piece_of(tensor)] += tensor.numel if tensor.group != "indices" else 0
+    return max(drawing[piece] + whole * size for piece, size in sizes.items())
 
 
 def _splits_targets(config: RunConfig) -> bool:
@@ -244,14 +255,13 @@ def _gradient_bytes(
     group = max(flat.values())
     if wrapper == "BF16_Optimizer":
         # With several micro-batches a group's gradients are gathered in bf16 before they are added,
-        # and a single rank rounds a group's sums. Several ranks reduce buckets of whole flat
-        # groups: a float32 copy and one in bf16.
+        # and a single rank rounds a group's sums. Several ranks reduce buckets of whole groups.
         gathered = weight * group if size.accumulation > 1 else 0
         return (
             added * held,
             0,
             weight * held,
-            gathered if alone else (added + 2) * _largest_bucket(flat),
+            gathered if alone else _reduced(flat, added),
         )
     stage, bucket = zero["stage"], int(zero["reduce_bucket_size"])
     copies = 2 if zero["overlap_comm"] and stage < 3 else 1
@@ -270,15 +280,18 @@ def _gradient_bytes(
     return added * share, weight * bucket, 0, size.master * share
 
 
-def _largest_bucket(flat: dict[str, int]) -> int:
-    """Elements of the largest bucket of flat groups that DeepSpeed's plain all-reduce makes."""
-    largest = current = 0
-    for size in flat.values():
-        current += size
-        largest = max(largest, current)
-        if current > ALLREDUCE_ELEMENTS:
-            current = 0
-    return largest
+def _reduced(flat: dict[str, int], added: int) -> int:
+    """Bytes of the copies that DeepSpeed's plain all-reduce of flat groups makes of one bucket.
+
+    A bucket is converted to bf16; one of several groups is flattened before.
+    """
+    most = groups = elements = 0
+    for number, size in enumerate(flat.values(), 1):
+        groups, elements = groups + 1, elements + size
+        if elements > ALLREDUCE_ELEMENTS or number == len(flat):
+            most = max(most, (2 if groups == 1 else added + 2) * elements)
+            groups = elements = 0
+    return most
 
 
 def _gathered(tensors: list[Stored], zero: dict[str, Any], weight: int) -> int:

@@ -161,6 +161,68 @@ def _stored_of_group(group: MatrixGroup, method: Any, plan: Plan) -> Iterator[St
         yield Stored(f"{group.name}.support", math.ceil(entries), "indices", True)
 
 
+def piece_of(tensor: Stored) -> str:
+    """The piece of the decoder (models.drawing) that a tensor belongs to."""
+    return "block" if tensor.block else tensor.name.partition(".")[0]
+
+
+def drawing_bytes(sizes: DecoderConfig, method: Any, plan: Plan = SINGLE) -> dict[str, int]:
+    """Bytes of the float32 numbers that exist at one time while a piece is drawn, by piece.
+
+    Whole matrices on every tensor-parallel rank, beside the parameters themselves.
+    """
+    h, table = sizes.hidden_size, 4 * sizes.vocab_size * sizes.hidden_size
+    block = max(_drawn_at_once(g, method, plan) for g in matrix_groups(sizes, method, plan))
+    found = {"embedding": table, "block": block, "norm": 0}
+    if sizes.position_rows:
+        found["positions"] = 4 * sizes.position_rows * h
+    return found if sizes.tie_embeddings else found | {"head": table}
+
+
+def _drawn_at_once(group: MatrixGroup, method: Any, plan: Plan) -> int:
+    dense = 4 * max(m * n for m, n in group.used)
+    if not group.factorized or method.name in DENSE_INSIDE:
+        return dense
+    r = method.rank
+    if method.name == "sltrain":
+        # One factor and the values of all matrices; of this rank's values a copy and int64 indices.
+        entries = sum(int(method.density * m * n) for m, n in group.used)
+        mine = math.ceil(entries / plan.mesh.tensor_size)
+        return 4 * max(r * n for _, n in group.used) + 4 * entries + 12 * mine
+    return 4 * max(r * (m + n) for m, n in group.used)
+
+
+def parameter_counts(sizes: DecoderConfig, method: Any) -> dict[str, int]:
+    """Parameters of the whole model by kind, without padding; a tied head is in the embedding.
+
+    ``factors`` and SLTrain's ``sparse values``, ``matrices`` stored whole, those ``frozen`` among
+    them apart; kinds of which there are none are left out.
+    """
+    h, layers = sizes.hidden_size, sizes.num_layers
+    counts = {"embedding": sizes.vocab_size * h}
+    counts["positions"] = sizes.position_rows * h
+    counts["head"] = 0 if sizes.tie_embeddings else sizes.vocab_size * h
+    kinds = {"factors": 0, "sparse values": 0, "frozen matrices": 0, "matrices": 0}
+    biases = 0
+    for group in matrix_groups(sizes, method, SINGLE):
+        dense = sum(m * n for m, n in group.used)
+        if group.factorized:
+            kinds["factors"] += method.rank * sum(m + n for m, n in group.used)
+            if method.name in DENSE_INSIDE:
+                kinds["frozen matrices"] += dense
+            if method.name == "sltrain":
+                kinds["sparse values"] += sum(int(method.density * m * n) for m, n in group.used)
+        else:
+            kinds["matrices"] += dense
+        if sizes.attention_bias if group.name == "qkv" else sizes.output_bias:
+            biases += sum(m for m, _ in group.used)
+    counts |= {kind: layers * number for kind, number in kinds.items()}
+    vectors = 1 if sizes.norm == "rmsnorm" else 2  # LayerNorm has a bias
+    norms = (2 * layers + 1) * vectors * h + layers * sum(sizes.qk_norm_widths)
+    counts["norms, biases"] = norms + layers * biases
+    return {kind: number for kind, number in counts.items() if number}
+
+
 def count(tensors: list[Stored], layers: int, *groups: str) -> int:
     """Elements of all tensors of these groups, blocks counted ``layers`` times."""
     return sum(t.numel * (layers if t.block else 1) for t in tensors if t.group in groups)

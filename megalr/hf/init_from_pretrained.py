@@ -6,8 +6,11 @@ run's own folder: the sizes in config.yaml and the sparse supports that SLTrain 
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +53,7 @@ from megalr.models.build import (
 )
 from megalr.models.config import decoder_config
 from megalr.models.decoder import Decoder
+from megalr.models.drawing import Fill, draw_piece
 from megalr.preprocessing.compare_tokenizers import tokenizer_difference
 from megalr.preprocessing.tokenizer import holds_tokenizer, open_tokenizer
 from megalr.run.folder import CONFIG
@@ -97,36 +101,45 @@ class Imported:
 
 
 def initial_model(
-    config: RunConfig, device: torch.device, mesh: Mesh, saved_in: Path | None
-) -> tuple[Decoder, Imported | None]:
+    config: RunConfig,
+    device: torch.device,
+    mesh: Mesh,
+    saved_in: Path | None,
+    empty: bool = False,
+) -> tuple[Decoder, Imported | None, Fill | None]:
     """This rank's shard of the initial decoder, and the import's result if there was one.
 
     Collective. With ``saved_in``, the folder of a run, the weights will come from its checkpoint
-    and nothing is imported.
+    and nothing is imported. With ``empty`` the matrices have no memory yet, and what fills them is
+    the third result (models.drawing).
 
     Raises:
         UserError: a method, rank or layout that does not fit the model, or a pretrained model that
             cannot be read.
     """
-    if config.model.from_pretrained is None:
-        return build_model(config, device, mesh), None
-    if saved_in is not None:
-        supports = run_on_all(lambda: read_supports(config, saved_in))
-        return build_model(config, device, mesh, supports), None
+    if config.model.from_pretrained is None or saved_in is not None:
+        supports = None
+        if saved_in is not None:
+            supports = run_on_all(lambda: read_supports(config, saved_in))
+        decoder = build_model(config, device, mesh, supports, empty=empty)
+        seed = config.run.seed
+        return decoder, None, partial(draw_piece, decoder, seed=seed) if empty else None
     folder = Path(config.model.from_pretrained)
     run_on_all(lambda: open_weights(folder, sizes_of(config)))  # before memory is allocated
     difference = run_on_rank0(lambda: check_same_function(folder, sizes_of(config)))
     if is_rank0():
         print(f"{folder}: logits agree with transformers to {difference:.1e}", flush=True)
-    if mesh.tensor_size == 1:
+    if mesh.tensor_size == 1 and not empty:
         decoder = build_model(config, device)
-        return decoder, import_weights(folder, decoder, device)
+        return decoder, import_weights(folder, decoder, device), None
     # A GPU may not have room for the whole model: assemble it on the CPU, then shard it.
     whole = build_model(config, torch.device("cpu"))
     imported = import_weights(folder, whole, device)
-    decoder = build_model(config, device, mesh, imported.supports)
+    decoder = build_model(config, device, mesh, imported.supports, empty=empty)
+    if empty:
+        return decoder, imported, lambda piece: load_shard(decoder, whole, piece)
     load_shard(decoder, whole)
-    return decoder, imported
+    return decoder, imported, None
 
 
 def with_pretrained_sizes(config: RunConfig) -> RunConfig:
@@ -233,7 +246,8 @@ def import_weights(folder: Path, decoder: Decoder, device: torch.device) -> Impo
         owner = number % world
         if failure is None and (not shared or owner == rank):
             try:
-                errors |= load_linear(layer, names, weights, device)
+                with _in_float32(layer):
+                    errors |= load_linear(layer, names, weights, device)
             except UserError as error:
                 failure = error
         if shared and world > 1:
@@ -284,6 +298,15 @@ def _checked_weights(decoder: Decoder, folder: Path) -> Weights:
     return weights
 
 
+@contextlib.contextmanager
+def _in_float32(layer: GroupedLinear) -> Iterator[None]:
+    """Inside, the layer's parameters are float32; afterwards rounded to the dtype they had."""
+    dtype = next(layer.parameters()).dtype
+    layer.float()
+    yield
+    layer.to(dtype)
+
+
 def _broadcast(layer: GroupedLinear, owner: int, device: torch.device) -> None:
     """Broadcast a layer's tensors from its owner."""
     for tensor in (*layer.parameters(), *layer.buffers()):
@@ -304,12 +327,17 @@ def _supports_of(decoder: Decoder) -> SparseIndices | None:
 
 
 @torch.no_grad()
-def load_shard(decoder: nn.Module, whole: nn.Module) -> None:
-    """Copy this rank's tensor-parallel shard from the unsharded decoder ``whole``."""
+def load_shard(decoder: nn.Module, whole: nn.Module, piece: nn.Module | None = None) -> None:
+    """Copy this rank's tensor-parallel shard from the unsharded decoder ``whole``.
+
+    ``piece``: the part of the decoder to fill; None: all of it.
+    """
     full = dict(whole.named_parameters())
+    wanted = set((piece or decoder).parameters())
     for name, parameter in decoder.named_parameters():
-        shard = shard_of(parameter)
-        parameter.copy_(full[name] if shard is None else shard.take(full[name]))
+        if parameter in wanted:
+            shard = shard_of(parameter)
+            parameter.copy_(full[name] if shard is None else shard.take(full[name]))
 
 
 def write_supports(folder: Path, supports: SparseIndices | None) -> None:

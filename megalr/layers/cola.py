@@ -46,6 +46,7 @@ class CoLALinear(BottleneckLinear):
             a.normal_(0.0, sigma, generator=named_generator(seed, f"{name}.A", device))
             b.normal_(0.0, sigma, generator=named_generator(seed, f"{name}.B", device))
             self.load_factors(index, a, b)
+            del a, b  # before the next ones are allocated
 
     def factor_pairs(self) -> list[FactorPair]:
         """None: the product of the factors is not the function of the layer."""

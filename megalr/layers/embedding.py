@@ -79,4 +79,4 @@ def init_rows(
     whole = torch.empty(used, weight.shape[1], device=weight.device)
     whole.normal_(0.0, std, generator=generator)
     mine = whole[start : start + weight.shape[0]]
-    weight[: mine.shape[0]] = mine.to(weight)
+    weight[: mine.shape[0]].copy_(mine)  # rounds without a copy in between

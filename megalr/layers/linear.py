@@ -117,6 +117,7 @@ class GroupedLinear(nn.Module, ABC):
             draw = torch.empty(self.shape.out_used[index], self.shape.in_used, device=device)
             draw.normal_(0.0, std, generator=named_generator(seed, name, device))
             self.load_dense(index, draw)
+            del draw  # before the next one is allocated
 
     def factor_pairs(self) -> list[FactorPair]:
         """The factorized matrices of this layer; none for a dense layer."""
@@ -183,7 +184,7 @@ class DenseLinear(GroupedLinear):
     def load_dense(self, index: int, weight: torch.Tensor) -> None:
         """Set W_index to the whole ``weight (m, n)``."""
         part = self.local_part(index, weight)
-        self.weight[self.used_rows(index), self.used_columns()] = part.to(self.weight)
+        self.weight[self.used_rows(index), self.used_columns()].copy_(part)
 
     def weight_count(self) -> int:
         """n m_i for each matrix."""
@@ -378,3 +379,4 @@ class LowRankLinear(BottleneckLinear):
                 draw_a.normal_(0.0, math.sqrt(spread) * ratio, generator=gen_a)
                 draw_b.normal_(0.0, math.sqrt(spread) / ratio, generator=gen_b)
             self.load_factors(index, draw_a, draw_b)
+            del draw_a, draw_b  # before the next ones are allocated

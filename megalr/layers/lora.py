@@ -63,6 +63,7 @@ class LoRALinear(FactorizedLinear):
             rows.uniform_(-1 / math.sqrt(n), 1 / math.sqrt(n), generator=generator)
             local = values[index * self.rank : (index + 1) * self.rank, self.used_columns()]
             local.copy_(rows[:, self.shape.local_columns()])
+            del rows  # before the next ones are allocated
         return values
 
     @torch.no_grad()
@@ -86,7 +87,7 @@ class LoRALinear(FactorizedLinear):
     def load_dense(self, index: int, weight: torch.Tensor) -> None:
         """Set W0 to ``weight`` and B to zero."""
         part = self.local_part(index, weight)
-        self.weight[self.used_rows(index), self.used_columns()] = part.to(self.weight)
+        self.weight[self.used_rows(index), self.used_columns()].copy_(part)
         _, b = self.used_factors(index)
         b.zero_()
 

@@ -5,7 +5,8 @@ The only file of models/ and layers/ that knows methods by name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -27,6 +28,7 @@ from megalr.layers.sltrain import SLTrainLinear
 from megalr.models.attention import MakeLinear
 from megalr.models.config import DecoderConfig, decoder_config
 from megalr.models.decoder import Decoder
+from megalr.models.drawing import draw, release
 from megalr.models.flops import parameter_count
 from megalr.models.recompute import FOR_FACTORS
 from megalr.tensor_parallel.mesh import ONE_RANK, Mesh
@@ -243,8 +245,10 @@ def build_decoder(
     plan: Plan = SINGLE,
     sparse_indices: SparseIndices | None = None,
     initialize: bool = True,
+    dtype: torch.dtype = torch.float32,
+    empty: bool = False,
 ) -> Decoder:
-    """A decoder in float32 on the default device with weights drawn from ``seed``.
+    """A decoder on the default device with weights drawn from ``seed``.
 
     The whole weights, over all ranks of ``plan``, do not depend on the plan.
 
@@ -256,13 +260,18 @@ def build_decoder(
         plan: how the weights are sharded.
         sparse_indices: SLTrain's sparse positions instead of drawn ones.
         initialize: False leaves the weights uninitialized (on device meta, for example).
+        dtype: of the weights, which are drawn in float32 and rounded matrix by matrix.
+        empty: leave the matrices without memory, for models.drawing to fill.
 
     Raises:
         UserError: rank, targets or plan do not fit the model; ``recompute`` is mlp or bottleneck
             and some matrix is not just its factors; or it is elementwise for LoRA.
     """
     check_plan(config, method, plan)
-    decoder = Decoder(config, make_linear_of(method, seed, sparse_indices), recompute, plan)
+    make_linear = make_linear_of(method, seed, sparse_indices)
+    with _parameters_of(dtype):
+        made = release if empty else None
+        decoder = Decoder(config, make_linear, recompute, plan, made)
     if recompute in FOR_FACTORS:
         _check_bottlenecks(decoder, method, recompute)
     if recompute == "elementwise" and method.name in ("lora", "relora"):
@@ -270,9 +279,20 @@ def build_decoder(
             f"train.activation_checkpointing elementwise keeps both products of a {method.name} "
             "layer, more than none does: use none or full"
         )
-    if initialize:
-        decoder.reset_parameters(seed)
+    if initialize and not empty:
+        draw(decoder, seed)
     return decoder
+
+
+@contextlib.contextmanager
+def _parameters_of(dtype: torch.dtype) -> Iterator[None]:
+    """Modules built inside have parameters of ``dtype``."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _check_bottlenecks(decoder: Decoder, method: Any, recompute: str) -> None:
@@ -291,19 +311,25 @@ def build_model(
     device: torch.device,
     mesh: Mesh = ONE_RANK,
     sparse_indices: SparseIndices | None = None,
+    dtype: torch.dtype | None = None,
+    empty: bool = False,
 ) -> Decoder:
-    """This rank's shard of the run's decoder on ``device``, float32, drawn from ``run.seed``.
+    """This rank's shard of the run's decoder on ``device``, drawn from ``run.seed``.
 
     Args:
         config: the run's configuration, with all sizes of the model.
         device: where the weights are allocated.
         mesh: the tensor-parallel ranks.
         sparse_indices: SLTrain's sparse positions instead of drawn ones.
+        dtype: of the weights; None: the one that the run computes in. Every engine makes its
+            float32 masters from weights rounded to that, so nothing else is lost.
+        empty: as for :func:`build_decoder`.
 
     Raises:
         UserError: a method, rank or layout that does not fit the model.
     """
     sizes = sizes_of(config)
+    computes_in = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
     plan = make_plan(sizes, config.method, mesh, config.parallel.layout)
     with device:
         decoder = build_decoder(
@@ -313,6 +339,8 @@ def build_model(
             recompute=config.train.activation_checkpointing,
             plan=plan,
             sparse_indices=sparse_indices,
+            dtype=dtype or computes_in,
+            empty=empty,
         )
     return decoder
 

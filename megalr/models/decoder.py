@@ -35,7 +35,7 @@ from megalr.kernels.document_mask import (
 )
 from megalr.kernels.norm import add_norm, add_norm_applies
 from megalr.layers.deferred import DeferredRMSNorm, DeferredSwiGLU, values_of
-from megalr.layers.embedding import Embedding, init_rows
+from megalr.layers.embedding import Embedding
 from megalr.layers.factors import FactorPair, LinearShape
 from megalr.layers.head import Head
 from megalr.layers.linear import (
@@ -223,6 +223,7 @@ class Decoder(nn.Module):
         make_linear: builds the linear layer of a group of matrices, and thereby chooses the method.
         recompute: level of activation checkpointing, one of models.recompute.LEVELS.
         plan: which shard of the weights this rank holds; the default is all of them.
+        made: called with each piece (models.drawing) as soon as it is built.
     """
 
     def __init__(
@@ -231,20 +232,29 @@ class Decoder(nn.Module):
         make_linear: MakeLinear,
         recompute: str = "none",
         plan: Plan = SINGLE,
+        made: Callable[[nn.Module], None] | None = None,
     ) -> None:
         super().__init__()
+        made = made or (lambda piece: None)
+
+        def block(index: int) -> Block:
+            built = Block(config, index, make_linear, plan, recompute)
+            made(built)
+            return built
+
         self.config = config
         self.plan = plan
         self.flex = False
         self.embedding = Embedding(
             config.vocab_size, config.padded_vocab_size, config.hidden_size, plan.mesh
         )
+        made(self.embedding)
         self.positions = (
             nn.Embedding(config.position_rows, config.hidden_size) if config.position_rows else None
         )
-        self.layers = nn.ModuleList(
-            Block(config, index, make_linear, plan, recompute) for index in range(config.num_layers)
-        )
+        if self.positions is not None:
+            made(self.positions)
+        self.layers = nn.ModuleList(map(block, range(config.num_layers)))
         self.norm = FinalNorm(config.norm, config.hidden_size, config.norm_eps, plan.group)
         self.head = Head(
             config.vocab_size,
@@ -253,6 +263,7 @@ class Decoder(nn.Module):
             self.embedding.weight if config.tie_embeddings else None,
             plan.mesh,
         )
+        made(self.head)
 
     def forward(
         self,
@@ -378,14 +389,3 @@ class Decoder(nn.Module):
         """The parameters that hold factors, CoLA's included, whose product is not a matrix."""
         factorized = (linear for linear in self.linears() if isinstance(linear, FactorizedLinear))
         return [parameter for linear in factorized for parameter in (linear.a, linear.b)]
-
-    @torch.no_grad()
-    def reset_parameters(self, seed: int) -> None:
-        """Draw all weights from ``seed`` and the tensors' names; biases are 0, norms 1."""
-        std = self.config.initializer_range
-        self.embedding.reset_parameters(seed, std)
-        if self.positions is not None:
-            init_rows(self.positions.weight, self.config.position_rows, seed, "positions", std)
-        self.head.reset_parameters(seed, std)
-        for linear in self.linears():
-            linear.reset_parameters(seed, std)

@@ -125,9 +125,10 @@ def _pretrain(
     fork = origin.fork
     if imports and origin.found.tag is None:
         run_on_rank0(lambda: check_pretrained_tokenizer(config, train_data))
-    decoder, imported = initial_model(config, device, mesh, origin.folder)
+    shared_out = ds_config["zero_optimization"]["stage"] == 3
+    decoder, imported, fill = initial_model(config, device, mesh, origin.folder, shared_out)
     facts = start_facts(config, ds_config, decoder, train_data)
-    engine = build_engine(config, ds_config, decoder)
+    engine = build_engine(config, ds_config, decoder, fill)
     limit_collectives(config.run.timeout_seconds)
     if stop.requested(now=True):
         return _stopped_at_start(stop)

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from megalr.errors import UserError
-from megalr.estimate.tensors import count, plan_of, stored_tensors
+from megalr.estimate.tensors import count, parameter_counts, plan_of, stored_tensors
 from megalr.models.build import make_linear_of
 from megalr.models.config import PRESETS, DecoderConfig
 from megalr.models.decoder import Decoder
+from megalr.models.flops import parameter_count
 from megalr.optim.groups import parameter_groups
 from megalr.tensor_parallel.mesh import Mesh
 from megalr.tensor_parallel.plan import Plan
@@ -57,6 +58,27 @@ def test_every_tensor_of_the_decoder_is_counted(name: str, changes: dict) -> Non
         # Dense targets have a group of their own for some optimizers only.
         kinds = ("matrices", "targets") if group["name"] == "matrices" else (group["name"],)
         assert count(tensors, sizes.num_layers, *kinds) == sum(p.numel() for p in group["params"])
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pad_multiple": 32},
+        {"tie_embeddings": True, "attention_bias": True},
+        {"head_dim": 10, "qk_norm": "full", "norm_order": "post"},
+        GPT2,
+    ],
+)
+def test_parameters_by_kind_are_those_of_the_decoder(name: str, changes: dict) -> None:
+    sizes, method = tiny(**changes), METHODS[name]
+    with torch.device("meta"):
+        decoder = Decoder(sizes, make_linear_of(method, 0))
+    counts = parameter_counts(sizes, method)
+    assert sum(counts.values()) == parameter_count(decoder)
+    trained = sum(counts.values()) - counts.get("frozen matrices", 0)
+    assert trained == parameter_count(decoder, trainable_only=True)
+    assert counts["embedding"] == counts.get("head", counts["embedding"]) == 101 * 48
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -58,6 +58,21 @@ def _imported(folder: Path, method: Any) -> tuple[Decoder, Imported]:
     return decoder, import_weights(folder, decoder, CPU)
 
 
+@pytest.mark.parametrize(
+    "method", [full_rank(), low_rank(), *map(factorized, ("sltrain", "lora"))], ids=lambda m: m.name
+)
+def test_weights_in_bf16_are_those_imported_in_float32_and_rounded(
+    method: Any, llama: Path
+) -> None:
+    decoder, imported = _imported(llama, method)
+    sizes = decoder_config(None, pretrained_sizes(llama))
+    half = build_decoder(sizes, method, seed=1, dtype=torch.bfloat16)
+    assert import_weights(llama, half, CPU).relative_error == imported.relative_error
+    expected = decoder.bfloat16().state_dict()
+    for name, tensor in half.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sharded LLaMA folder in bfloat16."""
