@@ -195,8 +195,8 @@ def _drawn_at_once(group: MatrixGroup, method: Any, plan: Plan) -> int:
 def parameter_counts(sizes: DecoderConfig, method: Any) -> dict[str, int]:
     """Parameters of the whole model by kind, without padding; a tied head is in the embedding.
 
-    ``factors`` and SLTrain's ``sparse values``, ``matrices`` stored whole, those ``frozen`` among
-    them apart; kinds of which there are none are left out.
+    ``factors`` and SLTrain's ``sparse values``, ``matrices`` stored whole, LoRA's ``frozen
+    matrices``. Kinds of which a model has none do not appear.
     """
     h, layers = sizes.hidden_size, sizes.num_layers
     counts = {"embedding": sizes.vocab_size * h}

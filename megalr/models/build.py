@@ -28,7 +28,7 @@ from megalr.layers.sltrain import SLTrainLinear
 from megalr.models.attention import MakeLinear
 from megalr.models.config import DecoderConfig, decoder_config
 from megalr.models.decoder import Decoder
-from megalr.models.drawing import draw, release
+from megalr.models.drawing import draw_weights, release
 from megalr.models.flops import parameter_count
 from megalr.models.recompute import FOR_FACTORS
 from megalr.tensor_parallel.mesh import ONE_RANK, Mesh
@@ -280,7 +280,7 @@ def build_decoder(
             "layer, more than none does: use none or full"
         )
     if initialize and not empty:
-        draw(decoder, seed)
+        draw_weights(decoder, seed)
     return decoder
 
 

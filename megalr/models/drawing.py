@@ -46,7 +46,7 @@ def draw_piece(decoder: Decoder, piece: nn.Module, seed: int) -> None:
             module.reset_parameters(seed, std)
 
 
-def draw(decoder: Decoder, seed: int) -> None:
+def draw_weights(decoder: Decoder, seed: int) -> None:
     """Draw all weights from ``seed``."""
     for piece in pieces(decoder):
         draw_piece(decoder, piece, seed)
