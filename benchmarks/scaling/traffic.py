@@ -55,7 +55,7 @@ def block_messages(
     for group in matrix_groups(sizes, method, plan):
         reads = group.name in ("qkv", "into")
         if plan.sharded_residual:
-            sums = Message(len(group.rows) * method.rank, element)
+            sums = Message(sum(group.ranks), element)
             forward += [sums, Message(1, 4)] if reads else [sums]
             backward.append(sums)
         else:
@@ -79,7 +79,7 @@ def _sums(group: MatrixGroup, method: Any, reads: bool, element: int) -> Message
     whole = Message(group.n if reads else sum(group.rows), element)
     if not group.factorized or method.name == "sltrain":
         return [whole]
-    bottleneck = Message(len(group.rows) * method.rank, element)
+    bottleneck = Message(sum(group.ranks), element)
     return [whole, bottleneck] if method.name in DENSE_INSIDE else [bottleneck]
 
 

@@ -54,6 +54,7 @@ KEYS_FIXED = {
     "run.seed": "the order of the data and the frozen parts of the model follow from it",
     "model.*": "the weights in the checkpoint are of that model",
     "method.name": "the weights in the checkpoint are those of that method",
+    "method.ranks": "the weights in the checkpoint have those sizes",
     "method.rank": "the weights or optimizer states in the checkpoint have that size",
     "method.targets": "the weights in the checkpoint are factorized there",
     "method.density": "the weights in the checkpoint have that support",
@@ -79,8 +80,15 @@ def diff_configs(old: RunConfig, new: RunConfig) -> list[Difference]:
     return [
         (key, before.get(key, ABSENT), after.get(key, ABSENT))
         for key in keys
-        if before.get(key, ABSENT) != after.get(key, ABSENT)
+        if not _is_same(before.get(key, ABSENT), after.get(key, ABSENT))
     ]
+
+
+def _is_same(old: Any, new: Any) -> bool:
+    """Whether two values are equal, mappings with their order: of ranks the last entry counts."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return list(old.items()) == list(new.items())
+    return bool(old == new)
 
 
 def differences_that_forbid_resume(

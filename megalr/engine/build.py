@@ -25,6 +25,7 @@ from megalr.errors import UserError
 from megalr.models.build import build_decoder, make_plan, sizes_of
 from megalr.models.decoder import Decoder
 from megalr.models.drawing import Fill, hold, pieces
+from megalr.models.ranks import has_ranks
 from megalr.models.recompute import SELECTIVE
 from megalr.optim.groups import describe_groups, parameter_groups
 from megalr.optim.methods import RunFacts, build_optimizer, kinds_apart
@@ -33,7 +34,15 @@ from megalr.tensor_parallel.mesh import Mesh
 
 
 def compile_blocks(decoder: Decoder) -> None:
-    """Compile each block, the last norm and the loss separately; equal blocks share one program."""
+    """Compile each block, the last norm and the loss separately; equal blocks share one program.
+
+    Blocks of other ranks need programs of their own. torch gives up after a number of them and
+    would go on without compilation, so that number is raised where they are many.
+    """
+    shapes = {tuple(p.shape for p in block.parameters()) for block in decoder.blocks()}
+    limits = torch._dynamo.config
+    # With and without gradients, and once more where a fixed number was taken for a variable one.
+    limits.cache_size_limit = max(limits.cache_size_limit, 4 * len(shapes))
     for block in decoder.blocks():
         block.compile(dynamic=False)
     decoder.norm.compile(dynamic=False)
@@ -192,9 +201,10 @@ def check_run(config: RunConfig, stage: int | None = None) -> dict[str, dict[str
     sizes = sizes_of(config)
     mesh = Mesh(tensor_size=config.parallel.tensor)
     plan = make_plan(sizes, config.method, mesh, config.parallel.layout)
-    with torch.device("meta"):  # one layer: all are equal
+    layers = sizes.num_layers if has_ranks(config.method) else 1  # else all are equal
+    with torch.device("meta"):
         decoder = build_decoder(
-            replace(sizes, num_layers=1),
+            replace(sizes, num_layers=layers),
             config.method,
             config.run.seed,
             config.train.activation_checkpointing,

@@ -151,29 +151,33 @@ def activation_bytes(
     sizes: DecoderConfig, method: Any, plan: Plan, shape: Shape
 ) -> ActivationBytes:
     """Activations of a micro-batch on one rank."""
-    groups = matrix_groups(sizes, method, plan)
+    layers = [matrix_groups(sizes, method, plan, layer) for layer in range(sizes.num_layers)]
+    groups = layers[0]
     heads = sizes.num_heads // plan.mesh.tensor_size
     residual = sizes.hidden_size // (plan.mesh.tensor_size if plan.sharded_residual else 1)
 
-    def block(rotates: bool) -> float:
-        token = block_elements(sizes, method, plan, groups, shape, rotates)
+    def block(layer: int) -> float:
+        rotates = sizes.rotates(layer)
+        token = block_elements(sizes, method, plan, layers[layer], shape, rotates)
         # Besides the elements: log-sum-exp of attention and the norms' scales, float32.
         return shape.tokens * (token * shape.element + 4 * (heads + 2 + _head_scales(sizes, plan)))
 
-    rotating = sum(map(sizes.rotates, range(sizes.num_layers)))
     once, each = mask_bytes(sizes, shape)
-    saved = rotating * block(True) + (sizes.num_layers - rotating) * block(False)
-    saved += shape.tokens * sizes.num_layers * each
+    whole = [block(layer) for layer in range(sizes.num_layers)]
+    saved = sum(whole) + shape.tokens * sizes.num_layers * each
     again = 0.0
     if shape.recompute != "none":
-        kept = shape.tokens * shape.element * kept_elements(sizes, method, plan, groups, shape)
-        kept += shape.tokens * 4 * heads if shape.recompute in ("elementwise", "mlp") else 0
-        saved = kept * sizes.num_layers
+        kept = [kept_elements(sizes, method, plan, found, shape) for found in layers]
+        kept = [shape.tokens * shape.element * count for count in kept]
+        if shape.recompute in ("elementwise", "mlp"):
+            kept = [size + shape.tokens * 4 * heads for size in kept]
+        saved = sum(kept)
         # Recomputed by a block in backward; the rest has been saved.
-        again = max(0.0, block(rotating > 0) - kept) + shape.tokens * each
+        most = max(size - left for size, left in zip(whole, kept, strict=True))
+        again = max(0.0, most) + shape.tokens * each
     f = groups[2].local_rows[0]
     backward = shape.tokens * (3 * f + 2 * residual) * shape.element + again
-    backward += shape.element * _dense_transient(method, groups)
+    backward += shape.element * max(_dense_transient(method, found) for found in layers)
     head = head_bytes(sizes, plan, shape)
     work = int(max(backward, head)) + LIBRARIES
     return ActivationBytes(int(saved + shape.tokens * once), work, int(again))
@@ -219,10 +223,12 @@ def block_elements(
     residual = sizes.hidden_size / (t if plan.sharded_residual else 1)
     count = 4 * residual + 2 * q + 2 * kv
     stacked = not groups[0].factorized or method.name == "sltrain"
-    # q, k, v come from one GEMM: v keeps the whole stack alive beside the rotated q and k.
-    beside_stack = stacked and rotates and not shape.kernels.attention
-    if beside_stack or sizes.qk_norm != "none":
+    if sizes.qk_norm != "none":
         count += q + kv
+    elif stacked and rotates and not shape.kernels.attention:
+        # v keeps the stack alive that one GEMM gives, beside the rotated q and k.
+        ranks = groups[0].ranks or (0, 0, 0)
+        count += sum(m for m, rank in zip((q, kv), ranks, strict=False) if rank == ranks[2])
     if shape.kernels.swiglu:
         count += 2 * f
     elif sizes.gated_mlp:
@@ -231,7 +237,7 @@ def block_elements(
         count += 2 * f
     if method.name != "sltrain":
         both = method.name == "cola"  # before and after the nonlinearity
-        count += _bottleneck_elements(method, groups) * (2 if both else 1)
+        count += _bottleneck_elements(groups) * (2 if both else 1)
     if shape.compiled:
         # Norms whose ranks sum the squares keep their input in float32, beside a stack if there is.
         summed = plan.parallel and sizes.qk_norm == "full"
@@ -251,7 +257,7 @@ def kept_elements(
     residual = sizes.hidden_size / (t if plan.sharded_residual else 1)
     # q, k, v and the output of attention
     attention = 2 * (sizes.q_width + sizes.kv_width) / t
-    between = 0 if method.name == "sltrain" else _bottleneck_elements(method, groups)
+    between = 0 if method.name == "sltrain" else _bottleneck_elements(groups)
     if shape.recompute == "full":
         return residual
     if shape.recompute == "bottleneck":
@@ -267,16 +273,20 @@ def kept_elements(
     return count
 
 
-def _bottleneck_elements(method: Any, groups: list[MatrixGroup]) -> int:
-    """Elements per token between the factors of a block: 7 r."""
-    return sum(len(g.rows) for g in groups if g.factorized) * getattr(method, "rank", 0)
+def _bottleneck_elements(groups: list[MatrixGroup]) -> int:
+    """Elements per token between the factors of a block: 7 r if all ranks are r."""
+    return sum(sum(group.ranks) for group in groups)
 
 
 def _dense_transient(method: Any, groups: list[MatrixGroup]) -> int:
     """Elements of W, then of its gradient, that SLTrain forms in backward, one group at a time."""
     if method.name != "sltrain":
         return 0
-    return max(sum(g.local_rows) * g.local_n for g in groups if g.factorized)
+    return max(
+        sum(group.local_rows[index] for index in members) * group.local_n
+        for group in groups
+        for _, members in group.by_rank()
+    )
 
 
 def head_bytes(sizes: DecoderConfig, plan: Plan, shape: Shape) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 
 from megalr.config.schema import RunConfig
 from megalr.engine.config import is_unwrapped
-from megalr.estimate.tensors import TRAINED, Stored, piece_of
+from megalr.estimate.tensors import TRAINED, Stored, count, piece_of
 from megalr.models.config import round_up
 from megalr.optim.adam_h import BLOCK, MINIMUM
 from megalr.sharding.exchange import BUCKET_ELEMENTS
@@ -109,7 +109,7 @@ def group_sizes(
             merged = tensor.group == "targets" and not split_targets
             name = "matrices" if merged else tensor.group
             name = _APART.get(tensor.kind, name) if by_kind else name
-            sizes[name] = sizes.get(name, 0) + tensor.numel * (layers if tensor.block else 1)
+            sizes[name] = sizes.get(name, 0) + tensor.numel * tensor.times(layers)
     order = ("factors", "targets", "matrices", *dict.fromkeys(_APART.values()), "vectors")
     return {name: sizes[name] for name in order if name in sizes}
 
@@ -146,7 +146,7 @@ def state_bytes(
     if stage == 0:
         share = held = total
     elif stage == 3:
-        repeat = [(t, layers if t.block else 1) for t in tensors if t.group in TRAINED]
+        repeat = [(t, t.times(layers)) for t in tensors if t.group in TRAINED]
         share = sum(math.ceil(t.numel / data_size) * times for t, times in repeat)
         held = share
     else:
@@ -212,7 +212,7 @@ def orthogonalized_together(tensors: list[Stored], layers: int, share: float) ->
 
     ``share``: the part of all matrices that the rank owns.
     """
-    shapes = [(m * n, layers if t.block else 1) for t in tensors for m, n in t.matrices]
+    shapes = [(m * n, t.times(layers)) for t in tensors for m, n in t.matrices]
     owned = math.ceil(share * sum(numel * times for numel, times in shapes))
     largest = max((numel for numel, _ in shapes), default=0)
     return max(largest, min(BUCKET_ELEMENTS, owned))
@@ -229,8 +229,8 @@ def _directions(groups: dict[str, int]) -> int:
 
 
 def _frozen(tensors: list[Stored], layers: int, weight: int, parts: int) -> int:
-    dense = sum(t.numel * (layers if t.block else 1) for t in tensors if t.group == "frozen")
-    positions = sum(t.numel * (layers if t.block else 1) for t in tensors if t.group == "indices")
+    dense = count(tensors, layers, "frozen")
+    positions = count(tensors, layers, "indices")
     return weight * math.ceil(dense / parts) + 4 * positions
 
 
@@ -296,7 +296,11 @@ def _reduced(flat: dict[str, int], added: int) -> int:
 
 def _gathered(tensors: list[Stored], zero: dict[str, Any], weight: int) -> int:
     """Gathered weights of stage 3: one block or the head, and the prefetched parameters."""
-    block = sum(t.numel for t in tensors if t.block and t.group in (*TRAINED, "frozen"))
+    blocks: dict[int | None, int] = {None: 0}  # what all have, and what one has in addition
+    for tensor in tensors:
+        if tensor.block and tensor.group in (*TRAINED, "frozen"):
+            blocks[tensor.layer] = blocks.get(tensor.layer, 0) + tensor.numel
+    block = blocks.pop(None) + max(blocks.values(), default=0)
     single = max(t.numel for t in tensors if not t.block)
     ahead = int(zero["stage3_prefetch_bucket_size"])
     return weight * (max(block, single) + ahead)
@@ -315,7 +319,7 @@ def moment_bytes(config: RunConfig, tensors: list[Stored], layers: int) -> int:
         if tensor.group in TRAINED:
             once = _moments_of(tensor, config, element)
             once = element * _scale_state(tensor, tied) if scale else once
-            bytes_ += once * (layers if tensor.block else 1)
+            bytes_ += once * tensor.times(layers)
     return math.ceil(bytes_)
 
 

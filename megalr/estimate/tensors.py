@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megalr.models.build import FACTORIZED, check_plan, make_plan
 from megalr.models.config import DecoderConfig
+from megalr.models.ranks import check_names, has_ranks, matrix_names, rank_of
 from megalr.tensor_parallel.mesh import Mesh
 from megalr.tensor_parallel.plan import SINGLE, Plan
 
@@ -40,6 +41,7 @@ class MatrixGroup:
         local_n, local_rows: columns and rows of a dense matrix on one tensor-parallel rank.
         factorized: whether the method stores factors.
         used: ``(m, n)`` of each matrix without padding.
+        ranks: r of each matrix; empty if it is not factorized.
     """
 
     name: str
@@ -50,6 +52,14 @@ class MatrixGroup:
     factorized: bool
     target: bool
     used: tuple[tuple[int, int], ...]
+    ranks: tuple[int, ...] = ()
+
+    def by_rank(self) -> list[tuple[int, list[int]]]:
+        """Each rank with the matrices that have it, which are stored together."""
+        return [
+            (rank, [index for index, other in enumerate(self.ranks) if other == rank])
+            for rank in dict.fromkeys(self.ranks)
+        ]
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,8 @@ class Stored:
         numel: elements that this rank stores.
         group: parameter group: factors, targets, matrices or vectors; frozen (no gradient) or
             indices (int32 positions of SLTrain).
-        block: whether it belongs to a block, so there are ``num_layers`` of it.
+        block: whether it belongs to a block.
+        layer: the one block that has it; None: all blocks, so there are ``num_layers`` of it.
         matrices: ``(m, n)`` of the target matrices stacked in it, for optimizers that see them.
     """
 
@@ -70,6 +81,11 @@ class Stored:
     group: str
     block: bool = False
     matrices: tuple[tuple[int, int], ...] = ()
+    layer: int | None = None
+
+    def times(self, layers: int) -> int:
+        """How many there are in a model of ``layers`` blocks."""
+        return layers if self.block and self.layer is None else 1
 
     @property
     def kind(self) -> str:
@@ -77,16 +93,23 @@ class Stored:
         return self.name.rpartition(".")[2]
 
 
-def matrix_groups(sizes: DecoderConfig, method: Any, plan: Plan) -> list[MatrixGroup]:
-    """The four groups of a block, in order: qkv, o, into, down."""
+def matrix_groups(
+    sizes: DecoderConfig, method: Any, plan: Plan, layer: int = 0
+) -> list[MatrixGroup]:
+    """The four groups of a block, in order: qkv, o, into, down.
+
+    ``layer``: which block; they differ in ranks only, and only with ``method.ranks``.
+    """
     h, q, kv = sizes.hidden_size, sizes.q_width, sizes.kv_width
     used, f = sizes.intermediate_size, sizes.padded_intermediate_size
-    into = ("gate", "up") if sizes.gated_mlp else ("up",)
+    names = matrix_names(sizes, layer)
     targets = getattr(method, "targets", None)
     t = plan.mesh.tensor_size
 
-    def group(name: str, members: tuple[str, ...], n: int, rows: tuple[int, ...]) -> MatrixGroup:
-        target = targets is None or set(members) <= set(targets)
+    def group(name: str, n: int, rows: tuple[int, ...]) -> MatrixGroup:
+        members = {full.rsplit(".", 1)[1] for full in names[name]}
+        target = targets is None or members <= set(targets)
+        factorized = method.name in FACTORIZED and target
         reads_residual = name in ("qkv", "into")
         shard_columns = plan.sharded_residual or not reads_residual
         shard_rows = plan.sharded_residual or reads_residual
@@ -96,18 +119,19 @@ def matrix_groups(sizes: DecoderConfig, method: Any, plan: Plan) -> list[MatrixG
             rows,
             n // t if shard_columns else n,
             tuple(m // t for m in rows) if shard_rows else rows,
-            method.name in FACTORIZED and target,
+            factorized,
             target,
             tuple((used if m == f else m, used if n == f else n) for m in rows)
             if name in ("into", "down")
             else tuple((m, n) for m in rows),
+            tuple(rank_of(method, full) for full in names[name]) if factorized else (),
         )
 
     return [
-        group("qkv", ("q", "k", "v"), h, (q, kv, kv)),
-        group("o", ("o",), q, (h,)),
-        group("into", into, h, (f,) * len(into)),
-        group("down", ("down",), f, (h,)),
+        group("qkv", h, (q, kv, kv)),
+        group("o", q, (h,)),
+        group("into", h, (f,) * len(names["into"])),
+        group("down", f, (h,)),
     ]
 
 
@@ -118,6 +142,7 @@ def stored_tensors(sizes: DecoderConfig, method: Any, plan: Plan = SINGLE) -> li
         UserError: a plan that does not fit the model.
     """
     check_plan(sizes, method, plan)
+    check_names(sizes, method)
     h, rows = sizes.hidden_size, sizes.padded_vocab_size // plan.mesh.tensor_size
     norm = h // plan.mesh.tensor_size if plan.sharded_residual else h
     tensors = [Stored("embedding", rows * h, "matrices")]
@@ -132,12 +157,21 @@ def stored_tensors(sizes: DecoderConfig, method: Any, plan: Plan = SINGLE) -> li
     tensors += [Stored(f"norm{v}", h, "vectors") for v in vectors]
     if not sizes.tie_embeddings:
         tensors.append(Stored("head", rows * h, "matrices"))
+    for layer in _unlike_layers(sizes, method):
+        for group in matrix_groups(sizes, method, plan, layer):
+            found = _stored_of_group(group, method, plan)
+            only = layer if has_ranks(method) else None
+            tensors += [replace(tensor, layer=only) for tensor in found]
     for group in matrix_groups(sizes, method, plan):
-        tensors += _stored_of_group(group, method, plan)
         if sizes.attention_bias if group.name == "qkv" else sizes.output_bias:
             bias = sum(group.local_rows)
             tensors.append(Stored(f"{group.name}.bias", bias, "vectors", block=True))
     return tensors
+
+
+def _unlike_layers(sizes: DecoderConfig, method: Any) -> range:
+    """The layers to look at: all of them if their ranks may differ, else the first."""
+    return range(sizes.num_layers if has_ranks(method) else 1)
 
 
 def _stored_of_group(group: MatrixGroup, method: Any, plan: Plan) -> Iterator[Stored]:
@@ -147,18 +181,20 @@ def _stored_of_group(group: MatrixGroup, method: Any, plan: Plan) -> Iterator[St
         kind = "targets" if group.target else "matrices"
         yield Stored(f"{group.name}.weight", dense, kind, True, matrices)
         return
-    r, count = method.rank, len(group.rows)
-    a, b = count * r * group.local_n, sum(group.local_rows) * r
-    factors = ((r, group.local_n),) * count, tuple((m, r) for m in group.local_rows)
-    yield Stored(f"{group.name}.a", a, "factors", True, factors[0])
-    yield Stored(f"{group.name}.b", b, "factors", True, factors[1])
-    if method.name in DENSE_INSIDE:
-        yield Stored(f"{group.name}.weight", dense, "frozen", True)
-    if method.name == "sltrain":
-        # Indices are drawn over the whole matrix; a rank holds its share of them on average.
-        entries = sum(int(method.density * m * n) for m, n in group.used) / plan.mesh.tensor_size
-        yield Stored(f"{group.name}.values", math.ceil(entries), "matrices", True)
-        yield Stored(f"{group.name}.support", math.ceil(entries), "indices", True)
+    for r, members in group.by_rank():
+        rows = [group.local_rows[index] for index in members]
+        a, b = len(members) * r * group.local_n, sum(rows) * r
+        factors = ((r, group.local_n),) * len(members), tuple((m, r) for m in rows)
+        yield Stored(f"{group.name}.a", a, "factors", True, factors[0])
+        yield Stored(f"{group.name}.b", b, "factors", True, factors[1])
+        if method.name in DENSE_INSIDE:
+            yield Stored(f"{group.name}.weight", group.local_n * sum(rows), "frozen", True)
+        if method.name == "sltrain":
+            used = [group.used[index] for index in members]
+            # Indices are drawn over the whole matrix; a rank holds its share of them on average.
+            entries = sum(int(method.density * m * n) for m, n in used) / plan.mesh.tensor_size
+            yield Stored(f"{group.name}.values", math.ceil(entries), "matrices", True)
+            yield Stored(f"{group.name}.support", math.ceil(entries), "indices", True)
 
 
 def piece_of(tensor: Stored) -> str:
@@ -172,7 +208,11 @@ def drawing_bytes(sizes: DecoderConfig, method: Any, plan: Plan = SINGLE) -> dic
     Whole matrices on every tensor-parallel rank, beside the parameters themselves.
     """
     h, table = sizes.hidden_size, 4 * sizes.vocab_size * sizes.hidden_size
-    block = max(_drawn_at_once(g, method, plan) for g in matrix_groups(sizes, method, plan))
+    block = max(
+        _drawn_at_once(group, method, plan)
+        for layer in _unlike_layers(sizes, method)
+        for group in matrix_groups(sizes, method, plan, layer)
+    )
     found = {"embedding": table, "block": block, "norm": 0}
     if sizes.position_rows:
         found["positions"] = 4 * sizes.position_rows * h
@@ -183,13 +223,15 @@ def _drawn_at_once(group: MatrixGroup, method: Any, plan: Plan) -> int:
     dense = 4 * max(m * n for m, n in group.used)
     if not group.factorized or method.name in DENSE_INSIDE:
         return dense
-    r = method.rank
-    if method.name == "sltrain":
+    if method.name != "sltrain":
+        return 4 * max(r * (m + n) for r, (m, n) in zip(group.ranks, group.used, strict=True))
+    most = 0
+    for r, members in group.by_rank():
         # One factor and the values of all matrices; of this rank's values a copy and int64 indices.
-        entries = sum(int(method.density * m * n) for m, n in group.used)
+        entries = sum(int(method.density * math.prod(group.used[index])) for index in members)
         mine = math.ceil(entries / plan.mesh.tensor_size)
-        return 4 * max(r * n for _, n in group.used) + 4 * entries + 12 * mine
-    return 4 * max(r * (m + n) for m, n in group.used)
+        most = max(most, 4 * r * group.used[0][1] + 4 * entries + 12 * mine)
+    return most
 
 
 def parameter_counts(sizes: DecoderConfig, method: Any) -> dict[str, int]:
@@ -204,10 +246,12 @@ def parameter_counts(sizes: DecoderConfig, method: Any) -> dict[str, int]:
     counts["head"] = 0 if sizes.tie_embeddings else sizes.vocab_size * h
     kinds = {"factors": 0, "sparse values": 0, "frozen matrices": 0, "matrices": 0}
     biases = 0
-    for group in matrix_groups(sizes, method, SINGLE):
+    unlike = _unlike_layers(sizes, method)
+    for group in (g for layer in unlike for g in matrix_groups(sizes, method, SINGLE, layer)):
         dense = sum(m * n for m, n in group.used)
         if group.factorized:
-            kinds["factors"] += method.rank * sum(m + n for m, n in group.used)
+            used = zip(group.ranks, group.used, strict=True)
+            kinds["factors"] += sum(r * (m + n) for r, (m, n) in used)
             if method.name in DENSE_INSIDE:
                 kinds["frozen matrices"] += dense
             if method.name == "sltrain":
@@ -216,16 +260,17 @@ def parameter_counts(sizes: DecoderConfig, method: Any) -> dict[str, int]:
             kinds["matrices"] += dense
         if sizes.attention_bias if group.name == "qkv" else sizes.output_bias:
             biases += sum(m for m, _ in group.used)
-    counts |= {kind: layers * number for kind, number in kinds.items()}
+    alike = layers // len(unlike)
+    counts |= {kind: alike * number for kind, number in kinds.items()}
     vectors = 1 if sizes.norm == "rmsnorm" else 2  # LayerNorm has a bias
     norms = (2 * layers + 1) * vectors * h + layers * sum(sizes.qk_norm_widths)
-    counts["norms, biases"] = norms + layers * biases
+    counts["norms, biases"] = norms + alike * biases
     return {kind: number for kind, number in counts.items() if number}
 
 
 def count(tensors: list[Stored], layers: int, *groups: str) -> int:
     """Elements of all tensors of these groups, blocks counted ``layers`` times."""
-    return sum(t.numel * (layers if t.block else 1) for t in tensors if t.group in groups)
+    return sum(t.numel * t.times(layers) for t in tensors if t.group in groups)
 
 
 TRAINED = ("factors", "targets", "matrices", "vectors")

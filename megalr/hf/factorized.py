@@ -27,10 +27,11 @@ def factorization(decoder: Decoder, family: str, shared: bool = True) -> dict[st
     modules: dict[str, Any] = {}
     form = "product"
     for name, layer, indices in block_modules(decoder.blocks()[0], 0, family):
-        if isinstance(layer, FactorizedLinear):
-            form = layer.form
+        stored_in, _ = layer.layer_of(indices[0])
+        if isinstance(stored_in, FactorizedLinear):
+            form = stored_in.form
             stored = [layer.stored_matrix(index) for index in indices]
-            modules[_in_block(name)] = {"rank": layer.rank}
+            modules[_in_block(name)] = {"rank": _ranks(decoder, family, _in_block(name))}
             if "values" in stored[0]:
                 modules[_in_block(name)]["entries"] = sum(len(each["values"]) for each in stored)
     return {
@@ -39,6 +40,23 @@ def factorization(decoder: Decoder, family: str, shared: bool = True) -> dict[st
         "shared": shared and family != "gpt2" and form in ("product", "silu"),
         "transformers": LOWEST_TRANSFORMERS,
     }
+
+
+def _ranks(decoder: Decoder, family: str, module: str) -> Any:
+    """``rank`` of a module, as short as the ranks of its matrices in all blocks allow."""
+    ranks: list[Any] = []
+    for number, block in enumerate(decoder.blocks()):
+        for name, layer, indices in block_modules(block, number, family):
+            if _in_block(name) == module:
+                found = [_rank_of(layer, index) for index in indices]
+                ranks.append(found if len(set(found)) > 1 else found[0])
+    same = not isinstance(ranks[0], list) and all(each == ranks[0] for each in ranks)
+    return ranks[0] if same else ranks
+
+
+def _rank_of(layer: GroupedLinear, index: int) -> int:
+    stored_in, _ = layer.layer_of(index)
+    return stored_in.rank if isinstance(stored_in, FactorizedLinear) else 0
 
 
 def auto_map(family: str) -> dict[str, str]:

@@ -242,7 +242,8 @@ def import_weights(folder: Path, decoder: Decoder, device: torch.device) -> Impo
     except UserError as error:
         failure = error
     for number, (layer, names) in enumerate(named_linears(decoder, weights)):
-        shared = isinstance(layer, FactorizedLinear) and not isinstance(layer, LoRALinear)
+        stored, _ = layer.layer_of(0)
+        shared = isinstance(stored, FactorizedLinear) and not isinstance(stored, LoRALinear)
         owner = number % world
         if failure is None and (not shared or owner == rank):
             try:

@@ -8,7 +8,9 @@ A model is transformers' model of its family; the linear layers that config.json
 
 ``factorization`` holds: ``form``, one of FORMS; ``modules``, for each replaced layer its ``rank``
 and, for form ``sparse``, the number ``entries`` of S; ``shared``, whether the factors A of layers
-with one input are one matrix; ``transformers``, the lowest version.
+with one input are one matrix; ``transformers``, the lowest version. ``rank`` is a number, or a list
+with an item for each block: a number, or a list with one for each of the matrices that a layer
+holds side by side.
 """
 
 from __future__ import annotations
@@ -97,37 +99,39 @@ class SparseEntries(nn.Module):
 class Projection(nn.Module):
     """A linear layer in one of FORMS: ``x (..., n)`` to ``(..., sum m_i)``.
 
-    Modules: ``a``, all A_i stacked, ``(parts r, n)``; ``b``, B ``(m, r)`` with the bias, or a list
+    Modules: ``a``, all A_i stacked, ``(sum r_i, n)``; ``b``, B ``(m, r)`` with the bias, or a list
     of the B_i if several matrices are side by side (q, k, v of GPT-2 and Phi-3); ``sparse``: S;
     ``base``: W0.
 
     Args:
         old: the layer that is replaced, which has the sizes.
         form: one of FORMS.
-        rank: r of each matrix.
+        ranks: r_i of each matrix.
         parts: outputs m_i of the matrices side by side.
         entries: numbers in S.
     """
 
     def __init__(
-        self, old: Any, form: str, rank: int, parts: tuple[int, ...], entries: int
+        self, old: Any, form: str, ranks: list[int], parts: tuple[int, ...], entries: int
     ) -> None:
         super().__init__()
         n, m = _sizes(old)
         bias = old.bias is not None
         self.silu = form == "silu"
-        self.a = nn.Linear(n, len(parts) * rank, bias=False)
-        blocks = [nn.Linear(rank, part, bias=bias) for part in parts]
+        self.ranks = ranks
+        self.a = nn.Linear(n, sum(ranks), bias=False)
+        pairs = zip(ranks, parts, strict=True)
+        blocks = [nn.Linear(rank, part, bias=bias) for rank, part in pairs]
         self.b: Any = blocks[0] if len(parts) == 1 else nn.ModuleList(blocks)
         self.sparse = SparseEntries(m, n, entries) if form == "sparse" else None
         self.base = nn.Linear(n, m, bias=False) if form == "base" else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x (..., n)`` to ``(..., sum m_i)``."""
-        h = self.a(x)  # (..., parts r)
+        h = self.a(x)  # (..., sum r_i)
         h = F.silu(h) if self.silu else h
         if isinstance(self.b, nn.ModuleList):
-            pairs = zip(self.b, h.chunk(len(self.b), dim=-1), strict=True)
+            pairs = zip(self.b, h.split(self.ranks, dim=-1), strict=True)
             y = torch.cat([b(part) for b, part in pairs], dim=-1)
         else:
             y = self.b(h)
@@ -211,7 +215,7 @@ class ListedLayer:
     leaf: str
     old: Any
     parts: tuple[int, ...]
-    rank: int
+    ranks: list[int]
     entries: int
 
     def replace(self, new: nn.Module) -> None:
@@ -227,18 +231,21 @@ def factorize(base: Any, config: Any) -> None:
     """
     settings = check_config(config)
     form = settings["form"]
-    for block in base.h if isinstance(base, GPT2Model) else base.layers:
+    blocks = base.h if isinstance(base, GPT2Model) else base.layers
+    for number, block in enumerate(blocks):
         layers = {
-            name: _listed_layer(block, name, values, form)
+            name: _listed_layer(block, name, values, form, (number, len(blocks)))
             for name, values in settings["modules"].items()
         }
         if settings.get("shared"):
             _share_factors(block, layers, form)
         for layer in layers.values():
-            layer.replace(Projection(layer.old, form, layer.rank, layer.parts, layer.entries))
+            layer.replace(Projection(layer.old, form, layer.ranks, layer.parts, layer.entries))
 
 
-def _listed_layer(block: Any, name: str, values: Any, form: str) -> ListedLayer:
+def _listed_layer(
+    block: Any, name: str, values: Any, form: str, place: tuple[int, int]
+) -> ListedLayer:
     parent_name, _, leaf = name.partition(".")
     parent = getattr(block, parent_name, None)
     old = getattr(parent, leaf, None)
@@ -250,14 +257,33 @@ def _listed_layer(block: Any, name: str, values: Any, form: str) -> ListedLayer:
     n, m = _sizes(old)
     parts = _parts(parent, leaf, m)
     values = values if isinstance(values, dict) else {}
-    numbers = {"rank": min(n, *parts)} | ({"entries": n * m} if form == "sparse" else {})
-    for key, most in numbers.items():
-        if type(values.get(key)) is not int or not 1 <= values[key] <= most:
-            raise ValueError(
-                f"config.json: factorization.modules {name} has {key} {values.get(key)!r:.40}: "
-                f"must be 1 to {most}"
-            )
-    return ListedLayer(parent, leaf, old, parts, values["rank"], values.get("entries", 0))
+    ranks = _ranks(values.get("rank"), len(parts), place)
+    sides = [min(n, part) for part in parts]
+    _check_numbers(name, "rank", values.get("rank"), ranks, sides)
+    entries = values.get("entries")
+    if form == "sparse":
+        _check_numbers(name, "entries", entries, [entries], [n * m])
+    return ListedLayer(parent, leaf, old, parts, ranks, entries if form == "sparse" else 0)
+
+
+def _ranks(given: Any, parts: int, place: tuple[int, int]) -> list[Any]:
+    """The ranks of the matrices of a layer of the block ``place``, (number, of so many blocks)."""
+    number, blocks = place
+    if isinstance(given, list):
+        given = given[number] if len(given) == blocks else None
+    return given if isinstance(given, list) else [given] * parts
+
+
+def _check_numbers(name: str, key: str, given: Any, numbers: list[Any], most: list[int]) -> None:
+    fitting = len(numbers) == len(most) and all(
+        type(number) is int and 1 <= number <= limit
+        for number, limit in zip(numbers, most, strict=True)
+    )
+    if not fitting:
+        raise ValueError(
+            f"config.json: factorization.modules {name} has {key} {given!r:.40}: "
+            f"must be 1 to {min(most)}"
+        )
 
 
 def _parts(parent: Any, leaf: str, m: int) -> tuple[int, ...]:
@@ -281,8 +307,8 @@ def _share_factors(block: Any, layers: dict[str, ListedLayer], form: str) -> Non
         parent, width = getattr(block, parent_name), 0
         inputs = _sizes(layers[names[0]].old)[0]
         for layer in map(layers.pop, names):
-            layer.replace(SharedProjection(layer.old, form, width, layer.rank))
-            width += layer.rank
+            layer.replace(SharedProjection(layer.old, form, width, layer.ranks[0]))
+            width += layer.ranks[0]
         parent.shared_a = nn.Linear(inputs, width, bias=False)
         parent.register_forward_pre_hook(_apply_shared_a, with_kwargs=True)
 

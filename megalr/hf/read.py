@@ -338,8 +338,9 @@ def load_linear(
     for index, name in enumerate(names):
         weight = weights[f"{name}.weight"][rows_of(layer, names, index)].to(device).float()
         try:
-            if isinstance(layer, SLTrainLinear):
-                layer.load_dense_and_support(index, weight)
+            stored, place = layer.layer_of(index)
+            if isinstance(stored, SLTrainLinear):
+                stored.load_dense_and_support(place, weight)
             else:
                 layer.load_dense(index, weight)
         except torch.linalg.LinAlgError as failure:

@@ -9,7 +9,8 @@ keep the logical matrices apart: refactorization, matrix optimizers, export and 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -48,6 +49,15 @@ class LinearShape:
     def local_out(self) -> tuple[int, ...]:
         """Rows of each matrix on this rank, padding included."""
         return tuple(stop - start for start, stop in map(self.spec.rows, self.out_features))
+
+    def subset(self, indices: Sequence[int]) -> LinearShape:
+        """The group of some of the matrices alone."""
+        return replace(
+            self,
+            names=tuple(self.names[index] for index in indices),
+            out_features=tuple(self.out_features[index] for index in indices),
+            out_used=tuple(self.out_used[index] for index in indices),
+        )
 
     def row_ranges(self) -> list[tuple[int, int]]:
         """``(start, stop)`` rows of each matrix in this rank's stack, padding included."""

@@ -86,6 +86,10 @@ class GroupedLinear(nn.Module, ABC):
         outputs: tuple[torch.Tensor, ...] = self(x)
         return outputs
 
+    def layer_of(self, index: int) -> tuple[GroupedLinear, int]:
+        """The layer that stores matrix ``index``, and the matrix's index in there."""
+        return self, index
+
     def used_rows(self, index: int) -> slice:
         """Rows of matrix ``index`` in this rank's stack, without padding."""
         start, _ = self.shape.row_ranges()[index]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from megalr.library.linears import (
     make_linear,
     size_of,
 )
+from megalr.models.ranks import is_named
 
 SHOWN = 8
 """Names listed in an error."""
@@ -172,15 +172,15 @@ def select_linears(
     patterns = None if targets is None else _words("targets", targets)
     left, found = _words("exclude", exclude), _linears(model, factorized)
     for word in [*(patterns or ()), *left]:
-        if not any(_matches(name, word) for name in found):
+        if not any(is_named(name, word) for name in found):
             raise UserError(_nothing_named(model, word, found))
     head = _output_head(model) if patterns is None else None
     selected = {
         name: module
         for name, module in found.items()
         if module is not head
-        and (patterns is None or any(_matches(name, word) for word in patterns))
-        and not any(_matches(name, word) for word in left)
+        and (patterns is None or any(is_named(name, word) for word in patterns))
+        and not any(is_named(name, word) for word in left)
     }
     if not selected:
         raise UserError(_nothing_named(model, None, found))
@@ -191,10 +191,6 @@ def _words(argument: str, given: Iterable[str]) -> list[str]:
     if isinstance(given, str):
         raise UserError(f"{argument} = {given!r}: must be a list of names, such as [{given!r}]")
     return list(given)
-
-
-def _matches(name: str, word: str) -> bool:
-    return fnmatchcase(name, word) if "*" in word else f".{name}".endswith(f".{word}")
 
 
 def _linears(model: nn.Module, factorized: bool) -> dict[str, nn.Module]:

@@ -20,16 +20,19 @@ from megalr.layers.factors import LinearShape
 from megalr.layers.linear import (
     BottleneckLinear,
     DenseLinear,
+    FactorizedLinear,
     GroupedLinear,
     LowRankLinear,
 )
 from megalr.layers.lora import LoRALinear
+from megalr.layers.mixed_ranks import MixedRankLinear
 from megalr.layers.sltrain import SLTrainLinear
 from megalr.models.attention import MakeLinear
 from megalr.models.config import DecoderConfig, decoder_config
 from megalr.models.decoder import Decoder
 from megalr.models.drawing import draw_weights, release
 from megalr.models.flops import parameter_count
+from megalr.models.ranks import check_names, ranks_of
 from megalr.models.recompute import FOR_FACTORS
 from megalr.tensor_parallel.mesh import ONE_RANK, Mesh
 from megalr.tensor_parallel.plan import SINGLE, Plan
@@ -200,26 +203,32 @@ def make_linear_of(
     if method.name not in FACTORIZED:
         return DenseLinear
 
+    def of_one_rank(shape: LinearShape, rank: int, bias: bool = False) -> FactorizedLinear:
+        if method.name == "low_rank":
+            return LowRankLinear(shape, rank, method.alpha, method.init, bias)
+        if method.name == "loro":
+            return LowRankLinear(shape, rank, float(rank), "xavier", bias)
+        if method.name == "sltrain":
+            return SLTrainLinear(
+                shape, rank, method.alpha, method.density, seed, bias, sparse_indices
+            )
+        if method.name == "cola":
+            return CoLALinear(shape, rank, bias)
+        return LoRALinear(shape, rank, method.alpha, bias)
+
     def make(shape: LinearShape, bias: bool) -> GroupedLinear:
         if not _is_target(method, shape):
             return DenseLinear(shape, bias)
-        if method.name == "low_rank":
-            return LowRankLinear(shape, method.rank, method.alpha, method.init, bias)
-        if method.name == "loro":
-            return LowRankLinear(shape, method.rank, float(method.rank), "xavier", bias)
-        if method.name == "sltrain":
-            return SLTrainLinear(
-                shape, method.rank, method.alpha, method.density, seed, bias, sparse_indices
-            )
-        if method.name == "cola":
-            return CoLALinear(shape, method.rank, bias)
-        return LoRALinear(shape, method.rank, method.alpha, bias)
+        ranks = ranks_of(method, shape)
+        if len(set(ranks)) > 1:
+            return MixedRankLinear(shape, ranks, of_one_rank, bias)
+        return of_one_rank(shape, ranks[0], bias)
 
     return make
 
 
 def _is_target(method: Any, shape: LinearShape) -> bool:
-    """Whether the method factorizes this group; checks that its rank fits."""
+    """Whether the method factorizes this group."""
     names = projection_names(shape)
     chosen = [name for name in names if name in method.targets]
     if chosen and chosen != names:
@@ -227,12 +236,6 @@ def _is_target(method: Any, shape: LinearShape) -> bool:
             f"method.targets names {', '.join(chosen)} but not "
             f"{', '.join(n for n in names if n not in chosen)}: {', '.join(names)} read the same "
             "input and are stored together, so name all of them or none"
-        )
-    sides = [min(shape.in_used, rows) for rows in shape.out_used]
-    if chosen and method.rank > min(sides):
-        raise UserError(
-            f"method.rank {method.rank} is larger than {min(sides)}, the smaller side of "
-            f"{shape.names[sides.index(min(sides))]}: choose a rank of at most {min(sides)}"
         )
     return bool(chosen)
 
@@ -268,6 +271,7 @@ def build_decoder(
             and some matrix is not just its factors; or it is elementwise for LoRA.
     """
     check_plan(config, method, plan)
+    check_names(config, method)
     make_linear = make_linear_of(method, seed, sparse_indices)
     with _parameters_of(dtype):
         made = release if empty else None
@@ -297,6 +301,13 @@ def _parameters_of(dtype: torch.dtype) -> Iterator[None]:
 
 def _check_bottlenecks(decoder: Decoder, method: Any, recompute: str) -> None:
     """Raise UserError unless each matrix is a product of two factors and nothing else."""
+    for linear in decoder.groups():
+        if recompute == "mlp" and isinstance(linear, MixedRankLinear):
+            raise UserError(
+                f"train.activation_checkpointing mlp keeps q, k, v apart from other products by "
+                f"their common operator, but the ranks of {', '.join(linear.shape.names)} differ: "
+                "use none, elementwise, bottleneck or full"
+            )
     for linear in decoder.linears():
         if not isinstance(linear, BottleneckLinear):
             raise UserError(

@@ -44,6 +44,7 @@ from megalr.layers.linear import (
     FactorizedLinear,
     GroupedLinear,
 )
+from megalr.layers.mixed_ranks import MixedRankLinear
 from megalr.layers.norm import FinalNorm, ShardedRMSNorm, SummedRMSNorm
 from megalr.models.attention import Attention, MakeLinear
 from megalr.models.config import DecoderConfig
@@ -377,9 +378,18 @@ class Decoder(nn.Module):
         """The blocks, in order."""
         return [block for block in self.layers if isinstance(block, Block)]
 
+    def groups(self) -> Iterator[GroupedLinear]:
+        """The layers of the blocks, one for the matrices of each input, in order."""
+        for block in self.blocks():
+            yield from (block.attention.qkv, block.attention.o, block.mlp.gate_up, block.mlp.down)
+
     def linears(self) -> Iterator[GroupedLinear]:
-        """All groups of matrices of the blocks, in order."""
-        return (module for module in self.modules() if isinstance(module, GroupedLinear))
+        """The layers that store the matrices of the blocks, in order.
+
+        They are the groups, but for those whose matrices differ in rank: of these their parts.
+        """
+        layers = (module for module in self.modules() if isinstance(module, GroupedLinear))
+        return (layer for layer in layers if not isinstance(layer, MixedRankLinear))
 
     def factor_pairs(self) -> list[FactorPair]:
         """All factorized matrices, in order; empty for a dense model."""

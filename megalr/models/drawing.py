@@ -19,6 +19,7 @@ from torch import nn
 from megalr.layers.embedding import Embedding, init_rows
 from megalr.layers.head import Head
 from megalr.layers.linear import GroupedLinear
+from megalr.layers.mixed_ranks import MixedRankLinear
 from megalr.models.decoder import Decoder
 
 Fill = Callable[[nn.Module], None]
@@ -42,7 +43,8 @@ def draw_piece(decoder: Decoder, piece: nn.Module, seed: int) -> None:
     if piece is decoder.positions:
         init_rows(piece.weight, decoder.config.position_rows, seed, "positions", std)
     for module in piece.modules():
-        if isinstance(module, Embedding | Head | GroupedLinear):
+        draws = isinstance(module, Embedding | Head | GroupedLinear)
+        if draws and not isinstance(module, MixedRankLinear):  # whose parts come by themselves
             module.reset_parameters(seed, std)
 
 

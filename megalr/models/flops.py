@@ -66,7 +66,7 @@ def parameter_count(decoder: Decoder, trainable_only: bool = False) -> int:
     vectors = 1 if config.norm == "rmsnorm" else 2  # LayerNorm has a bias
     count += (2 * config.num_layers + 1) * vectors * config.hidden_size
     count += config.num_layers * sum(config.qk_norm_widths)
-    for linear in decoder.linears():
+    for linear in decoder.groups():
         count += linear.weight_count()
         if linear.bias is not None:
             count += sum(linear.shape.out_used)

@@ -66,6 +66,7 @@ def test_a_run_that_changes_shape_again_and_again_agrees_with_the_unbroken_one(
 SHAPES = {
     "sltrain": ((3, 2), (2, 3)),
     "lora": ((2, 3), (1, 0)),
+    "mixed_ranks": ((2, 3), (3, 1)),
     "galore": ((3, 1), (2, 2)),
     "apollo": ((2, 1), (1, 0)),
     "loro": ((2, 2), (3, 1)),
@@ -82,7 +83,7 @@ SHAPES = {
     "ratios": ((3, 2), (1, 0)),
     "galore_ratios": ((2, 3), (2, 1)),
 }
-LIKE_OTHERS = ("fira", "golore", "apollo_mini", "muon", "normuon", "cola")
+LIKE_OTHERS = ("mixed_ranks", "fira", "golore", "apollo_mini", "muon", "normuon", "cola")
 """In make test-all only."""
 BY_KIND = {
     "lr_ratio": {"embedding": 3.0, "head": 0.5, "norms": 2.0},

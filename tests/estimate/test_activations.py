@@ -26,7 +26,7 @@ from megalr.estimate.memory import estimate_memory
 from megalr.estimate.tensors import matrix_groups, plan_of
 from megalr.models.build import build_decoder, sizes_of
 from megalr.tensor_parallel.plan import SINGLE, Plan
-from tests.models.settings import ALL_TARGETS, GPT2, factorized, full_rank, low_rank, tiny
+from tests.models.settings import ALL_TARGETS, GPT2, factorized, full_rank, low_rank, mixed, tiny
 from tests.models.stand_ins import kernels_on_the_cpu
 from tests.ranks import run_distributed
 from tests.tensor_parallel.meshes import mesh
@@ -38,6 +38,7 @@ SIZES = tiny(num_heads=4, num_kv_heads=2)
 # several operators, which keep float32 copies.
 EAGER_SIZES = tiny(num_heads=4, num_kv_heads=2, norm="layernorm")
 NOT_DOWN = [target for target in ALL_TARGETS if target != "down"]
+SAME_IN_ALL = {"q": 4, "mlp.gate": 12, "down": 6}
 METHODS = {
     "low_rank": low_rank(),
     "low_rank, down dense": low_rank(targets=NOT_DOWN),
@@ -45,6 +46,10 @@ METHODS = {
     "cola": factorized("cola"),
     "sltrain": factorized("sltrain"),
     "lora": factorized("lora"),
+    "low_rank, mixed": mixed(low_rank(), ranks=SAME_IN_ALL),
+    "sltrain, mixed": mixed(factorized("sltrain"), ranks=SAME_IN_ALL),
+    "sltrain, v apart": mixed(factorized("sltrain"), ranks={"v": 4}),
+    "cola, mixed": mixed(factorized("cola"), ranks=SAME_IN_ALL),
     "lora, down dense": SimpleNamespace(**{**vars(factorized("lora")), "targets": NOT_DOWN}),
 }
 
@@ -155,6 +160,10 @@ def test_a_block_not_compiled_keeps_what_is_estimated(name: str, kernels: bool) 
         ("full_rank", True, "none"),
         ("sltrain", True, "none"),
         ("cola", True, "none"),
+        ("low_rank, mixed", True, "none"),
+        ("sltrain, mixed", True, "none"),
+        ("low_rank, mixed", True, "elementwise"),
+        ("low_rank, mixed", True, "bottleneck"),
         ("full_rank", True, "elementwise"),
     ],
 )

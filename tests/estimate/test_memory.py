@@ -33,7 +33,7 @@ FULL = {"method": {"name": "full_rank"}}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     **{
         name: ({**METHODS[name], "train": BF16}, zero(2))
-        for name in ("sltrain", "lora", "galore", "apollo_mini")
+        for name in ("sltrain", "mixed_ranks", "lora", "galore", "apollo_mini")
     },
     "spam": (
         {**FULL, "train": BF16, "optimizer": {"name": "spam", "density": 0.5, "update_gap": 6}},

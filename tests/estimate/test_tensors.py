@@ -17,7 +17,7 @@ from megalr.models.flops import parameter_count
 from megalr.optim.groups import parameter_groups
 from megalr.tensor_parallel.mesh import Mesh
 from megalr.tensor_parallel.plan import Plan
-from tests.models.settings import GPT2, factorized, full_rank, low_rank, tiny
+from tests.models.settings import GPT2, factorized, full_rank, low_rank, mixed, tiny
 from tests.tensor_parallel.meshes import CASES
 from tests.tensor_parallel.meshes import sizes as cut_sizes
 
@@ -28,6 +28,8 @@ METHODS: dict[str, Any] = {
     "sltrain": factorized("sltrain"),
     "lora": factorized("lora"),
     "cola": factorized("cola"),
+    **{f"{name} of mixed ranks": mixed(factorized(name)) for name in ("sltrain", "lora")},
+    "low_rank of mixed ranks": mixed(low_rank()),
 }
 
 
@@ -51,7 +53,7 @@ def test_every_tensor_of_the_decoder_is_counted(name: str, changes: dict) -> Non
     tensors = stored_tensors(sizes, method)
     found: Counter[int] = Counter()
     for tensor in tensors:
-        found[tensor.numel] += sizes.num_layers if tensor.block else 1
+        found[tensor.numel] += tensor.times(sizes.num_layers)
     assert found == expected
     groups = parameter_groups(decoder, decoder.factor_parameters(), 0.1)
     for group in groups:
@@ -89,7 +91,7 @@ def test_every_tensor_of_a_rank_of_two_is_counted(name: str) -> None:
     tensors = stored_tensors(config, method, plan_of(config, method, 2, layout))
     found: Counter[int] = Counter()
     for tensor in tensors:
-        found[tensor.numel] += config.num_layers if tensor.block else 1
+        found[tensor.numel] += tensor.times(config.num_layers)
     if method.name == "sltrain":  # random positions: a rank holds half of them on average
         totals = [sum(n * times for n, times in side.items()) for side in (*sides, found)]
         assert totals[2] == pytest.approx((totals[0] + totals[1]) / 2, rel=1e-3)

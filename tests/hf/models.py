@@ -87,11 +87,13 @@ def lively(method: Any, **changes: Any) -> Decoder:
     with torch.no_grad():
         for parameter in decoder.parameters():
             parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
-        for layer in decoder.linears():
+        for layer in decoder.groups():
             for index in range(len(layer.shape.names)):
                 rows = layer.used_rows(index)
                 if layer.bias is not None:
                     layer.bias[rows] = 0.3 * torch.randn_like(layer.bias[rows])
-                if isinstance(layer, FactorizedLinear):
-                    layer.b[rows] = 0.1 * torch.randn_like(layer.b[rows])
+                stored, place = layer.layer_of(index)
+                if isinstance(stored, FactorizedLinear):
+                    rows = stored.used_rows(place)
+                    stored.b[rows] = 0.1 * torch.randn_like(stored.b[rows])
     return decoder.eval()

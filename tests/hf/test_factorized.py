@@ -25,11 +25,14 @@ from megalr.models.decoder import Decoder
 from megalr.preprocessing.tokenizer import open_tokenizer
 from tests.damage import mutated_json
 from tests.hf.models import FAMILIES, lively
-from tests.models.settings import factorized, low_rank
+from tests.models.settings import factorized, low_rank, mixed
 from tests.preprocessing.corpus import VOCAB_SIZE, prose, tiny_tokenizer
 
 METHODS = {
     "low_rank": low_rank(),
+    "low_rank of mixed ranks": mixed(low_rank()),
+    "sltrain of mixed ranks": mixed(factorized("sltrain")),
+    "cola of mixed ranks": mixed(factorized("cola")),
     **{name: factorized(name) for name in ("loro", "sltrain", "lora", "relora", "cola")},
 }
 ODD_SCALE = low_rank(alpha=11.0)
@@ -67,7 +70,7 @@ def test_logits_are_the_decoders_and_the_dense_exports(
     logits = model(ids).logits
     assert float(logits.std()) > 0.01
     torch.testing.assert_close(logits, decoder(ids), atol=1e-5, rtol=1e-5)
-    if method != "cola":
+    if "cola" not in method:
         dense = load(write(decoder, tmp_path / "dense", form="dense"))
         torch.testing.assert_close(logits, dense(ids).logits, atol=1e-5, rtol=1e-5)
 

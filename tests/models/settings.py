@@ -62,6 +62,12 @@ def low_rank(rank: int = 8, **changes: Any) -> SimpleNamespace:
     return SimpleNamespace(name="low_rank", rank=rank, **{**options, **changes})
 
 
+def mixed(method: SimpleNamespace, **changes: Any) -> SimpleNamespace:
+    """The same method with ranks that differ inside of groups and from layer to layer."""
+    ranks = {"q": 4, "layers.1.*": 12, "mlp.down": 6, "layers.1.mlp.up": 3}
+    return SimpleNamespace(**{**vars(method), "ranks": ranks, **changes})
+
+
 def factorized(name: str, rank: int = 8) -> SimpleNamespace:
     """Settings of another method with factors."""
     return SimpleNamespace(name=name, rank=rank, alpha=16.0, density=0.1, targets=ALL_TARGETS)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 from megalr.models.config import DecoderConfig
 from megalr.tensor_parallel.mesh import Mesh, make_mesh
-from tests.models.settings import factorized, full_rank, low_rank, tiny
+from tests.models.settings import factorized, full_rank, low_rank, mixed, tiny
 
 CASES: dict[str, tuple[SimpleNamespace, str]] = {
     "full_rank": (full_rank(), "column_row"),
@@ -18,6 +18,9 @@ CASES: dict[str, tuple[SimpleNamespace, str]] = {
     "some_targets": (low_rank(targets=["q", "k", "v", "down"]), "column_row"),
     "low_rank_bottleneck": (low_rank(), "bottleneck"),
     "cola_bottleneck": (factorized("cola"), "bottleneck"),
+    "mixed_ranks": (mixed(low_rank()), "column_row"),
+    "mixed_ranks_sltrain": (mixed(factorized("sltrain")), "column_row"),
+    "mixed_ranks_bottleneck": (mixed(low_rank()), "bottleneck"),
     "head_norms": (full_rank(), "column_row"),
     "full_norms": (low_rank(), "column_row"),
     "head_norms_bottleneck": (low_rank(), "bottleneck"),

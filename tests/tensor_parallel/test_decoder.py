@@ -41,7 +41,7 @@ def _pair(name: str, tensor: int) -> tuple[Decoder, Decoder]:
 
 
 def _zero_padding(decoder: Decoder) -> None:
-    for linear in decoder.linears():
+    for linear in (*decoder.groups(), *decoder.linears()):
         for index, (start, stop) in enumerate(linear.shape.row_ranges()):
             rows = slice(linear.used_rows(index).stop, stop)
             assert rows.start >= start

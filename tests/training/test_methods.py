@@ -13,6 +13,10 @@ from tests.training.test_resume import _cut_back
 GAP = {"rank": 4, "update_proj_gap": 4}
 METHODS: dict[str, dict[str, dict]] = {
     "sltrain": {"method": {"name": "sltrain", "rank": 8, "alpha": 16.0, "density": 0.1}},
+    "mixed_ranks": {
+        "method": {"name": "low_rank", "rank": 8, "ranks": {"q": 4, "layers.1.*": 12, "down": 6}},
+        "restarts": {"refactorize_every": 4, "verify": True},
+    },
     "lora": {"method": {"name": "lora", "rank": 8, "alpha": 16.0}},
     "relora": {
         "method": {"name": "relora", "rank": 8, "alpha": 16.0, "merge_every": 3},
@@ -76,7 +80,9 @@ def test_three_ranks_give_the_losses_of_one_and_resume_bitwise(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["sltrain", "lora", "cola", "spam", "stable_spam", "scale"])
+@pytest.mark.parametrize(
+    "name", ["sltrain", "mixed_ranks", "lora", "cola", "spam", "stable_spam", "scale"]
+)
 def test_elementwise_methods_give_the_same_losses_under_zero_3(
     name: str, data: Path, tmp_path: Path
 ) -> None:
