@@ -18,7 +18,7 @@ from megalr.checkpoint.manifest import (
     record_of,
 )
 from megalr.checkpoint.reader import Checkpoint
-from megalr.checkpoint.source import STATE
+from megalr.checkpoint.source import STATE, StateSource
 from megalr.checkpoint.universal import (
     is_universal,
     write_index,
@@ -47,15 +47,30 @@ def write_universal(
         UserError: the checkpoint is universal already or damaged, or the disk is full; nothing
             unfinished is left.
     """
-    folder, source = checkpoint.folder, checkpoint.source
+    folder = checkpoint.folder
     if is_universal(folder):
         raise UserError(f"{folder} is in the universal layout already: there is nothing to do")
-    root, tag = folder.parent, universal_tag(folder.name)
-    saving = saving_path(root, tag)
+    tag, loss = universal_tag(folder.name), checkpoint.validation_loss
+    return write_whole(checkpoint, checkpoint.source, folder.parent, tag, loss, progress)
+
+
+def write_whole(
+    checkpoint: Checkpoint,
+    source: StateSource,
+    root: Path,
+    tag: str,
+    validation_loss: float | None,
+    progress: Callable[[int, int], None],
+) -> Path:
+    """Write ``source``, made from the files of ``checkpoint``, as the universal ``root/tag``.
+
+    Published, and failing, as :func:`write_universal`.
+    """
+    folder, saving = checkpoint.folder, saving_path(root, tag)
     try:
         _check(checkpoint)
         shutil.rmtree(saving, ignore_errors=True)
-        saving.mkdir()
+        saving.mkdir(parents=True)
         written: list[str] = []
         for done, name in enumerate(source.names()):
             written += write_parameter(source, name, saving)
@@ -67,9 +82,7 @@ def write_universal(
         files: dict[str, FileRecord] = {
             name: record_of(saving / name, durable=True) for name in [*written, STATE]
         }
-        manifest = CheckpointManifest(
-            checkpoint.update, UNIVERSAL_LAYOUT, checkpoint.validation_loss, files
-        )
+        manifest = CheckpointManifest(source.saved.update, UNIVERSAL_LAYOUT, validation_loss, files)
         replace_file(saving / MANIFEST, manifest_text(manifest).encode())
         publish(root, tag)
     except Damaged as error:

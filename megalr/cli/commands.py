@@ -141,6 +141,13 @@ _ALL = (
         "megalr generate --run runs/NAME --prompt 'The sea' --max_new_tokens 50 --top_p 0.9",
     ),
     Command(
+        "ranks",
+        "Results",
+        "ranks",
+        "Choose the ranks of a run's matrices anew by their singular values.",
+        "megalr ranks --run runs/NAME --output runs/NAME_ranks",
+    ),
+    Command(
         "export",
         "Other formats",
         "formats",

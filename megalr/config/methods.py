@@ -6,9 +6,9 @@ One class per method, selected by ``name``. To add a method, write its class her
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from megalr.config.base import Section
 from megalr.config.projected import Factorized, ProjectedMethods
@@ -20,19 +20,16 @@ class FullRankMethod(Section):
     name: Literal["full_rank"] = "full_rank"
 
 
-def _none_as_empty(value: Any) -> Any:
-    return {} if value is None else value
-
-
 class _Ranked(Factorized):
     """Methods whose matrices may have different ranks."""
 
-    ranks: Annotated[dict[str, Annotated[int, Field(ge=1)]], BeforeValidator(_none_as_empty)] = (
-        Field(default={}, examples=[{"down": 192, "layers.0.*": 256}])
+    ranks: dict[str, Annotated[int, Field(ge=1)]] | None = Field(
+        default=None, examples=[{"down": 192, "layers.0.*": 256}]
     )
-    """Ranks other than rank, by name: the last parts of a matrix's name (down, attention.q), its
-    full name (layers.3.mlp.down), or a pattern with * for the full name. Of several entries that
-    name a matrix the last one counts. alpha is divided by a matrix's own rank."""
+    """Ranks by name; null = rank everywhere. A name is the last parts of a matrix's name (down,
+    attention.q), its full name (layers.3.mlp.down), or a pattern with * for the full name. Of
+    several entries that name a matrix the last one counts. alpha is divided by a matrix's own
+    rank."""
 
 
 class _Scaled(_Ranked):

@@ -119,10 +119,10 @@ def test_an_option_of_another_method_is_refused_with_the_options_of_this_one(
     assert problems_of([path], ["method.name=full_rank"]) == (
         f"{path}:4: method.rank = 128: unknown key; (the keys of method full_rank are name)"
     )
-    message = problems_of([path], ["method.name=low_rnk", "method.ranks=3"])
+    message = problems_of([path], ["method.name=low_rnk", "method.ranking=3"])
     assert "method.name = 'low_rnk': must be one of full_rank, low_rank" in message
     assert "did you mean low_rank?" in message
-    assert "method.ranks: unknown key, whatever method.name is" in message
+    assert "method.ranking: unknown key, whatever method.name is" in message
 
 
 def test_an_empty_configuration_asks_for_every_required_key(tmp_path: Path) -> None:

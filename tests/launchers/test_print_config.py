@@ -204,7 +204,7 @@ EXAMPLES = [None, True, 3, 2.5, "text", ["text"], [3], {"key": 3}]
 TAKE_MORE = {  # text for a path or an item, a list of them; a number of one of two kinds
     "run.dir": "text", "data.train": "text list dict", "data.validation": "text list dict None",
     "model.from_pretrained": "text None", "log.wandb_project": "text None", "model.preset": "text",
-    "run.fork_from": "text None",
+    "run.fork_from": "text None", "method.ranks": "dict None",
 }  # fmt: skip
 
 

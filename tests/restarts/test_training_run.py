@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from megalr.checkpoint import open_checkpoint
 from megalr.config.schema import RunConfig
+from megalr.hf.trained_run import load_decoder
 from tests.ranks import run_distributed
 from tests.restarts.engines import message_of
 from tests.synthetic import write_dataset
@@ -53,6 +56,24 @@ def test_a_run_reports_its_restarts_and_recovers_its_learning_rate(
     assert events(tmp_path / "run", "end")[0]["restart_share"] > 0
     for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
         json.loads(line)
+
+
+def test_matrices_of_different_ranks_are_balanced_each(data: Path, tmp_path: Path) -> None:
+    method = {"name": "low_rank", "rank": 8, "ranks": {"q": 4, "layers.1.*": 12, "down": 6}}
+    sections = {"method": method, "restarts": {"refactorize_every": 4, "verify": True}}
+    sections |= {"train": {"updates": 5}, "checkpoint": {"every": 1, "keep_last": 9}}
+    run_distributed(run, 2, settings(tmp_path / "run", data, **sections), zero(2))
+    (event,) = events(tmp_path / "run", "restart")
+    assert event["verified"] and event["matrices"] == 14
+    assert event["spectra"]["q"]["rank"] == 12 and event["spectra"]["down"]["rank"] == 6
+    decoders = [
+        load_decoder(tmp_path / "run", open_checkpoint(tmp_path / "run", f"update_{update}"))
+        for update in (3, 4)
+    ]
+    for before, pair in zip(*(decoder.factor_pairs() for decoder in decoders), strict=True):
+        b, a = pair.b[slice(*pair.b_rows)].double(), pair.a[slice(*pair.a_rows)].double()
+        torch.testing.assert_close(b.T @ b, a @ a.T, rtol=1e-5, atol=1e-6)
+        assert before.rank == pair.rank == len(a)
 
 
 def test_refactorization_of_a_dense_model_is_refused_and_reset_alone_works(

@@ -15,7 +15,6 @@ METHODS: dict[str, dict[str, dict]] = {
     "sltrain": {"method": {"name": "sltrain", "rank": 8, "alpha": 16.0, "density": 0.1}},
     "mixed_ranks": {
         "method": {"name": "low_rank", "rank": 8, "ranks": {"q": 4, "layers.1.*": 12, "down": 6}},
-        "restarts": {"refactorize_every": 4, "verify": True},
     },
     "lora": {"method": {"name": "lora", "rank": 8, "alpha": 16.0}},
     "relora": {
