@@ -13,7 +13,7 @@ from typing import Any
 
 from megalr.config.schema import RunConfig
 from megalr.engine.config import is_unwrapped
-from megalr.estimate.tensors import TRAINED, Stored, count, piece_of
+from megalr.estimate.tensors import TRAINED, Stored, count, in_one_piece, piece_of
 from megalr.models.config import round_up
 from megalr.optim.adam_h import BLOCK, MINIMUM
 from megalr.sharding.exchange import BUCKET_ELEMENTS
@@ -195,9 +195,8 @@ def state_bytes(
 def _start(tensors: list[Stored], whole: int, drawing: dict[str, int]) -> int:
     """Largest temporary memory of a piece while it is drawn; ``whole``: bytes of each of its
     elements that come on top of those that stay."""
-    sizes = dict.fromkeys(drawing, 0)
-    for tensor in tensors:
-        sizes[piece_of(tensor)] += tensor.numel if tensor.group != "indices" else 0
+    stored = [tensor for tensor in tensors if tensor.group != "indices"]
+    sizes = {piece: in_one_piece(t for t in stored if piece_of(t) == piece) for piece in drawing}
     return max(drawing[piece] + whole * size for piece, size in sizes.items())
 
 
@@ -296,11 +295,7 @@ def _reduced(flat: dict[str, int], added: int) -> int:
 
 def _gathered(tensors: list[Stored], zero: dict[str, Any], weight: int) -> int:
     """Gathered weights of stage 3: one block or the head, and the prefetched parameters."""
-    blocks: dict[int | None, int] = {None: 0}  # what all have, and what one has in addition
-    for tensor in tensors:
-        if tensor.block and tensor.group in (*TRAINED, "frozen"):
-            blocks[tensor.layer] = blocks.get(tensor.layer, 0) + tensor.numel
-    block = blocks.pop(None) + max(blocks.values(), default=0)
+    block = in_one_piece(t for t in tensors if t.block and t.group in (*TRAINED, "frozen"))
     single = max(t.numel for t in tensors if not t.block)
     ahead = int(zero["stage3_prefetch_bucket_size"])
     return weight * (max(block, single) + ahead)

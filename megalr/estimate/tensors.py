@@ -7,7 +7,7 @@ parameters of the decoder itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -200,6 +200,18 @@ def _stored_of_group(group: MatrixGroup, method: Any, plan: Plan) -> Iterator[St
 def piece_of(tensor: Stored) -> str:
     """The piece of the decoder (models.drawing) that a tensor belongs to."""
     return "block" if tensor.block else tensor.name.partition(".")[0]
+
+
+def in_one_piece(tensors: Iterable[Stored]) -> int:
+    """Elements of these tensors of one piece; of blocks, of the largest."""
+    alike = 0
+    of_layer: dict[int, int] = {}
+    for tensor in tensors:
+        if tensor.layer is None:
+            alike += tensor.numel
+        else:
+            of_layer[tensor.layer] = of_layer.get(tensor.layer, 0) + tensor.numel
+    return alike + max(of_layer.values(), default=0)
 
 
 def drawing_bytes(sizes: DecoderConfig, method: Any, plan: Plan = SINGLE) -> dict[str, int]:

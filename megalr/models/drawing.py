@@ -43,8 +43,9 @@ def draw_piece(decoder: Decoder, piece: nn.Module, seed: int) -> None:
     if piece is decoder.positions:
         init_rows(piece.weight, decoder.config.position_rows, seed, "positions", std)
     for module in piece.modules():
-        draws = isinstance(module, Embedding | Head | GroupedLinear)
-        if draws and not isinstance(module, MixedRankLinear):  # whose parts come by themselves
+        if isinstance(module, MixedRankLinear):
+            continue  # its parts come by themselves
+        if isinstance(module, Embedding | Head | GroupedLinear):
             module.reset_parameters(seed, std)
 
 

@@ -16,13 +16,14 @@ from megalr.models.drawing import draw_piece, hold, pieces
 from megalr.tensor_parallel.mesh import Mesh
 from megalr.tensor_parallel.plan import SINGLE, Plan
 from tests.live_bytes import LiveBytes
-from tests.models.settings import GPT2, factorized, full_rank, low_rank, tiny
+from tests.models.settings import GPT2, factorized, full_rank, low_rank, mixed, tiny
 
 METHODS: dict[str, SimpleNamespace] = {
     "full_rank": full_rank(),
     "low_rank": low_rank(),
     "full_rank_variance": low_rank(init="full_rank_variance"),
     "low_rank of the MLP only": low_rank(targets=["gate", "up", "down"]),
+    "low_rank of mixed ranks": mixed(low_rank()),
     **{name: factorized(name) for name in ("loro", "sltrain", "lora", "relora", "cola")},
 }
 SIZES = {
@@ -58,7 +59,9 @@ def test_weights_have_the_bits_of_a_model_drawn_whole_and_rounded(
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("name", ["full_rank", "sltrain", "lora", "cola"])
+@pytest.mark.parametrize(
+    "name", ["full_rank", "sltrain", "low_rank of mixed ranks", "lora", "cola"]
+)
 def test_an_empty_decoder_is_filled_piece_by_piece(sizes: DecoderConfig, name: str) -> None:
     method, dtype = METHODS[name], torch.bfloat16
     decoder = build_decoder(sizes, method, 3, dtype=dtype, empty=True)
@@ -90,7 +93,7 @@ def test_drawing_needs_one_matrix_in_float32_beside_the_weights(name: str, plan:
     with LiveBytes() as live:
         decoder = build_decoder(sizes, METHODS[name], 3, plan=plan, dtype=torch.bfloat16)
     tensors = stored_tensors(sizes, METHODS[name], plan)
-    weights = sum(2 * t.numel * (4 if t.block else 1) for t in tensors)
+    weights = sum(2 * t.numel * t.times(4) for t in tensors)
     assert weights == _bytes(decoder)
     estimate = weights + max(drawing_bytes(sizes, METHODS[name], plan).values())
     assert 0.97 * estimate < live.peak <= estimate
