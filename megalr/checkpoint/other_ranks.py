@@ -116,7 +116,7 @@ def best_of_rank(
         b, a: (m, r) and (r, n) float64.
         rank: r' of the result.
         ratio: old scale over new scale.
-        draw: gives so many rows for A, (count, n).
+        draw: gives rows for A, (count, n).
     """
     u, s, vh = _decomposed(b, a)
     living = min(rank, int((s > LIVING * s[0]).sum()))

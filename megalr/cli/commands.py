@@ -143,8 +143,8 @@ _ALL = (
     Command(
         "ranks",
         "Results",
-        "ranks",
-        "Choose the ranks of a run's matrices anew by their singular values.",
+        "rank_budget",
+        "Choose the ranks of a run's matrices by their singular values.",
         "megalr ranks --run runs/NAME --output runs/NAME_ranks",
     ),
     Command(

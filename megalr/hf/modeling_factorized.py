@@ -267,7 +267,7 @@ def _listed_layer(
 
 
 def _ranks(given: Any, parts: int, place: tuple[int, int]) -> list[Any]:
-    """The ranks of the matrices of a layer of the block ``place``, (number, of so many blocks)."""
+    """The ranks of the matrices of a layer of block ``place[0]`` of ``place[1]``."""
     number, blocks = place
     if isinstance(given, list):
         given = given[number] if len(given) == blocks else None

@@ -384,10 +384,7 @@ class Decoder(nn.Module):
             yield from (block.attention.qkv, block.attention.o, block.mlp.gate_up, block.mlp.down)
 
     def linears(self) -> Iterator[GroupedLinear]:
-        """The layers that store the matrices of the blocks, in order.
-
-        They are the groups, but for those whose matrices differ in rank: of these their parts.
-        """
+        """The layers that store the matrices, in order: of groups that differ in rank the parts."""
         layers = (module for module in self.modules() if isinstance(module, GroupedLinear))
         return (layer for layer in layers if not isinstance(layer, MixedRankLinear))
 

@@ -13,7 +13,7 @@ import yaml
 from megalr.checkpoint import open_checkpoint
 from megalr.checkpoint.choose_ranks import Spectrum, as_entries, choose_ranks
 from megalr.checkpoint.other_ranks import best_of_rank, measured_spectra
-from megalr.cli.ranks import ranks_command
+from megalr.cli.rank_budget import ranks_command
 from megalr.errors import UserError
 from megalr.hf.trained_run import load_decoder
 from tests.ranks import RankFailed, run_distributed
