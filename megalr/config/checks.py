@@ -21,6 +21,7 @@ def cross_problems(value_of: Callable[[str], Any]) -> Iterator[tuple[str, str]]:
     yield from _method_problems(value_of)
     yield from _fork_problems(value_of)
     yield from _rounding_problems(value_of)
+    yield from _spectron_problems(value_of)
     warmup, updates = value_of("schedule.warmup_updates"), value_of("train.updates")
     if warmup is not None and updates is not None and warmup > updates:
         yield (
@@ -139,6 +140,26 @@ def _method_problems(value_of: Callable[[str], Any]) -> Iterator[tuple[str, str]
         )
     elif value_of("optimizer.eps") not in (None, ADAMW_EPS):
         yield "optimizer.eps", f"not used by method {method}: set method.eps instead"
+
+
+def _spectron_problems(value_of: Callable[[str], Any]) -> Iterator[tuple[str, str]]:
+    """Spectron bounds the change of a product of two factors."""
+    method = value_of("method.name")
+    if value_of("optimizer.name") != "spectron" or method is None or method in PROJECTED_NAMES:
+        return
+    rank, alpha = value_of("method.rank"), value_of("method.alpha")
+    if method != "low_rank":
+        yield (
+            "optimizer.name",
+            f"spectron trains pairs of factors whose product is the weight: method {method} has "
+            "other matrices, use low_rank",
+        )
+    elif None not in (rank, alpha) and alpha != rank:
+        yield (
+            "method.alpha",
+            f"spectron bounds the change of W = B A, and alpha / rank = {alpha:g} / {rank} scales "
+            f"it: set method.alpha={rank}",
+        )
 
 
 def _batch_problems(value_of: Callable[[str], Any]) -> Iterator[tuple[str, str]]:

@@ -44,10 +44,13 @@ class LowRankMethod(_Scaled):
     """Target matrices are stored as factors, W = (alpha / rank) B A; no full matrix is kept."""
 
     name: Literal["low_rank"] = "low_rank"
-    init: Literal["kaiming", "full_rank_variance"] = Field(default="kaiming", examples=["kaiming"])
+    init: Literal["kaiming", "full_rank_variance", "orthogonal"] = Field(
+        default="kaiming", examples=["kaiming"]
+    )
     """How the factors start. kaiming: both Kaiming-uniform (a = sqrt 5), as published.
     full_rank_variance: normal factors scaled so that the entries of W have the variance of the
-    full-rank initialisation."""
+    full-rank initialisation. orthogonal: random orthonormal columns of B and rows of A, so that
+    all singular values of both are 1 (for optimizer spectron)."""
 
 
 class SLTrainMethod(_Scaled):

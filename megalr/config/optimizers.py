@@ -196,12 +196,24 @@ class SCALEOptimizer(AdamSection):
     """Decay rate of the average gradient of the output head."""
 
 
+class SpectronOptimizer(_OrthogonalSection):
+    """Spectron: orthogonalized momentum for pairs of factors, scaled by their spectral norms; AdamW
+    for everything else. Needs method low_rank with alpha equal to rank."""
+
+    name: Literal["spectron"] = "spectron"
+    momentum: float = Field(default=0.95, ge=0, lt=1, examples=[0.95])
+    """Decay rate of the momentum of the factors."""
+    adam_lr_ratio: float = Field(default=0.1, gt=0, examples=[0.1])
+    """AdamW's learning rate as a share of lr (lr bounds the spectral norm of the change of B A)."""
+
+
 OptimizerConfig = Annotated[
     AdamWOptimizer
     | SPAMOptimizer
     | StableSPAMOptimizer
     | MuonOptimizer
     | NorMuonOptimizer
-    | SCALEOptimizer,
+    | SCALEOptimizer
+    | SpectronOptimizer,
     Field(discriminator="name"),
 ]

@@ -26,11 +26,12 @@ from megalr.optim.muon import Muon
 from megalr.optim.scale import SCALE
 from megalr.optim.sharded_optimizer import ShardedOptimizer, moment_names, set_step
 from megalr.optim.spam import SPAM
+from megalr.optim.spectron import Spectron
 from megalr.optim.stable_spam import StableSPAM
 from megalr.sharding.fragment import Fragment
 from megalr.sharding.tensor_shard import shard_of
 
-WHOLE_MATRIX = (MatrixOptimizer, LORO, Muon)
+WHOLE_MATRIX = (MatrixOptimizer, LORO, Muon, Spectron)
 
 
 class EngineState:

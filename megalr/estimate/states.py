@@ -25,7 +25,8 @@ ORTHOGONAL = ("muon", "normuon")
 """Optimizers that orthogonalize the momentum of matrices, chunk by chunk."""
 ORTHOGONAL_BYTES = 14
 """Temporary bytes for each element of a chunk: float32 copies of the gradients or of the updates,
-and the iteration's matrices in 16 bits. Those of normuon; muon takes 13, a fraction 6."""
+and the iteration's matrices in 16 bits. Those of normuon; muon and spectron take 13, a fraction
+below 1 takes 6."""
 
 PROJECTED = ("galore", "fira", "golore", "apollo", "apollo_mini")
 
@@ -168,7 +169,7 @@ def state_bytes(
     if config.method.name == "loro":
         moment = 2 if precision == "paper_bf16" else 4
         update = max(update, math.ceil(moment * _directions(groups) * share / total))
-    if config.optimizer.name in ORTHOGONAL:
+    if config.optimizer.name in (*ORTHOGONAL, "spectron"):
         # Beside the copies of gradients, some of which live during the step.
         update += ORTHOGONAL_BYTES * orthogonalized_together(tensors, layers, share / total)
     host = 0
@@ -207,7 +208,7 @@ def _splits_targets(config: RunConfig) -> bool:
 
 
 def orthogonalized_together(tensors: list[Stored], layers: int, share: float) -> int:
-    """Elements of the largest chunk of matrices that Muon orthogonalizes at a time on a rank.
+    """Elements of the largest chunk of matrices that are orthogonalized at a time on a rank.
 
     ``share``: the part of all matrices that the rank owns.
     """
@@ -325,6 +326,9 @@ def _moments_of(tensor: Stored, config: RunConfig, element: int) -> float:
     if optimizer.name in ORTHOGONAL and tensor.matrices:
         rows = sum(m for m, _ in tensor.matrices) if optimizer.name == "normuon" else 0
         return element * tensor.numel + 4 * rows
+    if optimizer.name == "spectron" and tensor.group == "factors":
+        inner = sum(min(shape) for shape in tensor.matrices)  # r of every factor
+        return element * tensor.numel + 4 * inner
     density = getattr(optimizer, "density", None)
     if optimizer.name == "spam" and tensor.group == "targets" and density not in (None, 1):
         return 2 * element * density * tensor.numel + tensor.numel

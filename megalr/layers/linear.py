@@ -345,6 +345,7 @@ class LowRankLinear(BottleneckLinear):
             (Kaiming uniform, a = sqrt 5), whose W has variance (alpha/r)^2 / (9 n).
             ``full_rank_variance``: normal factors whose W has the variance of the full-rank init
             and whose expected Gram matrices are equal (balanced): m var(B) = n var(A).
+            ``orthogonal``: orthonormal columns of B and rows of A (QR of normal draws), Spectron's.
             ``xavier``: A ~ N(0, 2 / (r + n)), B ~ N(0, 2 / (m + r)), LORO's choice.
     """
 
@@ -374,6 +375,9 @@ class LowRankLinear(BottleneckLinear):
                 draw_a.uniform_(-1 / math.sqrt(n), 1 / math.sqrt(n), generator=gen_a)
                 bound = 1 / math.sqrt(self.rank)
                 draw_b.uniform_(-bound, bound, generator=gen_b)
+            elif self.init == "orthogonal":
+                draw_a = torch.linalg.qr(draw_a.normal_(generator=gen_a).mT).Q.mT
+                draw_b = torch.linalg.qr(draw_b.normal_(generator=gen_b)).Q
             elif self.init == "xavier":
                 draw_a.normal_(0.0, math.sqrt(2 / (self.rank + n)), generator=gen_a)
                 draw_b.normal_(0.0, math.sqrt(2 / (m + self.rank)), generator=gen_b)

@@ -55,8 +55,8 @@ def factorize_(
             factors only.
         alpha: numerator of the scale alpha / r. It scales the gradients of both factors as well.
         init: "svd": the best approximation of W of rank r, balanced; with ``density`` S is the
-            rest on its support. For pretraining from scratch: "kaiming" or
-            "full_rank_variance", the draws of docs/methods.md (SLTrain has one draw of its own).
+            rest on its support. For pretraining from scratch: "kaiming", "full_rank_variance" or
+            "orthogonal", the draws of docs/methods.md (SLTrain has one draw of its own).
         init_std: standard deviation of W's entries for "full_rank_variance".
         seed: of draws and supports, which depend on it and on the linear's name only.
 
@@ -72,8 +72,8 @@ def factorize_(
         raise UserError(f"init = {init!r}: must be one of {', '.join(INITS)}")
     if density is not None and not 0 < density < 1:
         raise UserError(f"density = {density}: must be above 0 and below 1")
-    if density is not None and init == "full_rank_variance":
-        raise UserError("init = full_rank_variance has no sparse part: use svd or kaiming")
+    if density is not None and init in ("full_rank_variance", "orthogonal"):
+        raise UserError(f"init = {init} has no sparse part: use svd or kaiming")
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise UserError("the model is wrapped by DDP already: call factorize_ before that")
     linears = select_linears(model, targets, exclude)

@@ -18,7 +18,7 @@ from megalr.layers.sltrain import SLTrainLinear
 from megalr.layers.sparse_product import sparse_low_rank
 from megalr.layers.up_projection import up_project
 
-INITS = ("svd", "kaiming", "full_rank_variance")
+INITS = ("svd", "kaiming", "full_rank_variance", "orthogonal")
 """How factors start: from the weight that they replace, or as in pretraining (docs/methods.md)."""
 
 
@@ -38,7 +38,7 @@ class FactorLinear(LowRankLinear):
         size: ``(m, n)`` of W.
         rank: r, from 1 to min(m, n).
         alpha: numerator of the scale alpha / r.
-        init: draws of ``reset_parameters``, "kaiming" or "full_rank_variance".
+        init: draws of ``reset_parameters``, "kaiming", "full_rank_variance" or "orthogonal".
         bias: whether a vector is added.
         transposed: the linear stored its weight as (n, m), as GPT-2's does.
     """

@@ -3,12 +3,12 @@ Out: torch optimizers whose update rules work on whole tensors; learning-rate sc
 Must not know: the engine, ZeRO stages, the training loop.
 """
 
-from megalr.optim.apollo import Apollo, ApolloMini
-from megalr.optim.galore import Fira, GaLore, GoLore
+from megalr.optim.galore import Apollo, ApolloMini, Fira, GaLore, GoLore
 from megalr.optim.loro import LORO
 from megalr.optim.muon import Muon, NorMuon
 from megalr.optim.scale import SCALE
 from megalr.optim.spam import SPAM
+from megalr.optim.spectron import Spectron
 from megalr.optim.stable_spam import StableSPAM
 
 __all__ = [
@@ -22,5 +22,6 @@ __all__ = [
     "GoLore",
     "Muon",
     "NorMuon",
+    "Spectron",
     "StableSPAM",
 ]

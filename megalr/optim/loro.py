@@ -58,24 +58,7 @@ class LORO(ShardedOptimizer):
             )
 
     def _pairs(self) -> list[tuple[Located, Located]]:
-        """(B, A) of every pair among the entries that ``param_groups`` shows now."""
-        found: dict[str, Located] = {
-            tensor.name: (parameter, self.layout(parameter), tensor)
-            for group in self.param_groups
-            for parameter in group["params"]
-            for tensor in self.layout(parameter).tensors
-        }
-        pairs = []
-        for name, located in found.items():
-            if name.endswith(".B"):
-                partner = found.get(name[:-1] + "A")
-                if partner is None:
-                    raise UserError(
-                        f"LORO found {name} without {name[:-1]}A in the same parameter group: keep "
-                        "both factors in one group (under ZeRO 3 raise sub_group_size)"
-                    )
-                pairs.append((located, partner))
-        return pairs
+        return located_pairs(self, self.param_groups)
 
     def _step_groups(self) -> None:
         entries = list(self._entries())
@@ -164,6 +147,34 @@ class LORO(ShardedOptimizer):
                 state["exp_avg"].zero_()
                 state["exp_avg_sq"].zero_()
                 state["step"] = 0
+
+
+def located_pairs(
+    optimizer: ShardedOptimizer, groups: Iterable[dict[str, Any]]
+) -> list[tuple[Located, Located]]:
+    """(B, A) of every pair among the entries that parameter groups of an optimizer show now.
+
+    Raises:
+        UserError: a B without its A.
+    """
+    found: dict[str, Located] = {
+        tensor.name: (parameter, optimizer.layout(parameter), tensor)
+        for group in groups
+        for parameter in group["params"]
+        for tensor in optimizer.layout(parameter).tensors
+    }
+    pairs = []
+    for name, located in found.items():
+        if name.endswith(".B"):
+            partner = found.get(name[:-1] + "A")
+            if partner is None:
+                raise UserError(
+                    f"{type(optimizer).__name__} found {name} without {name[:-1]}A in the same "
+                    "parameter group: keep both factors in one group (under ZeRO 3 raise "
+                    "sub_group_size)"
+                )
+            pairs.append((located, partner))
+    return pairs
 
 
 def exact_step(

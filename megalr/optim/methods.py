@@ -10,8 +10,7 @@ import torch
 from megalr.errors import UserError
 from megalr.kernels.adamw import AdamW
 from megalr.kernels.stochastic_rounding import StochasticRounding
-from megalr.optim.apollo import Apollo, ApolloMini
-from megalr.optim.galore import Fira, GaLore, GoLore
+from megalr.optim.galore import Apollo, ApolloMini, Fira, GaLore, GoLore
 from megalr.optim.loro import LORO
 from megalr.optim.matrix import MatrixOptimizer
 from megalr.optim.muon import Muon, NorMuon
@@ -19,6 +18,7 @@ from megalr.optim.options import option_names
 from megalr.optim.scale import SCALE
 from megalr.optim.sharded_optimizer import ShardedOptimizer
 from megalr.optim.spam import SPAM
+from megalr.optim.spectron import Spectron
 from megalr.optim.stable_spam import StableSPAM
 
 Groups = list[dict[str, Any]]
@@ -129,6 +129,8 @@ def _completed(
         marks["use_muon"] = True
     elif rule is SCALE:
         return _by_kind(groups)
+    elif rule is Spectron:
+        marks["use_spectron"] = True
     elif rule is LORO:  # the rank is that of the model's factors
         options.pop("rank")
         options["hidden_size"] = facts.hidden_size
@@ -136,7 +138,8 @@ def _completed(
         options["total_T"] = facts.total_updates
     if rule is GoLore:
         options["total_updates"] = facts.total_updates
-    chosen = ("targets", "factors") if issubclass(rule, Muon) else ("targets",)
+    with_factors = issubclass(rule, Muon | Spectron)
+    chosen = ("targets", "factors") if with_factors else ("targets",)
     return [{**g, **marks} if g["name"] in chosen else g for g in groups]
 
 
@@ -168,6 +171,7 @@ OPTIMIZER_RULES: dict[str, type[ShardedOptimizer]] = {
     "muon": Muon,
     "normuon": NorMuon,
     "scale": SCALE,
+    "spectron": Spectron,
 }
 
 

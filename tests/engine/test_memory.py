@@ -48,6 +48,7 @@ def _state_of_target(name: str, m: int, n: int) -> int:
         "dion2": m * n,
         "normuon": m * n + m,
         "scale": 0,
+        "spectron": factors // 2 + 2 * r,
     }[name]
 
 

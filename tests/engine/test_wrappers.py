@@ -91,7 +91,7 @@ def test_layouts_find_every_logical_tensor_in_every_kind_of_engine(world):
 
 
 def test_matrix_optimizers_are_refused_at_stage_0_on_several_ranks():
-    for method in ("galore", "loro", "muon"):
+    for method in ("galore", "loro", "muon", "spectron"):
         for message in run_distributed(engines.refusal, 2, method):
             assert "zero_optimization.stage is 0 with several ranks, use stage 1 or more" in message
 

@@ -40,6 +40,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         zero(2),
     ),
     "muon": ({**METHODS["muon"], **FULL, "train": BF16}, zero(2)),
+    "spectron": ({**METHODS["spectron"], "train": BF16}, zero(2)),
     "normuon": ({**METHODS["normuon"], **FULL, "train": BF16}, zero(2)),
     "scale": ({**METHODS["scale"], **METHODS["sltrain"], "train": BF16}, zero(2)),
     "scale, tied": (

@@ -68,6 +68,7 @@ OPTIMIZERS = {
     "dion2": _split(lambda g: megalr.optim.Muon(g, lr=1e-2, fraction=0.4), use_muon=True),
     "normuon": _split(lambda g: megalr.optim.NorMuon(g, lr=1e-2), use_muon=True),
     "scale": lambda m: megalr.optim.SCALE(by_kind(m), lr=1e-2),
+    "spectron": _split(lambda g: megalr.optim.Spectron(g, lr=1e-1), use_spectron=True),
     "loro": lambda m: megalr.optim.LORO(
         [*chain(*megalr.split_parameters(m))], lr=1e-2, hidden_size=12, exact_every=3
     ),

@@ -25,6 +25,7 @@ from megalr.optim import (
     GoLore,
     Muon,
     NorMuon,
+    Spectron,
     StableSPAM,
     muon,
     projection,
@@ -55,6 +56,7 @@ METHODS = {
     "normuon": lambda g: NorMuon(with_muon(g), lr=3e-3, adam_lr_ratio=0.3),
     "scale": lambda g: SCALE(of_kinds(g, "embedding", "matrices"), lr=3e-3, weight_decay=0.1),
     "scale_head": lambda g: SCALE(of_kinds(g, "matrices", "head"), lr=3e-3),
+    "spectron": lambda g: Spectron(with_pairs(g), lr=3e-2),
     "loro": lambda g: LORO(g, lr=3e-3, hidden_size=16, exact_every=GAP),
 }  # fmt: skip
 ELEMENTWISE = ("spam", "spam_sparse", "stable_spam", "scale", "scale_head")
@@ -74,6 +76,14 @@ def with_rank(groups, **options):
 def with_muon(groups):
     """The mark of the group of matrices."""
     return [{**g, "use_muon": g["name"] == "matrices"} for g in groups]
+
+
+def with_pairs(groups):
+    """The factors of the group of matrices in a marked group of their own."""
+    embedding, matrices, vectors = groups
+    dense, *factors = matrices["params"]
+    marked = {"name": "factors", "params": factors, "use_spectron": True}
+    return [embedding, {"name": "matrices", "params": [dense]}, marked, vectors]
 
 
 class Net(nn.Module):

@@ -352,3 +352,29 @@ def muon(w, grads, lr, mu, wd=0.0, fraction=1.0, beta2=None):
         w[chosen] -= lr * stretch * o
         out.append(w.copy())
     return out
+
+
+def spectron(b, a, grads, lr, mu, wd=0.0):
+    """B and A after each update; singular values by the power iteration of the paper."""
+    momenta = [np.zeros_like(b), np.zeros_like(a)]
+    vectors, out = [None, None], []
+
+    def norm_of(x, side):
+        u = vectors[side]  # x has r rows
+        rows = np.sqrt((x * x).sum(axis=1))
+        if u is None or np.linalg.norm(x.T @ u) < rows.max():
+            u = np.eye(len(x))[rows.argmax()]
+        v = x.T @ u
+        v = v / np.linalg.norm(v)
+        s = np.linalg.norm(x @ v)
+        vectors[side] = x @ v / s
+        return s
+
+    for gradients in grads:
+        momenta = [mu * m + (1 - mu) * g for m, g in zip(momenta, gradients, strict=True)]
+        rho = lr / (norm_of(b.T, 0) + norm_of(a, 1) + 1)
+        b, a = (
+            (1 - lr * wd) * w - rho * orthogonal(m) for w, m in zip((b, a), momenta, strict=True)
+        )
+        out.append((b, a))
+    return out

@@ -19,6 +19,7 @@ from megalr.optim import (
     GoLore,
     Muon,
     NorMuon,
+    Spectron,
     StableSPAM,
     projection,
 )
@@ -42,17 +43,20 @@ MAKERS = {
     "dion2": lambda p, **k: Muon(p, use_muon=True, fraction=0.4, **k),
     "normuon": lambda p, **k: NorMuon(p, use_muon=True, **k),
     "nordion2": lambda p, **k: NorMuon(p, use_muon=True, fraction=0.4, **k),
+    "spectron": lambda p, **k: Spectron(p, use_spectron=True, **k),
     "loro": lambda p, **k: LORO(p, hidden_size=8, exact_every=3, **k),
 }
+PAIRS = ("loro", "spectron")
+"""Rules for a factor B and its A."""
 
 
 def parameters(name, dtype=torch.float32):
     torch.manual_seed(0)
     shapes = [(7, 5), (4, 9)]
-    if name == "loro":
+    if name in PAIRS:
         shapes = [(7, 2), (2, 5)]
     tensors = [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in shapes]
-    if name == "loro":
+    if name in PAIRS:
         tensors[0].row_blocks, tensors[1].row_blocks = (("w.B", 0, 7),), (("w.A", 0, 2),)
     return tensors
 
@@ -156,7 +160,7 @@ def test_matrices_stacked_in_one_parameter_are_updated_as_separate_parameters(na
     assert torch.allclose(stacked, torch.cat(apart), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [n for n in MAKERS if n != "loro"])
+@pytest.mark.parametrize("name", [n for n in MAKERS if n not in PAIRS])
 def test_padded_rows_and_columns_stay_exactly_zero(name):
     tensors = parameters(name)
     for p in tensors:
@@ -174,10 +178,11 @@ def test_padded_rows_and_columns_stay_exactly_zero(name):
     assert all(p[-2:].abs().sum() == 0 and p[:, -1:].abs().sum() == 0 for p in tensors)
 
 
-def test_exact_loro_step_keeps_padding_zero():
-    tensors = parameters("loro")
+@pytest.mark.parametrize("name", PAIRS)
+def test_padding_of_factors_stays_zero(name):
+    tensors = parameters(name)
     b, a = tensors
-    optimizer = LORO(tensors, hidden_size=8, exact_every=2)
+    optimizer = MAKERS[name](tensors)
     for p, index in ((b, (slice(-2, None), slice(None))), (a, (slice(None), slice(-1, None)))):
         p.data[index] = 0
     for _ in range(6):

@@ -46,6 +46,10 @@ METHODS: dict[str, dict[str, dict]] = {
     "dion2": {"optimizer": {"name": "muon", "fraction": 0.25}},
     "normuon": {"optimizer": {"name": "normuon"}},
     "scale": {"optimizer": {"name": "scale", "lr": 0.003}},
+    "spectron": {
+        "method": {"name": "low_rank", "rank": 8, "alpha": 8.0, "init": "orthogonal"},
+        "optimizer": {"name": "spectron", "lr": 0.05},
+    },
 }
 
 

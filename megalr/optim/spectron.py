@@ -1,0 +1,166 @@
+"""Spectron: orthogonalized momentum for pairs of factors, scaled by their spectral norms."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch.optim.optimizer import ParamsT
+
+from megalr.config.optimizers import SpectronOptimizer
+from megalr.errors import UserError
+from megalr.optim import adam_h
+from megalr.optim.loro import Located, located_pairs
+from megalr.optim.matrix import stacked
+from megalr.optim.muon import orthogonalized
+from megalr.optim.sharded_optimizer import ShardedOptimizer, flat_grad, flat_part, scalar_dtype
+from megalr.sharding.exchange import buckets, from_owner, to_owner
+
+Pair = tuple[Located, Located]
+"""B and A."""
+
+
+class Spectron(ShardedOptimizer):
+    """Spectron (Janson et al. 2026, arXiv 2602.12429, algorithms 1 and 3) for W = B A.
+
+    Pairs are the logical tensors named ``X.B`` (m, r) and ``X.A`` (r, n) of groups with
+    ``use_spectron``. For each factor M <- momentum * M + (1 - momentum) G and O = NS5(M); with the
+    largest singular values s_B and s_A, rho = lr / (s_B + s_A + 1) and
+    B <- (1 - lr * weight_decay) B - rho O_B, likewise A. Without decay B A then changes by at most
+    lr times the largest singular value of O (at most 1.21), in spectral norm, for lr <= 1. Other
+    groups: AdamW with learning rate lr * ``adam_lr_ratio``.
+
+    s is found by :func:`power_step`. State: (m + n) r elements for each pair, and 2 r numbers on
+    the owner of B, where both factors and momenta meet; pairs of equal shapes are stacked.
+    """
+
+    declared = (SpectronOptimizer,)
+    marks: ClassVar[dict[str, Any]] = {"use_spectron": False}
+
+    def __init__(self, params: ParamsT, **options: Any) -> None:
+        super().__init__(params, **options)
+        if not self._pairs():
+            raise UserError(
+                "Spectron found no factors in groups with use_spectron: give it those of a "
+                "factorized model (after fully_shard: as megalr.split_parameters returns them)"
+            )
+
+    def _pairs(self) -> list[Pair]:
+        groups = [group for group in self.param_groups if group["use_spectron"]]
+        pairs = [pair for group in groups for pair in located_pairs(self, [group])]
+        paired = {located[2].name for pair in pairs for located in pair}
+        for group in groups:
+            for parameter in group["params"]:
+                for tensor in self.layout(parameter).tensors:
+                    if tensor.name not in paired:
+                        raise UserError(
+                            f"Spectron needs pairs of factors; {tensor.name} of shape "
+                            f"{tensor.shape} is none: put it into a group without use_spectron"
+                        )
+        return pairs
+
+    def _step_groups(self) -> None:
+        stepped: dict[torch.Tensor, dict[str, Any]] = {}
+        for group, parameter in self._entries():
+            state, flat, grad = self.state[parameter], flat_part(parameter), flat_grad(parameter)
+            dtype = self._moment_dtype(parameter)
+            state["step"] = state.get("step", 0) + 1
+            if not group["use_spectron"]:
+                lr = group["lr"] * group["adam_lr_ratio"]
+                adam_h.adamw_flat(flat, grad, state, group, lr, dtype)
+                continue
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(flat, dtype=dtype)
+            state["momentum_buffer"].lerp_(grad.to(dtype), 1 - group["momentum"])
+            stepped[parameter] = group
+        pairs = self._pairs() if stepped else []
+        pairs = [pair for pair in pairs if pair[0][0] in stepped and pair[1][0] in stepped]
+        for bucket in buckets(pairs, lambda pair: pair[0][2].numel + pair[1][2].numel):
+            self._step_pairs(bucket, stepped)
+
+    def _step_pairs(self, pairs: list[Pair], group_of: dict[torch.Tensor, dict[str, Any]]) -> None:
+        """Factors and momenta of some pairs to the owner of B, and new factors back."""
+        entry, layout, _ = pairs[0][0]
+        ranks, like = layout.ranks, flat_part(entry)
+        members = []
+        for (b_entry, _, b), (a_entry, _, a) in pairs:
+            members += [(b_entry, b), (a_entry, replace(a, owner=b.owner))]
+        flats = [(tensor, flat_part(parameter)) for parameter, tensor in members]
+        moments = [(tensor, self.state[p]["momentum_buffer"]) for p, tensor in members]
+        factors = to_owner(ranks, flats, like)
+        momenta = to_owner(ranks, moments, moments[0][1])
+        mine = [(b, a) for b, a in pairs if b[2].name in factors]
+        updated: dict[str, torch.Tensor] = {}
+        alike: dict[Any, list[Pair]] = {}
+        for (b_entry, layout, b), a_located in mine:
+            key = (b.shape, a_located[2].shape, id(group_of[b_entry]))
+            alike.setdefault(key, []).append(((b_entry, layout, b), a_located))
+        for same in alike.values():
+            updated |= self._updated(same, factors, momenta, group_of[same[0][0][0]])
+        parts = from_owner(ranks, [tensor for tensor, _ in flats], updated, like)
+        for tensor, flat in flats:
+            fragment = tensor.on(ranks.rank)
+            if fragment is not None:
+                fragment.of(flat).copy_(parts[tensor.name])
+
+    def _updated(
+        self,
+        pairs: list[Pair],
+        factors: dict[str, torch.Tensor],
+        momenta: dict[str, torch.Tensor],
+        group: dict[str, Any],
+    ) -> dict[str, torch.Tensor]:
+        """The new factors of k pairs of equal shapes."""
+        dtype = scalar_dtype(momenta[pairs[0][0][2].name].dtype)
+        owns = []
+        for (b_entry, _, b), _ in pairs:
+            own = self.state[b_entry].setdefault("matrices", {}).setdefault(b.name, {})
+            for key in ("power_b", "power_a"):
+                if key not in own:
+                    own[key] = factors[b.name].new_zeros(b.shape[1], dtype=dtype)
+            owns.append(own)
+        old, moved, norms = [], [], []
+        for side, key in enumerate(("power_b", "power_a")):
+            names = [pair[side][2].name for pair in pairs]
+            weight = torch.stack([factors[name] for name in names]).to(dtype)
+            short = weight.mT if side == 0 else weight  # (k, r, m) or (k, r, n)
+            norm, vectors = power_step(short, stacked(owns, key, dtype))
+            for own, vector in zip(owns, vectors.unbind(), strict=True):
+                own[key].copy_(vector)
+            momentum = torch.stack([momenta[name] for name in names])
+            old.append(weight)
+            moved.append(orthogonalized(momentum, group["ns_method"]))
+            norms.append(norm)
+        rho = group["lr"] / (norms[0] + norms[1] + 1)
+        updated: dict[str, torch.Tensor] = {}
+        for side, weight in enumerate(old):
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
+            weight.sub_(rho[:, None, None] * moved[side])
+            updated |= {
+                pair[side][2].name: new.to(factors[pair[side][2].name].dtype)
+                for pair, new in zip(pairs, weight.unbind(), strict=True)
+            }
+        return updated
+
+
+def power_step(matrices: torch.Tensor, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One step of the power iteration for the largest singular values of X (k, r, l), r <= l.
+
+    From u (k, r), the vectors of the step before: w = X'u / |X'u|, s = |X w|, u <- X w / s.
+    Returns s (k,) and the new u. s is never above the largest singular value and never below the
+    largest norm of a row: where |X'u| is below it, u is the unit vector of that row. So it is at
+    the first step (u = 0) and where X was replaced (refactorization), without being told. X = 0
+    gives s = 0 and u = 0.
+    """
+    rows = torch.linalg.vector_norm(matrices, dim=2)  # (k, r)
+    largest, at = rows.max(dim=1)
+    image = torch.bmm(vectors[:, None], matrices)[:, 0]  # (k, l)
+    longest = matrices[torch.arange(len(at), device=at.device), at]
+    stale = torch.linalg.vector_norm(image, dim=1) < largest
+    image = torch.where(stale[:, None], longest, image)
+    tiny = torch.finfo(matrices.dtype).tiny
+    image = image / torch.linalg.vector_norm(image, dim=1, keepdim=True).clamp_min(tiny)
+    product = torch.bmm(matrices, image[:, :, None])[:, :, 0]  # (k, r)
+    norm = torch.linalg.vector_norm(product, dim=1)
+    return norm, product / norm.clamp_min(tiny)[:, None]
