@@ -59,6 +59,8 @@ def exported_difference(tokenizer: Tokenizer, folder: Path) -> str | None:
     """How the tokenizer that transformers loads from ``folder`` differs; None if it agrees."""
     from transformers import AutoTokenizer
 
+    import megalr.hf.auto  # noqa: F401  (AutoTokenizer warns of types that it does not know)
+
     lines = list(PROBES)
     try:
         loaded: Any = AutoTokenizer.from_pretrained(
