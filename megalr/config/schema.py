@@ -144,7 +144,7 @@ class TrainConfig(Section):
     gradient_clipping: float = Field(default=1.0, ge=0, examples=[1.0])
     """Largest global norm of the gradient; larger ones are scaled down to it; 0 = no clipping."""
     compile: bool = Field(default=False, examples=[True])
-    """Whether the decoder layers are compiled by torch.compile; not with ZeRO stage 3."""
+    """Whether the decoder layers are compiled by torch.compile."""
     cuda_graphs: bool = Field(default=False, examples=[True])
     """Whether forward and backward of a micro-batch run as one CUDA graph, which takes launching
     kernels off the critical path: for small models on a GPU; not with ZeRO stage 3 or offload."""
@@ -155,7 +155,7 @@ class TrainConfig(Section):
     nearly free. mlp: the products with B of o, gate and up as well. bottleneck: all but the vectors
     between the factors, whose products with A are not repeated. full: every layer, from its input.
     mlp and bottleneck: for low_rank and cola with all targets. elementwise: not for lora and
-    relora. With ZeRO stage 3: none or full."""
+    relora."""
     kernels: Literal["auto", "torch"] = Field(default="auto", examples=["torch"])
     """auto: custom kernels where there is one for the device, dtype and shape (loss, causal
     attention of short sequences, residual sums with RMSNorm, SwiGLU with the product that follows,

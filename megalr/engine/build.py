@@ -33,8 +33,11 @@ from megalr.sharding.tensor_shard import shard_of
 from megalr.tensor_parallel.mesh import Mesh
 
 
-def compile_blocks(decoder: Decoder) -> None:
+def compile_blocks(decoder: Decoder, hooked: bool = False) -> None:
     """Compile each block, the last norm and the loss separately; equal blocks share one program.
+
+    ``hooked``: ZeRO 3 puts hooks on these modules, which gather their weights. Then only what runs
+    between the hooks is compiled, so that the program sees whole weights and no gathering.
 
     Blocks of other ranks need programs of their own. torch gives up after a number of them and
     would go on without compilation, so that number is raised where they are many.
@@ -43,9 +46,11 @@ def compile_blocks(decoder: Decoder) -> None:
     limits = torch._dynamo.config
     # With and without gradients, and once more where a fixed number was taken for a variable one.
     limits.cache_size_limit = max(limits.cache_size_limit, 4 * len(shapes))
-    for block in decoder.blocks():
-        block.compile(dynamic=False)
-    decoder.norm.compile(dynamic=False)
+    for module in (*decoder.blocks(), decoder.norm):
+        if hooked:
+            module.forward = torch.compile(module.forward, dynamic=False)
+        else:
+            module.compile(dynamic=False)
     decoder.head.compile_loss()
 
 
@@ -95,20 +100,17 @@ def build_engine(
     (models.drawing); None: the decoder has its weights.
 
     Raises:
-        UserError: a combination that cannot work (compilation or CUDA graphs with ZeRO-3, ...).
+        UserError: a combination that cannot work (CUDA graphs with ZeRO-3, ...).
     """
     deepspeed = import_deepspeed()
     stage = ds_config["zero_optimization"]["stage"]
     mesh = decoder.plan.mesh
     _check_stage(config, stage)
     if config.train.kernels == "auto":
-        # ZeRO 3 gathers the weights of a module for its own forward pass only.
         selective = config.train.activation_checkpointing in SELECTIVE
-        decoder.use_kernels(
-            fuse_across_modules=stage != 3, flex=config.train.compile or not selective
-        )
+        decoder.use_kernels(flex=config.train.compile or not selective)
     if config.train.compile:
-        compile_blocks(decoder)
+        compile_blocks(decoder, hooked=stage == 3)
     unwrapped = is_unwrapped(config.train.precision, stage)
     if unwrapped and config.train.precision == "paper_bf16":
         decoder.bfloat16()  # else DeepSpeed does it
@@ -219,23 +221,11 @@ def check_run(config: RunConfig, stage: int | None = None) -> dict[str, dict[str
 
 def _check_stage(config: RunConfig, stage: int) -> None:
     """Reject what cannot be combined with ZeRO stage 3."""
-    if stage != 3:
-        return
-    if config.parallel.tensor > 1:
+    if stage == 3 and config.parallel.tensor > 1:
         raise UserError(
             f"parallel.tensor {config.parallel.tensor} with ZeRO stage 3: DeepSpeed gathers "
             "parameters over data-parallel ranks in the middle of layers; use stage 0, 1 or 2, or "
             "parallel.tensor=1"
-        )
-    if config.train.activation_checkpointing in SELECTIVE:
-        raise UserError(
-            f"train.activation_checkpointing is {config.train.activation_checkpointing} with ZeRO "
-            "stage 3, which gathers weights for whole layers only; use stage 1 or 2, or full"
-        )
-    if config.train.compile:
-        raise UserError(
-            "train.compile is true with ZeRO stage 3: its hooks inside the blocks break "
-            "compilation; use stage 1 or 2, or train.compile=false"
         )
 
 

@@ -7,6 +7,7 @@ megalr refuses unknown keys and writes every value it relies on.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,13 @@ from megalr.errors import UserError
 
 NEVER = 1_000_000_000
 """Steps between two of DeepSpeed's own progress lines: more than any run has."""
+
+BLOCK = "megalr.models.decoder.Block"
+"""The class whose modules ZeRO 3 gathers whole, without hooks on the layers inside."""
+
+PERSISTENT = 100_000
+"""Elements up to which ZeRO 3 leaves a parameter whole on every rank: norms and biases. They cost
+hardly any memory, and each would be copied out of the gathered block by a kernel of its own."""
 
 
 def is_unwrapped(precision: str, stage: int) -> bool:
@@ -147,6 +155,8 @@ def resolve_deepspeed_config(
     user = {**user, "zero_optimization": {**zero, "stage": stage}} if zero else user
     resolved = _template(config, stage, accumulation)
     resolved["zero_optimization"] |= _offload_template(zero)
+    if stage == 3:
+        resolved["zero_optimization"] |= _gathers(config, zero)
     found = lay_over(resolved, user, config)
     resolved["steps_per_print"] = min(resolved["steps_per_print"], NEVER)
     found += model_problems(resolved)
@@ -240,8 +250,7 @@ def _zero_template(stage: int) -> dict[str, Any]:
     if stage == 3:
         values |= {
             "sub_group_size": 1_000_000_000,
-            "stage3_prefetch_bucket_size": 50_000_000,
-            "stage3_param_persistence_threshold": 100_000,
+            "stage3_param_persistence_threshold": PERSISTENT,
             "stage3_max_live_parameters": 1_000_000_000,
             "stage3_max_reuse_distance": 1_000_000_000,
             "stage3_module_granularity_threshold": 0,
@@ -253,6 +262,40 @@ def _zero_template(stage: int) -> dict[str, Any]:
             "log_trace_cache_warnings": False,
         }
     return values
+
+
+def _gathers(config: RunConfig, user: dict[str, Any]) -> dict[str, Any]:
+    """How ZeRO 3 gathers weights: a block in one message, and the next block meanwhile.
+
+    DeepSpeed prefetches when a module with hooks starts, and blocks are the smallest such modules:
+    fewer elements than a block's would leave the rest of the next one to be waited for, more would
+    make each prefetch run further ahead of the computation than the one before.
+    """
+    threshold = user.get("stage3_param_persistence_threshold")
+    threshold = threshold if type(threshold) is int else PERSISTENT
+    return {
+        "leaf_module": {"classes": [BLOCK], "names": [], "name_suffixes": []},
+        "stage3_prefetch_bucket_size": _gathered_elements(config, threshold),
+    }
+
+
+def _gathered_elements(config: RunConfig, threshold: int) -> int:
+    """Elements of a block's parameters larger than ``threshold``.
+
+    A size of DeepSpeed's where the block is not known yet: for a pretrained model before its folder
+    was read, or for sizes that do not fit each other, which building the model reports.
+    """
+    import torch
+
+    from megalr.models.build import build_decoder, sizes_of
+
+    try:
+        sizes = replace(sizes_of(config), num_layers=1)
+        with torch.device("meta"):
+            block = build_decoder(sizes, config.method, config.run.seed, initialize=False).layers[0]
+    except UserError:
+        return 50_000_000
+    return sum(p.numel() for p in block.parameters() if p.numel() > threshold)
 
 
 def _offload_template(zero: dict[str, Any]) -> dict[str, Any]:

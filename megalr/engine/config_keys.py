@@ -99,6 +99,9 @@ FIXED_KEYS: dict[str, str] = {
     "zero_optimization.parameter_alignment": "",
     "zero_optimization.load_from_fp32_weights": "",
     "zero_optimization.stage3_module_granularity_threshold": "",
+    "zero_optimization.leaf_module.classes": "",
+    "zero_optimization.leaf_module.names": "",
+    "zero_optimization.leaf_module.name_suffixes": "",
     "bf16.check_grad_overflow": "",
 }
 """Keys that a JSON may only repeat: the key of the run's configuration they follow from, or ""

@@ -357,11 +357,9 @@ class Decoder(nn.Module):
         distance = place[:, None] - place[None, :]
         return (distance >= 0) & (distance < window)
 
-    def use_kernels(self, fuse_across_modules: bool = True, flex: bool = True) -> None:
+    def use_kernels(self, flex: bool = True) -> None:
         """Use the custom kernels wherever one takes the device, dtype and shape.
 
-        ``fuse_across_modules``: also operators that use the weight of one module outside its own
-        forward pass, or put the end of one module and the start of the next into one operator.
         ``flex``: FlexAttention for document masks. Blocks that are not compiled cannot use it under
         selective recomputation, which disables the compilation that it needs.
         """
@@ -370,9 +368,8 @@ class Decoder(nn.Module):
         self.embedding.fused = True
         for block in self.blocks():
             block.attention.fused = True
-            if fuse_across_modules:
-                block.fused = True
-                block.mlp.fuse()
+            block.fused = True
+            block.mlp.fuse()
 
     def blocks(self) -> list[Block]:
         """The blocks, in order."""

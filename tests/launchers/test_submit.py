@@ -76,7 +76,7 @@ def test_dry_run_prints_a_script_with_this_header_and_run(
             [*SIZE, *FITS, *LOW_RANK, "parallel.tensor=4", "model.num_kv_heads=2"],
             "parallel.tensor 4 does not divide model.num_kv_heads 2",
         ),
-        ([*SIZE, *FITS, *ZERO_3, "train.compile=true"], "train.compile is true with ZeRO stage 3"),
+        ([*SIZE, *FITS, *ZERO_3, "parallel.tensor=2"], "parallel.tensor 2 with ZeRO stage 3"),
         (
             [*SIZE, *FITS, "method.name=sltrain", "method.rank=8", "optimizer.name=muon"],
             "Muon needs matrices",
