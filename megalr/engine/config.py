@@ -7,7 +7,6 @@ megalr refuses unknown keys and writes every value it relies on.
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -280,22 +279,23 @@ def _gathers(config: RunConfig, user: dict[str, Any]) -> dict[str, Any]:
 
 
 def _gathered_elements(config: RunConfig, threshold: int) -> int:
-    """Elements of a block's parameters larger than ``threshold``.
+    """Elements of the largest block's parameters of more than ``threshold``.
 
-    A size of DeepSpeed's where the block is not known yet: for a pretrained model before its folder
-    was read, or for sizes that do not fit each other, which building the model reports.
+    A size of DeepSpeed's where the blocks are not known yet: for a pretrained model before its
+    folder was read, or for sizes that do not fit each other, which building the model reports.
     """
     import torch
 
     from megalr.models.build import build_decoder, sizes_of
 
     try:
-        sizes = replace(sizes_of(config), num_layers=1)
         with torch.device("meta"):
-            block = build_decoder(sizes, config.method, config.run.seed, initialize=False).layers[0]
+            seed = config.run.seed
+            decoder = build_decoder(sizes_of(config), config.method, seed, initialize=False)
     except UserError:
         return 50_000_000
-    return sum(p.numel() for p in block.parameters() if p.numel() > threshold)
+    sizes = [[p.numel() for p in block.parameters()] for block in decoder.blocks()]
+    return max(sum(numel for numel in block if numel > threshold) for block in sizes)
 
 
 def _offload_template(zero: dict[str, Any]) -> dict[str, Any]:

@@ -106,16 +106,13 @@ class ActivationBytes:
     again: int = 0
 
 
-def kernels_of(
-    config: RunConfig, sizes: DecoderConfig, plan: Plan, stage: int, hopper: bool
-) -> Kernels:
+def kernels_of(config: RunConfig, sizes: DecoderConfig, plan: Plan, hopper: bool) -> Kernels:
     """The custom kernels that ``train.kernels`` selects on CUDA GPUs with Triton.
 
     Args:
         config: of the run.
         sizes: its model, padded.
         plan: tensor parallelism.
-        stage: of ZeRO; stage 3 gathers a layer's weights for that layer's forward pass only.
         hopper: whether the GPUs are those that the attention kernels are written for (H100, H200).
     """
     if config.train.kernels == "torch":
@@ -131,7 +128,7 @@ def kernels_of(
     reads_gated = not down.factorized or config.method.name in TWO_PRODUCTS
     return Kernels(
         attention=attention,
-        swiglu=half and stage < 3 and reads_gated and _gated_silu(sizes),
+        swiglu=half and reads_gated and _gated_silu(sizes),
         loss=not plan.parallel,
         flex=masks and half and not attention and _flex_fits(config, sizes),
     )

@@ -212,7 +212,7 @@ def estimate_memory(
         element=4 if config.train.precision == "fp32" else 2,
         compiled=config.train.compile,
         recompute=config.train.activation_checkpointing,
-        kernels=kernels_of(config, sizes, plan, ds_config["zero_optimization"]["stage"], hopper),
+        kernels=kernels_of(config, sizes, plan, hopper),
         masked=config.data.sequence_length if config.data.document_mask else 0,
     )
     return MemoryEstimate(

@@ -165,7 +165,7 @@ def state_bytes(
     )
     gradients, buckets, step, update = _gradient_bytes(wrapper, zero, held, share, flat, numbers)
     if stage == 3:
-        buckets += _gathered(tensors, zero, weight)
+        buckets += weight * _gathered(config, tensors, layers, zero)
     if config.method.name == "loro":
         moment = 2 if precision == "paper_bf16" else 4
         update = max(update, math.ceil(moment * _directions(groups) * share / total))
@@ -294,12 +294,21 @@ def _reduced(flat: dict[str, int], added: int) -> int:
     return most
 
 
-def _gathered(tensors: list[Stored], zero: dict[str, Any], weight: int) -> int:
-    """Gathered weights of stage 3: one block or the head, and the prefetched parameters."""
-    block = in_one_piece(t for t in tensors if t.block and t.group in (*TRAINED, "frozen"))
-    single = max(t.numel for t in tensors if not t.block)
-    ahead = int(zero["stage3_prefetch_bucket_size"])
-    return weight * (max(block, single) + ahead)
+def _gathered(config: RunConfig, tensors: list[Stored], layers: int, zero: dict[str, Any]) -> int:
+    """Most elements of gathered weights at stage 3: the model, if the limits allow so many.
+
+    Prefetching stops at one limit and the other keeps what is used again soon; beyond them there
+    are the block at work and the tensor with which a prefetch ends. Blocks that are neither
+    compiled nor recomputed save views of their weights for the backward pass, which keep them all.
+    """
+    gathered = [t for t in tensors if t.group in (*TRAINED, "frozen")]
+    limits = zero["stage3_max_live_parameters"], zero["stage3_max_reuse_distance"]
+    block = in_one_piece(t for t in gathered if t.block)
+    most = int(max(limits)) + block + max(t.numel for t in gathered)
+    model = sum(t.numel * t.times(layers) for t in gathered)
+    train = config.train
+    keeps_views = not train.compile and train.activation_checkpointing == "none"
+    return model if keeps_views else min(most, model)
 
 
 def moment_bytes(config: RunConfig, tensors: list[Stored], layers: int) -> int:

@@ -72,7 +72,7 @@ def test_a_cuda_graph_without_cuda_is_refused(tmp_path: Path) -> None:
     config = RunConfig.model_validate(settings(tmp_path, tmp_path, train={"cuda_graphs": True}))
     decoder = build_model(config, torch.device("cpu"))
     ds_config = resolve_deepspeed_config(config, zero(1), "test", 1)
-    with pytest.raises(UserError, match="train.cuda_graphs is true but there is no CUDA device"):
+    with pytest.raises(UserError, match="cuda_graphs is true but there is no CUDA device"):
         build_engine(config, ds_config, decoder)
 
 

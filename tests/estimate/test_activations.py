@@ -133,7 +133,7 @@ def _estimated(
     # The heads of the tiny model are narrower than the kernels want; the operators do not mind.
     wide = tiny(hidden_size=256, num_heads=4, num_kv_heads=2)
     wide = replace(wide, **{**features, "head_dim": None})
-    used = kernels_of(config, wide, SINGLE, 1, True)
+    used = kernels_of(config, wide, SINGLE, True)
     shape = Shape(BATCH * LENGTH, 2, compiled, level, used)
     sizes = replace(SIZES, **features)
     arguments = (sizes, method, SINGLE, matrix_groups(sizes, method, SINGLE), shape)
@@ -265,31 +265,28 @@ COMPILED = {**MLP, "compile": True}
 
 
 @pytest.mark.parametrize(
-    ("run", "stage", "hopper", "expected"),
+    ("run", "hopper", "expected"),
     [
-        (_run(LOW_RANK), 1, True, ALL),
-        (_run(FULL_RANK), 1, True, ALL),
-        (_run(LOW_RANK, train={"kernels": "torch"}), 1, True, Kernels()),
-        (_run(LOW_RANK), 1, False, Kernels(swiglu=True, loss=True)),
-        (_run(LOW_RANK), 3, True, Kernels(attention=True, loss=True)),
-        (_run(LOW_RANK, train={"precision": "fp32"}), 1, True, Kernels(loss=True)),
-        (_run(LOW_RANK, data={"sequence_length": 1024}), 1, True, Kernels(False, True, True)),
-        (_run(LOW_RANK, model={"sliding_window": 128}), 1, True, Kernels(False, True, True)),
-        (_run({"name": "lora", "rank": 8, "alpha": 8.0}), 1, True, Kernels(True, False, True)),
-        (_run(LOW_RANK, data=MASKS, model={"sliding_window": 128}), 1, True, ALL),
-        (_run(LOW_RANK, data=MASKS), 1, False, FLEX),
-        (_run(LOW_RANK, data=MASKS, train=MLP), 1, False, Kernels(False, True, True)),
-        (_run(LOW_RANK, data=MASKS, train=COMPILED), 1, False, FLEX),
-        (_run(LOW_RANK, data={**MASKS, "sequence_length": 1024}), 1, True, FLEX),
-        (_run(LOW_RANK, parallel={"tensor": 2}), 1, True, Kernels(True, True, False)),
+        (_run(LOW_RANK), True, ALL),
+        (_run(FULL_RANK), True, ALL),
+        (_run(LOW_RANK, train={"kernels": "torch"}), True, Kernels()),
+        (_run(LOW_RANK), False, Kernels(swiglu=True, loss=True)),
+        (_run(LOW_RANK, train={"precision": "fp32"}), True, Kernels(loss=True)),
+        (_run(LOW_RANK, data={"sequence_length": 1024}), True, Kernels(False, True, True)),
+        (_run(LOW_RANK, model={"sliding_window": 128}), True, Kernels(False, True, True)),
+        (_run({"name": "lora", "rank": 8, "alpha": 8.0}), True, Kernels(True, False, True)),
+        (_run(LOW_RANK, data=MASKS, model={"sliding_window": 128}), True, ALL),
+        (_run(LOW_RANK, data=MASKS), False, FLEX),
+        (_run(LOW_RANK, data=MASKS, train=MLP), False, Kernels(False, True, True)),
+        (_run(LOW_RANK, data=MASKS, train=COMPILED), False, FLEX),
+        (_run(LOW_RANK, data={**MASKS, "sequence_length": 1024}), True, FLEX),
+        (_run(LOW_RANK, parallel={"tensor": 2}), True, Kernels(True, True, False)),
     ],
 )
-def test_which_kernels_a_run_uses(
-    run: RunConfig, stage: int, hopper: bool, expected: Kernels
-) -> None:
+def test_which_kernels_a_run_uses(run: RunConfig, hopper: bool, expected: Kernels) -> None:
     sizes = sizes_of(run)
     plan = plan_of(sizes, run.method, run.parallel.tensor, run.parallel.layout)
-    assert kernels_of(run, sizes, plan, stage, hopper) == expected
+    assert kernels_of(run, sizes, plan, hopper) == expected
 
 
 def test_the_loss_kernel_makes_no_float32_logits() -> None:

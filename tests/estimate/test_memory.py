@@ -371,6 +371,26 @@ def test_recomputed_blocks_that_keep_their_bottlenecks() -> None:
     assert found.activations.kept == 24 * (64 * 256) * (1024 + 7 * 256) * 2
 
 
+def test_gathered_weights_of_zero_3() -> None:
+    """2 bytes of what the limits allow, one block and the head; tests/engine/test_whole_blocks.py
+    counts them in a live engine."""
+    h, f, V = 4096, 11008, 32000
+    compiled = _config("llama_7b", FULL["method"], 16, 32, compile=True)
+    none = zero(3, stage3_max_live_parameters=0, stage3_max_reuse_distance=0)
+    least, usual, most = (
+        estimate_memory(config, user, "x", 2).states.buckets
+        for config, user in (
+            (compiled, none),
+            (compiled, zero(3)),
+            (_config("llama_7b", FULL["method"], 16, 32), none),
+        )
+    )
+    bucket = 2 * 50_000_000
+    assert least == bucket + 2 * (4 * h * h + 3 * h * f + 2 * h + V * h)
+    assert usual == least + 2 * 1_000_000_000
+    assert most == bucket + 2 * (32 * (4 * h * h + 3 * h * f + 2 * h) + 2 * V * h + h)
+
+
 def test_wrappers_by_hand() -> None:
     assert wrapper_name("bf16", 1, "fp32", offload=False) == "BF16_Optimizer"
     assert wrapper_name("bf16", 1, "fp32", offload=True) == "DeepSpeedZeroOptimizer"
