@@ -13,6 +13,7 @@ class Case:
     """One measured run.
 
     ``stage`` None: 1, and 0 where DeepSpeed needs no wrapper for the precision (paper_bf16).
+    ``zero``: more keys of ``zero_optimization``.
     """
 
     preset: str
@@ -26,6 +27,7 @@ class Case:
     tensor: int = 1
     layout: str = "auto"
     restarts: dict[str, Any] = field(default_factory=dict)
+    zero: dict[str, Any] = field(default_factory=dict)
 
 
 LOW_60 = {"name": "low_rank", "rank": 128, "alpha": 32.0}
@@ -36,6 +38,7 @@ FULL = {"name": "full_rank"}
 SPARSE_350 = {"name": "sltrain", "rank": 256, "alpha": 16.0, "density": 0.03}
 SPARSE_1B = {"name": "sltrain", "rank": 512, "alpha": 8.0, "density": 0.03}
 PAPER = "paper_bf16"
+OFFLOAD = {"offload_optimizer": {"device": "cpu", "pin_memory": True}}
 OFTEN = {"every": 8}
 PLAIN = {"compile": False, "cuda_graphs": False, "kernels": "torch"}
 
@@ -66,11 +69,19 @@ def tensor_cases(preset: str, low_rank: dict[str, Any]) -> dict[str, Case]:
 
 
 def sharded_cases() -> dict[str, Case]:
-    """Full-rank models whose weights are divided over the GPUs: ZeRO 3, whole blocks recomputed."""
-    train = {"compile": False, "cuda_graphs": False, **keeping("full")}
+    """Models whose weights are divided over the GPUs (ZeRO 3), or whose optimizer is in the host's
+    memory: neither can be a CUDA graph. Of 13B and 7B full_rank whole blocks are recomputed."""
+    train = {"cuda_graphs": False}
+    low = Case("llama_1b", LOW_1B, 64, stage=3, train=train)
+    recomputed = {"cuda_graphs": False, **keeping("full")}
     return {
-        f"{size}_full_rank_zero3": Case(f"llama_{size}", FULL, 16, stage=3, train=train)
-        for size in ("1b", "7b", "13b")
+        "1b_low_rank_zero3": low,
+        "1b_low_rank_zero3_plain": replace(low, train={**train, "compile": False}),
+        "1b_low_rank_offload": replace(low, stage=2, zero=OFFLOAD),
+        **{
+            f"{size}_full_rank_zero3": Case(f"llama_{size}", FULL, 16, stage=3, train=recomputed)
+            for size in ("1b", "7b", "13b")
+        },
     }
 
 

@@ -110,6 +110,7 @@ def changed(case: Case, arguments: argparse.Namespace) -> Case:
     return replace(
         case,
         train={**case.train, **arguments.train},
+        zero={**case.zero, **arguments.zero},
         optimizer={**case.optimizer, **arguments.optimizer},
     )
 
@@ -120,9 +121,7 @@ def run_case(name: str, case: Case, data: Path, work: Path, arguments: argparse.
     config = run_settings(case, folder, data, gpus, updates, arguments.log_every)
     paths = work / f"{name}.yaml", work / f"{name}.json"
     paths[0].write_text(yaml.safe_dump(config))
-    paths[1].write_text(
-        json.dumps({"zero_optimization": {"stage": stage_of(case), **arguments.zero}})
-    )
+    paths[1].write_text(json.dumps({"zero_optimization": {"stage": stage_of(case), **case.zero}}))
     command = [sys.executable, str(ROOT / "launchers" / "pretrain.py"), "--config", str(paths[0])]
     command += ["--deepspeed_config", str(paths[1])]
     log = work / f"{name}.log"
@@ -282,7 +281,7 @@ def main() -> None:
                 print(error, flush=True)
                 continue
             print(json.dumps(result), flush=True)
-            results.append({**result, "zero": arguments.zero, "commit": arguments.commit})
+            results.append({**result, "commit": arguments.commit})
             path = arguments.output / f"{arguments.name}_{arguments.gpus}gpu.json"
             path.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
