@@ -1,4 +1,4 @@
-"""Replacements for methods of ``DeepSpeedZeroOptimizer``: ZeRO 1 and 2 without offload.
+"""Replacements for methods of ``DeepSpeedZeroOptimizer``: ZeRO 1 and 2, ZeRO 2 with offload.
 
 Version, gain, test and rule for removal: :mod:`megalr.engine.patches`.
 """
@@ -25,6 +25,15 @@ _BUCKET_ATTRIBUTES = (
     "use_grad_accum_attribute reduce_gradients reduce_ipg_grads copy_grads_in_partition dtype "
     "overlapping_partition_gradients_reduce_epilogue reduce_bucket_size communication_data_type "
     "_grad_acc_hooks get_param_id bit16_groups"
+)
+_OFFLOAD_ATTRIBUTES = (
+    "averaged_gradients params_in_partition dp_process_group model_parallel_rank clip_grad "
+    "bit16_groups_flat loss_scale scaled_global_norm _model_parallel_all_reduce "
+    "unscale_and_clip_grads partition_gradients copy_grads_in_partition check_overflow "
+    "get_param_id is_gradient_accumulation_boundary grad_position single_partition_of_fp32_groups "
+    "real_dp_process_group clear_grad_attribute _offload_accumulated_param_ids "
+    "_get_param_group_idx _use_compact_grad_partition_buffer _get_compact_grad_partition_slice "
+    "_record_gradient_stream _record_offload_copy"
 )
 
 
@@ -54,6 +63,54 @@ def batch_zero(optimizer: Any) -> None:
         _reduce_in_buckets(optimizer)
 
 
+def batch_offload(optimizer: Any) -> None:
+    """Let the host wait once in an update of ZeRO 2 whose optimizer is in its memory.
+
+    The sums of the micro-batches are float32 on the device. In the last one DeepSpeed copies those
+    of each parameter to the host while the backward pass goes on, but also tests and measures them
+    (in float64), and reads both results at once: the host falls behind the device, twice for each
+    parameter. Then it multiplies all of them in the host's memory, by 1 if nothing is clipped.
+    Here they are only copied; norm and test are those of :func:`batch_zero`, on the device.
+    """
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    as_expected = (
+        _has(optimizer, _OFFLOAD_ATTRIBUTES)
+        and optimizer.partition_gradients
+        and not getattr(optimizer, "zenflow", False)
+        and not isinstance(optimizer.optimizer, MuonWithAuxAdam)
+        and all(
+            optimizer._use_compact_grad_partition_buffer(group)
+            for group in range(len(optimizer.bit16_groups_flat))
+        )
+    )
+    if not as_expected:
+        return
+    _test_gradients_once(optimizer)
+    optimizer.scaled_global_norm = MethodType(_zero_norm, optimizer)
+    _clip_where_needed(optimizer)
+    optimizer.copy_grads_in_partition = MethodType(_copy_to_host, optimizer)
+
+
+def _copy_to_host(optimizer: Any, parameter: Any, group_idx: int | None = None) -> None:
+    """``copy_grads_in_partition`` with offload: this rank's float32 sums of a parameter, last."""
+    from deepspeed.accelerator import get_accelerator
+
+    group = optimizer._get_param_group_idx(parameter) if group_idx is None else group_idx
+    identity = optimizer.get_param_id(parameter)
+    optimizer._offload_accumulated_param_ids.add(identity)
+    if not optimizer.is_gradient_accumulation_boundary():
+        return
+    _, _, start, numel = optimizer.grad_position[identity]
+    rank = dist.get_rank(optimizer.real_dp_process_group[group])
+    total = optimizer._get_compact_grad_partition_slice(group, rank, identity, numel)
+    gradient = optimizer.single_partition_of_fp32_groups[group].grad
+    gradient.narrow(0, start, numel).copy_(total, non_blocking=True)
+    optimizer._record_gradient_stream(total, get_accelerator().current_stream())
+    optimizer._record_offload_copy()
+    optimizer.clear_grad_attribute(parameter)
+
+
 def _has(optimizer: Any, names: str) -> bool:
     """Whether this version of DeepSpeed has what a replacement relies on."""
     return all(hasattr(optimizer, name) for name in names.split())
@@ -64,7 +121,7 @@ def _test_gradients_once(optimizer: Any) -> None:
 
     ``DeepSpeedZeroOptimizer.step`` looks at every gradient by itself, some six kernels a parameter,
     and then at the norm, which is not finite whenever one of them is not; both skip the update on
-    all ranks. With offload the first test is another one and stays (docs/dev/deepspeed-notes.md).
+    all ranks.
     """
     optimizer.check_overflow = lambda partition_gradients=True: None
 

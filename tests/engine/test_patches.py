@@ -12,6 +12,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalr.config.schema import RunConfig
 from megalr.data.loader import UpdateBatch
@@ -28,16 +29,19 @@ SIZES = {"hidden_size": 16, "intermediate_size": 27, "num_layers": 2, "vocab_siz
 UPDATES, BAD, CLIPPED = 5, 3, 5
 """Of the updates 1 to 5, 3 has a nan in the gradient of the last rank and 5 is clipped."""
 KINDS = [("bf16", 1), ("bf16", 2), ("paper_bf16", 1), ("fp32", 1)]
+OFFLOAD = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
 
 
-def _train(values: dict[str, Any], stage: int, batched: bool) -> dict[str, Any]:
+def _train(
+    values: dict[str, Any], stage: int, batched: bool, options: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Weights, masters and moments after every update, and norms; with DeepSpeed's code or ours."""
     import deepspeed
     from deepspeed.runtime import bf16_optimizer
 
     config = RunConfig.model_validate(values)
     # Buckets that hold several parameters, and an embedding that is larger than a bucket.
-    ds_user = zero(stage, reduce_bucket_size=900)
+    ds_user = zero(stage, reduce_bucket_size=900, **(options or {}))
     ds_config = resolve_deepspeed_config(config, ds_user, "test", dist.get_world_size())
     ours = batch_parameters if batched else lambda engine: None
     quick = patch.object(bf16_optimizer, "see_memory_usage")  # it collects garbage, 3 s an engine
@@ -62,9 +66,10 @@ def _train(values: dict[str, Any], stage: int, batched: bool) -> dict[str, Any]:
         engine.optimizer.clip_grad = 0.01 if number == CLIPPED else 1e6
         last = dist.get_rank() == dist.get_world_size() - 1
         factor[0] = float("nan") if last and number == BAD else 1.0
-        made = train_step(
-            engine, _batch(number, engine.gradient_accumulation_steps()), number, 0.01
-        )
+        batch = _batch(number, engine.gradient_accumulation_steps())
+        with _Waits() as waits:
+            made = train_step(engine, batch, number, 0.01)
+        seen["waits"] = waits.count
         seen["norms"].append(float(made.norm))
         seen["steps"].append(made.applied)
         seen["weights"].append([p.detach().clone() for p in parameters])
@@ -75,6 +80,16 @@ def _train(values: dict[str, Any], stage: int, batched: bool) -> dict[str, Any]:
     seen["gradients"] = gradients
     engine.destroy()
     return seen
+
+
+class _Waits(TorchDispatchMode):
+    """Counts the values that the host reads from tensors; each waits for a GPU if there is one."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
 
 
 def _batch(number: int, micro_batches: int) -> UpdateBatch:
@@ -100,6 +115,24 @@ def test_updates_are_those_of_deepspeeds_own_code(world: int, tmp_path: Path) ->
         if precision != "fp32" or accumulation == 1
     }
     run_distributed(_compare, world, cases)
+
+
+def _compare_offloaded(cases: dict[int, dict[str, Any]]) -> list[tuple[int, int, int]]:
+    """(micro-batches, how often the host waits in an update with our code, with DeepSpeed's)."""
+    waits = []
+    for accumulation, values in cases.items():
+        ours, theirs = (_train(values, 2, batched, OFFLOAD) for batched in (True, False))
+        _assert_same(("bf16", 2, accumulation), ours, theirs)
+        waits.append((accumulation, ours["waits"], theirs["waits"]))
+    return waits
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_offloaded_updates_are_those_of_deepspeeds_own_code(world: int, tmp_path: Path) -> None:
+    cases = {n: _values(tmp_path, "bf16", n, world) for n in (1, 2)}
+    for waits in run_distributed(_compare_offloaded, world, cases):
+        for _, ours, theirs in waits:
+            assert ours <= 12 and theirs >= ours + 10
 
 
 def _values(folder: Path, precision: str, accumulation: int, world: int) -> dict[str, Any]:
