@@ -7,6 +7,7 @@ megalr refuses unknown keys and writes every value it relies on.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -289,13 +290,15 @@ def _gathered_elements(config: RunConfig, threshold: int) -> int:
     from megalr.models.build import build_decoder, sizes_of
 
     try:
+        sizes = sizes_of(config)
+        if getattr(config.method, "ranks", None) is None:  # all blocks are equal
+            sizes = replace(sizes, num_layers=1)
         with torch.device("meta"):
-            seed = config.run.seed
-            decoder = build_decoder(sizes_of(config), config.method, seed, initialize=False)
+            decoder = build_decoder(sizes, config.method, config.run.seed, initialize=False)
     except UserError:
         return 50_000_000
-    sizes = [[p.numel() for p in block.parameters()] for block in decoder.blocks()]
-    return max(sum(numel for numel in block if numel > threshold) for block in sizes)
+    blocks = [[p.numel() for p in block.parameters()] for block in decoder.blocks()]
+    return max(sum(numel for numel in block if numel > threshold) for block in blocks)
 
 
 def _offload_template(zero: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megalr.config import RunConfig, load_run_config
-from megalr.engine.config import read_deepspeed_json, resolve_deepspeed_config, solve_batch
+from megalr.engine.config import BLOCK, read_deepspeed_json, resolve_deepspeed_config, solve_batch
 from megalr.errors import UserError
 
 SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
@@ -82,6 +82,25 @@ def test_a_value_the_user_chose_is_kept_and_an_empty_json_is_completed() -> None
     empty = resolve_deepspeed_config(run_with("train.precision=fp32"), {}, "none", 1)
     assert empty["zero_optimization"]["stage"] == 0 and empty["bf16"]["enabled"] is False
     assert empty["communication_data_type"] == empty["data_types"]["grad_accum_dtype"] == "fp32"
+
+
+def test_zero_3_prefetches_the_largest_block() -> None:
+    def size(*overrides: str, **zero: Any) -> int:
+        user = {"zero_optimization": {"stage": 3, **zero}}
+        resolved = resolve_deepspeed_config(run_with(*overrides), user, "ds.json", 4)
+        assert resolved["zero_optimization"]["leaf_module"]["classes"] == [BLOCK]
+        return resolved["zero_optimization"]["stage3_prefetch_bucket_size"]
+
+    block = 4 * 4096**2 + 3 * 4096 * 11008  # norms stay whole on every rank
+    assert size("model.preset=llama_7b") == block
+    assert size("model.preset=llama_7b", stage3_param_persistence_threshold=0) == block + 2 * 4096
+    assert size("model.preset=llama_7b", stage3_prefetch_bucket_size=7) == 7
+    low_rank = "method={name: low_rank, rank: 8"
+    equal, unlike = (
+        size(f"{low_rank}{ranks}}}", stage3_param_persistence_threshold=0)
+        for ranks in ("", ", ranks: {layers.3.mlp.down: 500}")
+    )
+    assert unlike - equal == (500 - 8) * (512 + 1408)  # the MLP's width, padded
 
 
 def test_pure_bf16_without_zero_leaves_deepspeeds_bf16_mode_off() -> None:
