@@ -295,7 +295,7 @@ def _reduced(flat: dict[str, int], added: int) -> int:
 
 
 def _gathered(config: RunConfig, tensors: list[Stored], layers: int, zero: dict[str, Any]) -> int:
-    """Most elements of gathered weights at stage 3: the model, if the limits allow so many.
+    """Most elements of gathered weights at stage 3: the model, or what its limits allow.
 
     Prefetching stops at one limit and the other keeps what is used again soon; beyond them there
     are the block at work and the tensor with which a prefetch ends. Blocks that are neither
