@@ -8,7 +8,7 @@ from typing import Any
 
 from megalr.config.base import split_fork
 from megalr.config.optimizers import ADAMW_EPS
-from megalr.config.projected import PROJECTED_NAMES
+from megalr.config.projected import ALL_PROJECTIONS, PROJECTED_NAMES
 
 
 def cross_problems(value_of: Callable[[str], Any]) -> Iterator[tuple[str, str]]:
@@ -19,6 +19,7 @@ def cross_problems(value_of: Callable[[str], Any]) -> Iterator[tuple[str, str]]:
     """
     yield from _batch_problems(value_of)
     yield from _method_problems(value_of)
+    yield from _transfer_problems(value_of)
     yield from _fork_problems(value_of)
     yield from _rounding_problems(value_of)
     yield from _spectron_problems(value_of)
@@ -159,6 +160,35 @@ def _spectron_problems(value_of: Callable[[str], Any]) -> Iterator[tuple[str, st
             "method.alpha",
             f"spectron bounds the change of W = B A, and alpha / rank = {alpha:g} / {rank} scales "
             f"it: set method.alpha={rank}",
+        )
+    elif value_of("method.ranks"):
+        yield (
+            "method.ranks",
+            "spectron bounds the change of W = B A, and alpha / rank is 1 for one rank only: use "
+            "one rank, or another optimizer",
+        )
+
+
+def _transfer_problems(value_of: Callable[[str], Any]) -> Iterator[tuple[str, str]]:
+    """What ``method.lr_transfer`` has a rule for."""
+    if value_of("method.lr_transfer") is None:
+        return
+    needed = {
+        "optimizer.name": ("adamw", "the rule is that of Adam's updates"),
+        "method.init": ("kaiming", "the rule is for that draw of the factors"),
+        "model.from_pretrained": ("null", "the rule is for weights that are drawn"),
+    }
+    for key, (wanted, reason) in needed.items():
+        value = value_of(key)
+        if value not in (None, wanted):
+            yield "method.lr_transfer", f"{reason}, but {key} is {value}: use {key}={wanted}"
+    targets = value_of("method.targets")
+    missing = [name for name in ALL_PROJECTIONS if targets is not None and name not in targets]
+    if missing:
+        yield (
+            "method.lr_transfer",
+            f"there is no rule for matrices stored whole, and method.targets lacks "
+            f"{', '.join(missing)}: use all targets",
         )
 
 

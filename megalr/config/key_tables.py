@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from megalr.config.methods import LrTransfer
 from megalr.config.model import RopeScaling
 from megalr.config.optimizers import LearningRateRatios, WeightDecayRatios
 from megalr.config.problems import section_classes
@@ -59,6 +60,7 @@ def key_tables() -> list[KeyTable]:
         for name, cls in section_classes(RunConfig, section).items()
     ]
     tables.append(_table("model.rope_scaling", "", RopeScaling))
+    tables.append(_table("method.lr_transfer", "", LrTransfer))
     tables.append(_table("optimizer.lr_ratio", "", LearningRateRatios))
     tables.append(_table("optimizer.weight_decay_ratio", "", WeightDecayRatios))
     return [*tables, _table("data.train", "", DataSource, items=True)]

@@ -40,6 +40,15 @@ class _Scaled(_Ranked):
     good learning rate depends on it."""
 
 
+class LrTransfer(Section):
+    """The model, usually a smaller one, from which learning rate and alpha are transferred."""
+
+    base_width: int = Field(ge=1, examples=[512])
+    """Hidden size of the model that optimizer.lr and method.alpha were found for."""
+    base_rank: int = Field(ge=1, examples=[128])
+    """Rank of its factors."""
+
+
 class LowRankMethod(_Scaled):
     """Target matrices are stored as factors, W = (alpha / rank) B A; no full matrix is kept."""
 
@@ -51,6 +60,12 @@ class LowRankMethod(_Scaled):
     full_rank_variance: normal factors scaled so that the entries of W have the variance of the
     full-rank initialisation. orthogonal: random orthonormal columns of B and rows of A, so that
     all singular values of both are 1 (for optimizer spectron)."""
+    lr_transfer: LrTransfer | None = Field(
+        default=None, examples=[{"base_width": 512, "base_rank": 128}]
+    )
+    """optimizer.lr and alpha are those of a model of another width and rank, and follow a rule to
+    this one's: the learning rates of factors and head fall as 1 / width, alpha / rank stays. With
+    adamw, init kaiming, all targets and an untied head; null = off. Its keys are below."""
 
 
 class SLTrainMethod(_Scaled):

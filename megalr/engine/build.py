@@ -25,6 +25,7 @@ from megalr.errors import UserError
 from megalr.models.build import build_decoder, make_plan, sizes_of
 from megalr.models.decoder import Decoder
 from megalr.models.drawing import Fill, hold, pieces
+from megalr.models.lr_transfer import scales_of
 from megalr.models.ranks import has_ranks
 from megalr.models.recompute import SELECTIVE
 from megalr.optim.groups import describe_groups, parameter_groups
@@ -170,11 +171,12 @@ def _share_out(decoder: Decoder, fill: Fill, ds_config: dict[str, Any]) -> None:
 
 
 def _optimizer_of(config: RunConfig, decoder: Decoder) -> torch.optim.Optimizer:
+    scales = scales_of(config.method, decoder.config.hidden_size)
     groups = parameter_groups(
         decoder,
         decoder.factor_parameters(),
         config.optimizer.weight_decay,
-        config.optimizer.lr_ratio,
+        scales.ratios(config.optimizer.lr_ratio),
         config.optimizer.weight_decay_ratio,
         kinds_apart(config.optimizer),
     )

@@ -17,6 +17,7 @@ from megalr.errors import UserError
 from megalr.hf.init_from_pretrained import read_supports
 from megalr.models.build import make_linear_of, sizes_of
 from megalr.models.decoder import Decoder
+from megalr.models.lr_transfer import scales_of
 from megalr.preprocessing.tokenizer import Tokenizer, open_tokenizer
 from megalr.run.folder import working_directory
 
@@ -69,8 +70,10 @@ def load_decoder(run: Path, checkpoint: Checkpoint) -> Decoder:
     """
     config = run_config(checkpoint)
     supports = read_supports(config, run)
-    make_linear = make_linear_of(config.method, config.run.seed, supports)
-    decoder = Decoder(sizes_of(config), make_linear)
+    sizes = sizes_of(config)
+    scales = scales_of(config.method, sizes.hidden_size)
+    make_linear = make_linear_of(config.method, config.run.seed, supports, scales)
+    decoder = Decoder(sizes, make_linear)
     parameters = dict(decoder.named_parameters())
     different = sorted(parameters.keys() ^ set(checkpoint.names()))
     if different:

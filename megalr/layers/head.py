@@ -82,6 +82,9 @@ class Head(nn.Module):
         weight: the embedding's parameter, to tie the head to it; None for a separate weight.
         mesh: the ranks over which the rows of W are sharded. The gradient of x is then a partial
             sum, and the logits of all ranks are never gathered for the loss.
+
+    Attributes:
+        draw_scale: factor of the standard deviation of its draw.
     """
 
     def __init__(
@@ -102,6 +105,7 @@ class Head(nn.Module):
         set_shard(self.weight, vocabulary_shard(padded_vocab_size, hidden_size, mesh))
         self.kernel: Callable[..., torch.Tensor] = loss_and_gradient_reference_
         self.ops = REFERENCE_OPS
+        self.draw_scale = 1.0
         if self.group is not None:
             self.kernel = ParallelLoss(self.group, self.start)
 
@@ -121,8 +125,9 @@ class Head(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, seed: int, std: float) -> None:
-        """Draw W from N(0, std^2); padded rows are zero. Does nothing for a tied head."""
+        """Draw W from N(0, (draw_scale std)^2); padded rows are zero. A tied head is not drawn."""
         if not self.tied:
+            std = self.draw_scale * std
             init_rows(self.weight, self.vocab_size, seed, "head", std, self.start)
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:

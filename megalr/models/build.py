@@ -32,6 +32,7 @@ from megalr.models.config import DecoderConfig, decoder_config
 from megalr.models.decoder import Decoder
 from megalr.models.drawing import draw_weights, release
 from megalr.models.flops import parameter_count
+from megalr.models.lr_transfer import NO_TRANSFER, LrScales, scales_of
 from megalr.models.ranks import check_names, ranks_of
 from megalr.models.recompute import FOR_FACTORS
 from megalr.tensor_parallel.mesh import ONE_RANK, Mesh
@@ -184,7 +185,10 @@ def projection_names(shape: LinearShape) -> list[str]:
 
 
 def make_linear_of(
-    method: Any, seed: int, sparse_indices: SparseIndices | None = None
+    method: Any,
+    seed: int,
+    sparse_indices: SparseIndices | None = None,
+    scales: LrScales = NO_TRANSFER,
 ) -> MakeLinear:
     """The function that builds the linear layers of a method.
 
@@ -195,6 +199,7 @@ def make_linear_of(
         method: settings of the method.
         seed: seed of the run, from which SLTrain draws its sparse positions.
         sparse_indices: SLTrain's sparse positions instead of drawn ones.
+        scales: of ``method.lr_transfer`` for the model's width.
 
     Raises:
         UserError: (by the returned function) rank larger than a matrix, or targets that split a
@@ -205,7 +210,8 @@ def make_linear_of(
 
     def of_one_rank(shape: LinearShape, rank: int, bias: bool = False) -> FactorizedLinear:
         if method.name == "low_rank":
-            return LowRankLinear(shape, rank, method.alpha, method.init, bias)
+            alpha = scales.alpha(method.alpha, rank)
+            return LowRankLinear(shape, rank, alpha, method.init, bias)
         if method.name == "loro":
             return LowRankLinear(shape, rank, float(rank), "xavier", bias)
         if method.name == "sltrain":
@@ -272,10 +278,17 @@ def build_decoder(
     """
     check_plan(config, method, plan)
     check_names(config, method)
-    make_linear = make_linear_of(method, seed, sparse_indices)
+    scales = scales_of(method, config.hidden_size)
+    if scales != NO_TRANSFER and config.tie_embeddings:
+        raise UserError(
+            "method.lr_transfer gives embedding and head different learning rates, and they are "
+            "one tensor: use model.tie_embeddings=false, or leave lr_transfer out"
+        )
+    make_linear = make_linear_of(method, seed, sparse_indices, scales)
     with _parameters_of(dtype):
         made = release if empty else None
         decoder = Decoder(config, make_linear, recompute, plan, made)
+    decoder.head.draw_scale = scales.learning_rate
     if recompute in FOR_FACTORS:
         _check_bottlenecks(decoder, method, recompute)
     if recompute == "elementwise" and method.name in ("lora", "relora"):
@@ -357,7 +370,7 @@ def build_model(
 
 
 def describe_parameters(config: RunConfig) -> str:
-    """Comment of one line: parameters of the whole model without padding, and the trained ones.
+    """Comment: parameters of the whole model without padding, and the trained ones.
 
     Empty with ``model.from_pretrained``. Builds the decoder without memory for its weights.
 
@@ -369,4 +382,6 @@ def describe_parameters(config: RunConfig) -> str:
     with torch.device("meta"):
         decoder = build_decoder(sizes_of(config), config.method, config.run.seed, initialize=False)
     total, trained = parameter_count(decoder), parameter_count(decoder, trainable_only=True)
-    return f"# parameters: {total:,}; trained: {trained:,}\n"
+    scales = scales_of(config.method, decoder.config.hidden_size)
+    followed = scales.comment(getattr(config.method, "alpha", 1.0))
+    return f"# parameters: {total:,}; trained: {trained:,}\n{followed}"
