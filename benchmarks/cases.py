@@ -104,6 +104,12 @@ def method_cases(preset: str, rank: int) -> dict[str, Case]:
     for name in ("spam", "stable_spam", "muon", "scale"):
         optimizer = {"name": name, "lr": 1e-3}
         cases[name] = Case(preset, FULL, 64, optimizer=optimizer)
+    for name, kind in (("dion2", "muon"), ("normuon", "normuon"), ("nordion2", "normuon")):
+        optimizer = {"name": kind, "lr": 1e-3}
+        optimizer |= {} if name == kind else {"fraction": 0.25}
+        cases[name] = Case(preset, FULL, 64, optimizer=optimizer)
+    product = {"name": "low_rank", "rank": rank, "alpha": float(rank), "init": "orthogonal"}
+    cases["spectron"] = Case(preset, product, 64, optimizer={"name": "spectron", "lr": 1e-2})
     return {f"{preset.removeprefix('llama_')}_{name}": case for name, case in cases.items()}
 
 

@@ -5,7 +5,8 @@
 Weights and gradients are flat fp32 slices that hold the model's tensors, as ZeRO on one rank gives
 them to its optimizer; there is no model around them. Reported for each optimizer: the first update
 (all projectors are found), the median of later ones, the optimizer's state and the extra peak
-during an update. Beside them the time to find one projector of each shape by a full SVD, and by
+during an update. "one by one" gives Muon its matrices one at a time; Spectron has the factors of
+the same matrices. Beside them the time to find one projector of each shape by a full SVD, and by
 subspace iteration without and with the previous basis, with the share of the best possible energy
 that it captures.
 """
@@ -22,14 +23,28 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from megalr.errors import exit_cleanly
 from megalr.models.config import decoder_config
-from megalr.optim import SCALE, SPAM, Apollo, ApolloMini, Fira, GaLore, GoLore, Muon, StableSPAM
+from megalr.optim import (
+    SCALE,
+    SPAM,
+    Apollo,
+    ApolloMini,
+    Fira,
+    GaLore,
+    GoLore,
+    Muon,
+    NorMuon,
+    Spectron,
+    StableSPAM,
+)
 from megalr.optim.projection import side_of, subspace_basis, svd_bases
 from megalr.optim.sharded_optimizer import ShardedOptimizer
+from megalr.sharding import exchange
 from megalr.sharding.fragment import FlatLayout, Fragment, LogicalTensor
 
 Shape = tuple[int, int]
@@ -46,8 +61,19 @@ OPTIMIZERS: dict[str, Callable[[Any, int], torch.optim.Optimizer]] = {
     "apollo_mini": lambda g, r: ApolloMini(projected(g, 1)),
     "golore": lambda g, r: GoLore(projected(g, r), total_updates=10_000),
     "scale": lambda g, r: SCALE(g),
-    "muon": lambda g, r: Muon([{**x, "use_muon": x["name"] == "targets"} for x in g]),
+    "muon": lambda g, r: Muon(orthogonal(g)),
+    "muon, one by one": lambda g, r: Muon(orthogonal(g)),
+    "muon, bf16": lambda g, r: Muon(orthogonal(g), ns_method="standard"),
+    "muon, fraction 0.25": lambda g, r: Muon(orthogonal(g), fraction=0.25),
+    "normuon": lambda g, r: NorMuon(orthogonal(g)),
+    "normuon, fraction 0.25": lambda g, r: NorMuon(orthogonal(g), fraction=0.25),
+    "spectron": lambda g, r: Spectron([{**x, "use_spectron": x["name"] == "targets"} for x in g]),
 }
+
+
+def orthogonal(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The groups with the mark of matrices that are orthogonalized."""
+    return [{**g, "use_muon": g["name"] == "targets"} for g in groups]
 
 
 def projected(groups: list[dict[str, Any]], rank: int, **options: Any) -> list[dict[str, Any]]:
@@ -102,24 +128,37 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
     return []
 
 
+def on_meta(name: str, shape: Shape) -> torch.nn.Parameter:
+    """A parameter without values that is one logical tensor."""
+    parameter = torch.nn.Parameter(torch.empty(shape, device="meta"))
+    parameter.row_blocks = ((name, 0, shape[0]),)  # type: ignore[attr-defined]
+    return parameter
+
+
 def sliced(name: str, model: str, device: torch.device) -> torch.optim.Optimizer:
     """The optimizer over two flat slices with gradients, as ZeRO on one rank gives them to it."""
-    shapes, sizes = target_shapes(model), decoder_config(model, {})
-    others = [(sizes.vocab_size, sizes.hidden_size)] * 2
+    sizes = decoder_config(model, {})
+    targets = [(f"w{i}", shape) for i, shape in enumerate(target_shapes(model))]
+    if name == "spectron":
+        r = RANKS[model]
+        pairs = [((f"{w}.B", (m, r)), (f"{w}.A", (r, n))) for w, (m, n) in targets]
+        targets = [factor for pair in pairs for factor in pair]
+    others = [(f"other{i}", (sizes.vocab_size, sizes.hidden_size)) for i in range(2)]
     groups = [
-        {"name": label, "params": [torch.nn.Parameter(torch.empty(s, device="meta")) for s in part]}
-        for label, part in (("targets", shapes), ("others", others))
+        {"name": label, "params": [on_meta(*named) for named in part]}
+        for label, part in (("targets", targets), ("others", others))
     ]
     made = OPTIMIZERS[name](groups, RANKS[model])
     layouts: dict[torch.Tensor, FlatLayout] = {}
     number = 0
-    for group, part in zip(made.param_groups, (shapes, others), strict=True):
-        flat = torch.nn.Parameter(0.02 * torch.randn(sum(map(math.prod, part)), device=device))
+    for group, part in zip(made.param_groups, (targets, others), strict=True):
+        numel = sum(math.prod(shape) for _, shape in part)
+        flat = torch.nn.Parameter(0.02 * torch.randn(numel, device=device))
         flat.grad, tensors, offset = torch.empty_like(flat), [], 0
-        for shape in part:
+        for tensor, shape in part:
             number += 1
             fragment = Fragment(0, 0, offset, math.prod(shape))
-            tensors.append(LogicalTensor(f"tensor{number}", shape, (fragment,), 0, number))
+            tensors.append(LogicalTensor(tensor, shape, (fragment,), 0, number))
             fragment.of(flat.grad).copy_(gradient(shape, device, number).flatten())
             offset += fragment.numel
         group["params"] = [flat]
@@ -131,6 +170,12 @@ def sliced(name: str, model: str, device: torch.device) -> torch.optim.Optimizer
 
 def measure(name: str, model: str, repeats: int, device: torch.device) -> dict[str, Any]:
     """Numbers of one optimizer on the tensors of one model."""
+    chunk = 1 if name.endswith("one by one") else exchange.BUCKET_ELEMENTS
+    with mock.patch.object(exchange.buckets, "__defaults__", (chunk,)):
+        return _measure(name, model, repeats, device)
+
+
+def _measure(name: str, model: str, repeats: int, device: torch.device) -> dict[str, Any]:
     optimizer = sliced(name, model, device)
     before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
     first = timed(optimizer.step, device)

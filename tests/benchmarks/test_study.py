@@ -14,7 +14,7 @@ from megalr.sweep.sweep_file import read_sweep_file
 ROOT = Path(__file__).resolve().parents[2]
 STUDY = ROOT / "benchmarks" / "study"
 SWEEPS = sorted(path for path in STUDY.glob("*.yaml") if path.name != "base.yaml")
-LARGE = ("table3_20m", "table3_60m")
+LARGE = ("table3_20m", "table3_60m", "orthogonal_20m")
 """Hundreds of runs, of which each configuration is checked."""
 
 sys.path.insert(0, str(STUDY))
