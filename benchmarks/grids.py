@@ -24,11 +24,12 @@ from typing import Any
 
 import yaml
 from record import provenance, save
-from scaling.points import H200, Measured, fit, recorded, recorded_rows
-from scaling.steps import predict
+from scaling.points import Measured, fit, recorded, recorded_rows
 from throughput import ROOT, free_port, variables_of
 
 from megalr.errors import UserError, exit_cleanly
+from megalr.estimate.cluster import H200
+from megalr.estimate.update_time import predict
 
 UPDATES, SAVED = 6, 4
 """Updates of a run of ``resume``, and the checkpoint from which the others go on."""

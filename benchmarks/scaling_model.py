@@ -16,10 +16,11 @@ from pathlib import Path
 
 from scaling.checks import check
 from scaling.choices import sweep
-from scaling.points import H200, fit, recorded
+from scaling.points import fit, recorded
 from scaling.report import draw, tables, write_between
 
 from megalr.errors import exit_cleanly
+from megalr.estimate.cluster import H200
 from megalr.estimate.memory import GIB
 
 

@@ -27,9 +27,9 @@ from typing import Any
 import torch
 import torch._inductor.config
 import torch.distributed as dist
-from scaling.traffic import block_messages
 
 from megalr.errors import UserError, exit_cleanly
+from megalr.estimate.traffic import block_messages
 from megalr.models.build import build_decoder
 from megalr.models.config import PRESETS, DecoderConfig
 from megalr.models.decoder import Decoder

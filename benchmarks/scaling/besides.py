@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megalr.estimate.cluster import Cluster, gather, members
 from megalr.estimate.tensors import TRAINED, count, matrix_groups, stored_tensors
+from megalr.estimate.update_time import Job
 from megalr.restarts.rounds import bucket_of
-from scaling.cluster import Cluster, gather, members
-from scaling.steps import Job
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 
+from megalr.estimate.cluster import H200, Members, all_reduce, members
 from megalr.estimate.tensors import TRAINED, count, plan_of, stored_tensors
+from megalr.estimate.traffic import block_messages
+from megalr.estimate.update_time import Gpu, Job, message_seconds, predict
+from megalr.estimate.work import Work, block_work, micro_batch_work
 from megalr.models.config import PRESETS
 from megalr.tensor_parallel.plan import SINGLE
 from scaling.besides import refactorize_seconds
-from scaling.cluster import Members, all_reduce, members
 from scaling.points import (
     ALL_REDUCES,
-    H200,
     PROTOTYPE_MODEL,
     PROTOTYPE_TP,
     RESULTS,
@@ -20,9 +22,6 @@ from scaling.points import (
     method_of,
     recorded,
 )
-from scaling.steps import Gpu, Job, message_seconds, predict
-from scaling.traffic import block_messages
-from scaling.work import Work, block_work, micro_batch_work
 
 
 def check() -> None:

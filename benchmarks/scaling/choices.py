@@ -8,14 +8,14 @@ from typing import Any
 
 from megalr.config.schema import ParallelConfig
 from megalr.errors import UserError
+from megalr.estimate.cluster import Cluster
 from megalr.estimate.memory import GIB, estimate_memory
 from megalr.estimate.tensors import plan_of
+from megalr.estimate.update_time import Gpu, Job, UpdateTime, predict
 from megalr.models.config import PRESETS
 from megalr.tensor_parallel.plan import SINGLE
 from scaling.besides import checkpoint_seconds, loading_seconds, refactorize_seconds
-from scaling.cluster import Cluster
 from scaling.points import METHODS, balancing, loader, method_of, run_config
-from scaling.steps import Gpu, Job, UpdateTime, predict
 
 MODELS = ("llama_1b", "llama_7b", "llama_13b")
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -54,7 +54,7 @@ def candidates(preset: str, method: Any, gpus: int) -> Iterator[Job]:
         share = SEQUENCES // data_size
         for micro in (m for m in (1, 2, 4, 8, 16, 32) if share % m == 0):
             for stage in (1, 2):
-                for recompute in (False, True):
+                for recompute in ("none", "full"):
                     yield Job(
                         sizes,
                         method,
@@ -72,9 +72,8 @@ def candidates(preset: str, method: Any, gpus: int) -> Iterator[Job]:
 def peak_of(preset: str, job: Job) -> float:
     """Bytes of a GPU."""
     method = job.method.model_dump()
-    how = "full" if job.recompute else "none"
     config = run_config(
-        preset, method, job.micro_batch, SEQUENCES, SEQUENCE, activation_checkpointing=how
+        preset, method, job.micro_batch, SEQUENCES, SEQUENCE, activation_checkpointing=job.recompute
     )
     parallel = {"tensor": job.plan.mesh.tensor_size, "layout": job.plan.layout}
     config = config.model_copy(update={"parallel": ParallelConfig(**parallel)})

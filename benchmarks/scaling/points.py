@@ -10,14 +10,12 @@ from typing import Any
 import numpy as np
 
 from megalr.config.schema import RunConfig
-from megalr.estimate.memory import GIB
 from megalr.estimate.tensors import plan_of
+from megalr.estimate.update_time import Gpu, Job, update_work
+from megalr.estimate.work import micro_batch_work
 from megalr.models.config import PRESETS
 from megalr.tensor_parallel.plan import SINGLE
 from scaling.besides import Balancing, Loader
-from scaling.cluster import Cluster
-from scaling.steps import Gpu, Job, update_work
-from scaling.work import micro_batch_work
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 METHODS = ("low_rank", "full_rank", "sltrain")
@@ -26,16 +24,6 @@ METHODS = ("low_rank", "full_rank", "sltrain")
 KNOWN = (*METHODS, "cola", "lora")
 """Methods that the model of time knows: with AdamW, by torch's products alone."""
 
-H200 = Cluster(
-    gpus_per_node=8,
-    memory=0.92 * 140 * GIB,
-    inside=335e9,  # fitted to all-reduces measured on 4 H200: see ALL_REDUCES
-    across=42e9,  # a 400 Gbit/s card for each GPU, 85 % of its rate: assumed
-    inside_latency=5e-6,  # fitted to the same
-    across_latency=10e-6,  # assumed
-    file_system=100e9,  # assumed
-    writer=2e9,  # assumed
-)
 ALL_REDUCES = (
     (16384 * 4096 * 2, 0.63e-3),
     (16384 * 3072 * 2, 0.48e-3),
@@ -137,7 +125,7 @@ def recorded_rows(rows: list[dict[str, Any]]) -> list[Measured]:
             plan=plan_of(sizes, config.method, tensor, layout),
             data_size=row["gpus"] // tensor,
             stage=row["stage"],
-            recompute=_level(row) == "full",
+            recompute=_level(row),
         )
         name = f"{row['case']}, {row['gpus']} GPU" + (f", TP {tensor}" if tensor > 1 else "")
         name += f", {job.accumulation} micro-batches" if job.accumulation > 1 else ""

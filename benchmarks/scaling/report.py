@@ -66,7 +66,7 @@ def _row(choice: Choice, first: Choice) -> str:
     layout = (
         f"{job.plan.mesh.tensor_size} {job.plan.layout}" if job.plan.mesh.tensor_size > 1 else "1"
     )
-    recomputed = ", recomputed" if job.recompute else ""
+    recomputed = ", recomputed" if job.recompute != "none" else ""
     cells = [
         f"{job.gpus:,}",
         layout,

@@ -89,7 +89,7 @@ _ALL = (
         "memory",
         "Plan",
         "memory",
-        "Estimate the memory of a run per GPU.",
+        "Estimate the memory of a run per GPU, or propose what fits, the fastest first.",
         "megalr memory --config llama_1b_low_rank train.compile=true --gpus 8",
         "tools/estimate_memory.py",
     ),

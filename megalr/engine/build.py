@@ -18,7 +18,7 @@ from megalr.config.schema import RunConfig
 from megalr.engine.config import is_unwrapped
 from megalr.engine.cuda_graph import MicroBatchGraph, ScaledLoss
 from megalr.engine.patches import batch_parameters
-from megalr.engine.state import attach_layouts
+from megalr.engine.state import attach_layouts, check_ranks
 from megalr.engine.unwrapped_step import install_clip_and_skip, without_accumulation_dtype
 from megalr.engine.wrappers import wrapper_of
 from megalr.errors import UserError
@@ -190,12 +190,15 @@ def _optimizer_of(config: RunConfig, decoder: Decoder) -> torch.optim.Optimizer:
     return build_optimizer(config.optimizer, config.method, groups, facts)
 
 
-def check_run(config: RunConfig, stage: int | None = None) -> dict[str, dict[str, float]]:
+def check_run(
+    config: RunConfig, stage: int | None = None, ranks: int = 1
+) -> dict[str, dict[str, float]]:
     """Reject what the model, the optimizer or the engine would reject, without weights or GPUs.
 
     For use before a job waits in a queue. A run from a pretrained model is not checked: its sizes
-    are in a folder that may be elsewhere. ``stage``: of ZeRO, if it is known. Returns the parameter
-    groups as :func:`describe_groups` does, {} for a pretrained model.
+    are in a folder that may be elsewhere. ``stage``: of ZeRO, if it is known. ``ranks``:
+    data-parallel ones, at least. Returns the parameter groups as :func:`describe_groups` does, {}
+    for a pretrained model.
 
     Raises:
         UserError: as :func:`build_model` and :func:`build_engine`, except for CUDA graphs.
@@ -216,6 +219,7 @@ def check_run(config: RunConfig, stage: int | None = None) -> dict[str, dict[str
             initialize=False,
         )
     optimizer = _optimizer_of(config, decoder)
+    check_ranks(optimizer, stage == 0, ranks, mesh.tensor_size)
     if stage is not None:
         _check_stage(config, stage)
     return describe_groups(optimizer.param_groups, config.optimizer.lr)

@@ -164,10 +164,7 @@ def attach_layouts(engine: Any) -> None:
     for optimizers that need neither.
 
     Raises:
-        UserError: a whole-matrix optimizer at stage 0 on several ranks (every rank would keep all
-            states and repeat every decomposition, and ranks whose results differ in the last digit
-            would drift apart unnoticed), or one that looks at whole tensors under tensor
-            parallelism.
+        UserError: as :func:`check_ranks`.
     """
     wrapper = wrapper_of(engine)
     base = wrapper.base
@@ -175,21 +172,34 @@ def attach_layouts(engine: Any) -> None:
         base.attach_runs(wrapper.runs)
     if not isinstance(base, ShardedOptimizer):
         return
-    _check_tensor_parallelism(engine, base)
-    if wrapper.replicated and isinstance(base, WHOLE_MATRIX):
-        shared = dist.is_initialized() and dist.get_world_size(engine.data_parallel_group) > 1
-        if shared:
-            raise UserError(
-                f"{type(base).__name__} works on whole matrices and shares them out over the ranks "
-                "through ZeRO: zero_optimization.stage is 0 with several ranks, use stage 1 or more"
-            )
+    ranks = dist.get_world_size(engine.data_parallel_group) if dist.is_initialized() else 1
+    mpu = getattr(engine, "mpu", None)
+    size = 1 if mpu is None else mpu.get_model_parallel_world_size()
+    check_ranks(base, wrapper.replicated, ranks, size)
     base.attach_layouts(wrapper.layouts)
 
 
-def _check_tensor_parallelism(engine: Any, base: ShardedOptimizer) -> None:
-    """A tensor-parallel rank holds a part of a matrix: its SVD, norm or maximum are not those."""
-    mpu = getattr(engine, "mpu", None)
-    size = 1 if mpu is None else mpu.get_model_parallel_world_size()
+def check_ranks(base: torch.optim.Optimizer, replicated: bool, ranks: int, size: int) -> None:
+    """Check that an optimizer sees what it looks at.
+
+    Args:
+        base: the optimizer.
+        replicated: whether every data-parallel rank holds all masters (stage 0).
+        ranks: data-parallel ranks.
+        size: tensor-parallel ranks. Each holds a part of a matrix: its SVD, norm or maximum are
+            not those of the matrix.
+
+    Raises:
+        UserError: a whole-matrix optimizer at stage 0 on several ranks (every rank would keep all
+            states and repeat every decomposition, and ranks whose results differ in the last digit
+            would drift apart unnoticed), or one that looks at whole tensors under tensor
+            parallelism.
+    """
+    if replicated and ranks > 1 and isinstance(base, WHOLE_MATRIX):
+        raise UserError(
+            f"{type(base).__name__} works on whole matrices and shares them out over the ranks "
+            "through ZeRO: zero_optimization.stage is 0 with several ranks, use stage 1 or more"
+        )
     masked = isinstance(base, SPAM) and any(
         g["density"] not in (None, 1) for g in base.param_groups
     )

@@ -149,6 +149,19 @@ class MemoryEstimate:
         """Bytes outside of PyTorch's allocator, a rule of thumb: the CUDA context, and NCCL."""
         return GIB if self.gpus == 1 else 2 * GIB
 
+    def as_json(self) -> dict[str, Any]:
+        """The estimate in bytes, with the parts of the peak."""
+        moment, parts = self.peak_parts()
+        return {
+            "moment": moment,
+            "parts": parts,
+            "peak": self.peak,
+            "error_bound": self.bound,
+            "outside_of_pytorch": self.outside,
+            "needed": self.needed,
+            "host": self.states.on_host,
+        }
+
     def table(self) -> str:
         """Lines of ``name  GiB``: parts that add up to the peak as printed, and what it needs."""
         moment, parts = self.peak_parts()

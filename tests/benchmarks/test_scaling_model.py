@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 from scaling.choices import choose
-from scaling.cluster import Members, all_reduce
-from scaling.points import ALL_REDUCES, H200, fit, recorded
+from scaling.points import ALL_REDUCES, fit, recorded
 from scaling.report import tables, write_between
-from scaling.steps import Gpu, predict
 
 from megalr.errors import UserError
+from megalr.estimate.cluster import H200, Members, all_reduce
+from megalr.estimate.update_time import Gpu, predict
 
 
 def _single() -> list[Any]:
@@ -55,7 +55,7 @@ def test_a_recorded_row_becomes_its_job(tmp_path: Path) -> None:
     (run,) = recorded(tmp_path)
     job = run.job
     assert (job.plan.mesh.tensor_size, job.plan.layout, job.data_size) == (2, "bottleneck", 2)
-    assert (job.micro_batch, job.accumulation, job.recompute) == (16, 3, True)
+    assert (job.micro_batch, job.accumulation, job.recompute) == (16, 3, "full")
     assert run.seconds == pytest.approx(16 * 256 * 3 * 2 / 1000)
 
 

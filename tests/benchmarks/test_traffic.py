@@ -16,14 +16,14 @@ from scaling.besides import (
     loading_seconds,
     refactorize_seconds,
 )
-from scaling.cluster import Cluster, Members, all_reduce, gather, members
-from scaling.steps import Gpu, Job, predict, update_work
-from scaling.traffic import block_messages, data_traffic, end_messages
-from scaling.work import block_work, micro_batch_work, product
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalr.errors import UserError
+from megalr.estimate.cluster import Cluster, Members, all_reduce, gather, members
 from megalr.estimate.tensors import plan_of
+from megalr.estimate.traffic import block_messages, data_traffic, end_messages
+from megalr.estimate.update_time import Gpu, Job, predict, update_work
+from megalr.estimate.work import block_work, micro_batch_work, product
 from megalr.models.flops import flops_per_token
 from tests.models.settings import factorized, full_rank, low_rank, tiny
 from tests.ranks import run_distributed
@@ -158,7 +158,7 @@ def test_recomputation_repeats_the_blocks_forward() -> None:
     sizes, method = tiny(), low_rank()
     plan = plan_of(sizes, method, 1, "auto")
     plain = micro_batch_work(sizes, method, plan, 2, 24)[1]
-    again = micro_batch_work(sizes, method, plan, 2, 24, recompute=True)[1]
+    again = micro_batch_work(sizes, method, plan, 2, 24, recompute="full")[1]
     block = block_work(sizes, method, plan, 2, 24)[0]
     assert again.flops - plain.flops == pytest.approx(2 * block.flops)
 

@@ -56,12 +56,12 @@ def micro_batch_work(
     batch: int,
     sequence: int,
     element: int = 2,
-    recompute: bool = False,
+    recompute: str = "none",
 ) -> tuple[Work, Work]:
     """(forward, backward) of ``batch`` sequences on one rank, the head included in forward.
 
-    The head's gradients are formed in forward (layers.head). ``recompute`` repeats the blocks'
-    forward in backward.
+    The head's gradients are formed in forward (layers.head). Backward repeats what the level
+    ``recompute`` of activation checkpointing asks for.
     """
     tokens = batch * sequence
     block_forward, block_backward = block_work(sizes, method, plan, batch, sequence, element)
@@ -74,9 +74,33 @@ def micro_batch_work(
     embedding = Work(moved=element * (2 * tokens * h + rows * h))
     forward = block_forward * sizes.num_layers + head + embedding
     backward = block_backward * sizes.num_layers + embedding
-    if recompute:
-        backward += block_forward * sizes.num_layers
-    return forward, backward
+    repeated = repeated_work(sizes, method, plan, batch, sequence, element, recompute)
+    return forward, backward + repeated * sizes.num_layers
+
+
+def repeated_work(
+    sizes: DecoderConfig,
+    method: Any,
+    plan: Plan,
+    batch: int,
+    sequence: int,
+    element: int,
+    level: str,
+) -> Work:
+    """What one block computes again in backward, by the table of models.recompute."""
+    if level == "none":
+        return Work()
+    if level == "full":
+        return block_work(sizes, method, plan, batch, sequence, element)[0]
+    work, _ = passes(sizes, plan, batch * sequence, sequence, element)
+    if level == "bottleneck":
+        work += _attention(sizes, plan, batch, sequence, element)[0]
+    again = {"mlp": ("o", "into"), "bottleneck": ("qkv", "o", "into")}.get(level, ())
+    for group in matrix_groups(sizes, method, plan):
+        if group.name in again:
+            for m in group.local_rows:
+                work += product((batch * sequence, m, method.rank), element)
+    return work
 
 
 def block_work(
@@ -88,15 +112,22 @@ def block_work(
     for group in matrix_groups(sizes, method, plan):
         for ahead, back in _linear(group, method, tokens, element):
             forward, backward = forward + ahead, backward + back
+    ahead, back = passes(sizes, plan, tokens, sequence, element)
+    return forward + ahead, backward + back
+
+
+def passes(
+    sizes: DecoderConfig, plan: Plan, tokens: float, sequence: int, element: int
+) -> tuple[Work, Work]:
+    """(forward, backward) of what lies between a block's products."""
     t = plan.mesh.tensor_size
     h = sizes.hidden_size
     residual = h / t if plan.sharded_residual else h
     f = sizes.padded_intermediate_size / t
     # Norms and sums of the residual stream; turning q and k where attention does not; gate * up.
     turned = 0 if sequence <= MAX_LENGTH and sizes.head_width in HEAD_WIDTHS else sizes.q_width / t
-    forward += Work(moved=element * tokens * (9 * residual + 4 * turned + 3 * f))
-    backward += Work(moved=element * tokens * (16 * residual + 6 * turned + 6 * f))
-    return forward, backward
+    forward = Work(moved=element * tokens * (9 * residual + 4 * turned + 3 * f))
+    return forward, Work(moved=element * tokens * (16 * residual + 6 * turned + 6 * f))
 
 
 def _attention(

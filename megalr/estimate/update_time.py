@@ -11,13 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from megalr.estimate.cluster import Cluster, Members, all_reduce, gather, members
 from megalr.estimate.states import group_sizes, wrapper_name
 from megalr.estimate.tensors import count, stored_tensors
+from megalr.estimate.traffic import Message, block_messages, data_traffic, end_messages
+from megalr.estimate.work import Work, micro_batch_work, passes
 from megalr.models.config import DecoderConfig
 from megalr.tensor_parallel.plan import SINGLE, Plan
-from scaling.cluster import Cluster, Members, all_reduce, gather, members
-from scaling.traffic import Message, block_messages, data_traffic, end_messages
-from scaling.work import Work, micro_batch_work
 
 HIDDEN_SHARE = 0.8
 """Share of the backward pass behind which ZeRO 2 and 3 can hide communication."""
@@ -42,6 +42,11 @@ class Gpu:
         return work.flops / self.flops + work.moved / self.bandwidth
 
 
+SPEEDS = Gpu(flops=6.5e14, bandwidth=6.2e12, overhead=2.1e-3)
+"""Of an H200, fitted to the recorded runs of one GPU (benchmarks/scaling/points.py; more than its
+memory gives, since what stays in the cache is counted as moved)."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One update of a run, AdamW, bf16 with float32 masters.
@@ -52,8 +57,10 @@ class Job:
         data_size: data-parallel ranks.
         stage: ZeRO stage.
         micro_batch, sequence, accumulation: sequences, positions, micro-batches of an update.
-        recompute: activation checkpointing.
+        recompute: level of activation checkpointing.
         clipping: whether gradients are clipped.
+        compiled: whether blocks are compiled. If not, what lies between the products is counted
+            twice: assumed.
     """
 
     sizes: DecoderConfig
@@ -64,8 +71,9 @@ class Job:
     plan: Plan = SINGLE
     data_size: int = 1
     stage: int = 1
-    recompute: bool = False
+    recompute: str = "none"
     clipping: bool = False
+    compiled: bool = True
 
     @property
     def tokens(self) -> int:
@@ -127,6 +135,11 @@ def predict(job: Job, gpu: Gpu, cluster: Cluster) -> UpdateTime:
     forward, backward = micro_batch_work(
         job.sizes, job.method, job.plan, job.micro_batch, job.sequence, recompute=job.recompute
     )
+    if not job.compiled:
+        tokens = job.micro_batch * job.sequence
+        between = passes(job.sizes, job.plan, tokens, job.sequence, 2)
+        forward += between[0] * job.sizes.num_layers
+        backward += between[1] * job.sizes.num_layers
     every, once = update_work(job)
     compute = gpu.seconds(forward + backward)
     tensor = _tensor_seconds(job, cluster)
@@ -157,7 +170,7 @@ def _tensor_seconds(job: Job, cluster: Cluster) -> float:
         return sum(message_seconds(message, tokens, group, cluster) for message in messages)
 
     forward, backward = block_messages(job.sizes, job.method, job.plan)
-    repeated = 2 if job.recompute else 1
+    repeated = 2 if job.recompute == "full" else 1  # other levels never repeat sums
     blocks = job.sizes.num_layers * (repeated * seconds(forward) + seconds(backward))
     first, last = end_messages(job.sizes, job.plan)
     return blocks + seconds(first) + seconds(last)

@@ -36,6 +36,19 @@ class Cluster:
     writer: float
 
 
+H200 = Cluster(
+    gpus_per_node=8,
+    memory=0.92 * 140 * 2**30,
+    inside=335e9,  # fitted to all-reduces on 4 H200: ALL_REDUCES in benchmarks/scaling/points.py
+    across=42e9,  # a 400 Gbit/s card for each GPU, 85 % of its rate: assumed
+    inside_latency=5e-6,  # fitted to the same
+    across_latency=10e-6,  # assumed
+    file_system=100e9,  # assumed
+    writer=2e9,  # assumed
+)
+"""Nodes of eight H200 with NVLink."""
+
+
 @dataclass(frozen=True)
 class Members:
     """A group of ranks on a cluster: ``local`` in each of ``nodes`` nodes."""
