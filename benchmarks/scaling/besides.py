@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megalr.estimate.cluster import Cluster, gather, members
+from megalr.estimate.cluster import Cluster, gather_seconds, members
 from megalr.estimate.tensors import TRAINED, count, matrix_groups, stored_tensors
 from megalr.estimate.update_time import Job
 from megalr.restarts.rounds import bucket_of
@@ -66,7 +66,7 @@ def refactorize_seconds(job: Job, cluster: Cluster, measured: Sequence[Balancing
     latency = cluster.inside_latency if group.nodes == 1 else cluster.across_latency
     moved = 2 * share / link + 2 * rounds * (job.data_size - 1) * latency
     tensors = stored_tensors(job.sizes, job.method, job.plan)
-    return balance + moved + gather(2 * count(tensors, layers, *TRAINED), group, cluster)
+    return balance + moved + gather_seconds(2 * count(tensors, layers, *TRAINED), group, cluster)
 
 
 def checkpoint_seconds(job: Job, cluster: Cluster) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from megalr.estimate.cluster import H200, Members, all_reduce, members
+from megalr.estimate.cluster import H200, Members, all_reduce_seconds, members
 from megalr.estimate.tensors import TRAINED, count, plan_of, stored_tensors
 from megalr.estimate.traffic import block_messages
 from megalr.estimate.update_time import Gpu, Job, message_seconds, predict
@@ -115,6 +115,6 @@ def _check_refactorization() -> None:
 def _check_links() -> None:
     print("\n| all-reduce on 4 GPUs, MB | ms | from the links | error % |\n|---|---|---|---|")
     for size, seconds in ALL_REDUCES:
-        found = all_reduce(size, Members(4, 1), H200)
+        found = all_reduce_seconds(size, Members(4, 1), H200)
         error = 100 * (found / seconds - 1)
         print(f"| {size / 1e6:.0f} | {seconds * 1000:.2f} | {found * 1000:.2f} | {error:+.0f} |")

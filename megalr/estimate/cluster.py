@@ -76,7 +76,7 @@ def members(cluster: Cluster, size: int, stride: int = 1) -> Members:
     return Members(in_node, size // in_node)
 
 
-def gather(size: float, group: Members, cluster: Cluster) -> float:
+def gather_seconds(size: float, group: Members, cluster: Cluster) -> float:
     """Seconds of an all-gather whose result has ``size`` bytes on every rank; equally those of a
     reduce-scatter of ``size`` bytes."""
     k, n = group.local, group.nodes
@@ -88,9 +88,9 @@ def gather(size: float, group: Members, cluster: Cluster) -> float:
     return across + inside
 
 
-def all_reduce(size: float, group: Members, cluster: Cluster) -> float:
+def all_reduce_seconds(size: float, group: Members, cluster: Cluster) -> float:
     """Seconds of an all-reduce of ``size`` bytes."""
-    inside = 2 * gather(size, Members(group.local, 1), cluster)
+    inside = 2 * gather_seconds(size, Members(group.local, 1), cluster)
     n = group.nodes
     if n == 1:
         return inside

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megalr.estimate.cluster import Cluster, Members, all_reduce, gather, members
+from megalr.estimate.cluster import Cluster, Members, all_reduce_seconds, gather_seconds, members
 from megalr.estimate.states import group_sizes, wrapper_name
 from megalr.estimate.tensors import count, stored_tensors
 from megalr.estimate.traffic import Message, block_messages, data_traffic, end_messages
@@ -155,7 +155,7 @@ def predict(job: Job, gpu: Gpu, cluster: Cluster) -> UpdateTime:
 
 def message_seconds(message: Message, tokens: int, group: Members, cluster: Cluster) -> float:
     """Time of one message of a tensor-parallel group."""
-    collective = all_reduce if message.kind == "all_reduce" else gather
+    collective = all_reduce_seconds if message.kind == "all_reduce" else gather_seconds
     return collective(message.size(tokens), group, cluster)
 
 
@@ -185,11 +185,11 @@ def _data_seconds(job: Job, cluster: Cluster, backward: float, compute: float) -
     frozen = count(tensors, job.sizes.num_layers, "frozen")
     sent = data_traffic(job.stage, trained, frozen)
     group = members(cluster, job.data_size, job.plan.mesh.tensor_size)
-    reduced = all_reduce(sent.reduced, group, cluster) if sent.reduced else 0.0
-    fetched = gather(sent.fetched, group, cluster) if sent.fetched else 0.0
-    scattered = gather(sent.scattered, group, cluster) if sent.scattered else 0.0
+    reduced = all_reduce_seconds(sent.reduced, group, cluster) if sent.reduced else 0.0
+    fetched = gather_seconds(sent.fetched, group, cluster) if sent.fetched else 0.0
+    scattered = gather_seconds(sent.scattered, group, cluster) if sent.scattered else 0.0
     open_ = max(0.0, reduced + scattered - HIDDEN_SHARE * backward)
     open_ += max(0.0, fetched - HIDDEN_SHARE * compute)
-    once = all_reduce(sent.reduced_once, group, cluster) if sent.reduced_once else 0.0
-    once += gather(sent.gathered_once, group, cluster) if sent.gathered_once else 0.0
+    once = all_reduce_seconds(sent.reduced_once, group, cluster) if sent.reduced_once else 0.0
+    once += gather_seconds(sent.gathered_once, group, cluster) if sent.gathered_once else 0.0
     return job.accumulation * open_ + once

@@ -13,7 +13,7 @@ from scaling.points import ALL_REDUCES, fit, recorded
 from scaling.report import tables, write_between
 
 from megalr.errors import UserError
-from megalr.estimate.cluster import H200, Members, all_reduce
+from megalr.estimate.cluster import H200, Members, all_reduce_seconds
 from megalr.estimate.update_time import Gpu, predict
 
 
@@ -61,7 +61,7 @@ def test_a_recorded_row_becomes_its_job(tmp_path: Path) -> None:
 
 def test_the_links_give_the_measured_all_reduces() -> None:
     for size, seconds in ALL_REDUCES:
-        assert all_reduce(size, Members(4, 1), H200) == pytest.approx(seconds, rel=0.05)
+        assert all_reduce_seconds(size, Members(4, 1), H200) == pytest.approx(seconds, rel=0.05)
 
 
 def test_choices_fit_the_memory_and_keep_the_batch() -> None:

@@ -19,7 +19,7 @@ from scaling.besides import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalr.errors import UserError
-from megalr.estimate.cluster import Cluster, Members, all_reduce, gather, members
+from megalr.estimate.cluster import Cluster, Members, all_reduce_seconds, gather_seconds, members
 from megalr.estimate.tensors import plan_of
 from megalr.estimate.traffic import block_messages, data_traffic, end_messages
 from megalr.estimate.update_time import Gpu, Job, predict, update_work
@@ -114,15 +114,15 @@ def test_numbers_a_token_of_both_layouts() -> None:
 
 def test_collectives_by_hand() -> None:
     # 4 of 8 in a node: a ring sends 3 quarters of 400 bytes in 3 steps.
-    assert gather(400, Members(4, 1), CLUSTER) == pytest.approx(300 / 100 + 0.3)
-    assert all_reduce(400, Members(4, 1), CLUSTER) == pytest.approx(600 / 100 + 0.6)
+    assert gather_seconds(400, Members(4, 1), CLUSTER) == pytest.approx(300 / 100 + 0.3)
+    assert all_reduce_seconds(400, Members(4, 1), CLUSTER) == pytest.approx(600 / 100 + 0.6)
     # 2 nodes of 8: inside twice 7/8, then an eighth over two nodes by a ring of two.
     inside = 2 * (700 / 100 + 0.7)
     ring = 2 * (1 / 2) * 100 / 10 + 2 * 1.0
-    assert all_reduce(800, Members(8, 2), CLUSTER) == pytest.approx(inside + ring)
+    assert all_reduce_seconds(800, Members(8, 2), CLUSTER) == pytest.approx(inside + ring)
     # 64 nodes: the tree's 12 latencies instead of the ring's 126
     tree = 2 * 100 / 10 + 2 * 6 * 1.0
-    assert all_reduce(800, Members(8, 64), CLUSTER) == pytest.approx(inside + tree)
+    assert all_reduce_seconds(800, Members(8, 64), CLUSTER) == pytest.approx(inside + tree)
 
 
 def test_groups_on_nodes() -> None:
