@@ -98,7 +98,7 @@ def _fit(config: RunConfig, arguments: argparse.Namespace) -> str:
         return json.dumps([_proposal_json(way) for way in found], indent=2)
     lines = [
         f"{arguments.gpus} GPUs of {room / GIB:.1f} GiB, {config.train.global_batch_size} x "
-        f"{config.data.sequence_length} tokens an update; the fastest expected first:",
+        f"{config.data.sequence_length} tokens per update; the fastest expected first:",
         f"    {'TP':>2}  ZeRO  micro-batch  {'recomputed':<11}  GiB needed  expected speed",
     ]
     for number, way in enumerate(found, 1):
