@@ -80,8 +80,8 @@ class ModelConfig(Section):
         default=None, min_length=1, examples=["models/llama-2-7b"]
     )
     """Folder of a Hugging Face model that the run starts from (LLaMA, Mistral, Qwen2, Qwen3,
-    SmolLM3, OLMo-2 or Phi-3), instead of preset and random weights; on the command line it replaces
-    a file's preset. The sizes come from it: leave the keys below out, or give the same."""
+    SmolLM3, OLMo-2, Phi-3 or GPT-2), instead of preset and random weights; on the command line it
+    replaces a file's preset. The sizes come from it: leave the keys below out, or give the same."""
     preset: str | None = Field(
         default=None, min_length=1, validate_default=True, examples=["llama_60m"]
     )

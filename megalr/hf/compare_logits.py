@@ -51,7 +51,8 @@ def check_same_function(folder: Path, sizes: DecoderConfig) -> float:
         UserError: it is larger than rounding explains, or transformers cannot load the model.
     """
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, sizes.vocab_size, (1, POSITIONS), generator=generator)
+    length = min(POSITIONS, sizes.position_rows or POSITIONS)
+    ids = torch.randint(0, sizes.vocab_size, (1, length), generator=generator)
     weights = read_weights(folder)
     with torch.no_grad():
         expected, disturbed = _transformers_logits(folder, weights.dtype, ids)
@@ -105,8 +106,9 @@ def _transformers_logits(
         raise UserError(
             f"{folder}: transformers cannot load the model ({first_line(error)})"
         ) from error
-    embedding = model.model.embed_tokens
-    for part in (embedding, *model.model.layers, model.model.norm, model.lm_head):
+    embedding, base = model.get_input_embeddings(), model.base_model
+    parts = (base.wpe, *base.h, base.ln_f) if hasattr(base, "wpe") else (*base.layers, base.norm)
+    for part in (embedding, *parts, model.lm_head):
         _compute_in_float32(part)
     logits = model(input_ids=ids, use_cache=False).logits.float()
     signs = torch.where(torch.arange(model.config.hidden_size) % 3 == 0, 1.0, -1.0)

@@ -2,7 +2,8 @@
 
 All families but GPT-2 have LLaMA's names, with two differences: norms after attention and MLP
 have names of their own (OLMo-2); q, k, v are one tensor, and so are gate and up (Phi-3). GPT-2 has
-its own names and stores matrices transposed.
+its own names, stores matrices transposed, and q, k, v side by side; :func:`llama_parts` says which
+of LLaMA's tensors one of its tensors holds.
 """
 
 from __future__ import annotations
@@ -21,6 +22,35 @@ MLP = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 STACKED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
 STACKED |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
 """Tensors of Phi-3 that hold several matrices, stacked by rows, by LLaMA's names."""
+
+
+GPT2 = {
+    "wte": ("model.embed_tokens",),
+    "wpe": ("model.embed_positions",),
+    "ln_f": ("model.norm",),
+    "ln_1": ("input_layernorm",),
+    "ln_2": ("post_attention_layernorm",),
+    "attn.c_attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attn.c_proj": ("self_attn.o_proj",),
+    "mlp.c_fc": ("mlp.up_proj",),
+    "mlp.c_proj": ("mlp.down_proj",),
+}
+"""Modules of GPT-2, those of a block without its prefix, and what holds their parts in LLaMA."""
+
+
+def llama_parts(name: str) -> tuple[str, ...]:
+    """LLaMA's names of the tensors that GPT-2's tensor ``name`` holds side by side, in order.
+
+    ``name`` itself if it has none. GPT-2's base model alone has no prefix ``transformer.``.
+    """
+    module, _, kind = name.removeprefix("transformer.").rpartition(".")
+    prefix = ""
+    if module.startswith("h.") and module.count(".") > 1:
+        _, number, module = module.split(".", 2)
+        prefix = f"model.layers.{number}."
+    if module not in GPT2:
+        return (name,)
+    return tuple(f"{prefix}{part}.{kind}" for part in GPT2[module])
 
 
 def block_linears(
@@ -58,7 +88,9 @@ def plain_tensors(decoder: Decoder) -> Tensors:
     """
     V = decoder.config.vocab_size
     yield "model.embed_tokens.weight", decoder.embedding.weight.detach()[:V]
-    yield "model.norm.weight", decoder.norm.weight.detach()
+    if decoder.positions is not None:
+        yield "model.embed_positions.weight", decoder.positions.weight.detach()
+    yield from _norm_tensors("model.norm", decoder.norm)
     if not decoder.config.tie_embeddings:
         yield "lm_head.weight", decoder.head.weight.detach()[:V]
     for number, block in enumerate(decoder.blocks()):
@@ -71,8 +103,8 @@ def plain_block_tensors(block: Block, number: int) -> Tensors:
     first, second = "input_layernorm", "post_attention_layernorm"
     if block.post_norm:
         first, second = "post_attention_layernorm", "post_feedforward_layernorm"
-    yield f"{prefix}.{first}.weight", block.attention_norm.weight.detach()
-    yield f"{prefix}.{second}.weight", block.mlp_norm.weight.detach()
+    yield from _norm_tensors(f"{prefix}.{first}", block.attention_norm)
+    yield from _norm_tensors(f"{prefix}.{second}", block.mlp_norm)
     for name, norm in (("q_norm", block.attention.q_norm), ("k_norm", block.attention.k_norm)):
         if norm is not None:
             yield f"{prefix}.self_attn.{name}.weight", norm.weight.detach()
@@ -80,6 +112,11 @@ def plain_block_tensors(block: Block, number: int) -> Tensors:
         if layer.bias is not None:
             for index, name in enumerate(names):
                 yield f"{name}.bias", layer.bias.detach()[layer.used_rows(index)]
+
+
+def _norm_tensors(name: str, norm: torch.nn.Module) -> Tensors:
+    for key, parameter in norm.named_parameters():
+        yield f"{name}.{key}", parameter.detach()
 
 
 def dense_tensors(decoder: Decoder, family: str | None = None) -> Tensors:
@@ -144,13 +181,13 @@ def _gpt2_other_tensors(decoder: Decoder) -> Tensors:
     yield "transformer.wte.weight", decoder.embedding.weight.detach()[:V].float()
     if decoder.positions is not None:
         yield "transformer.wpe.weight", decoder.positions.weight.detach().float()
-    yield from _layer_norm("transformer.ln_f", decoder.norm)
+    yield from _float32("transformer.ln_f", decoder.norm)
     if not decoder.config.tie_embeddings:
         yield "lm_head.weight", decoder.head.weight.detach()[:V].float()
     for number, block in enumerate(decoder.blocks()):
         prefix = f"transformer.h.{number}"
-        yield from _layer_norm(f"{prefix}.ln_1", block.attention_norm)
-        yield from _layer_norm(f"{prefix}.ln_2", block.mlp_norm)
+        yield from _float32(f"{prefix}.ln_1", block.attention_norm)
+        yield from _float32(f"{prefix}.ln_2", block.mlp_norm)
         for name, layer in _gpt2_linears(block):
             if layer.bias is not None:
                 count = len(layer.shape.names)
@@ -158,9 +195,8 @@ def _gpt2_other_tensors(decoder: Decoder) -> Tensors:
                 yield f"{prefix}.{name}.bias", torch.cat(used).float()
 
 
-def _layer_norm(name: str, norm: torch.nn.Module) -> Tensors:
-    for key, parameter in norm.named_parameters():
-        yield f"{name}.{key}", parameter.detach().float()
+def _float32(name: str, norm: torch.nn.Module) -> Tensors:
+    return ((key, tensor.float()) for key, tensor in _norm_tensors(name, norm))
 
 
 def dense_state_dict(decoder: Decoder) -> dict[str, torch.Tensor]:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from megalr.errors import UserError
 from megalr.files import read_json_object
 from megalr.hf.supported import (
+    GPT2_ACTIVATIONS,
     IMPORTED,
     SLIDING,
     foreign_features,
@@ -63,16 +64,18 @@ class PretrainedConfig(BaseModel):
     layer_types: list[Annotated[str, Field(max_length=100)]] | None = None
     no_rope_layers: Annotated[list[int], Field(max_length=1 << 14)] | None = None
     no_rope_layer_interval: Annotated[int, Field(ge=1, le=1 << 40)] | None = None
+    n_embd: Width | None = None
+    n_inner: Width | None = None
+    n_layer: Count | None = None
+    n_head: Count | None = None
+    n_positions: Annotated[int, Field(ge=1, le=1 << 24)] | None = None
+    layer_norm_epsilon: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = None
+    activation_function: Annotated[str, Field(max_length=100)] | None = None
 
 
-REQUIRED = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "vocab_size",
-    "rms_norm_eps",
-)
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+REQUIRED = (*_SIZES, "intermediate_size", "rms_norm_eps")
+REQUIRED_GPT2 = (*_SIZES, "n_positions", "layer_norm_epsilon", "activation_function")
 """Fields that have a value in every configuration that transformers has resolved."""
 
 
@@ -128,7 +131,8 @@ def config_as_stored(folder: Path) -> Any:
         _check_product(folder, hf)
     fields = {name: getattr(hf, name, None) for name in PretrainedConfig.model_fields}
     check_field_types(path, fields)
-    absent = [name for name in REQUIRED if fields[name] is None]
+    required = REQUIRED_GPT2 if kind == "gpt2" else REQUIRED
+    absent = [name for name in required if fields[name] is None]
     if absent:
         raise UserError(f"{path}: gives no {absent[0]}; copy the folder again")
     return hf
@@ -142,9 +146,10 @@ def _check_product(folder: Path, hf: Any) -> None:
         form = check_config(hf)["form"]
     except ValueError as error:
         raise UserError(f"{folder}: {error}") from error
-    if form != "product":
+    form = "GPT-2" if hf.model_type == f"{FACTORIZED_PREFIX}gpt2" else f"form {form}"
+    if form != "form product":
         raise UserError(
-            f"{folder}: a factorized export of form {form} cannot be read, only products of two "
+            f"{folder}: a factorized export of {form} cannot be read, only products of two "
             "factors: start from a dense model, for example the run's export with --form dense"
         )
 
@@ -160,6 +165,8 @@ def pretrained_sizes(folder: Path) -> dict[str, Any]:
     if problems:
         listed = ", ".join(problems)
         raise UserError(f"{folder}: a {hf.model_type} model with {listed} cannot be read")
+    if hf.model_type == "gpt2":
+        return _gpt2_sizes(hf)
     rope = rope_of(hf)
     windows = [kind == SLIDING for kind in layer_kinds(hf)]
     return {
@@ -187,6 +194,31 @@ def pretrained_sizes(folder: Path) -> dict[str, Any]:
         "gated_mlp": True,
         "attention_bias": hf.model_type == "qwen2",
         "output_bias": False,
+    }
+
+
+def _gpt2_sizes(hf: Any) -> dict[str, Any]:
+    """The values of section ``model`` for a GPT-2."""
+    return {
+        "hidden_size": hf.n_embd,
+        "intermediate_size": hf.n_inner or 4 * hf.n_embd,
+        "num_layers": hf.n_layer,
+        "num_heads": hf.n_head,
+        "num_kv_heads": hf.n_head,
+        "head_dim": hf.n_embd // hf.n_head,
+        "vocab_size": hf.vocab_size,
+        "norm": "layernorm",
+        "norm_eps": float(hf.layer_norm_epsilon),
+        "norm_order": "pre",
+        "qk_norm": "none",
+        "positions": "learned",
+        "max_positions": hf.n_positions,
+        "activation": GPT2_ACTIVATIONS[hf.activation_function],
+        "gated_mlp": False,
+        "attention_bias": True,
+        "output_bias": True,
+        "tie_embeddings": bool(hf.tie_word_embeddings),
+        **dict.fromkeys(("rope_scaling", "rope_layers", "sliding_window", "window_layers")),
     }
 
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from megalr.errors import UserError
 from megalr.files import read_json_object
 from megalr.hf.modeling_factorized import SHARED_INPUT
-from megalr.hf.names import block_linears, is_stacked, plain_tensors, rows_of
+from megalr.hf.names import block_linears, is_stacked, llama_parts, plain_tensors, rows_of
 from megalr.hf.pretrained_config import CONFIG_NAME, FACTORIZED_PREFIX
 from megalr.layers.linear import DenseLinear, GroupedLinear
 from megalr.layers.sltrain import SLTrainLinear
@@ -27,6 +27,10 @@ FACTOR = re.compile(r"(?P<module>.*)\.b(\.\d+)?\.(?P<kind>weight|bias)")
 """Names of the factors B of a factorized folder, and of their biases."""
 INV_FREQ = "rotary_emb.inv_freq"
 """Name suffix of RoPE's frequencies, which older versions stored although theta determines them."""
+CAUSAL_MASKS = (".attn.bias", ".attn.masked_bias")
+"""Name suffixes of GPT-2's masks, which older versions stored."""
+CONV1D = ".c_"
+"""In the names of GPT-2's matrices, which are stored as ``(in, out)``."""
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -193,9 +197,49 @@ class ProductWeights(Weights):
         return torch.cat(found) if len(found) > 1 else found[0]
 
 
+class GPT2Weights(Weights):
+    """The tensors of a GPT-2 folder under LLaMA's names: q, k, v apart, matrices ``(out, in)``.
+
+    The causal masks that older versions stored are left out.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        stored = [name for name in super().names() if not name.endswith(CAUSAL_MASKS)]
+        self._place = {
+            part: (name, index, len(parts))
+            for name in stored
+            for parts in [llama_parts(name)]
+            for index, part in enumerate(parts)
+        }
+
+    def names(self) -> list[str]:
+        """LLaMA's names of all tensors."""
+        return list(self._place)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, as it is here."""
+        stored, _, count = self._place[name]
+        shape = super().shape(stored)
+        if len(shape) == 2 and CONV1D in stored:
+            shape = shape[::-1]
+        fits = bool(shape) and shape[0] % count == 0
+        return (shape[0] // count, *shape[1:]) if fits else shape
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """A tensor, as it is here; UserError as for :class:`Weights`."""
+        stored, index, count = self._place[name]
+        tensor = super().__getitem__(stored)
+        if tensor.dim() == 2 and CONV1D in stored:
+            tensor = tensor.t()
+        return tensor.chunk(count)[index].contiguous() if count > 1 else tensor.contiguous()
+
+
 def read_weights(folder: Path) -> Weights:
-    """The tensors of a folder under the dense model's names, whether it is factorized or not."""
+    """The tensors of a folder under LLaMA's names, whether it is factorized or not."""
     kind = str(read_json_object(folder / CONFIG_NAME).get("model_type"))
+    if kind == "gpt2":
+        return GPT2Weights(folder)
     return ProductWeights(folder) if kind.startswith(FACTORIZED_PREFIX) else Weights(folder)
 
 

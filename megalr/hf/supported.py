@@ -10,9 +10,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from megalr.config.model import SCALING_KEYS, RopeScaling
-from megalr.hf.families import ROPE_NAMES
+from megalr.hf.families import ACTIVATIONS, ROPE_NAMES
 
-IMPORTED = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "phi3")
+IMPORTED = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "phi3", "gpt2")
 """``model_type`` of the architectures that can be imported."""
 
 FOREIGN = {
@@ -139,23 +139,49 @@ def _mscale_ratio(rope: dict[str, Any], factor: float) -> float | None:
     return above / below
 
 
+GPT2_ACTIVATIONS = {theirs: ours for ours, theirs in ACTIVATIONS.items()} | {
+    "gelu_new": "gelu_tanh",
+    "swish": "silu",
+}
+"""Activations of GPT-2 by transformers' names, of which the first is GPT-2's own."""
+
+GPT2_SWITCHES = {
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+}
+"""Keys of GPT-2's configuration that change its function, with the values that it has here."""
+
+
 def unsupported(folder: Path, hf: Any) -> Iterator[str]:
     """Features of the configuration that the decoder does not have."""
+    if not head_width_of(hf):
+        yield f"hidden_size {hf.hidden_size} not a multiple of {hf.num_attention_heads} heads"
+    yield from _unsupported_gpt2(hf) if hf.model_type == "gpt2" else _unsupported_llama(hf)
+    if getattr(hf, "quantization_config", None) is not None:
+        yield "quantized weights"
+    if (folder / "adapter_config.json").exists():
+        yield "an adapter (adapter_config.json; merge it into the weights first)"
+
+
+def _unsupported_gpt2(hf: Any) -> Iterator[str]:
+    if hf.activation_function not in GPT2_ACTIVATIONS:
+        yield f"activation_function {short_repr(hf.activation_function)}"
+    for name, ours in GPT2_SWITCHES.items():
+        if bool(getattr(hf, name, ours)) != ours:
+            yield f"{name} {short_repr(getattr(hf, name))}"
+
+
+def _unsupported_llama(hf: Any) -> Iterator[str]:
     if hf.hidden_act != "silu":
         yield f"hidden_act {short_repr(hf.hidden_act)}"
     yield from _unsupported_rope(hf)
-    if not head_width_of(hf):
-        yield f"hidden_size {hf.hidden_size} not a multiple of {hf.num_attention_heads} heads"
     if hf.num_attention_heads % (hf.num_key_value_heads or hf.num_attention_heads):
         yield f"{hf.num_attention_heads} heads on {hf.num_key_value_heads} key/value heads"
     for name in ("attention_bias", "mlp_bias"):
         if getattr(hf, name, False):
             yield name
     yield from _unsupported_layers(hf)
-    if getattr(hf, "quantization_config", None) is not None:
-        yield "quantized weights"
-    if (folder / "adapter_config.json").exists():
-        yield "an adapter (adapter_config.json; merge it into the weights first)"
 
 
 def _unsupported_layers(hf: Any) -> Iterator[str]:

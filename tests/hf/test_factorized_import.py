@@ -42,6 +42,12 @@ def imported(folder: Path, method: Any) -> tuple[Decoder, Imported]:
     return decoder.eval(), import_weights(folder, decoder, torch.device("cpu"))
 
 
+def test_factors_of_gpt2_are_refused(tmp_path: Path) -> None:
+    folder = write(tmp_path / "model", **FAMILIES["gpt2"][0])
+    with pytest.raises(UserError, match=r"export of GPT-2 cannot be read.*--form dense"):
+        pretrained_sizes(folder)
+
+
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in NOT_IMPORTED])
 @torch.no_grad()
 def test_a_run_starts_with_the_folders_function(family: str, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ from tests.training.runs import events, losses, run, settings, zero
 from tests.training.test_methods import METHODS
 
 CPU = torch.device("cpu")
-NOT_IMPORTED = ("llama_biases", "gpt2", "gpt2_untied")
+NOT_IMPORTED = ("llama_biases",)
 RANK = 8
 
 

@@ -19,7 +19,7 @@ from megalr.errors import UserError
 from megalr.evaluation.offline import Request, evaluate_model
 from megalr.hf.compare_logits import check_same_function
 from megalr.hf.pretrained_config import pretrained_sizes
-from megalr.hf.read import open_weights
+from megalr.hf.read import open_weights, read_weights
 from megalr.hf.write import ExportOptions, write_model
 from megalr.models.config import DecoderConfig, decoder_config
 from tests.hf.models import FAMILIES, lively
@@ -41,6 +41,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for family in NAMES:
         decoder = lively(full_rank(), **FAMILIES[family][0])
         write_model(decoder, home / family, ExportOptions("float32", "5GB", 64), None, "card")
+    decoder = lively(full_rank(), **FAMILIES["gpt2"][0])
+    write_model(decoder, home / "gpt2", ExportOptions("float32", "5GB", 64), None, "card")
     decoder = lively(full_rank())
     write_model(decoder, home / "sharded", ExportOptions("bfloat16", "40KB", 64), None, "card")
     return home
@@ -121,6 +123,33 @@ def test_a_feature_that_was_misread_shows_in_the_logits(family: str, models: Pat
             check_same_function(folder, replace(sizes, **wrong))
 
 
+def test_a_gpt2_that_was_misread_shows_in_the_logits(models: Path) -> None:
+    sizes = _sizes(models / "gpt2")
+    assert check_same_function(models / "gpt2", sizes) < 1e-6
+    for wrong in (
+        {"norm_eps": 1e-2},
+        {"activation": "relu"},
+        {"num_heads": 3, "num_kv_heads": 3, "head_dim": 16},
+    ):
+        with pytest.raises(UserError, match=r"differ from transformers' by .*cannot be imported"):
+            check_same_function(models / "gpt2", replace(sizes, **wrong))
+
+
+def test_gpt2_files_of_older_versions_are_read(models: Path, tmp_path: Path) -> None:
+    """Names without a prefix, and the causal masks, as in the first published files."""
+    folder = shutil.copytree(models / "gpt2", tmp_path / "old")
+    stored = load_file(folder / SINGLE)
+    old = {name.removeprefix("transformer."): value for name, value in stored.items()}
+    masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 32, 32).tril() for i in range(2)}
+    save_file(old | masks, folder / SINGLE, {"format": "pt"})
+    expected = read_weights(models / "gpt2")
+    found = open_weights(folder, _sizes(folder))
+    assert sorted(found.names()) == sorted(expected.names())
+    assert all(torch.equal(found[name], expected[name]) for name in expected.names())
+    query = stored["transformer.h.1.attn.c_attn.weight"][:, :48].t()
+    assert torch.equal(found["model.layers.1.self_attn.q_proj.weight"], query)
+
+
 def test_weights_in_half_precision_are_compared_as_exactly(models: Path) -> None:
     assert check_same_function(models / "sharded", _sizes(models / "sharded")) < 1e-6
 
@@ -185,6 +214,13 @@ def test_weights_in_half_precision_are_compared_as_exactly(models: Path) -> None
         ("llama", {"num_key_value_heads": 4}, "6 heads on 4 key/value heads"),
         ("llama", {"num_attention_heads": 16, "head_dim": 3}, "an odd head_dim, 3"),
         ("llama", {"quantization_config": {"quant_method": "fp8"}}, "quantized weights"),
+        ("gpt2", {"activation_function": "tanh"}, "a gpt2 model with activation_function tanh"),
+        ("gpt2", {"scale_attn_weights": False}, "with scale_attn_weights False"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "with scale_attn_by_inverse_layer_idx"),
+        ("gpt2", {"n_head": 7}, "hidden_size 48 not a multiple of 7 heads"),
+        ("gpt2", {"n_layer": 10**9}, "n_layer is 1000000000"),
+        ("gpt2", {"n_positions": 16}, r"embed_positions.weight has shape \(32, 48\), config.json"),
+        ("gpt2", {"n_inner": 96}, r"up_proj.bias has shape \(192,\), config.json"),
     ],
 )
 def test_what_the_decoder_does_not_compute_is_refused_by_name(
