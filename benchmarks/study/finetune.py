@@ -14,6 +14,7 @@ accuracy on the test texts is printed, mean and standard deviation over the seed
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import hashlib
 import itertools
@@ -151,13 +152,17 @@ def runs_of(folder: Path, rows: list[tuple[str, str]], given: argparse.Namespace
     Raises:
         UserError: transformers cannot load the folder, or it holds no tokenizer.
     """
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoModel, AutoTokenizer, logging
 
+    logging.set_verbosity_error()  # the head that a base model does not load is no surprise
+    logging.disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     labels = sorted({label for _, label in rows})
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        AutoModel.from_pretrained(str(folder), local_files_only=True)
+        exported: Any = AutoModel.from_pretrained(
+            str(folder), local_files_only=True, dtype=torch.float32
+        )
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
@@ -175,15 +180,14 @@ def runs_of(folder: Path, rows: list[tuple[str, str]], given: argparse.Namespace
     found = []
     for lr, seed in itertools.product(given.lr, range(given.seeds)):
         torch.manual_seed(seed)
-        base = AutoModel.from_pretrained(str(folder), local_files_only=True, dtype=torch.float32)
-        model = Classifier(base, len(labels)).to(device)
+        model = Classifier(copy.deepcopy(exported), len(labels)).to(device)
         train(model, learned, given, lr)
         found.append(
             {
                 **{"model": folder.name, "learning_rate": lr, "seed": seed},
                 "validation_accuracy": accuracy(model, chosen, given.batch),
                 "test_accuracy": accuracy(model, unseen, given.batch),
-                "parameters": sum(p.numel() for p in base.parameters()),
+                "parameters": sum(p.numel() for p in exported.parameters()),
                 **{"train_texts": given.train, "validation_texts": given.validation},
                 **{"test_texts": given.test, "epochs": given.epochs, "batch": given.batch},
             }
