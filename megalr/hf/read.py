@@ -200,7 +200,7 @@ class ProductWeights(Weights):
 class GPT2Weights(Weights):
     """The tensors of a GPT-2 folder under LLaMA's names: q, k, v apart, matrices ``(out, in)``.
 
-    The causal masks that older versions stored are left out.
+    The causal masks that older versions stored are ignored.
     """
 
     def __init__(self, folder: Path) -> None:
