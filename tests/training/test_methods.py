@@ -111,6 +111,25 @@ def test_what_cannot_work_together_is_refused(
         run_distributed(run, 1, settings(tmp_path / "run", data, **sections), zero(stage))
 
 
+@pytest.mark.long
+def test_spectron_s_vectors_follow_refactorized_factors_and_resume_bitwise(
+    data: Path, tmp_path: Path
+) -> None:
+    sections = {**METHODS["spectron"], "restarts": {"every": 4}}
+    sections["checkpoint"] = {"every": 5, "keep_last": 9}
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    run_distributed(run, 1, settings(alone, data, **sections), zero(0))
+    values = settings(shared, data, **sections)
+    run_distributed(run, 2, values, zero(2))
+    assert [e["update"] for e in events(shared, "restart")] == [4, 8]
+    unbroken = losses(shared)
+    assert unbroken == pytest.approx(losses(alone), abs=1e-4)
+    _cut_back(shared, 5)
+    (shared / "metrics.jsonl").unlink()
+    run_distributed(run, 2, values, zero(2))
+    assert losses(shared) == unbroken[5:]
+
+
 def test_refactorization_needs_factors_whose_product_is_the_matrix(
     data: Path, tmp_path: Path
 ) -> None:
