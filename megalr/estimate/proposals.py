@@ -22,7 +22,7 @@ from megalr.engine.build import check_run
 from megalr.errors import UserError
 from megalr.estimate.activations import TWO_PRODUCTS
 from megalr.estimate.cluster import H200
-from megalr.estimate.memory import GIB, MemoryEstimate, estimate_memory
+from megalr.estimate.memory import GIB, MemoryEstimate, data_parallel_size, estimate_memory
 from megalr.estimate.tensors import DENSE_INSIDE, plan_of
 from megalr.estimate.update_time import SPEEDS, Job, predict
 from megalr.models.build import sizes_of
@@ -33,7 +33,7 @@ DEFAULT_STAGE = 1
 """Of a run without a DeepSpeed JSON."""
 
 SLOWER_AT_3 = 1.1
-"""Factor of the predicted time at ZeRO 3, assumed: its gathers wait for the host, module by module,
+"""Factor of the predicted time at ZeRO 3, assumed: its gathers wait for the host, block by block,
 and no run of it has been recorded."""
 
 _SIZE = re.compile(r"(\d+(?:\.\d*)?)\s*(GiB|GB)?", re.IGNORECASE)
@@ -90,8 +90,10 @@ def proposals(config: RunConfig, room: int, gpus: int, tensor: int | None = None
         tensor: tensor-parallel ranks; None: all that cut the model are tried.
 
     Raises:
-        UserError: nothing fits, or the global batch cannot be shared out.
+        UserError: nothing fits, ``tensor`` does not divide ``gpus``, or the global batch cannot be
+            shared out.
     """
+    data_parallel_size(gpus, 1 if tensor is None else tensor)
     found: list[Proposal] = []
     least: Proposal | None = None
     for ranks in [tensor] if tensor is not None else _divisors(_per_host(gpus)):
@@ -126,11 +128,9 @@ def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def _levels(config: RunConfig, stage: int) -> list[str]:
-    """Levels of activation checkpointing that the method and stage allow."""
+def _levels(config: RunConfig) -> list[str]:
+    """Levels of activation checkpointing that the method allows."""
     method = config.method.name
-    if stage == 3:
-        return ["none", "full"]
     wrong = [] if method in TWO_PRODUCTS else list(FOR_FACTORS)
     wrong += ["elementwise"] if method in DENSE_INSIDE else []
     return [level for level in LEVELS if level not in wrong]
@@ -147,7 +147,7 @@ def _ways(config: RunConfig, gpus: int, tensor: int, stage: int) -> Iterator[Pro
     except UserError:
         return
     share = config.train.global_batch_size // (gpus // tensor)
-    for level in _levels(config, stage):
+    for level in _levels(config):
         for micro in _divisors(share):
             yield _way(config, gpus, stage, _changes(config, stage, tensor, micro, level))
 
@@ -159,7 +159,7 @@ def _changes(
     train: dict[str, Any] = {"micro_batch_size": micro, "activation_checkpointing": level}
     train["gradient_accumulation"] = None
     if stage == 3:
-        train |= {"compile": False, "cuda_graphs": False}
+        train["cuda_graphs"] = False
     return {"train": train, "parallel": {"tensor": tensor}}
 
 

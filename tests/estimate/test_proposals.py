@@ -146,6 +146,9 @@ def test_what_does_not_fit_is_one_line_with_a_remedy() -> None:
     config = _recipe("llama_60m", "train.global_batch_size=512")
     with pytest.raises(UserError, match="global_batch_size 512 on 7 GPUs: there is no way"):
         proposals(config, 24 * GIB, 7)
+    for gpus, tensor in ((0, None), (8, 3), (8, 0)):
+        with pytest.raises(UserError, match=f"{gpus} GPUs cannot be cut into"):
+            proposals(config, 24 * GIB, gpus, tensor)
 
 
 def _printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
