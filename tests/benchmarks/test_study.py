@@ -20,6 +20,7 @@ LARGE = ("table3_20m", "table3_60m", "orthogonal_20m")
 sys.path.insert(0, str(STUDY))
 
 import collect  # noqa: E402
+import seeds  # noqa: E402
 import tables  # noqa: E402
 
 
@@ -68,3 +69,17 @@ def test_the_end_of_an_axis_is_named() -> None:
     rows = [{**row, "lr_ratio_embedding": "", "adam_lr_ratio": ""} for row in rows]
     assert tables.at_edge(rows, rows[2]) == ["lr"]
     assert tables.at_edge(rows, rows[1]) == []
+
+
+def test_means_over_seeds_leave_out_what_did_not_finish() -> None:
+    def row(lr: str, seed: int, c4: str, status: str = "finished") -> dict[str, str]:
+        return {"group": "g", "lr": lr, "seed": str(seed), "perplexity_c4": c4, "status": status}
+
+    rows = [row("2e-3", 1, "20"), row("1e-3", 1, "10"), row("1e-3", 2, "13"), row("1e-3", 3, "16")]
+    rows.append(row("2e-3", 2, "", "diverged"))
+    assert seeds.table(rows).splitlines() == [
+        "| lr | C4 | runs | not finished |",
+        "| --- | --- | --- | --- |",
+        "| 1e-3 | 13.0 ± 3.0 | 3 | 0 |",
+        "| 2e-3 | 20.0 | 2 | 1 |",
+    ]
