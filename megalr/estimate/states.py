@@ -49,8 +49,8 @@ class StateBytes:
         update: temporary memory while the engine reduces gradients and steps.
         start: beside the weights that stay, what exists at most while the weights are drawn: a
             matrix in float32, at ZeRO 3 also a piece of the model that is not shared out yet.
-        on_host: bytes of masters, gradients and moments in host memory (offload); not counted in
-            the fields above.
+        on_host: bytes of masters, their gradients and moments in host memory (offload); not counted
+            in the fields above.
     """
 
     wrapper: str
@@ -175,8 +175,9 @@ def state_bytes(
     host = 0
     if offload:
         # Masters, their gradients and moments live in host memory, beside a copy of the weights.
+        # ZeRO 2 adds micro-batches up on the device where their sum has another dtype.
         host, masters, moments, update = masters + moments + (master + weight) * share, 0, 0, 0
-        gradients = 0
+        gradients = gradients if stage == 2 and added != weight else 0
         buckets += weight * max(t.numel for t in tensors if t.group in TRAINED)
     return StateBytes(
         wrapper,
