@@ -18,7 +18,8 @@ from megalr.engine.config import resolve_deepspeed_config
 from megalr.models.build import build_model
 from megalr.restarts.controller import Restarts
 from tests.ranks import run_distributed
-from tests.training.runs import settings, zero
+from tests.training.runs import events, losses, run, settings, zero
+from tests.training.test_resume import _cut_back
 
 UPDATES = 7
 LOW_RANK = {"name": "low_rank", "rank": 8, "alpha": 16.0}
@@ -255,3 +256,32 @@ def test_blocks_that_are_not_compiled_keep_their_dense_weights() -> None:
     assert found["kept"] == ["layers.0", "layers.1", "layers.2"]
     found = run_distributed(_watched, 2, _values("full_rank", "full"), user)[0]
     assert found["kept"] == []
+
+
+@pytest.mark.long
+def test_a_compiled_run_of_zero_3_evaluates_restarts_and_goes_on_at_zero_1(
+    data: Path, tmp_path: Path
+) -> None:
+    """A whole run by inductor: the losses of a run of ZeRO 1 that is not compiled."""
+    sections: dict[str, Any] = {
+        "restarts": {"every": 4, "verify": True},
+        "checkpoint": {"every": 5},
+        "optimizer": {"eps": 1e-3},  # as in _values
+    }
+    train = {"updates": 10}
+    plain, compiled = tmp_path / "plain", tmp_path / "compiled"
+    run_distributed(run, 2, settings(plain, data, **sections, train=train), zero(1))
+    values = settings(compiled, data, **sections, train={**train, "compile": True})
+    run_distributed(run, 2, values, CUT)
+    expected = losses(plain)
+    assert losses(compiled) == pytest.approx(expected, abs=2e-5)
+    evaluations = [
+        {event["update"]: event["loss"] for event in events(folder, "eval")}
+        for folder in (plain, compiled)
+    ]
+    assert evaluations[1] == pytest.approx(evaluations[0], abs=2e-5) and len(evaluations[0]) == 2
+    _cut_back(compiled, 5)
+    (compiled / "metrics.jsonl").unlink()
+    run_distributed(run, 2, settings(compiled, data, **sections, train=train), zero(1))
+    assert [event["update"] for event in events(compiled, "resume")] == [5]
+    assert losses(compiled) == pytest.approx(expected[5:], abs=2e-5)
