@@ -174,8 +174,7 @@ def state_bytes(
         update += ORTHOGONAL_BYTES * orthogonalized_together(tensors, layers, share / total)
     host = 0
     if offload:
-        # Masters, their gradients and moments live in host memory, beside a copy of the weights.
-        # ZeRO 2 adds micro-batches up on the device where their sum has another dtype.
+        # In host memory beside a copy of the weights; ZeRO 2 adds micro-batches up on the device.
         host, masters, moments, update = masters + moments + (master + weight) * share, 0, 0, 0
         gradients = gradients if stage == 2 and added != weight else 0
         buckets += weight * max(t.numel for t in tensors if t.group in TRAINED)
