@@ -264,6 +264,14 @@ MISTAKES: dict[str, tuple[Any, str]] = {
         r"o_proj.*has shape \(.*\), config.json says \(.*7.*\)",
     ),
     "rank": (lambda config: _first(config, rank=49), "o_proj has rank 49: must be 1 to 48"),
+    "ranks of more blocks": (
+        lambda config: _first(config, rank=[8, 8, 8]),
+        r"o_proj has rank \[8, 8, 8\]: must be 1 to 48",
+    ),
+    "ranks of more matrices": (
+        lambda config: _first(config, rank=[8, [8, 8]]),
+        r"o_proj has rank \[8, \[8, 8\]\]: must be 1 to 48",
+    ),
     "no number": (lambda config: _first(config, rank="8"), "o_proj has rank '8'"),
     "activation": (
         lambda config: config["factorization"]["modules"].update({"mlp.act_fn": {"rank": 8}}),

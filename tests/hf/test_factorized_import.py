@@ -21,7 +21,7 @@ from megalr.models.config import decoder_config
 from megalr.models.decoder import Decoder
 from tests.hf.models import FAMILIES, lively
 from tests.hf.test_factorized import load, sample
-from tests.models.settings import full_rank, low_rank
+from tests.models.settings import full_rank, low_rank, mixed
 
 NOT_IMPORTED = ("llama_biases", "gpt2", "gpt2_untied")
 
@@ -59,6 +59,17 @@ def test_a_run_starts_with_the_folders_function(family: str, tmp_path: Path) -> 
         assert max(result.relative_error.values()) < 1e-6
     _, result = imported(folder, low_rank(4))
     assert min(result.relative_error.values()) > 0.01  # a smaller rank truncates
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+@torch.no_grad()
+def test_a_folder_of_mixed_ranks_is_read_and_started_from(family: str, tmp_path: Path) -> None:
+    source, folder = lively(mixed(low_rank()), **FAMILIES[family][0]), tmp_path / "model"
+    write_model(source, folder, ExportOptions("float32", "5GB", 64, form="factorized"), None, "")
+    for method in (mixed(low_rank()), full_rank()):
+        decoder, result = imported(folder, method)
+        torch.testing.assert_close(decoder(sample()), source(sample()), atol=2e-5, rtol=2e-5)
+        assert max(result.relative_error.values()) < 1e-6
 
 
 @torch.no_grad()

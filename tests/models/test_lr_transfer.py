@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from megalr.checkpoint import open_checkpoint
 from megalr.config.optimizers import LearningRateRatios
 from megalr.config.schema import RunConfig
 from megalr.engine.build import check_run
 from megalr.errors import UserError
+from megalr.hf.trained_run import load_decoder
 from megalr.models.build import build_decoder, describe_parameters
 from megalr.models.decoder import Decoder
 from megalr.models.lr_transfer import scales_of
 from megalr.optim.groups import parameter_groups
 from tests.models.settings import low_rank, tiny
+from tests.ranks import run_distributed
+from tests.training.runs import events, run, settings, zero
 
 WIDTHS = (64, 128, 256, 512)
 BASE = SimpleNamespace(base_width=64, base_rank=16)
@@ -159,6 +164,20 @@ def test_a_run_has_and_prints_the_learning_rates_of_the_rule() -> None:
 def test_what_the_rule_does_not_cover_is_refused(sections: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"method.lr_transfer: .*({message})"):
         _config(**sections)
+
+
+def test_a_checkpoint_is_read_with_the_scale_it_was_trained_with(
+    data: Path, tmp_path: Path
+) -> None:
+    method: dict[str, Any] = {"name": "low_rank", "rank": 8, "alpha": 16.0}
+    method["lr_transfer"] = {"base_width": 24, "base_rank": 4}
+    values = settings(tmp_path / "run", data, method=method, train={"updates": 3})
+    run_distributed(run, 1, values, zero(1))
+    decoder = load_decoder(tmp_path / "run", open_checkpoint(tmp_path / "run"))
+    assert {pair.scale for pair in decoder.factor_pairs()} == {4.0}
+    groups = events(tmp_path / "run", "start")[0]["parameter_groups"]
+    assert groups["factors"]["lr"] == groups["head"]["lr"] == 0.005
+    assert groups["matrices"]["lr"] == 0.01
 
 
 def test_a_tied_head_is_refused() -> None:

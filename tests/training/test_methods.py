@@ -33,6 +33,24 @@ METHODS: dict[str, dict[str, dict]] = {
         },
         "schedule": {"name": "constant", "warmup_updates": 2},
     },
+    "relora_mixed": {
+        "method": {
+            "name": "relora",
+            "rank": 8,
+            "ranks": {"q": 4, "layers.1.*": 12},
+            "alpha": 16.0,
+            "merge_every": 3,
+        },
+        "schedule": {"name": "constant", "warmup_updates": 2},
+    },
+    "lr_transfer": {
+        "method": {
+            "name": "low_rank",
+            "rank": 8,
+            "alpha": 8.0,
+            "lr_transfer": {"base_width": 24, "base_rank": 4},
+        }
+    },
     "cola": {"method": {"name": "cola", "rank": 8}},
     "galore": {"method": {"name": "galore", **GAP}},
     "fira": {"method": {"name": "fira", **GAP}},
@@ -53,7 +71,16 @@ METHODS: dict[str, dict[str, dict]] = {
 }
 
 
-LIKE_OTHERS = ("relora_magnitude", "apollo_mini", "golore", "muon", "dion2", "normuon")
+LIKE_OTHERS = (
+    "relora_magnitude",
+    "relora_mixed",
+    "lr_transfer",
+    "apollo_mini",
+    "golore",
+    "muon",
+    "dion2",
+    "normuon",
+)
 """Not in make test: each differs little from another of the list; tests/optim has all of them."""
 
 
