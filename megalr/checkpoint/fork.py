@@ -125,10 +125,13 @@ def _check(config: RunConfig, source: RunConfig, update: int) -> None:
     different += differences_that_forbid_fork(source, config, weights_only)
     if different:
         listed = "; ".join(f"{key}: {before} there, {now} here" for key, before, now in different)
+        ranks = any(key in ("method.rank", "method.ranks") for key, _, _ in different)
         states = any(key.startswith(("optimizer.", "train.")) for key, _, _ in different)
         raise UserError(
             f"run.fork_from = {given}: the checkpoint is of another model, method or optimizer "
-            f"({listed}): give the same values" + (", or run.fork_state=weights" if states else "")
+            f"({listed}): give the same values"
+            + (", or run.fork_state=weights" if states else "")
+            + (", or write its weights at other ranks with megalr ranks" if ranks else "")
         )
     if not weights_only and update >= config.train.updates:
         raise UserError(

@@ -169,7 +169,11 @@ def source(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("x", {}, "holds no checkpoint: give the folder of a run, or FOLDER@UPDATE"),
         ("", {"model": {"hidden_size": 64}}, "another model, .*model.hidden_size: 48 there, 64"),
         ("", {"model": {"rope_theta": 5e5}}, r"model.rope_theta: 10000.0 there, 500000.0 here"),
-        ("", {"method": {"rank": 4}}, "method.rank: 8 there, 4 here.*give the same values$"),
+        (
+            "",
+            {"method": {"rank": 4}},
+            "method.rank: 8 there, 4 here.*the same values, or .* with megalr ranks$",
+        ),
         ("", {"train": {"precision": "bf16"}}, "train.precision: fp32 .*fork_state=weights"),
         ("", {"optimizer": {"name": "muon"}}, "optimizer.name: adamw .*fork_state=weights"),
         ("@4", {"train": {"updates": 4}}, "is at update 4, and train.updates = 4 leaves none to"),
