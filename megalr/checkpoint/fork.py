@@ -69,7 +69,7 @@ def open_fork(config: RunConfig) -> Fork | None:
     saved = run_on_all(lambda: SavedState.read(folder), Damaged)
     source = run_on_all(saved.run_config, Damaged)
     weights_only = config.run.fork_state == "weights"
-    run_on_all(lambda: _check(config, source, saved.update))
+    run_on_all(lambda: _check(config, source, saved))
     changed = differences_that_forbid_resume(with_sizes(source), with_sizes(config))
     return Fork(run, tag, saved, weights_only, changed)
 
@@ -118,7 +118,7 @@ def _tag(given: str) -> str:
     raise UserError(f"run.fork_from = {given}: there is no checkpoint {wanted}, but {listed}")
 
 
-def _check(config: RunConfig, source: RunConfig, update: int) -> None:
+def _check(config: RunConfig, source: RunConfig, saved: SavedState) -> None:
     """Raise UserError unless the checkpoint of ``source`` fits this run."""
     given, weights_only = config.run.fork_from, config.run.fork_state == "weights"
     different = [*_sizes(source, config), *_supports(source, config)]
@@ -133,9 +133,11 @@ def _check(config: RunConfig, source: RunConfig, update: int) -> None:
             + (", or run.fork_state=weights" if states else "")
             + (", or write its weights at other ranks with megalr ranks" if ranks else "")
         )
-    if not weights_only and update >= config.train.updates:
+    if not weights_only and saved.weights_alone:
+        raise UserError(f"run.fork_from = {given}: holds weights alone: use run.fork_state=weights")
+    if not weights_only and saved.update >= config.train.updates:
         raise UserError(
-            f"run.fork_from = {given}: is at update {update}, and train.updates = "
+            f"run.fork_from = {given}: is at update {saved.update}, and train.updates = "
             f"{config.train.updates} leaves none to make: raise it, or fork from an earlier one"
         )
 

@@ -69,6 +69,11 @@ class SavedState:
         """Targets consumed so far."""
         return int(self.state["tokens"])
 
+    @property
+    def weights_alone(self) -> bool:
+        """Whether there is no state of a loop to continue from (``megalr ranks``)."""
+        return "batch_offset" not in self.state
+
     def text(self) -> str:
         """The file's content."""
         return json.dumps(self.__dict__, indent=1) + "\n"

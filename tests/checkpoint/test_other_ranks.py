@@ -135,6 +135,9 @@ def test_a_run_starts_from_the_best_approximations_at_its_ranks(
     with pytest.raises(RankFailed, match=r"run.fork_from = .*method.ranks: \{.* there, "):
         run_distributed(run, 1, refused, zero(1))
     sections["method"] = {**METHODS[name], "ranks": entries}
+    whole = settings(fork, data, **sections, **kept, run={"fork_from": str(moved)})
+    with pytest.raises(RankFailed, match=r"holds weights alone: use run.fork_state=weights"):
+        run_distributed(run, 1, whole, zero(1))
     values = settings(fork, data, **sections, **kept, run=origin)
     run_distributed(run, ranks, values, zero(stage))
     assert events(fork, "fork")[0]["source_update"] == 0
