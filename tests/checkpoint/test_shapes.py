@@ -84,7 +84,16 @@ SHAPES = {
     "ratios": ((3, 2), (1, 0)),
     "galore_ratios": ((2, 3), (2, 1)),
 }
-LIKE_OTHERS = ("mixed_ranks", "fira", "golore", "apollo_mini", "muon", "normuon", "cola")
+LIKE_OTHERS = (
+    "mixed_ranks",
+    "fira",
+    "golore",
+    "apollo_mini",
+    "muon",
+    "normuon",
+    "spectron",
+    "cola",
+)
 """In make test-all only."""
 BY_KIND = {
     "lr_ratio": {"embedding": 3.0, "head": 0.5, "norms": 2.0},

@@ -80,6 +80,7 @@ LIKE_OTHERS = (
     "muon",
     "dion2",
     "normuon",
+    "spectron",
 )
 """Not in make test: each differs little from another of the list; tests/optim has all of them."""
 
