@@ -104,6 +104,16 @@ def test_entries_that_fit_nothing_are_refused(
     assert "\n" not in str(caught.value)
 
 
+def test_spectron_wants_one_scale_for_all_matrices() -> None:
+    values = _config().model_dump(mode="json")
+    values["optimizer"] = {"name": "spectron", "lr": 0.01}
+    values["method"] |= {"alpha": 16.0, "init": "orthogonal"}
+    RunConfig.model_validate(values)
+    values["method"]["ranks"] = {"q": 8}
+    with pytest.raises(ValueError, match=r"method\.ranks: spectron bounds .*: use one rank"):
+        RunConfig.model_validate(values)
+
+
 def test_recomputation_that_keeps_q_k_v_needs_equal_ranks() -> None:
     with pytest.raises(UserError, match=r"ranks of layers.0.attention.q, .* differ: use none"):
         build_decoder(tiny(), low_rank(ranks={"q": 4}), seed=0, recompute="mlp")
