@@ -125,6 +125,9 @@ def build_engine(
     deepspeed.utils.groups.mpu = None
     with _prints_hidden(ds_config):
         if fill is not None:
+            # Else zero.Init, which comes before initialize, would take this for the only rank.
+            backend = deepspeed.get_accelerator().communication_backend_name()
+            deepspeed.init_distributed(backend, dist_init_required=False, verbose=False)
             _share_out(decoder, fill, ds_config)
         engine, _, _, _ = deepspeed.initialize(
             model=decoder,

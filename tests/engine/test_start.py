@@ -98,3 +98,19 @@ def test_the_model_is_never_whole_on_a_rank(
     host = 2 * states.frozen if name == "sltrain" else 0
     assert 0.8 * estimate < pieces <= estimate + host
     assert pieces < 0.85 * whole
+
+
+def _start_before_deepspeed_knows_the_ranks(values: dict[str, Any]) -> list[tuple]:
+    """As in a program: nothing but megalr has made a process group."""
+    import deepspeed.comm.comm
+
+    with mock.patch.object(deepspeed.comm.comm, "cdb", None):
+        return [_start(values, in_pieces) for in_pieces in (True, False)]
+
+
+def test_a_program_whose_first_engine_is_at_zero_3_starts_on_two_ranks(tmp_path: Path) -> None:
+    values = _values(tmp_path)[1]
+    for (_, loss, _), (_, whole_loss, _) in run_distributed(
+        _start_before_deepspeed_knows_the_ranks, 2, values
+    ):
+        assert loss == whole_loss
