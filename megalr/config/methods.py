@@ -49,17 +49,28 @@ class LrTransfer(Section):
     """Rank of its factors."""
 
 
-class LowRankMethod(_Scaled):
+class _Duplicated(_Ranked):
+    """Methods whose bottleneck may be duplicated into the outputs (DLR, arXiv 2606.28932)."""
+
+    dlr_alpha: float | None = Field(default=None, gt=0, examples=[1.0])
+    """Strength of DLR, a fixed residual from the bottleneck to the outputs: coordinate
+    floor(o / K) times dlr_alpha / sqrt(K), K = ceil(m / rank), is added to B z at output o of m.
+    No parameters; exports contain it in B. null = none; 1 is published, with low_rank at
+    alpha = rank and init cola."""
+
+
+class LowRankMethod(_Scaled, _Duplicated):
     """Target matrices are stored as factors, W = (alpha / rank) B A; no full matrix is kept."""
 
     name: Literal["low_rank"] = "low_rank"
-    init: Literal["kaiming", "full_rank_variance", "orthogonal"] = Field(
+    init: Literal["kaiming", "full_rank_variance", "orthogonal", "cola"] = Field(
         default="kaiming", examples=["kaiming"]
     )
     """How the factors start. kaiming: both Kaiming-uniform (a = sqrt 5), as published.
     full_rank_variance: normal factors scaled so that the entries of W have the variance of the
     full-rank initialisation. orthogonal: random orthonormal columns of B and rows of A, so that
-    all singular values of both are 1 (for optimizer spectron)."""
+    all singular values of both are 1 (for optimizer spectron). cola: both normal with standard
+    deviation rank^(-1/4) (m + n)^(-1/4), CoLA's choice and DLR's."""
     lr_transfer: LrTransfer | None = Field(
         default=None, examples=[{"base_width": 512, "base_rank": 128}]
     )
@@ -101,7 +112,7 @@ class ReloraMethod(_Scaled):
     """Share of the entries that a reset zeroes; 0.999 random and 0.8 by magnitude are published."""
 
 
-class ColaMethod(_Ranked):
+class ColaMethod(_Duplicated):
     """CoLA: a SiLU between the factors, y = B silu(A x); there is no matrix W."""
 
     name: Literal["cola"] = "cola"

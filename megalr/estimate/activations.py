@@ -41,6 +41,7 @@ from megalr.config.schema import RunConfig
 from megalr.estimate.tensors import DENSE_INSIDE, MatrixGroup, matrix_groups
 from megalr.kernels.attention import HEAD_WIDTHS, MAX_LENGTH
 from megalr.layers.head import chunk_length
+from megalr.models.build import dlr_alpha_of
 from megalr.models.config import DecoderConfig
 from megalr.models.recompute import SELECTIVE
 from megalr.tensor_parallel.plan import Plan
@@ -174,7 +175,7 @@ def activation_bytes(
         again = max(0.0, most) + shape.tokens * each
     f = groups[2].local_rows[0]
     backward = shape.tokens * (3 * f + 2 * residual) * shape.element + again
-    backward += shape.element * max(_dense_transient(method, found) for found in layers)
+    backward += shape.element * max(_weight_transient(method, found) for found in layers)
     head = head_bytes(sizes, plan, shape)
     work = int(max(backward, head)) + LIBRARIES
     return ActivationBytes(int(saved + shape.tokens * once), work, int(again))
@@ -275,8 +276,15 @@ def _bottleneck_elements(groups: list[MatrixGroup]) -> int:
     return sum(sum(group.ranks) for group in groups)
 
 
-def _dense_transient(method: Any, groups: list[MatrixGroup]) -> int:
-    """Elements of W, then of its gradient, that SLTrain forms in backward, one group at a time."""
+def _weight_transient(method: Any, groups: list[MatrixGroup]) -> int:
+    """Elements that backward forms beside the weights, one group at a time: SLTrain's W, then its
+    gradient; DLR's B + E."""
+    if dlr_alpha_of(method) is not None:
+        return max(
+            rank * sum(group.local_rows[index] for index in members)
+            for group in groups
+            for rank, members in group.by_rank()
+        )
     if method.name != "sltrain":
         return 0
     return max(

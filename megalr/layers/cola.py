@@ -11,19 +11,25 @@ from megalr.layers.linear import BottleneckLinear
 
 
 class CoLALinear(BottleneckLinear):
-    """``y_i = silu(x A_i^T) B_i^T (+ bias_i)``: an auto-encoder in place of each matrix.
+    """``y_i = silu(x A_i^T) (B_i + E_i)^T (+ bias_i)``: an auto-encoder in place of each matrix.
 
     Both factors ~ N(0, sigma^2) with ``sigma = r^(-1/4) (n + m)^(-1/4)``; no scale. No matrix W has
     this function, so there is nothing to refactorize, no dense weight and no dense export.
 
     Args:
-        shape, rank, bias: as in FactorizedLinear.
+        shape, rank, bias, dlr_alpha: as in FactorizedLinear.
     """
 
     form = "silu"
 
-    def __init__(self, shape: LinearShape, rank: int, bias: bool = False) -> None:
-        super().__init__(shape, rank, float(rank), bias)  # scale 1
+    def __init__(
+        self,
+        shape: LinearShape,
+        rank: int,
+        bias: bool = False,
+        dlr_alpha: float | None = None,
+    ) -> None:
+        super().__init__(shape, rank, float(rank), bias, dlr_alpha)  # scale 1
 
     def outputs_from(self, h: torch.Tensor, stacked: bool = False) -> tuple[torch.Tensor, ...]:
         """``silu(h_i) B_i^T (+ bias_i)`` for bottlenecks ``h (..., G r)``, ``(..., m_i)`` each."""

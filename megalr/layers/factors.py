@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from megalr.layers.latent_residual import LatentResidual
 from megalr.sharding.tensor_shard import TensorShard, stack_ranges
 from megalr.tensor_parallel.plan import REPLICATED, ShardSpec
 
@@ -106,7 +107,7 @@ class LinearShape:
 
 @dataclass(frozen=True)
 class FactorPair:
-    """One factorized matrix ``W = scale * B @ A``.
+    """One factorized matrix ``W = scale * (B + E) @ A``; E is zero without ``residual``.
 
     Attributes:
         name: logical name of W.
@@ -116,6 +117,7 @@ class FactorPair:
         columns: n, on this rank, padding included.
         spec: over which ranks B is sharded by rows (``outputs``) and A by columns (``inputs``); the
             parameters and ranges above are those of this rank.
+        residual: E, a fixed offset of B.
     """
 
     name: str
@@ -126,6 +128,7 @@ class FactorPair:
     scale: float
     columns: int
     spec: ShardSpec = REPLICATED
+    residual: LatentResidual | None = None
 
     @property
     def rank(self) -> int:

@@ -1,4 +1,4 @@
-"""Linear layers of the decoder: dense (full_rank) and factorized (low_rank), grouped by input.
+"""Linear layers of the decoder: dense, and the base of factorized ones, grouped by input.
 
 Every layer maps ``x (..., n)`` to a tuple with one output per logical matrix and implements
 GroupedLinear: draw the weights, read or set a dense matrix, describe the factors.
@@ -12,8 +12,8 @@ Shapes: n inputs, m_i outputs of matrix i, r rank, G matrices in the group, p te
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ from torch import nn
 
 from megalr.layers.deferred import DeferredRMSNorm, DeferredSwiGLU
 from megalr.layers.factors import FactorPair, LinearShape, named_generator, set_row_blocks
-from megalr.layers.up_projection import up_project
+from megalr.layers.latent_residual import LatentResidual
+from megalr.layers.up_projection import NO_OFFSETS, NO_RUNS, up_project
 from megalr.sharding.tensor_shard import set_shard
 from megalr.tensor_parallel.collectives import copy, reduce
 
@@ -211,6 +212,7 @@ class FactorizedLinear(GroupedLinear):
         rank: r, at most min(m, n) of every matrix of the group.
         alpha: numerator of the scale alpha / r.
         bias: adds a dense vector to each output.
+        dlr_alpha: B_i + E_i takes the place of B_i (layers.latent_residual); None: E = 0.
 
     Attributes:
         form: what the layer computes from its factors, one of hf.modeling_factorized.FORMS.
@@ -218,10 +220,25 @@ class FactorizedLinear(GroupedLinear):
 
     form = "product"
 
-    def __init__(self, shape: LinearShape, rank: int, alpha: float, bias: bool = False) -> None:
+    def __init__(
+        self,
+        shape: LinearShape,
+        rank: int,
+        alpha: float,
+        bias: bool = False,
+        dlr_alpha: float | None = None,
+    ) -> None:
         super().__init__(shape, bias)
         self.rank = rank
         self.scale = alpha / rank
+        self.residuals = [
+            LatentResidual.of(rows, rank, dlr_alpha, shape.local_rows(index))
+            for index, rows in enumerate(shape.out_used)
+            if dlr_alpha is not None
+        ]
+        # For forward, as plain numbers; see GroupedLinear.
+        self.runs = [n for e in self.residuals for n in (e.copies, e.first, e.used)] or NO_RUNS
+        self.offsets = [e.value for e in self.residuals] or NO_OFFSETS
         stacked = len(shape.names) * rank
         self.a = nn.Parameter(torch.empty(stacked, shape.local_in))
         self.b = nn.Parameter(torch.empty(sum(self.sizes), rank))
@@ -248,7 +265,7 @@ class FactorizedLinear(GroupedLinear):
     def low_rank_outputs(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """``scale (x A_i^T) B_i^T`` for every matrix, ``(..., m_i)`` each; no bias."""
         h = copy(self.bottleneck(x), self.output_group)
-        return tuple(up_project(h, self.b, self.sizes, self.scale, False))
+        return tuple(up_project(h, self.b, self.sizes, self.scale, False, NO_RUNS, NO_OFFSETS))
 
     def outputs_from(self, h: torch.Tensor, stacked: bool = False) -> tuple[torch.Tensor, ...]:
         """``scale h_i B_i^T (+ bias_i)`` for the bottlenecks ``h (..., G r)``, ``(..., m_i)`` each.
@@ -256,7 +273,7 @@ class FactorizedLinear(GroupedLinear):
         ``stacked``: as one tensor ``(G, ..., m)``, for matrices of one size without biases.
         """
         h = copy(h, self.output_group)
-        outputs = up_project(h, self.b, self.sizes, self.scale, stacked)
+        outputs = up_project(h, self.b, self.sizes, self.scale, stacked, self.runs, self.offsets)
         if self.bias is None:
             return tuple(outputs)
         biases = self.bias.split(self.sizes)
@@ -268,10 +285,15 @@ class FactorizedLinear(GroupedLinear):
         a = self.a.detach()[a_start : a_start + self.rank, self.used_columns()]
         return a, self.b.detach()[self.used_rows(index)]
 
+    def used_product(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (r, n) and B + E (m, r), whose product times the scale is W, float32 copies."""
+        a, b = (factor.to(torch.float32, copy=True) for factor in self.used_factors(index))
+        return a, self.residuals[index].add_to(b) if self.residuals else b
+
     def stored_matrix(self, index: int) -> dict[str, torch.Tensor]:
         """``a (r, n)`` and ``b (m, r)`` times the scale, in float32."""
-        a, b = self.used_factors(index)
-        return {"a": a.float(), "b": self.scale * b.float()}
+        a, b = self.used_product(index)
+        return {"a": a, "b": self.scale * b}
 
     @torch.no_grad()
     def load_factors(self, index: int, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -288,8 +310,8 @@ class FactorizedLinear(GroupedLinear):
         """
         if self.input_group is not None and self.output_group is not None:
             raise ValueError(f"{self.shape.names[index]}: both factors are sharded over ranks")
-        a, b = self.used_factors(index)
-        return self.scale * (b.float() @ a.float())
+        a, b = self.used_product(index)
+        return self.scale * (b @ a)
 
     def load_dense(self, index: int, weight: torch.Tensor) -> None:
         """Set the factors to the best rank-r approximation of ``weight (m, n)``, balanced.
@@ -298,7 +320,11 @@ class FactorizedLinear(GroupedLinear):
         """
         u, s, vh = torch.linalg.svd(weight.double() / self.scale, full_matrices=False)
         root = s[: self.rank].sqrt()
-        self.load_factors(index, root[:, None] * vh[: self.rank], u[:, : self.rank] * root)
+        b = u[:, : self.rank] * root
+        if self.residuals:
+            whole = replace(self.residuals[index], first=0, used=len(b))
+            whole.add_to(b, -1.0)
+        self.load_factors(index, root[:, None] * vh[: self.rank], b)
 
     def weight_count(self) -> int:
         """r (n + m_i) for each matrix."""
@@ -308,9 +334,13 @@ class FactorizedLinear(GroupedLinear):
         """The factor pairs of this group, in order."""
         columns, spec = self.shape.local_in, self.shape.spec
         return [
-            FactorPair(name, self.b, b_rows, self.a, a_rows, self.scale, columns, spec)
-            for name, b_rows, a_rows in zip(
-                self.shape.names, self.shape.row_ranges(), self._a_ranges(), strict=True
+            FactorPair(name, self.b, b_rows, self.a, a_rows, self.scale, columns, spec, residual)
+            for name, b_rows, a_rows, residual in zip(
+                self.shape.names,
+                self.shape.row_ranges(),
+                self._a_ranges(),
+                self.residuals or (None,) * len(self.sizes),
+                strict=True,
             )
         ]
 
@@ -332,59 +362,3 @@ class BottleneckLinear(FactorizedLinear):
         if self.bias is not None or len(set(self.sizes)) > 1:
             return super().forward_stacked(x)
         return self.outputs_from(self.bottleneck(x), stacked=True)
-
-
-class LowRankLinear(BottleneckLinear):
-    """``y_i = (alpha/r) (x A_i^T) B_i^T (+ b_i)``, without ever computing a full matrix.
-
-    Low-rank pretraining, arXiv 2505.22922 §3 (docs/methods.md).
-
-    Args:
-        shape, rank, alpha, bias: as in FactorizedLinear.
-        init: ``kaiming``: A ~ U(+-1/sqrt(n)), B ~ U(+-1/sqrt(r)), the published choice
-            (Kaiming uniform, a = sqrt 5), whose W has variance (alpha/r)^2 / (9 n).
-            ``full_rank_variance``: normal factors whose W has the variance of the full-rank init
-            and whose expected Gram matrices are equal (balanced): m var(B) = n var(A).
-            ``orthogonal``: orthonormal columns of B and rows of A (QR of normal draws), Spectron's.
-            ``xavier``: A ~ N(0, 2 / (r + n)), B ~ N(0, 2 / (m + r)), LORO's choice.
-    """
-
-    def __init__(
-        self, shape: LinearShape, rank: int, alpha: float, init: str, bias: bool = False
-    ) -> None:
-        super().__init__(shape, rank, alpha, bias)
-        self.init = init
-
-    @torch.no_grad()
-    def reset_parameters(self, seed: int, std: float) -> None:
-        """Draw the factors for the whole sizes by ``init``; padding is zero.
-
-        ``std`` is the standard deviation of the full-rank init.
-        """
-        self.a.zero_()
-        self.b.zero_()
-        n = self.shape.in_used
-        for index, name in enumerate(self.shape.names):
-            m = self.shape.out_used[index]
-            device = self.a.device
-            gen_a = named_generator(seed, f"{name}.A", device)
-            gen_b = named_generator(seed, f"{name}.B", device)
-            draw_a = torch.empty(self.rank, n, device=device)
-            draw_b = torch.empty(m, self.rank, device=device)
-            if self.init == "kaiming":
-                draw_a.uniform_(-1 / math.sqrt(n), 1 / math.sqrt(n), generator=gen_a)
-                bound = 1 / math.sqrt(self.rank)
-                draw_b.uniform_(-bound, bound, generator=gen_b)
-            elif self.init == "orthogonal":
-                draw_a = torch.linalg.qr(draw_a.normal_(generator=gen_a).mT).Q.mT
-                draw_b = torch.linalg.qr(draw_b.normal_(generator=gen_b)).Q
-            elif self.init == "xavier":
-                draw_a.normal_(0.0, math.sqrt(2 / (self.rank + n)), generator=gen_a)
-                draw_b.normal_(0.0, math.sqrt(2 / (m + self.rank)), generator=gen_b)
-            else:
-                spread = std / (self.scale * math.sqrt(self.rank))  # std(A) std(B)
-                ratio = (m / n) ** 0.25
-                draw_a.normal_(0.0, math.sqrt(spread) * ratio, generator=gen_a)
-                draw_b.normal_(0.0, math.sqrt(spread) / ratio, generator=gen_b)
-            self.load_factors(index, draw_a, draw_b)
-            del draw_a, draw_b  # before the next ones are allocated

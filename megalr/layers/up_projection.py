@@ -19,8 +19,16 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from megalr.layers.latent_residual import LatentResidual
+
 # Written out because torch 2.6 infers no schema from a returned list[Tensor].
-SCHEMA = "(Tensor h, Tensor b, SymInt[] sizes, float scale, bool stacked) -> Tensor[]"
+SCHEMA = (
+    "(Tensor h, Tensor b, SymInt[] sizes, float scale, bool stacked, SymInt[] runs, "
+    "float[] offsets) -> Tensor[]"
+)
+
+NO_RUNS, NO_OFFSETS = [0], [0.0]
+"""Without offsets of B. Not empty: torch takes an empty list for one of tensors."""
 
 MANY_ROWS = 1280
 """Rows m from which the gradients of the B_i are one batch too. They sum over all tokens: with few
@@ -31,9 +39,18 @@ batch gained 3 to 10 % at 1408, 2048, 2752 and 5504 rows and lost 3 and 8 % at 1
 
 @torch.library.custom_op("megalr::up_project", mutates_args=(), schema=SCHEMA)
 def up_project(
-    h: Tensor, b: Tensor, sizes: Sequence[int], scale: float, stacked: bool
+    h: Tensor,
+    b: Tensor,
+    sizes: Sequence[int],
+    scale: float,
+    stacked: bool,
+    runs: Sequence[int],
+    offsets: Sequence[float],
 ) -> list[Tensor]:
-    """``y_i = scale h_i B_i^T`` for the G matrices of a group.
+    """``y_i = scale h_i (B_i + E_i)^T`` for the G matrices of a group.
+
+    B + E is formed before the products, here and in the backward pass, and kept in neither: one
+    copy of the small B costs less than a pass over the outputs, and dB is that without E.
 
     Args:
         h: ``(..., G r)``, the bottlenecks h_i side by side.
@@ -41,10 +58,13 @@ def up_project(
         sizes: the m_i.
         scale: alpha / r.
         stacked: return the outputs as one tensor; all m_i must be equal.
+        runs, offsets: of each E_i ``copies, first, used`` and ``value`` (layers.latent_residual);
+            :data:`NO_RUNS`, :data:`NO_OFFSETS`: E = 0.
 
     Returns:
         G tensors ``(..., m_i)``, or one, ``(G, ..., m)``, in the dtype of h.
     """
+    b = _with_residuals(b, sizes, runs, offsets)
     groups, rank = len(sizes), b.shape[1]
     outputs = _empty_outputs(h, sizes, stacked)
     if stacked:
@@ -55,6 +75,19 @@ def up_project(
     for y, h_i, b_i in zip(outputs, flat.split(rank, dim=1), b.split(sizes), strict=True):
         _product(h_i, b_i.t(), scale, y.view(-1, y.shape[-1]))
     return outputs
+
+
+def _with_residuals(
+    b: Tensor, sizes: Sequence[int], runs: Sequence[int], offsets: Sequence[float]
+) -> Tensor:
+    """The stack of the B_i + E_i; ``b`` itself where there are none."""
+    if not any(offsets):
+        return b
+    b = b.clone()
+    for index, (part, value) in enumerate(zip(b.split(list(sizes)), offsets, strict=True)):
+        copies, first, used = runs[3 * index : 3 * index + 3]
+        LatentResidual(copies, value, first, used).add_to(part)
+    return b
 
 
 def _empty_outputs(h: Tensor, sizes: Sequence[int], stacked: bool) -> list[Tensor]:
@@ -69,7 +102,7 @@ def _by_matrix(h: Tensor, groups: int, rank: int) -> Tensor:
 
 
 @up_project.register_fake
-def _(h: Tensor, b: Any, sizes: Sequence[int], scale: Any, stacked: bool) -> list[Tensor]:
+def _(h: Tensor, b: Any, sizes: Sequence[int], scale: Any, stacked: bool, *_: Any) -> list[Tensor]:
     return _empty_outputs(h, sizes, stacked)
 
 
@@ -81,8 +114,11 @@ def up_project_backward(
     sizes: Sequence[int],
     scale: float,
     stacked: bool,
+    runs: Sequence[int],
+    offsets: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
-    """``dh_i = scale dY_i B_i`` side by side and ``dB_i = scale dY_i^T h_i`` stacked."""
+    """``dh_i = scale dY_i (B_i + E_i)`` side by side and ``dB_i = scale dY_i^T h_i`` stacked."""
+    b = _with_residuals(b, sizes, runs, offsets)
     groups, rank = len(sizes), b.shape[1]
     flat = h.reshape(-1, groups * rank)
     dh, db = torch.empty_like(flat), torch.empty_like(b)
@@ -118,17 +154,18 @@ def _product(x: Tensor, y: Tensor, scale: float, out: Tensor) -> None:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    h, b, ctx.sizes, ctx.scale, ctx.stacked = inputs
+    h, b, ctx.sizes, ctx.scale, ctx.stacked, ctx.runs, ctx.offsets = inputs
     ctx.save_for_backward(h, b)
 
 
-def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor, Tensor, None, None, None]:
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     h, b = ctx.saved_tensors
     if any(grad is None for grad in grads):
         zeros = [torch.zeros_like(y) for y in _empty_outputs(h, ctx.sizes, ctx.stacked)]
         grads = [zero if grad is None else grad for grad, zero in zip(grads, zeros, strict=True)]
-    dh, db = up_project_backward(grads, h, b, ctx.sizes, ctx.scale, ctx.stacked)
-    return dh, db, None, None, None
+    numbers = ctx.sizes, ctx.scale, ctx.stacked, ctx.runs, ctx.offsets
+    dh, db = up_project_backward(grads, h, b, *numbers)
+    return dh, db, None, None, None, None, None
 
 
 up_project.register_autograd(_backward, setup_context=_setup_context)

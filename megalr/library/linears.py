@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megalr.layers.factors import LinearShape
-from megalr.layers.linear import LowRankLinear
+from megalr.layers.low_rank import LowRankLinear
 from megalr.layers.sltrain import SLTrainLinear
 from megalr.layers.sparse_product import sparse_low_rank
-from megalr.layers.up_projection import up_project
+from megalr.layers.up_projection import NO_OFFSETS, NO_RUNS, up_project
 
 INITS = ("svd", "kaiming", "full_rank_variance", "orthogonal")
 """How factors start: from the weight that they replace, or as in pretraining (docs/methods.md)."""
@@ -61,7 +61,7 @@ class FactorLinear(LowRankLinear):
         """``x (..., n)`` to ``y (..., m)``."""
         dtype = compute_dtype(x)
         h = F.linear(x.to(dtype), self.a.to(dtype))  # (..., r)
-        (y,) = up_project(h, self.b.to(dtype), self.sizes, self.scale, False)
+        (y,) = up_project(h, self.b.to(dtype), self.sizes, self.scale, False, NO_RUNS, NO_OFFSETS)
         return y if self.bias is None else y + self.bias.to(dtype)
 
     @property

@@ -22,9 +22,9 @@ from megalr.layers.linear import (
     DenseLinear,
     FactorizedLinear,
     GroupedLinear,
-    LowRankLinear,
 )
 from megalr.layers.lora import LoRALinear
+from megalr.layers.low_rank import LowRankLinear
 from megalr.layers.mixed_ranks import MixedRankLinear
 from megalr.layers.sltrain import SLTrainLinear
 from megalr.models.attention import MakeLinear
@@ -179,6 +179,12 @@ def has_sparse_indices(method: Any) -> bool:
     return method.name == "sltrain"
 
 
+def dlr_alpha_of(method: Any) -> float | None:
+    """The strength of DLR's latent residual; None without, and for methods that have none."""
+    alpha: float | None = getattr(method, "dlr_alpha", None)
+    return alpha
+
+
 def projection_names(shape: LinearShape) -> list[str]:
     """Short names of a group's matrices: ``["q", "k", "v"]``."""
     return [name.rsplit(".", 1)[1] for name in shape.names]
@@ -211,7 +217,7 @@ def make_linear_of(
     def of_one_rank(shape: LinearShape, rank: int, bias: bool = False) -> FactorizedLinear:
         if method.name == "low_rank":
             alpha = scales.alpha(method.alpha, rank)
-            return LowRankLinear(shape, rank, alpha, method.init, bias)
+            return LowRankLinear(shape, rank, alpha, method.init, bias, dlr_alpha_of(method))
         if method.name == "loro":
             return LowRankLinear(shape, rank, float(rank), "xavier", bias)
         if method.name == "sltrain":
@@ -219,7 +225,7 @@ def make_linear_of(
                 shape, rank, method.alpha, method.density, seed, bias, sparse_indices
             )
         if method.name == "cola":
-            return CoLALinear(shape, rank, bias)
+            return CoLALinear(shape, rank, bias, dlr_alpha_of(method))
         return LoRALinear(shape, rank, method.alpha, bias)
 
     def make(shape: LinearShape, bias: bool) -> GroupedLinear:

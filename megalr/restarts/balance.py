@@ -25,13 +25,14 @@ Factors may be split over a process group, B by rows, A by columns: only r x r n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megalr.layers.latent_residual import LatentResidual
 from megalr.restarts.batched_eigh import eigh
 
 Group = dist.ProcessGroup | None
@@ -226,8 +227,12 @@ def balance_in_place(
     shards: Sequence[tuple[bool, bool]] | None = None,
     group: Group = None,
     carry: Carry | None = None,
+    residuals: Sequence[LatentResidual | None] | None = None,
 ) -> list[PairOutcome]:
     """Replace the factors of every pair (B (m, r), A (r, n)) by balanced ones.
+
+    Where B has a fixed offset E it is B + E that is balanced with A, in float64: B' is the new
+    B + E less E, so that (B' + E) A' = (B + E) A.
 
     Matrices of equal rank share one batched r x r computation, as many at a time as fit into
     ``workspace_bytes``; the tall products are made one matrix at a time.
@@ -238,12 +243,14 @@ def balance_in_place(
         shards: for each pair whether B is split by rows, and A by columns, over ``group``.
         group: the ranks that hold parts of the same pairs, all of which call this.
         carry: called once per pair with its index, t_b and t_a (see :class:`Balanced`).
+        residuals: E of each pair, the rows given here; None: zero.
 
     Returns:
         What was found for each pair.
     """
     if group is None or shards is None:
         shards = [(False, False)] * len(pairs)
+    residuals = [None] * len(pairs) if residuals is None else residuals
     outcomes: dict[int, PairOutcome] = {}
     for rank in sorted({b.shape[1] for b, _ in pairs}):
         same = [index for index, (b, _) in enumerate(pairs) if b.shape[1] == rank]
@@ -251,20 +258,25 @@ def balance_in_place(
         batch = max(1, workspace_bytes // (80 * rank * rank))
         for start in range(0, len(same), batch):
             chunk = same[start : start + batch]
-            outcomes |= zip(chunk, _balance_batch(chunk, pairs, shards, group, carry), strict=True)
+            outcomes |= zip(
+                chunk, _balance_batch(chunk, pairs, residuals, shards, group, carry), strict=True
+            )
     return [outcomes[index] for index in range(len(pairs))]
 
 
 def _balance_batch(
     chunk: Sequence[int],
     pairs: Sequence[tuple[Tensor, Tensor]],
+    residuals: Sequence[LatentResidual | None],
     shards: Sequence[tuple[bool, bool]],
     group: Group,
     carry: Carry | None,
 ) -> list[PairOutcome]:
     """:func:`balance_in_place` for the pairs of one rank r with indices ``chunk``, as one batch."""
-    gram_b = _grams([(pairs[i][0], shards[i][0]) for i in chunk], group)
-    gram_a = _grams([(pairs[i][1].mT, shards[i][1]) for i in chunk], group)
+    gram_b = _grams(
+        ((with_residual(pairs[i][0], residuals[i]), shards[i][0]) for i in chunk), group
+    )
+    gram_a = _grams(((pairs[i][1].mT, shards[i][1]) for i in chunk), group)
     before = imbalance(gram_b, gram_a)
     transforms = balancing_transforms(gram_b, gram_a)
     for tensor in (transforms.t_b, transforms.t_a):
@@ -273,33 +285,41 @@ def _balance_batch(
     outcomes = []
     for place, (index, reliable) in enumerate(zip(chunk, flags.tolist(), strict=True)):
         (b, a), (b_split, a_split) = pairs[index], shards[index]
+        residual, whole_b = residuals[index], with_residual(b, residuals[index])
         t_b, t_a = transforms.t_b[place], transforms.t_a[place]
         if reliable:
-            b.copy_(b.double() @ t_b)
+            new_b = whole_b.double() @ t_b
             a.copy_(t_a @ a.double())
             found = PairOutcome(transforms.singular_values[place], before[place])
         else:
             result = balanced_factors_by_qr(
-                b, a, b_group=group if b_split else None, a_group=group if a_split else None
+                whole_b, a, b_group=group if b_split else None, a_group=group if a_split else None
             )
-            b.copy_(result.b)
+            new_b = result.b
             a.copy_(result.a)
             t_b, t_a = result.t_b, result.t_a
             counts = (True, result.dead, result.reseeded)
             found = PairOutcome(result.singular_values, before[place], *counts)
+        b.copy_(new_b if residual is None else residual.add_to(new_b, -1.0))
         outcomes.append(found)
         if carry is not None:
             carry(index, t_b, t_a)
     return outcomes
 
 
-def _grams(factors: Sequence[tuple[Tensor, bool]], group: Group) -> Tensor:
+def with_residual(b: Tensor, residual: LatentResidual | None) -> Tensor:
+    """B + E in float64; ``b`` itself without E."""
+    return b if residual is None else residual.add_to(b.to(torch.float64, copy=True))
+
+
+def _grams(factors: Iterable[tuple[Tensor, bool]], group: Group) -> Tensor:
     """Gram matrices (k, r, r) of tall factors, each with whether it is split by rows; one sum."""
-    grams = torch.stack([gram(factor) for factor, _ in factors])
+    found = [(gram(factor), split) for factor, split in factors]
+    grams = torch.stack([one for one, _ in found])
     if group is None:
         return grams
     if dist.get_rank(group) > 0:  # one term is enough where every rank has the whole factor
-        split = torch.tensor([split for _, split in factors], device=grams.device)
+        split = torch.tensor([split for _, split in found], device=grams.device)
         grams *= split[:, None, None]
     dist.all_reduce(grams, group=group)
     return grams

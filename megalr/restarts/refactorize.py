@@ -2,7 +2,8 @@
 
 The fp32 masters are read and written (bf16 masters with ``paper_bf16``), then the weights that the
 model computes with are refreshed from them. BA is taken unscaled: W = (alpha / r) BA keeps its
-scale. The function of the network changes by no more than rounding of the factors.
+scale. With DLR's fixed offset E (layers.latent_residual) all of this holds for B + E. The function
+of the network changes by no more than rounding of the factors.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megalr.layers.factors import FactorPair
-from megalr.restarts.balance import PairOutcome, balance_in_place, gram, imbalance
+from megalr.restarts.balance import PairOutcome, balance_in_place, gram, imbalance, with_residual
 from megalr.restarts.masters import Masters
 from megalr.restarts.rounds import FactorRounds, workspace_of
 from megalr.restarts.spectra import SpectrumSummary, summarize_spectra
@@ -52,6 +53,7 @@ def refactorize(work: FactorRounds, moments: MomentTransport | None = None) -> R
             shards=work.shards(index),
             group=work.state.tensor_group,
             carry=None if moments is None else moments.carry,
+            residuals=work.residuals(index),
         )
         mine |= zip(work.rounds[index][work.ranks.rank], found, strict=True)
         work.from_owners(index, matrices)
@@ -71,8 +73,9 @@ def largest_imbalance(work: FactorRounds) -> float:
     worst = torch.zeros((), dtype=torch.float64, device=work.state.device)
     for index in range(len(work.rounds)):
         group = work.state.tensor_group
-        matrices = work.to_owners(index)
-        for (b, a), (b_split, a_split) in zip(matrices, work.shards(index), strict=True):
+        pairs = zip(work.to_owners(index), work.residuals(index), work.shards(index), strict=True)
+        for (b, a), residual, (b_split, a_split) in pairs:
+            b = with_residual(b, residual)
             grams = gram(b, group if b_split else None), gram(a.mT, group if a_split else None)
             worst = torch.maximum(worst, imbalance(*grams))
     # Tensor-parallel ranks too: factors that all hold need not round equally on each of them.

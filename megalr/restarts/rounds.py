@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from megalr.layers.factors import FactorPair
+from megalr.layers.latent_residual import LatentResidual
 from megalr.restarts.masters import Masters
 from megalr.sharding.dtensor import local_part
 from megalr.sharding.exchange import (
@@ -128,6 +129,10 @@ class FactorRounds:
         mine = self.rounds[round_index][self.ranks.rank]
         specs = (self.pairs[index].spec for index in mine)
         return [(spec.outputs, spec.inputs) for spec in specs]
+
+    def residuals(self, round_index: int) -> list[LatentResidual | None]:
+        """The fixed offset of B of this rank's pairs of a round."""
+        return [self.pairs[i].residual for i in self.rounds[round_index][self.ranks.rank]]
 
     def _tensors(self, round_index: int, moment: str | None) -> list[Located]:
         indices = (index for mine in self.rounds[round_index] for index in mine)

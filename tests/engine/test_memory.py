@@ -36,6 +36,8 @@ def _state_of_target(name: str, m: int, n: int) -> int:
         "low_rank": factors,
         "lora": factors,
         "cola": factors,
+        "dlr": factors,
+        "dlr_cola": factors,
         "loro": factors,
         "sltrain": factors + 2 * int(DENSITY * m * n),
         "galore": s * g + 2 * l * g,

@@ -34,6 +34,8 @@ METHODS = {
     "sltrain of mixed ranks": mixed(factorized("sltrain")),
     "cola of mixed ranks": mixed(factorized("cola")),
     **{name: factorized(name) for name in ("loro", "sltrain", "lora", "relora", "cola")},
+    "dlr": low_rank(dlr_alpha=0.7),
+    "dlr_cola": factorized("cola", dlr_alpha=0.7),
 }
 ODD_SCALE = low_rank(alpha=11.0)
 """alpha / rank = 11/8 is no power of two."""
@@ -70,7 +72,7 @@ def test_logits_are_the_decoders_and_the_dense_exports(
     logits = model(ids).logits
     assert float(logits.std()) > 0.01
     torch.testing.assert_close(logits, decoder(ids), atol=1e-5, rtol=1e-5)
-    if "cola" not in method:
+    if METHODS[method].name != "cola":
         dense = load(write(decoder, tmp_path / "dense", form="dense"))
         torch.testing.assert_close(logits, dense(ids).logits, atol=1e-5, rtol=1e-5)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megalr.layers.up_projection import MANY_ROWS, up_project
+from megalr.layers.up_projection import MANY_ROWS, NO_OFFSETS, NO_RUNS, up_project
 
 SIZES = [6, 10, 6]
 RANK = 4
@@ -29,7 +29,10 @@ def test_values_and_gradients_in_float64(scale: float) -> None:
     h, b = _inputs(torch.float64)
     weights = [torch.randn(2, 5, size, dtype=torch.float64) for size in SIZES]
     results = []
-    for outputs in (up_project(h, b, SIZES, scale, False), _plain(h, b, scale)):
+    for outputs in (
+        up_project(h, b, SIZES, scale, False, NO_RUNS, NO_OFFSETS),
+        _plain(h, b, scale),
+    ):
         loss = (outputs[0] * weights[0]).sum() + (outputs[2] * weights[2]).sum()
         results.append((list(outputs), torch.autograd.grad(loss, (h, b))))
     torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-12)
@@ -41,14 +44,16 @@ def test_scale_is_applied_before_rounding() -> None:
     h, b = _inputs(torch.bfloat16)
     scale = 1 / 3
     exact = _plain(h.detach().double(), b.detach().double(), scale)
-    for y, expected in zip(up_project(h, b, SIZES, scale, False), exact, strict=True):
+    for y, expected in zip(
+        up_project(h, b, SIZES, scale, False, NO_RUNS, NO_OFFSETS), exact, strict=True
+    ):
         torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=2**-10)
 
 
 def test_operator_is_registered_as_compilation_needs_it() -> None:
     """Shapes without data, no aliases, gradients under AOT autograd."""
     h, b = _inputs(torch.float32)
-    torch.library.opcheck(up_project, (h, b, SIZES, 0.5, False))
+    torch.library.opcheck(up_project, (h, b, SIZES, 0.5, False, NO_RUNS, NO_OFFSETS))
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -64,7 +69,7 @@ def test_stacked_in_float64(rows: int, scale: float, compiled: bool) -> None:
     work = (
         torch.compile(up_project, backend="aot_eager", fullgraph=True) if compiled else up_project
     )
-    (y,) = work(h, b, sizes, scale, True)
+    (y,) = work(h, b, sizes, scale, True, NO_RUNS, NO_OFFSETS)
     parts = zip(h.split(RANK, dim=-1), b.split(sizes), strict=True)
     expected = torch.stack([scale * F.linear(h_i, b_i) for h_i, b_i in parts])
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
@@ -76,13 +81,59 @@ def test_stacked_in_float64(rows: int, scale: float, compiled: bool) -> None:
 def test_stacked_is_registered_as_compilation_needs_it() -> None:
     h = torch.randn(2, 5, 3 * RANK, requires_grad=True)
     b = torch.randn(18, RANK, requires_grad=True)
-    torch.library.opcheck(up_project, (h, b, [6, 6, 6], 0.5, True))
+    torch.library.opcheck(up_project, (h, b, [6, 6, 6], 0.5, True, NO_RUNS, NO_OFFSETS))
 
 
 def test_compiles_into_one_graph() -> None:
     h, b = _inputs(torch.float32)
     compiled = torch.compile(up_project, backend="aot_eager", fullgraph=True)
     for y, expected in zip(
-        compiled(h, b, SIZES, 0.5, False), up_project(h, b, SIZES, 0.5, False), strict=True
+        compiled(h, b, SIZES, 0.5, False, NO_RUNS, NO_OFFSETS),
+        up_project(h, b, SIZES, 0.5, False, NO_RUNS, NO_OFFSETS),
+        strict=True,
     ):
         torch.testing.assert_close(y, expected, rtol=0, atol=0)
+
+
+RUNS = [2, 0, 6, 3, 0, 10, 2, 3, 2]
+"""Copies, first row and rows used: of the last matrix a rank holds rows 3 and 4, and padding."""
+OFFSETS = [0.5, -0.25, 2.0]
+
+
+def _offsets() -> torch.Tensor:
+    """E of every matrix by the formula E[o, o // K] = value."""
+    parts = []
+    for index, size in enumerate(SIZES):
+        copies, first, used = RUNS[3 * index : 3 * index + 3]
+        part = torch.zeros(size, RANK, dtype=torch.float64)
+        for row in range(used):
+            part[row, (first + row) // copies] = OFFSETS[index]
+        parts.append(part)
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.37])
+def test_fixed_offsets_of_the_factors_in_float64(scale: float) -> None:
+    h, b = _inputs(torch.float64)
+    weights = [torch.randn(2, 5, size, dtype=torch.float64) for size in SIZES]
+    before = b.detach().clone()
+    results = []
+    for outputs in (
+        up_project(h, b, SIZES, scale, False, RUNS, OFFSETS),
+        _plain(h, b + _offsets(), scale),
+    ):
+        loss = sum((y * w).sum() for y, w in zip(outputs, weights, strict=True))
+        results.append((list(outputs), torch.autograd.grad(loss, (h, b))))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-12)
+    assert torch.equal(b, before)
+    torch.library.opcheck(up_project, (h, b, SIZES, scale, False, RUNS, OFFSETS))
+
+
+def test_no_copy_of_a_factor_is_kept_for_the_backward_pass() -> None:
+    h, b = _inputs(torch.float64)
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.append(t.data_ptr()) or t, lambda t: t
+    ):
+        up_project(h, b, SIZES, 1.0, False, RUNS, OFFSETS)
+    assert set(saved) == {h.data_ptr(), b.data_ptr()}

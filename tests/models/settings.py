@@ -68,6 +68,7 @@ def mixed(method: SimpleNamespace, **changes: Any) -> SimpleNamespace:
     return SimpleNamespace(**{**vars(method), "ranks": ranks, **changes})
 
 
-def factorized(name: str, rank: int = 8) -> SimpleNamespace:
+def factorized(name: str, rank: int = 8, **changes: Any) -> SimpleNamespace:
     """Settings of another method with factors."""
-    return SimpleNamespace(name=name, rank=rank, alpha=16.0, density=0.1, targets=ALL_TARGETS)
+    options = {"alpha": 16.0, "density": 0.1, "targets": ALL_TARGETS}
+    return SimpleNamespace(name=name, rank=rank, **{**options, **changes})

@@ -11,7 +11,8 @@ import transformers
 from megalr.errors import UserError
 from megalr.hf.names import dense_state_dict, dense_tensors
 from megalr.layers.factors import LinearShape
-from megalr.layers.linear import DenseLinear, FactorizedLinear, LowRankLinear
+from megalr.layers.linear import DenseLinear, FactorizedLinear
+from megalr.layers.low_rank import LowRankLinear
 from megalr.models.build import build_decoder
 from megalr.models.config import PRESETS, decoder_config
 from megalr.models.decoder import Decoder

@@ -85,6 +85,8 @@ def _run_config(precision: str, method: str = "low_rank", micro: int = 1) -> Run
     settings: dict[str, Any] = {"name": method}
     if method == "low_rank":
         settings |= {"rank": 5, "alpha": 5.0}
+    if method == "dlr":
+        settings = {"name": "low_rank", "rank": 5, "alpha": 5.0, "init": "cola", "dlr_alpha": 0.7}
     return RunConfig.model_validate(
         {
             "run": {"dir": "unused"},

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megalr.layers.latent_residual import LatentResidual
 from megalr.restarts.balance import (
     balance_in_place,
     balanced_factors,
@@ -287,3 +288,23 @@ def test_restarts_reserve_no_more_memory_than_the_first_ones() -> None:
         torch.cuda.synchronize()
         reserved.append(torch.cuda.memory_reserved())
     assert reserved[3] == reserved[1]
+
+
+@pytest.mark.parametrize("name", ["trained", "deficient both", "columns of B over 8 orders"])
+def test_a_fixed_offset_stays_where_it_is_and_the_sum_is_balanced(name: str) -> None:
+    """B' + E and A' are what the sum alone gives, by both paths, in float64."""
+    b, a = (factor.double() for factor in _case(name))
+    residual = LatentResidual.of(len(b) - 3, b.shape[1], 2.0, slice(0, len(b) - 3))
+    b[-3:] = 0  # padding
+    alone = (residual.add_to(b.clone()), a.clone())
+    product = alone[0] @ a
+    (expected,) = balance_in_place([alone], workspace_bytes=1 << 20)
+    pair = (b.clone(), a.clone())
+    (found,) = balance_in_place([pair], workspace_bytes=1 << 20, residuals=[residual])
+    whole = residual.add_to(pair[0].clone())
+    assert float((whole @ pair[1] - product).norm()) < 1e-10 * float(product.norm())
+    torch.testing.assert_close(whole, alone[0], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(pair[1], alone[1], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found.singular_values, expected.singular_values)
+    assert (found.by_qr, found.dead) == (expected.by_qr, expected.dead)
+    assert not pair[0][-3:].any()

@@ -84,6 +84,42 @@ def _refactorize_once(engine, state: EngineState, work: FactorRounds) -> dict:
     }
 
 
+def _effective(work: FactorRounds) -> list[tuple[torch.Tensor, ...]]:
+    """((B + E) A, (B + E)'(B + E), A A') of this rank's pairs, E from its formula, float64."""
+    found = []
+    for index in range(len(work.rounds)):
+        matrices = work.to_owners(index)
+        for pair, (b, a) in zip(work.rounds[index][work.ranks.rank], matrices, strict=True):
+            b, a, e = b.double().clone(), a.double(), work.pairs[pair].residual
+            for row in range(e.used):
+                b[row, row // e.copies] += 0.7 / e.copies**0.5
+            found.append((b @ a, b.mT @ b, a @ a.mT))
+    return found
+
+
+def _refactorize_dlr(kind: str) -> dict[str, float]:
+    with engine_of(kind, "dlr") as engine:
+        state = EngineState(engine)
+        for update in range(2):
+            train(engine, update)
+        work = FactorRounds(state, engine.module.factor_pairs(), 1000)
+        before, products = logits(engine), _effective(work)
+        refactorize(work)
+        verify_weights(state, state.parameters())
+        after, again = logits(engine), _effective(work)
+        balance = [float((b - a).norm() / b.norm()) for _, b, a in again]
+        change = [
+            float((y[0] - x[0]).norm() / x[0].norm()) for x, y in zip(products, again, strict=True)
+        ]
+        train(engine, 2)
+        return {
+            "logits": float((after - before).abs().max() / before.abs().max()),
+            "change": max(change, default=0.0),
+            "balance": max(balance, default=0.0),
+            "imbalance": largest_imbalance(work),
+        }
+
+
 # Rounding of the masters, and of the weights that the logits are computed with.
 _ROUNDING = {"fp32": (1e-7, 5e-6), "bf16": (1e-7, 4e-2), "paper_bf16": (1e-2, 6e-2)}
 
@@ -203,3 +239,18 @@ def test_work_is_shared_out_by_cost_the_same_way_everywhere() -> None:
     assert load == [5.0, 5.0, 5.0]
     assert least_loaded(costs, [range(1)] * 7, [0.0]) == [0] * 7
     assert least_loaded([], [], [0.0] * 4) == []
+
+
+@pytest.mark.parametrize(
+    ("world_size", "kind"),
+    [(1, "fp32 stage 0"), (3, "fp32 stage 2"), (2, "bf16 stage 3"), (2, "paper_bf16 stage 1")],
+)
+def test_with_a_fixed_offset_of_b_the_sum_is_balanced_and_its_product_kept(
+    world_size: int, kind: str
+) -> None:
+    masters, weights = _ROUNDING[kind.split()[0]]
+    for got in run_distributed(_refactorize_dlr, world_size, kind):
+        assert got["change"] <= masters and got["balance"] <= 2 * masters
+        # bf16 rounds B + E, whose entries at E are some of the largest, again in every product.
+        assert got["logits"] <= (weights if kind.startswith("fp32") else 0.3)
+        assert 1e-4 < got["imbalance"] < 0.5

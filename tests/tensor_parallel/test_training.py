@@ -26,6 +26,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "reset_fraction": 0.9,
     },
     "cola": {"name": "cola", "rank": 8},
+    "dlr": {"name": "low_rank", "rank": 8, "alpha": 8.0, "init": "cola", "dlr_alpha": 0.5},
 }
 
 
@@ -43,7 +44,7 @@ def _run(
     """Losses and gradient norms of 20 updates, and validation losses."""
     if restarts is None:
         restarts = {"reset_every": 5, "lr_recovery": "linear", "recovery_updates": 2}
-        if method in ("low_rank", "sltrain"):
+        if method in ("low_rank", "sltrain", "dlr"):
             restarts["refactorize_every"] = 5
             restarts["verify"] = True
         if method == "relora":
@@ -113,6 +114,8 @@ def test_low_rank_with_restarts_equals_one_rank(
         ("relora", "column_row", "2x2", 1),
         ("cola", "column_row", "2x1", 1),
         ("cola", "bottleneck", "4x1", 2),
+        ("dlr", "column_row", "2x2", 1),
+        ("dlr", "bottleneck", "4x1", 2),
     ],
 )
 def test_every_method_equals_one_rank(

@@ -52,6 +52,12 @@ METHODS: dict[str, dict[str, dict]] = {
         }
     },
     "cola": {"method": {"name": "cola", "rank": 8}},
+    "dlr": {
+        "method": {"name": "low_rank", "rank": 8, "alpha": 8.0, "init": "cola", "dlr_alpha": 0.5},
+        "restarts": {"every": 4, "verify": True},
+        "optimizer": {"lr": 0.003},
+    },
+    "dlr_cola": {"method": {"name": "cola", "rank": 8, "dlr_alpha": 0.5}},
     "galore": {"method": {"name": "galore", **GAP}},
     "fira": {"method": {"name": "fira", **GAP}},
     "apollo": {"method": {"name": "apollo", **GAP}},
@@ -72,6 +78,7 @@ METHODS: dict[str, dict[str, dict]] = {
 
 
 LIKE_OTHERS = (
+    "dlr_cola",
     "relora_magnitude",
     "relora_mixed",
     "lr_transfer",
@@ -112,7 +119,7 @@ def test_three_ranks_give_the_losses_of_one_and_resume_bitwise(
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "name", ["sltrain", "mixed_ranks", "lora", "cola", "spam", "stable_spam", "scale"]
+    "name", ["sltrain", "mixed_ranks", "lora", "cola", "spam", "stable_spam", "scale", "dlr"]
 )
 def test_elementwise_methods_give_the_same_losses_under_zero_3(
     name: str, data: Path, tmp_path: Path
