@@ -50,6 +50,16 @@ METHODS: dict[str, dict[str, Any]] = {
         },
     },
     "cola": {"method": {"name": "cola", "rank": 32}, "optimizer": {"lr": 3e-3}},
+    "dlr": {
+        "method": {
+            "name": "low_rank",
+            "rank": 32,
+            "alpha": 32.0,
+            "init": "normal",
+            "dlr_alpha": 1.0,
+        },
+        "optimizer": {"lr": 3e-3},
+    },
     "galore": {"method": {"name": "galore", "scale": 0.25, **GAP}, "optimizer": {"lr": 1e-2}},
     "fira": {"method": {"name": "fira", "scale": 0.25, **GAP}, "optimizer": {"lr": 1e-2}},
     "apollo": {"method": {"name": "apollo", **GAP}, "optimizer": {"lr": 1e-2}},

@@ -56,21 +56,21 @@ class _Duplicated(_Ranked):
     """Strength of DLR, a fixed residual from the bottleneck to the outputs: coordinate
     floor(o / K) times dlr_alpha / sqrt(K), K = ceil(m / rank), is added to B z at output o of m.
     No parameters; exports contain it in B. null = none; 1 is published, with low_rank at
-    alpha = rank and init cola."""
+    alpha = rank and init normal."""
 
 
 class LowRankMethod(_Scaled, _Duplicated):
     """Target matrices are stored as factors, W = (alpha / rank) B A; no full matrix is kept."""
 
     name: Literal["low_rank"] = "low_rank"
-    init: Literal["kaiming", "full_rank_variance", "orthogonal", "cola"] = Field(
+    init: Literal["kaiming", "full_rank_variance", "orthogonal", "normal"] = Field(
         default="kaiming", examples=["kaiming"]
     )
     """How the factors start. kaiming: both Kaiming-uniform (a = sqrt 5), as published.
     full_rank_variance: normal factors scaled so that the entries of W have the variance of the
     full-rank initialisation. orthogonal: random orthonormal columns of B and rows of A, so that
-    all singular values of both are 1 (for optimizer spectron). cola: both normal with standard
-    deviation rank^(-1/4) (m + n)^(-1/4), CoLA's choice and DLR's."""
+    all singular values of both are 1 (for optimizer spectron). normal: both normal with
+    standard deviation rank^(-1/4) (m + n)^(-1/4), CoLA's choice and DLR's."""
     lr_transfer: LrTransfer | None = Field(
         default=None, examples=[{"base_width": 512, "base_rank": 128}]
     )

@@ -18,6 +18,14 @@ import torch
 class LatentResidual:
     """E of one matrix, the rows that a rank holds.
 
+    For m = 5 outputs and r = 2, so that K = 3, with v = alpha / sqrt(3)::
+
+        v 0
+        v 0
+        v 0
+        0 v
+        0 v
+
     Attributes:
         copies: K, outputs that get the same coordinate.
         value: alpha / sqrt(K).

@@ -23,7 +23,7 @@ class LowRankLinear(BottleneckLinear):
             and whose expected Gram matrices are equal (balanced): m var(B) = n var(A).
             ``orthogonal``: orthonormal columns of B and rows of A (QR of normal draws), Spectron's.
             ``xavier``: A ~ N(0, 2 / (r + n)), B ~ N(0, 2 / (m + r)), LORO's choice.
-            ``cola``: both ~ N(0, sigma^2), sigma = r^(-1/4) (m + n)^(-1/4), CoLA's and DLR's.
+            ``normal``: both ~ N(0, sigma^2), sigma = r^(-1/4) (m + n)^(-1/4), CoLA's and DLR's.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class LowRankLinear(BottleneckLinear):
             elif self.init == "xavier":
                 draw_a.normal_(0.0, math.sqrt(2 / (self.rank + n)), generator=gen_a)
                 draw_b.normal_(0.0, math.sqrt(2 / (m + self.rank)), generator=gen_b)
-            elif self.init == "cola":
+            elif self.init == "normal":
                 sigma = (self.rank * (m + n)) ** -0.25
                 draw_a.normal_(0.0, sigma, generator=gen_a)
                 draw_b.normal_(0.0, sigma, generator=gen_b)

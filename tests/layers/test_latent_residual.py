@@ -24,7 +24,7 @@ def _layer(kind: str, shape: LinearShape = SHAPE) -> LowRankLinear | CoLALinear:
     if kind == "cola":
         layer = CoLALinear(shape, RANK, **CONFIG)
     else:
-        layer = LowRankLinear(shape, RANK, ALPHA, "cola", **CONFIG)
+        layer = LowRankLinear(shape, RANK, ALPHA, "normal", **CONFIG)
     layer.double().reset_parameters(1, 0.02)
     torch.nn.init.normal_(layer.bias, generator=torch.Generator().manual_seed(0))
     return layer

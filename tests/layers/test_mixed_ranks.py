@@ -10,8 +10,9 @@ import torch.nn.functional as F
 
 from megalr.layers.cola import CoLALinear
 from megalr.layers.factors import LinearShape
-from megalr.layers.linear import FactorizedLinear, LowRankLinear
+from megalr.layers.linear import FactorizedLinear
 from megalr.layers.lora import LoRALinear
+from megalr.layers.low_rank import LowRankLinear
 from megalr.layers.mixed_ranks import MixedRankLinear
 from megalr.layers.sltrain import SLTrainLinear
 

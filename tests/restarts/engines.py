@@ -86,7 +86,7 @@ def _run_config(precision: str, method: str = "low_rank", micro: int = 1) -> Run
     if method == "low_rank":
         settings |= {"rank": 5, "alpha": 5.0}
     if method == "dlr":
-        settings = {"name": "low_rank", "rank": 5, "alpha": 5.0, "init": "cola", "dlr_alpha": 0.7}
+        settings = {"name": "low_rank", "rank": 5, "alpha": 5.0, "init": "normal", "dlr_alpha": 0.7}
     return RunConfig.model_validate(
         {
             "run": {"dir": "unused"},

@@ -26,7 +26,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "reset_fraction": 0.9,
     },
     "cola": {"name": "cola", "rank": 8},
-    "dlr": {"name": "low_rank", "rank": 8, "alpha": 8.0, "init": "cola", "dlr_alpha": 0.5},
+    "dlr": {"name": "low_rank", "rank": 8, "alpha": 8.0, "init": "normal", "dlr_alpha": 0.5},
 }
 
 

@@ -53,7 +53,7 @@ METHODS: dict[str, dict[str, dict]] = {
     },
     "cola": {"method": {"name": "cola", "rank": 8}},
     "dlr": {
-        "method": {"name": "low_rank", "rank": 8, "alpha": 8.0, "init": "cola", "dlr_alpha": 0.5},
+        "method": {"name": "low_rank", "rank": 8, "alpha": 8.0, "init": "normal", "dlr_alpha": 0.5},
         "restarts": {"every": 4, "verify": True},
         "optimizer": {"lr": 0.003},
     },
