@@ -176,6 +176,7 @@ def _transfer_problems(value_of: Callable[[str], Any]) -> Iterator[tuple[str, st
     needed = {
         "optimizer.name": ("adamw", "the rule is that of Adam's updates"),
         "method.init": ("kaiming", "the rule is for that draw of the factors"),
+        "method.dlr_alpha": ("null", "the rule does not cover a fixed offset of B"),
         "model.from_pretrained": ("null", "the rule is for weights that are drawn"),
     }
     for key, (wanted, reason) in needed.items():

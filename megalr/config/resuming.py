@@ -56,6 +56,7 @@ KEYS_FIXED = {
     "method.name": "the weights in the checkpoint are those of that method",
     "method.ranks": "the weights in the checkpoint have those sizes",
     "method.rank": "the weights or optimizer states in the checkpoint have that size",
+    "method.dlr_alpha": "the factors in the checkpoint belong to that offset",
     "method.lr_transfer": "the weights in the checkpoint are scaled by it",
     "method.targets": "the weights in the checkpoint are factorized there",
     "method.density": "the weights in the checkpoint have that support",

@@ -304,3 +304,9 @@ def test_scale_has_no_moments_of_factors_to_reset(tmp_path: Path) -> None:
     assert "restarts.reset_scope = 'factors': factors have no moments with optimizer" in message
     config = load_run_config([write(tmp_path, MINIMAL)], [given[0], "restarts.every=5"])
     assert config.optimizer.momentum == 0.9
+
+
+def test_transferred_learning_rates_have_no_rule_for_a_fixed_offset(tmp_path: Path) -> None:
+    given = ["method.lr_transfer={base_width: 64, base_rank: 16}", "method.dlr_alpha=1"]
+    message = problems_of([write(tmp_path, MINIMAL)], given)
+    assert "does not cover a fixed offset of B, but method.dlr_alpha is 1:" in message
