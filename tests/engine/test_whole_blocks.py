@@ -139,13 +139,14 @@ def test_compiled_zero_3_makes_the_updates_of_zero_1_and_of_zero_3_without_compi
     world_size: int, method: str, recompute: str
 ) -> None:
     found = run_distributed(_train, world_size, _values(method, recompute, compile=True), CUT)
-    # Refactorization turns factors by as little as their singular values lie apart.
-    bound = 1e-4 if method == "low_rank" else 2e-6
+    # Refactorization turns factors whose singular values lie close together by rounding, and Adam's
+    # update of elements depends on that turn; without restarts there is nothing but rounding.
+    bound, of_norms = (1e-4, 1e-4) if method == "low_rank" else (2e-6, 1e-5)
     for user, values in ((zero(1), _values(method)), (CUT, _values(method, recompute))):
         plain = run_distributed(_train, world_size, values, user)
         for rank, other in zip(found, plain, strict=True):
             assert rank["losses"] == pytest.approx(other["losses"], rel=1e-6)
-            assert rank["norms"] == pytest.approx(other["norms"], rel=1e-5)
+            assert rank["norms"] == pytest.approx(other["norms"], rel=of_norms)
             assert _distance(rank["weights"], other["weights"]) < bound
             assert rank["restarts"] == other["restarts"]
             assert other["graphs"] == [0] * UPDATES
