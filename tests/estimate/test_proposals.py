@@ -161,14 +161,16 @@ def test_what_is_printed_can_be_typed(
 ) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     recipe = "llama_7b_low_rank"
-    fit = ["--config", recipe, "--gpus", "8", "--fit", "24GiB", "train.compile=true"]
+    fit = ["--config", recipe, "--gpus", "2", "--fit", "60GiB", "train.compile=true"]
     ways: list[dict[str, Any]] = json.loads(_printed(capsys, *fit, "--json"))
     lines = _printed(capsys, *fit).splitlines()
     assert max(map(len, lines)) <= 80 and len(ways) <= 8
     typed = [line.strip() for line in lines[2:]]
     starts = [i for i, line in enumerate(typed) if re.match(r"\d\. ", line)] + [len(typed)]
-    assert {way["zero_stage"] for way in ways[:4]} == {1, 2, 3}
-    for way, (first, end) in zip(ways[:4], itertools.pairwise(starts), strict=False):
+    printed = list(zip(ways, itertools.pairwise(starts), strict=True))
+    slowest = {way["zero_stage"]: (way, lines) for way, lines in printed}  # of each stage
+    assert sorted(slowest) == [0, 1, 2, 3]
+    for way, (first, end) in slowest.values():
         words = " ".join(typed[first + 1 : end])
         assert words == (" ".join(way["words"]) or "as configured")
         run = ["--config", recipe, "run.dir=x", "data.train=x", "train.compile=true", *way["words"]]
@@ -176,7 +178,7 @@ def test_what_is_printed_can_be_typed(
         resolved = yaml.safe_load(capsys.readouterr().out)
         assert resolved["train"]["micro_batch_size"] == way["micro_batch_size"]
         assert resolved["parallel"]["tensor"] == way["tensor"]
-        assert way["needed"] <= 24 * GIB
+        assert way["needed"] <= 60 * GIB
         # The estimate of the words is that of the proposal.
         again = json.loads(
             _printed(capsys, *fit[:4], "train.compile=true", *way["words"], "--json")
