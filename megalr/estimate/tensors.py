@@ -61,6 +61,19 @@ class MatrixGroup:
             for rank in dict.fromkeys(self.ranks)
         ]
 
+    def layers(self) -> list[MatrixGroup]:
+        """What is stored, and computed, together: matrices of equal rank, or all dense ones."""
+        return [
+            replace(
+                self,
+                rows=tuple(self.rows[i] for i in members),
+                local_rows=tuple(self.local_rows[i] for i in members),
+                used=tuple(self.used[i] for i in members),
+                ranks=(rank,) * len(members),
+            )
+            for rank, members in self.by_rank()
+        ] or [self]
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -133,6 +146,25 @@ def matrix_groups(
         group("into", h, (f,) * len(names["into"])),
         group("down", f, (h,)),
     ]
+
+
+def different_blocks(sizes: DecoderConfig, method: Any) -> dict[int, int]:
+    """Blocks with which all others agree in the ranks of their matrices, and how many each is for.
+
+    Neighbours are compared, so blocks that alternate are all there.
+    """
+    if not has_ranks(method):
+        return {0: sizes.num_layers}
+    ranks = [
+        [rank_of(method, full) for names in matrix_names(sizes, layer).values() for full in names]
+        for layer in range(sizes.num_layers)
+    ]
+    found: dict[int, int] = {}
+    first = 0
+    for layer, own in enumerate(ranks):
+        first = first if own == ranks[first] else layer
+        found[first] = found.get(first, 0) + 1
+    return found
 
 
 def stored_tensors(sizes: DecoderConfig, method: Any, plan: Plan = SINGLE) -> list[Stored]:

@@ -38,13 +38,13 @@ Messages = list[Message]
 
 
 def block_messages(
-    sizes: DecoderConfig, method: Any, plan: Plan, element: int = 2
+    sizes: DecoderConfig, method: Any, plan: Plan, element: int = 2, layer: int = 0
 ) -> tuple[Messages, Messages]:
-    """(forward, backward) messages of one block.
+    """(forward, backward) messages of the block ``layer``; matrices of other ranks send apart.
 
     column_row: matrices that read the residual stream sum the gradient of their input, those that
     write it sum their output; a factorized matrix sums its bottleneck instead. bottleneck: every
-    group sums its bottlenecks both ways, and each norm one float32 number a token in forward; a
+    layer sums its bottlenecks both ways, and behind a norm one float32 number a token in forward; a
     norm after its matrices also in backward. Norms of q and k: over heads, the gradient of the
     weight that the heads share; over the whole width, one float32 number a token both ways.
     """
@@ -52,18 +52,19 @@ def block_messages(
     backward: Messages = []
     if not plan.parallel:
         return forward, backward
-    for group in matrix_groups(sizes, method, plan):
+    for group in matrix_groups(sizes, method, plan, layer):
         reads = group.name in ("qkv", "into")
-        if plan.sharded_residual:
-            sums = Message(sum(group.ranks), element)
-            forward += [sums, Message(1, 4)] if reads else [sums]
-            backward.append(sums)
-        else:
-            (backward if reads else forward).extend(_sums(group, method, reads, element))
-            if group.factorized and method.name == "sltrain":
+        for part in group.layers():
+            if plan.sharded_residual:
+                sums = Message(sum(part.ranks), element)
+                forward += [sums, Message(1, 4)] if reads else [sums]
+                backward.append(sums)
+                continue
+            (backward if reads else forward).extend(_sums(part, method, reads, element))
+            if part.factorized and method.name == "sltrain":
                 # The factor that is not cut meets a part of dY'X on each rank.
-                whole = len(group.rows) * group.n if reads else sum(group.rows)
-                backward.append(Message(0, element, once=whole * method.rank))
+                whole = len(part.rows) * part.n if reads else sum(part.rows)
+                backward.append(Message(0, element, once=whole * part.ranks[0]))
     if plan.sharded_residual and sizes.norm_order == "post":
         backward += [Message(1, 4)] * 2
     if sizes.qk_norm == "head":
@@ -75,7 +76,7 @@ def block_messages(
 
 
 def _sums(group: MatrixGroup, method: Any, reads: bool, element: int) -> Messages:
-    """What one group sums in the direction in which it sums at all."""
+    """What the matrices of one layer sum in the direction in which it sums at all."""
     whole = Message(group.n if reads else sum(group.rows), element)
     if not group.factorized or method.name == "sltrain":
         return [whole]

@@ -13,7 +13,7 @@ from typing import Any
 
 from megalr.estimate.cluster import Cluster, Members, all_reduce_seconds, gather_seconds, members
 from megalr.estimate.states import group_sizes, wrapper_name
-from megalr.estimate.tensors import count, stored_tensors
+from megalr.estimate.tensors import count, different_blocks, stored_tensors
 from megalr.estimate.traffic import Message, block_messages, data_traffic, end_messages
 from megalr.estimate.work import Work, micro_batch_work, passes
 from megalr.models.config import DecoderConfig
@@ -169,9 +169,11 @@ def _tensor_seconds(job: Job, cluster: Cluster) -> float:
     def seconds(messages: list[Message]) -> float:
         return sum(message_seconds(message, tokens, group, cluster) for message in messages)
 
-    forward, backward = block_messages(job.sizes, job.method, job.plan)
     repeated = 2 if job.recompute == "full" else 1  # other levels never repeat sums
-    blocks = job.sizes.num_layers * (repeated * seconds(forward) + seconds(backward))
+    blocks = 0.0
+    for layer, times in different_blocks(job.sizes, job.method).items():
+        forward, backward = block_messages(job.sizes, job.method, job.plan, layer=layer)
+        blocks += times * (repeated * seconds(forward) + seconds(backward))
     first, last = end_messages(job.sizes, job.plan)
     return blocks + seconds(first) + seconds(last)
 

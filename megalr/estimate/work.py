@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megalr.estimate.tensors import DENSE_INSIDE, MatrixGroup, matrix_groups
+from megalr.estimate.tensors import DENSE_INSIDE, MatrixGroup, different_blocks, matrix_groups
 from megalr.kernels.attention import HEAD_WIDTHS, MAX_LENGTH
 from megalr.models.config import DecoderConfig
 from megalr.tensor_parallel.plan import Plan
@@ -64,7 +64,6 @@ def micro_batch_work(
     ``recompute`` of activation checkpointing asks for.
     """
     tokens = batch * sequence
-    block_forward, block_backward = block_work(sizes, method, plan, batch, sequence, element)
     h, rows = sizes.hidden_size, sizes.padded_vocab_size / plan.mesh.tensor_size
     # logits, gradients of the input and of the weight; the loss reads and writes them (the second
     # reading of a row finds it in the cache)
@@ -72,10 +71,13 @@ def micro_batch_work(
     head += Work(moved=element * tokens * (2 * rows + 4 * h))
     head += Work(moved=12 * rows * h)  # float32 sum of the weight's gradient
     embedding = Work(moved=element * (2 * tokens * h + rows * h))
-    forward = block_forward * sizes.num_layers + head + embedding
-    backward = block_backward * sizes.num_layers + embedding
-    repeated = repeated_work(sizes, method, plan, batch, sequence, element, recompute)
-    return forward, backward + repeated * sizes.num_layers
+    forward, backward = head + embedding, embedding
+    for layer, times in different_blocks(sizes, method).items():
+        block = sizes, method, plan, batch, sequence, element
+        ahead, back = block_work(*block, layer)
+        forward += ahead * times
+        backward += (back + repeated_work(*block, recompute, layer)) * times
+    return forward, backward
 
 
 def repeated_work(
@@ -86,32 +88,40 @@ def repeated_work(
     sequence: int,
     element: int,
     level: str,
+    layer: int = 0,
 ) -> Work:
-    """What one block computes again in backward, by the table of models.recompute."""
+    """What the block ``layer`` computes again in backward, by the table of models.recompute."""
     if level == "none":
         return Work()
     if level == "full":
-        return block_work(sizes, method, plan, batch, sequence, element)[0]
+        return block_work(sizes, method, plan, batch, sequence, element, layer)[0]
     work, _ = passes(sizes, plan, batch * sequence, sequence, element)
     if level == "bottleneck":
         work += _attention(sizes, plan, batch, sequence, element)[0]
     again = {"mlp": ("o", "into"), "bottleneck": ("qkv", "o", "into")}.get(level, ())
-    for group in matrix_groups(sizes, method, plan):
+    for group in matrix_groups(sizes, method, plan, layer):
         if group.name in again:
-            for m in group.local_rows:
-                work += product((batch * sequence, m, method.rank), element)
+            for m, rank in zip(group.local_rows, group.ranks, strict=True):
+                work += product((batch * sequence, m, rank), element)
     return work
 
 
 def block_work(
-    sizes: DecoderConfig, method: Any, plan: Plan, batch: int, sequence: int, element: int = 2
+    sizes: DecoderConfig,
+    method: Any,
+    plan: Plan,
+    batch: int,
+    sequence: int,
+    element: int = 2,
+    layer: int = 0,
 ) -> tuple[Work, Work]:
-    """(forward, backward) of one block."""
+    """(forward, backward) of the block ``layer``."""
     tokens = batch * sequence
     forward, backward = _attention(sizes, plan, batch, sequence, element)
-    for group in matrix_groups(sizes, method, plan):
-        for ahead, back in _linear(group, method, tokens, element):
-            forward, backward = forward + ahead, backward + back
+    for group in matrix_groups(sizes, method, plan, layer):
+        for part in group.layers():
+            for ahead, back in _linear(part, method, tokens, element):
+                forward, backward = forward + ahead, backward + back
     ahead, back = passes(sizes, plan, tokens, sequence, element)
     return forward + ahead, backward + back
 
@@ -144,13 +154,13 @@ def _attention(
 def _linear(
     group: MatrixGroup, method: Any, tokens: float, element: int
 ) -> Iterator[tuple[Work, Work]]:
-    """(forward, backward) of the products of one group of matrices."""
+    """(forward, backward) of the products of matrices that are stored together."""
     n, rows = group.local_n, sum(group.local_rows)
     if not group.factorized:
         work = product((tokens, rows, n), element)
         yield work, work * 2
         return
-    r, count = method.rank, len(group.rows)
+    r, count = group.ranks[0], len(group.rows)
     if method.name == "sltrain":
         yield from _sltrain(group, method, tokens, element)
         return
@@ -174,5 +184,5 @@ def _sltrain(
     entries = Work(moved=SCATTER_BYTES * method.density * rows * n)
     factors = Work()
     for m in group.local_rows:
-        factors += product((m, n, method.rank), element)
+        factors += product((m, n, group.ranks[0]), element)
     yield dense + factors + entries, dense * 2 + factors * 2 + entries

@@ -93,10 +93,10 @@ def test_messages_are_those_that_a_decoder_sends(
     sizes = cut_sizes(name)
     plan = plan_of(sizes, method, 2, layout)
     expected: Counter[tuple[str, int]] = Counter()
-    blocks = block_messages(sizes, method, plan, element=4)
-    for messages, times in ((blocks, sizes.num_layers), (end_messages(sizes, plan, element=4), 1)):
+    blocks = [block_messages(sizes, method, plan, 4, layer) for layer in range(sizes.num_layers)]
+    for messages in (*blocks, end_messages(sizes, plan, element=4)):
         for message in (*messages[0], *messages[1]):
-            expected[(message.kind, int(message.size(30)))] += times
+            expected[(message.kind, int(message.size(30)))] += 1
     assert Counter(sent[name]) == expected
 
 
