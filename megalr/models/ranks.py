@@ -62,13 +62,18 @@ def ranks_of(method: Any, shape: LinearShape) -> tuple[int, ...]:
         UserError: a rank beyond the smaller side of its matrix.
     """
     found = [_chosen(method, name) for name in shape.names]
-    for name, rows, (rank, given) in zip(shape.names, shape.out_used, found, strict=True):
-        side = min(shape.in_used, rows)
-        if rank > side:
-            raise UserError(
-                f"{given} is larger than {side}, the smaller side of {name}: choose a rank of at "
-                f"most {side}"
-            )
+    sides = [min(shape.in_used, rows) for rows in shape.out_used]
+    wrong = [
+        (side, given, name)
+        for name, side, (rank, given) in zip(shape.names, sides, found, strict=True)
+        if rank > side
+    ]
+    if wrong:
+        side, given, name = min(wrong, key=lambda found: found[0])  # what it has to fit in the end
+        raise UserError(
+            f"{given} is larger than {side}, the smaller side of {name}: choose a rank of at "
+            f"most {side}"
+        )
     return tuple(rank for rank, _ in found)
 
 

@@ -263,7 +263,7 @@ def test_a_run_of_the_gpt2_preset_equals_transformers(activation: str) -> None:
     reference = transformers.GPT2LMHeadModel(settings).float().eval()
     for parameter in reference.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
-    decoder = build_model(config, torch.device("cpu"))
+    decoder = build_model(config, torch.device("cpu")).float()
     with torch.no_grad():
         for ours, theirs, transposed in _gpt2_pairs(decoder, reference):
             ours.copy_(theirs.t() if transposed else theirs)
