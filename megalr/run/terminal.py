@@ -103,6 +103,8 @@ class Terminal:
             "run": f"{compact(self._total)} updates, {compact(self._total * tokens)} tokens; "
             f"the data have {compact(n['train_tokens'])}",
         }
+        if n["tokenizer_ids"] <= n["vocab_size"] // 2:
+            known["note"] = f"most ids are unused: model.vocab_size={n['tokenizer_ids']} would do"
         lines = [clip(_labelled(label, text)) for label, text in known.items()]
         lines.append(_labelled("folder", str(self._folder)))
         if self._config["log"]["tensorboard"]:

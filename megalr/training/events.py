@@ -45,6 +45,8 @@ def start_facts(
         "zero_stage": ds_config["zero_optimization"]["stage"],
         "train_samples": data.num_samples,
         "train_tokens": data.num_tokens,
+        "vocab_size": decoder.config.vocab_size,
+        "tokenizer_ids": data.vocab_size,
     }
 
 

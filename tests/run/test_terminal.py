@@ -35,6 +35,8 @@ FACTS = {
     "precision": "bf16",
     "zero_stage": 1,
     "train_tokens": 2_340_000_000,
+    "vocab_size": 32128,
+    "tokenizer_ids": 32100,
     "versions": {"device": "NVIDIA H200"},
 }
 CONFIG = {
@@ -155,6 +157,14 @@ def test_the_start_says_what_runs_where() -> None:
     ):
         assert expected in text
     assert max(map(len, text.splitlines())) <= 80 and "\x1b" not in text
+    assert "note" not in text
+
+
+def test_a_vocabulary_far_larger_than_the_tokenizer_s_is_mentioned() -> None:
+    out = io.StringIO()
+    facts = FACTS | {"vocab_size": 8192, "tokenizer_ids": 2048}
+    Terminal(out, Path("runs/x"), 240, CONFIG).show("start", 0, facts)
+    assert "note      most ids are unused: model.vocab_size=2048 would do\n" in out.getvalue()
 
 
 def test_the_end_says_what_came_out_and_what_to_type_next() -> None:
