@@ -81,11 +81,13 @@ def _estimate(config: RunConfig, arguments: argparse.Namespace) -> str:
 
 
 def _described(counts: dict[str, int]) -> str:
-    """All parameters and the trained ones, then how many of each kind."""
+    """All parameters, how many of each kind, and the trained ones where some are not."""
     total = sum(counts.values())
     trained = total - counts.get("frozen matrices", 0)
-    kinds = ", ".join(f"{kind} {number:,}" for kind, number in counts.items())
-    return f"parameters: {total:,}; trained: {trained:,}\n{textwrap.fill(kinds, 80)}"
+    rows = {"parameters": total, **{f"  {kind}": number for kind, number in counts.items()}}
+    if trained != total:
+        rows["trained parameters"] = trained
+    return "\n".join(f"{name:<34}{number:>16,}" for name, number in rows.items()) + "\n"
 
 
 def _fit(config: RunConfig, arguments: argparse.Namespace) -> str:

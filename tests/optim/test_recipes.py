@@ -13,6 +13,8 @@ from megalr.models.config import PRESETS
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes" / "methods").glob("*.yaml"))
+OPTIONS = {"ranks": "ranks", "lr_transfer": "lr_transfer", "dlr": "dlr_alpha"}
+"""Endings of names that stand for a key of the method."""
 SIZES = ("60m", "130m", "350m", "1b")
 
 # Published values by model size: 60M, 130M, 350M, 1B.
@@ -42,6 +44,9 @@ def test_recipe_loads_and_its_batch_can_be_cut(path):
     name = path.stem.split("_", 2)[2]
     assert (config.restarts.every == 200) == name.endswith("_restarts")
     name = name.removesuffix("_restarts")
+    for option, key in OPTIONS.items():
+        assert bool(getattr(config.method, key, None)) == name.endswith(f"_{option}")
+        name = name.removesuffix(f"_{option}")
     assert name in (config.method.name, config.optimizer.name)
     for ranks in (1, 2, 4):
         user = read_deepspeed_json(ROOT / "ds_configs" / "zero1.json")
