@@ -220,6 +220,7 @@ def _kept_under_tensor_parallelism(cases: list[tuple[str, bool, bool]]) -> list[
     return found
 
 
+@pytest.mark.long
 def test_what_a_block_keeps_under_tensor_parallelism() -> None:
     if not _grouped_heads_are_flash():
         pytest.skip("sdpa on the CPU keeps float32 with this torch")

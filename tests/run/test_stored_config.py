@@ -133,6 +133,7 @@ def _program(where: Path, *command: str) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 def test_processes_elsewhere_resume_and_evaluate_a_run_by_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
