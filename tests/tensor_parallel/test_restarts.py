@@ -85,7 +85,11 @@ def _imbalance_of_unequal_copies() -> float:
     )
     b, a = torch.eye(4) * (1.0 + place.tensor_rank), torch.eye(4)
     exchange = SimpleNamespace(
-        state=state, rounds=[[]], to_owners=lambda _: [(b, a)], shards=lambda _: [(False, False)]
+        state=state,
+        rounds=[[]],
+        to_owners=lambda _: [(b, a)],
+        residuals=lambda _: [None],
+        shards=lambda _: [(False, False)],
     )
     return largest_imbalance(exchange)  # type: ignore[arg-type]
 
