@@ -211,6 +211,7 @@ def _compiled_block_is_whole(name: str, tensor: int) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, msg=lambda m: f"{name}: {m}")
 
 
+@pytest.mark.long
 def test_compiled_blocks_have_no_breaks_and_the_same_gradients() -> None:
     """torch 2.11: collectives in place gave zero gradients here (docs/dev/deepspeed-notes.md)."""
     run_distributed(_compiled_blocks_are_whole, 2, 2)
