@@ -1,4 +1,4 @@
-"""A run's folder on disk: its files, its lock, its environment and its metrics.
+"""A run's folder on disk: its files, its lock, its environment, its metrics, where a start begins.
 
 In: configuration and events. Out: a folder that a later start, a report or an export can read.
 Must not know: the engine's internals, the training loop.

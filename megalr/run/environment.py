@@ -25,6 +25,21 @@ _SHOWN_PREFIXES = ("NCCL_", "TORCH_NCCL_", "GLOO_", "FI_", "UCX_", "DS_ACCELERAT
 PACKAGE = Path(__file__).resolve().parents[1]
 """The folder of megalr's source."""
 _INFINIBAND = Path("/sys/class/infiniband")
+PEAK_BF16_FLOPS = {
+    "NVIDIA B200": 2250e12,
+    "NVIDIA H200": 989.4e12,
+    "NVIDIA H100 80GB HBM3": 989.4e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A10": 125e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40S": 362e12,
+}
+"""Dense bf16 tensor-core peak by exact device name, from the vendor's datasheets. A device that is
+not here has no MFU rather than a guessed one."""
 
 
 def versions(device: torch.device) -> dict[str, str]:
@@ -50,6 +65,13 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return platform.processor() or platform.machine()
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Peak FLOP/s of the device for the run's precision, None when it is not known."""
+    if device.type != "cuda" or precision == "fp32":
+        return None
+    return PEAK_BF16_FLOPS.get(torch.cuda.get_device_name(device))
 
 
 def source_hash() -> str:

@@ -1,4 +1,4 @@
-"""The device a rank computes on: its name, its peak, the memory in use."""
+"""The device a rank computes on: waiting for it, compilation for it, its memory in use."""
 
 from __future__ import annotations
 
@@ -8,29 +8,6 @@ from typing import Any
 import torch
 
 from megalr.kernels import HAS_TRITON
-
-PEAK_BF16_FLOPS = {
-    "NVIDIA B200": 2250e12,
-    "NVIDIA H200": 989.4e12,
-    "NVIDIA H100 80GB HBM3": 989.4e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA A100-PCIE-40GB": 312e12,
-    "NVIDIA A10": 125e12,
-    "NVIDIA L4": 121e12,
-    "NVIDIA L40S": 362e12,
-}
-"""Dense bf16 tensor-core peak by exact device name, from the vendor's datasheets. A device that is
-not here has no MFU rather than a guessed one."""
-
-
-def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Peak FLOP/s of the device for the run's precision, None when it is not known."""
-    if device.type != "cuda" or precision == "fp32":
-        return None
-    return PEAK_BF16_FLOPS.get(torch.cuda.get_device_name(device))
 
 
 def wait_for(device: torch.device) -> None:

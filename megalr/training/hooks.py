@@ -22,8 +22,9 @@ from megalr.evaluation.perplexity import Evaluation, evaluate
 from megalr.models.flops import flops_per_token
 from megalr.restarts.controller import Restarts
 from megalr.restarts.relora import Relora
+from megalr.run.environment import peak_flops
 from megalr.training.context import RunContext
-from megalr.training.device import peak_flops, peak_memory_gib, wait_for
+from megalr.training.device import peak_memory_gib, wait_for
 from megalr.training.step import StepResult
 from megalr.training.step_log import PendingLog
 

@@ -41,18 +41,12 @@ from megalr.run.environment import check_ranks_agree, report, slow_precision, ve
 from megalr.run.folder import write_run_folder
 from megalr.run.lock import run_folder_lock
 from megalr.run.metrics_writer import MetricsWriter
+from megalr.run.origin import Origin, find_origin, resume_from
 from megalr.run.terminal import fitted
 from megalr.tensor_parallel.mesh import make_mesh
 from megalr.training.context import RunContext, TrainProgress
 from megalr.training.device import CompileClock
-from megalr.training.events import (
-    Origin,
-    find_origin,
-    resume_from,
-    start_facts,
-    write_end,
-    write_start,
-)
+from megalr.training.events import start_facts, write_end, write_start
 from megalr.training.hooks import (
     CheckpointHook,
     EvaluationHook,

@@ -1,4 +1,4 @@
-"""A resumed run goes on bitwise; a folder that holds something else is refused."""
+"""A resumed run goes on bitwise."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import RankFailed, run_distributed
-from tests.synthetic import write_dataset
+from tests.ranks import run_distributed
 from tests.training.runs import events, losses, run, settings, zero
 
 EVERY = {"restarts": {"every": 4}}
@@ -85,38 +84,6 @@ def test_without_a_checkpoint_at_the_end_a_run_is_the_same_and_saves_nothing(
     assert losses(tmp_path / "unsaved") == losses(tmp_path / "saved")
     assert events(tmp_path / "unsaved", "end")[-1]["reason"] == "finished"
     assert not list((tmp_path / "unsaved" / "checkpoints").glob("update_*"))
-
-
-def test_what_does_not_belong_together_is_refused_and_left_alone(
-    data: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "run"
-    values = settings(folder, data)
-    run_distributed(run, 2, values, zero(1))
-    before = (folder / "metrics.jsonl").read_bytes()
-
-    changed = settings(folder, data, optimizer={"lr": 0.02}, log={"every": 2})
-    with pytest.raises(RankFailed, match=r"optimizer.lr: 0.01 there, 0.02 here") as failure:
-        run_distributed(run, 2, changed, zero(1))
-    assert "log.every:" not in str(failure.value)
-    with pytest.raises(RankFailed, match=r"run.resume is never"):
-        run_distributed(run, 1, settings(folder, data, run={"resume": "never"}), zero(1))
-    with pytest.raises(RankFailed, match=r"no finished checkpoint and run.resume is must"):
-        empty = settings(tmp_path / "empty", data, run={"resume": "must"})
-        run_distributed(run, 1, empty, zero(1))
-    foreign = tmp_path / "foreign"
-    foreign.mkdir()
-    (foreign / "thesis.tex").write_text("not a run")
-    with pytest.raises(RankFailed, match=r"is not empty and holds no config.yaml"):
-        run_distributed(run, 1, settings(foreign, data), zero(1))
-    assert [p.name for p in foreign.iterdir()] == ["thesis.tex"]
-
-    other = write_dataset(tmp_path / "other", seed=1)
-    config = (folder / "config.yaml").read_text()
-    (folder / "config.yaml").write_text(config.replace(str(data), str(other)))
-    with pytest.raises(RankFailed, match="was trained on other data"):
-        run_distributed(run, 2, settings(folder, other), zero(1))
-    assert (folder / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_run_folder_holds_what_the_documentation_says(data: Path, tmp_path: Path) -> None:
