@@ -165,6 +165,8 @@ def _read_run(arguments: argparse.Namespace) -> tuple[RunConfig, dict[str, Any],
 
 def _rank(arguments: argparse.Namespace, request: StopRequest) -> int:
     """Train as one rank, or print the resolved run; the exit code."""
+    if arguments.print_config:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for a GPU, and warn
     try:  # Every rank reads the same files, so every rank finds the same mistakes.
         config, ds_user, source = _read_run(arguments)
     except UserError as error:

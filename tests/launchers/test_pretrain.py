@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megalr.config.schema import RunConfig
 from tests.ranks import free_port
 from tests.synthetic import write_dataset
 from tests.training.runs import events, settings
@@ -94,6 +96,26 @@ def test_print_config_prints_the_resolved_run_and_stops(data: Path, tmp_path: Pa
     assert printed["optimizer"]["lr"] == 1e-4
     assert printed["checkpoint"]["keep_last"] == 2
     assert not (tmp_path / "run").exists()
+
+
+def test_print_config_prints_the_run_alone_where_no_device_is_chosen(
+    data: Path, tmp_path: Path
+) -> None:
+    config = _config(tmp_path, data)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(Path(config).read_text())
+    (folder / "ds_config.json").write_text('{"zero_optimization": {"stage": 2}}')
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "DS_ACCELERATOR")}
+    environment |= {"CUDA_VISIBLE_DEVICES": ""}
+    for given in (["--config", config], ["--resume", str(folder)]):
+        command = [sys.executable, SCRIPT, *given, "--print_config"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert set(yaml.safe_load(done.stdout)) == set(RunConfig.model_fields)
+        values, comments = done.stdout.split("\n#", 1)
+        assert all(re.match(r" *[\w.-]+:|  ", line) for line in values.splitlines())
+        assert all(line.startswith("#") for line in f"#{comments}".splitlines())
 
 
 def test_files_and_overrides_after_config_are_distinguished(data: Path, tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ def print_config(folder: Path, run: str, deepspeed: str) -> tuple[str, str]:
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(sys, "argv", ["pretrain.py", *arguments])
+        patch.setenv("DS_ACCELERATOR", "cpu")
         try:
             assert pretrain_command() == 0
         except UserError as error:
