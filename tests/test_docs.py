@@ -8,7 +8,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import throughput
@@ -16,13 +16,16 @@ import throughput
 from megalr.cli.command_line import find_file
 from megalr.cli.commands import COMMANDS
 from megalr.config import load_run_config
+from megalr.config.methods import MethodConfig
+from megalr.config.optimizers import OptimizerConfig
 from megalr.config.problems import known_keys
 from megalr.config.schema import RunConfig
 from megalr.models.config import PRESETS
 
 ROOT = Path(__file__).parents[1]
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
-USER_PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *TUTORIALS]
+METHOD_PAGES = sorted((ROOT / "docs" / "methods").glob("*.md"))
+USER_PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *METHOD_PAGES, *TUTORIALS]
 DEVELOPER_PAGES = [ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs" / "dev").glob("*.md"))]
 LAB = [ROOT / "benchmarks" / "README.md", *sorted((ROOT / "benchmarks").glob("lab/*.md"))]
 PAGES = [*USER_PAGES, *DEVELOPER_PAGES, *LAB]
@@ -46,6 +49,20 @@ NO_KEYS = {
     "checkpoint.tag_validation",
     "train.updatess",  # a mistake that is shown
 }
+MOST_WORDS = 1300
+"""Of a user page, tables included, code not: about five minutes."""
+REFERENCE = {"docs/config.md": "every key"} | {
+    page.relative_to(ROOT).as_posix(): "algebra of every method, looked up by its name"
+    for page in METHOD_PAGES
+}
+"""Pages in which one looks something up, with what it is."""
+LONGER = {
+    "docs/cluster.md": 1500,
+    "docs/data.md": 1800,
+    "docs/huggingface.md": 1700,
+    "docs/restarts.md": 2000,
+}
+"""User pages that are too long still, and the length that they may not exceed."""
 a_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
 a_user_page = pytest.mark.parametrize("page", USER_PAGES, ids=lambda page: page.stem)
 LABEL = re.compile(r"\bG\d{1,2}\b")
@@ -84,6 +101,9 @@ def test_readme_leads_to_every_page() -> None:
     text = PAGES[0].read_text(encoding="utf-8")
     for page in (*(ROOT / "docs").glob("*.md"), *TUTORIALS, *DEVELOPER_PAGES):
         assert f"]({page.relative_to(ROOT).as_posix()})" in text
+    methods = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    for page in METHOD_PAGES:
+        assert f"](methods/{page.name}#" in methods
     measurements, *lab = LAB
     for page in lab:
         assert f"](lab/{page.name})" in measurements.read_text(encoding="utf-8")
@@ -113,6 +133,26 @@ def test_every_room_has_a_row_in_the_architecture() -> None:
 @pytest.mark.parametrize("page, lines", [("README.md", 120), ("docs/performance.md", 150)])
 def test_pages_that_are_read_first_stay_short(page: str, lines: int) -> None:
     assert len((ROOT / page).read_text(encoding="utf-8").splitlines()) <= lines
+
+
+def test_user_pages_are_read_in_five_minutes() -> None:
+    for page in USER_PAGES:
+        name = page.relative_to(ROOT).as_posix()
+        text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.M | re.S)
+        words = sum(bool(re.search(r"\w", word)) for word in text.split())
+        if name not in REFERENCE:
+            assert words <= LONGER.get(name, MOST_WORDS), (name, words)
+        assert name not in LONGER or words > MOST_WORDS, f"{name} is short enough now"
+
+
+def test_every_method_and_optimizer_has_a_row_that_leads_to_its_algebra() -> None:
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| \[(\w+)\]\((methods/\w+\.md#\w+)\) \|", text, re.MULTILINE))
+    for section in (MethodConfig, OptimizerConfig):
+        for kind in get_args(get_args(section)[0]):
+            name = kind.model_fields["name"].default
+            assert rows.pop(name).endswith(f"#{name}")
+    assert not rows
 
 
 @a_user_page

@@ -1,4 +1,4 @@
-"""CoLA: a nonlinearity between the factors (arXiv 2502.10940; docs/methods.md)."""
+"""CoLA: a nonlinearity between the factors (arXiv 2502.10940; docs/methods/factorized.md)."""
 
 from __future__ import annotations
 

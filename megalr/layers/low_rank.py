@@ -1,4 +1,4 @@
-"""Low-rank pretraining: each matrix is a product (arXiv 2505.22922; docs/methods.md)."""
+"""Low-rank pretraining: each matrix is a product (arXiv 2505.22922; docs/methods/factorized.md)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megalr.layers.linear import BottleneckLinear
 class LowRankLinear(BottleneckLinear):
     """``y_i = (alpha/r) (x A_i^T) B_i^T (+ b_i)``, without ever computing a full matrix.
 
-    Low-rank pretraining, arXiv 2505.22922 §3 (docs/methods.md).
+    Low-rank pretraining, arXiv 2505.22922 §3 (docs/methods/factorized.md).
 
     Args:
         shape, rank, alpha, bias, dlr_alpha: as in FactorizedLinear.

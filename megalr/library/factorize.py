@@ -56,7 +56,7 @@ def factorize_(
         alpha: numerator of the scale alpha / r. It scales the gradients of both factors as well.
         init: "svd": the best approximation of W of rank r, balanced; with ``density`` S is the
             rest on its support. For pretraining from scratch: "kaiming", "full_rank_variance" or
-            "orthogonal", the draws of docs/methods.md (SLTrain has one draw of its own).
+            "orthogonal", the draws of docs/methods/factorized.md (SLTrain has one draw of its own).
         init_std: standard deviation of W's entries for "full_rank_variance".
         seed: of draws and supports, which depend on it and on the linear's name only.
 

@@ -19,7 +19,8 @@ from megalr.layers.sparse_product import sparse_low_rank
 from megalr.layers.up_projection import NO_OFFSETS, NO_RUNS, up_project
 
 INITS = ("svd", "kaiming", "full_rank_variance", "orthogonal")
-"""How factors start: from the weight that they replace, or as in pretraining (docs/methods.md)."""
+"""How factors start: from the weight that they replace, or as in pretraining
+(docs/methods/factorized.md)."""
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -38,7 +38,7 @@ from megalr.sharding.fragment import LogicalTensor
 
 
 class GaLore(MatrixOptimizer):
-    """GaLore (Zhao et al. 2024, arXiv 2403.03507; docs/methods.md).
+    """GaLore (Zhao et al. 2024, arXiv 2403.03507; docs/methods/projected.md).
 
     Every ``update_proj_gap`` updates P becomes the leading ``rank`` singular vectors of G. With
     R = G P (or P^T G, or P^T G Q for ``full``) and ADAM-H on R:
@@ -78,7 +78,9 @@ class GaLore(MatrixOptimizer):
 
 
 class Fira(MatrixOptimizer):
-    """Fira (Chen et al. 2024, arXiv 2410.01623; docs/methods.md): GaLore plus the scaled residual.
+    """Fira (Chen et al. 2024, arXiv 2410.01623; docs/methods/projected.md).
+
+    GaLore plus the scaled residual.
 
     With R, N as in GaLore and phi = |N| / (|R| + 1e-8) along the axis of size r (one factor a row
     for right projections, a column for left ones):
@@ -114,7 +116,7 @@ class Fira(MatrixOptimizer):
 
 
 class GoLore(MatrixOptimizer):
-    """GoLore (He et al. 2024, arXiv 2410.11289; docs/methods.md), in its optimizer form.
+    """GoLore (He et al. 2024, arXiv 2410.11289; docs/methods/projected.md), in its optimizer form.
 
     Every ``update_proj_gap`` updates a new basis Q is taken: the leading singular vectors of G
     while u / total_updates < ``rand_ratio``, a uniformly random orthonormal basis afterwards. The
@@ -191,7 +193,7 @@ def channel_factors(normalized: torch.Tensor, low: torch.Tensor, side: str) -> t
 
 
 class Apollo(MatrixOptimizer):
-    """APOLLO (Zhu et al. 2024, arXiv 2412.05270; docs/methods.md).
+    """APOLLO (Zhu et al. 2024, arXiv 2412.05270; docs/methods/projected.md).
 
     R = G P or P^T G with a random P (redrawn every ``update_proj_gap`` updates) or, with
     ``proj="svd"``, the leading singular vectors; N from ADAM-H on R;
@@ -256,6 +258,6 @@ class Apollo(MatrixOptimizer):
 
 
 class ApolloMini(Apollo):
-    """APOLLO-Mini: rank 1 and one scale per matrix (docs/methods.md); scale 128 as published."""
+    """APOLLO-Mini: rank 1, one scale per matrix (docs/methods/projected.md); published: 128."""
 
     declared = (AdamWOptimizer, ApolloMiniMethod)

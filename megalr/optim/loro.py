@@ -24,7 +24,7 @@ Located = tuple[torch.Tensor, FlatLayout, LogicalTensor]
 
 
 class LORO(ShardedOptimizer):
-    """LORO (Mo et al. 2025, ICLR; the form of the authors' code; docs/methods.md) for W = B A.
+    """LORO (Mo et al. 2025, ICLR; the authors' code; docs/methods/projected.md) for W = B A.
 
     Pairs are the logical tensors named ``X.B`` (m, r) and ``X.A`` (r, n). With ADAM-H directions
     d_B, d_A:

@@ -1,6 +1,6 @@
 """Low-rank projections of a gradient matrix: which side, which basis, there and back.
 
-For G of shape (m, n) and rank r (docs/methods.md):
+For G of shape (m, n) and rank r (docs/methods/projected.md):
 
 * right: P (n, r), R = G P (m, r), back R P^T;  left: P (m, r), R = P^T G (r, n), back P R;
 * full: both, R = P^T G Q (r, r), back P R Q^T.

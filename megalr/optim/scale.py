@@ -23,7 +23,7 @@ KINDS = ("matrices", "embedding", "head", "vectors")
 
 
 class SCALE(ShardedOptimizer):
-    """SCALE (Glentis et al. 2025, arXiv 2506.16659; docs/methods.md).
+    """SCALE (Glentis et al. 2025, arXiv 2506.16659; docs/methods/optimizers.md).
 
     With C(G) = G / max(rms, 1e-8), the root mean square taken over each row, the inputs of one
     output, and the ``kind`` of a parameter group:

@@ -15,7 +15,7 @@ from megalr.sharding.fragment import FlatLayout
 
 
 class SPAM(ShardedOptimizer):
-    """SPAM (Huang et al. 2025, arXiv 2501.06842; docs/methods.md). Elementwise.
+    """SPAM (Huang et al. 2025, arXiv 2501.06842; docs/methods/optimizers.md). Elementwise.
 
     At update j (one-based), with j mod ``update_gap`` = i:
 

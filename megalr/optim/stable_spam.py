@@ -29,7 +29,7 @@ class Change:
 
 
 class StableSPAM(ShardedOptimizer):
-    """Stable-SPAM (Huang et al. 2025, arXiv 2502.17055; docs/methods.md). Elementwise.
+    """Stable-SPAM (Huang et al. 2025, arXiv 2502.17055; docs/methods/optimizers.md). Elementwise.
 
     Per logical tensor, at its k-th update, with sigma annealed from 1 to ``eta`` by a cosine over
     ``total_T`` updates (None: always 1), b1' = sigma b1 and g1' = sigma gamma1:

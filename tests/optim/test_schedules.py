@@ -88,7 +88,7 @@ def test_floor_warm_up_and_end() -> None:
 
 
 def test_jagged_cosine_is_that_of_the_formula() -> None:
-    """ReLoRA (docs/methods.md): w 4, w2 3, C 20, N 60, floor 0.1."""
+    """ReLoRA (docs/methods/factorized.md): w 4, w2 3, C 20, N 60, floor 0.1."""
     settings = SimpleNamespace(
         **vars(_settings("cosine_restarts", 4, 0.1)),
         cycle_updates=20,
