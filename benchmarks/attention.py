@@ -33,9 +33,9 @@ from megalr.kernels.attention import (
     attention_reference,
     backward_config,
     forward_config,
-    launch_backward,
-    launch_forward,
 )
+from megalr.kernels.attention_backward_triton import launch_backward
+from megalr.kernels.attention_triton import launch_forward
 from megalr.models.rope import rope_tables
 
 Choice = ForwardConfig | BackwardConfig

@@ -1,9 +1,10 @@
 """Causal attention of short sequences, rotary positions (RoPE) included, as one operator.
 
 :func:`attention` is the operator for GPUs, forward and backward one Triton kernel each
-(attention_triton). :func:`attention_reference` is the PyTorch reference, used in all other cases;
-:func:`attention_applies` decides. In a step of a 1B model on an H200, rotations and conversions
-around sdpa take nearly as long as attention itself (benchmarks/lab).
+(attention_triton). :func:`attention_reference` is the PyTorch reference, used in all other cases,
+by the backend that :func:`causal_backend` names; :func:`attention_applies` decides. In a step of a
+1B model on an H200, rotations and conversions around sdpa take nearly as long as attention itself
+(benchmarks/lab).
 
 Shapes: B batch, S sequence, H heads, K key/value heads (K divides H: head h reads key head
 h * K // H), D head width.
@@ -11,27 +12,47 @@ h * K // H), D head width.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from megalr.errors import UserError
-from megalr.kernels import half_on_gpu, multiprocessors
+from megalr.kernels import half_on_gpu
 from megalr.kernels.document_mask import AttentionMask, BlockMask, is_bounds, masked_attention
 
 MAX_LENGTH = 512
-"""Longer sequences go to scaled_dot_product_attention, whose kernels are designed for them."""
+"""Longer sequences go to torch's operators, whose kernels are designed for them."""
 
 HEAD_WIDTHS = (32, 64)
 """At 128 (7B) the kernels gain 3 % over torch's attention: not worth a second set of tile sizes."""
 
 HOPPER = 9
 """Compute capability (H100, H200). For A100 the backward kernel spills most of its registers."""
+
+Backend = Literal["torch", "cudnn", "flash"]
+"""An implementation inside torch; ``torch`` is the one that it chooses itself."""
+
+FASTEST: dict[int, tuple[tuple[int, Backend], ...]] = {
+    64: ((1024, "cudnn"),),
+    128: ((1024, "cudnn"),),
+}
+"""By head width: from which length on which of torch's backends is the fastest, longest last, for
+causal attention in half precision on Hopper (benchmarks/lab/performance.md, "Longer sequences").
+Shorter sequences and other widths are left to torch."""
+
+SAFE_CUDNN = 90501
+"""cuDNN from 9.5.1 on, which takes gradients of any layout; older ones are left to torch."""
+
+GROUPED_SINCE = (2, 8)
+"""torch from which cuDNN's backend takes part in attention with fewer key heads."""
+
+WHOLE_TILES = 128
+"""Only multiples of this go to a chosen backend. cuDNN before 9.15.1 reads beyond other sequences,
+and it makes a plan for each length, which is dear where every batch has another."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +126,9 @@ def attention_reference(
     rope: torch.Tensor | None,
     mask: AttentionMask,
     head_dim: int,
+    backend: Backend | None = None,
 ) -> torch.Tensor:
-    """``softmax(rot(q) rot(k)^T / sqrt(D)) v`` by torch's scaled_dot_product_attention.
+    """``softmax(rot(q) rot(k)^T / sqrt(D)) v`` by torch's operators.
 
     Args:
         q: ``(B, S, H * D)``; k, v: ``(B, S, K * D)``, heads side by side.
@@ -114,6 +136,7 @@ def attention_reference(
         mask: ``(S, S)`` or ``(B, 1, S, S)``, True where a position may look; a BlockMask for
             torch's FlexAttention; None for causal attention.
         head_dim: D.
+        backend: replaces :func:`causal_backend`.
 
     Returns:
         ``(B, S, H * D)``, in the dtype of q.
@@ -125,11 +148,70 @@ def attention_reference(
         q, k = apply_rope(q, rope), apply_rope(k, rope)
     if isinstance(mask, BlockMask):
         y = masked_attention(q, k, v, mask, grouped)
+    elif mask is None:
+        y = causal_attention(q, k, v, backend or causal_backend(q, grouped))
     else:
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
-        )
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
     return y.transpose(1, 2).flatten(2)
+
+
+def causal_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: Backend
+) -> torch.Tensor:
+    """Causal attention ``(B, H, S, D)`` by a backend of torch; k, v ``(B, K, S, D)``.
+
+    The operators below scaled_dot_product_attention are called directly. Its context manager
+    (torch.nn.attention.sdpa_kernel) would do the same, but a compiled graph with it is not cached
+    on disk, and one without it is found again there whatever backend is enabled.
+    """
+    aten = torch.ops.aten
+    if backend == "cudnn":
+        o: torch.Tensor = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True)[
+            0
+        ]
+        return o
+    if backend == "flash":
+        o = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
+        return o
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+
+
+def causal_backend(q: torch.Tensor, grouped: bool) -> Backend:
+    """Which backend :func:`attention_reference` takes for causal ``q (B, H, S, D)``.
+
+    The rule is :data:`FASTEST`; static, so that torch.compile has no graph break. ``grouped``: k
+    and v have fewer heads. What the rule does not know is left to torch: other devices and dtypes,
+    a cuDNN or torch that is too old, backends that the user has turned off.
+    """
+    S, D = q.shape[2:]
+    if not (q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and _capable(q.device.index)):
+        return "torch"
+    chosen = fastest_backend(S, D)
+    return chosen if chosen == "torch" or _available(chosen, grouped) else "torch"
+
+
+def fastest_backend(S: int, D: int) -> Backend:
+    """The entry of :data:`FASTEST` for a length and a head width."""
+    chosen: Backend = "torch"
+    for start, backend in FASTEST.get(D, ()):
+        if start <= S and S % WHOLE_TILES == 0:
+            chosen = backend
+    return chosen
+
+
+@torch.compiler.assume_constant_result
+def _available(backend: Backend, grouped: bool) -> bool:
+    """Whether this torch computes causal attention by the backend, and the user allows it to."""
+    if backend == "flash":
+        return torch.backends.cuda.flash_sdp_enabled()
+    version = tuple(int(number) for number in torch.__version__.split(".")[:2])
+    return (
+        (torch.backends.cudnn.version() or 0) >= SAFE_CUDNN
+        and torch.backends.cuda.cudnn_sdp_enabled()
+        and not torch.are_deterministic_algorithms_enabled()
+        and (not grouped or version >= GROUPED_SINCE)
+    )
 
 
 @torch.compiler.assume_constant_result
@@ -213,99 +295,6 @@ def _check(
         )
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """x itself if its last dimension is contiguous, as the kernels read it; else a copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _contiguous(table: torch.Tensor | None) -> torch.Tensor | None:
-    return None if table is None else table.contiguous()
-
-
-def launch_forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    rope: torch.Tensor | None,
-    head_dim: int,
-    config: ForwardConfig | None = None,
-    documents: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """o ``(B, S, H * D)`` and, float32, log2 of the sums of exp(scores) ``(B, H, S)``.
-
-    ``config`` replaces :func:`forward_config`; ``documents`` as in :func:`attention`.
-    """
-    _check(q, k, v, rope, head_dim, documents)
-    from megalr.kernels.attention_triton import forward_kernel
-
-    (B, S, width), D = q.shape, head_dim
-    H, group = width // D, width // k.shape[2]
-    config = config or forward_config(S)
-    q, k, v = _rows(q), _rows(k), _rows(v)
-    o = q.new_empty(B, S, width)
-    lse = q.new_empty(B, H, S, dtype=torch.float32)
-    with torch.cuda.device_of(q):
-        forward_kernel[(-(-S // config.queries) * H * B,)](
-            q, k, v, _contiguous(rope), _contiguous(documents), o, lse,
-            q.stride(0), k.stride(0), v.stride(0), math.log2(math.e) / math.sqrt(D), S, B * S,
-            q_stride=q.stride(1), k_stride=k.stride(1), v_stride=v.stride(1), H=H, GROUP=group,
-            D=D, M=config.queries, N=config.keys,
-            ROPE=rope is not None, EVEN=S % max(config.queries, config.keys) == 0,
-            num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
-        )  # fmt: skip
-    return o, lse
-
-
-def launch_backward(
-    do: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    rope: torch.Tensor | None,
-    o: torch.Tensor,
-    lse: torch.Tensor,
-    head_dim: int,
-    config: BackwardConfig | None = None,
-    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
-    documents: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq, dk, dv, contiguous, in the shapes of q, k, v.
-
-    Args:
-        do: gradient of o, ``(B, S, H * D)``.
-        q, k, v, rope, head_dim: as for :func:`launch_forward`.
-        o, lse: its results.
-        config: replaces :func:`backward_config`.
-        out: tensors to write the results to.
-        documents: as for the forward pass.
-    """
-    from megalr.kernels.attention_backward_triton import backward_kernel
-
-    (B, S, width), D = q.shape, head_dim
-    group, K = width // k.shape[2], k.shape[2] // D
-    config = config or backward_config(S)
-    q, k, v, do = _rows(q), _rows(k), _rows(v), _rows(do)
-    dq, dk, dv = out or (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
-    programs = min(B * K, multiprocessors(q.device) * config.programs)
-    blocks = -(-S // config.keys)
-    padded = blocks * config.keys
-    deltas = q.new_empty(programs, group, padded, dtype=torch.float32)
-    # With one block of keys every pair is on the diagonal, and no partial sum has to be stored.
-    stored = padded if blocks > 1 else 0
-    sums = q.new_empty(programs, group, stored, D, dtype=torch.float32)
-    with torch.cuda.device_of(q):
-        backward_kernel[(programs,)](
-            q, k, v, _contiguous(rope), _contiguous(documents), o, lse, do, dq, dk, dv,
-            deltas, sums, q.stride(0), k.stride(0), v.stride(0), do.stride(0),
-            1 / math.sqrt(D), math.log2(math.e) / math.sqrt(D), S, B * K, B * S,
-            q_stride=q.stride(1), k_stride=k.stride(1), v_stride=v.stride(1),
-            do_stride=do.stride(1), K=K, GROUP=group, D=D, M=config.queries, N=config.keys,
-            ROPE=rope is not None, EVEN=S % config.keys == 0,
-            num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
-        )  # fmt: skip
-    return dq, dk, dv
-
-
 # Schemas are written out because torch 2.6 cannot infer them from string annotations.
 @torch.library.custom_op(
     "megalr::causal_attention",
@@ -319,7 +308,11 @@ def _forward(
     head_dim: int,
     documents: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return launch_forward(*_three(projections), rope, head_dim, documents=documents)
+    q, k, v = _three(projections)
+    _check(q, k, v, rope, head_dim, documents)
+    from megalr.kernels.attention_triton import launch_forward
+
+    return launch_forward(q, k, v, rope, head_dim, documents=documents)
 
 
 @torch.library.custom_op(
@@ -338,6 +331,8 @@ def _backward(
     documents: torch.Tensor | None,
 ) -> list[torch.Tensor]:
     """Gradients in the form of the projections, three tensors or one."""
+    from megalr.kernels.attention_backward_triton import launch_backward
+
     grads = [x.new_empty(x.shape) for x in projections]
     inputs = (*_three(projections), rope, o, lse, head_dim)
     launch_backward(do, *inputs, out=_three(grads), documents=documents)

@@ -1,4 +1,4 @@
-"""Triton kernel of the gradient of causal attention; launched by kernels.attention.
+"""Triton kernel of the gradient of causal attention, and its launch.
 
 A program takes whole (sequence, key head) tasks. With blocks of keys j outside and blocks of
 queries i >= j inside, a pair of blocks needs five products and nothing is computed twice: dk_j and
@@ -16,15 +16,24 @@ With documents (kernels.document_mask) blocks of queries behind a key's ``end`` 
 strides and units as in attention_triton.
 """
 
+from __future__ import annotations
+
+import math
+
+import torch
 import triton
 import triton.language as tl
 
+from megalr.kernels import multiprocessors
+from megalr.kernels.attention import BackwardConfig, backward_config
 from megalr.kernels.attention_triton import (
     angles,
+    contiguous,
     load_rows,
     load_rows_as,
     load_vector,
     rotated,
+    rows_of,
     store_rows,
 )
 
@@ -254,3 +263,51 @@ def backward_kernel(
             )
             store_rows(dv + shared + columns[:, None] * (K * D) + wide, d_value, columns, S, EVEN)
             tl.debug_barrier()  # for the sums
+
+
+def launch_backward(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rope: torch.Tensor | None,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    head_dim: int,
+    config: BackwardConfig | None = None,
+    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    documents: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk, dv, contiguous, in the shapes of q, k, v.
+
+    Args:
+        do: gradient of o, ``(B, S, H * D)``.
+        q, k, v, rope, head_dim: as for :func:`launch_forward`.
+        o, lse: its results.
+        config: replaces :func:`backward_config`.
+        out: tensors to write the results to.
+        documents: as for the forward pass.
+    """
+    (B, S, width), D = q.shape, head_dim
+    group, K = width // k.shape[2], k.shape[2] // D
+    config = config or backward_config(S)
+    q, k, v, do = rows_of(q), rows_of(k), rows_of(v), rows_of(do)
+    dq, dk, dv = out or (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
+    programs = min(B * K, multiprocessors(q.device) * config.programs)
+    blocks = -(-S // config.keys)
+    padded = blocks * config.keys
+    deltas = q.new_empty(programs, group, padded, dtype=torch.float32)
+    # With one block of keys every pair is on the diagonal, and no partial sum has to be stored.
+    stored = padded if blocks > 1 else 0
+    sums = q.new_empty(programs, group, stored, D, dtype=torch.float32)
+    with torch.cuda.device_of(q):
+        backward_kernel[(programs,)](
+            q, k, v, contiguous(rope), contiguous(documents), o, lse, do, dq, dk, dv,
+            deltas, sums, q.stride(0), k.stride(0), v.stride(0), do.stride(0),
+            1 / math.sqrt(D), math.log2(math.e) / math.sqrt(D), S, B * K, B * S,
+            q_stride=q.stride(1), k_stride=k.stride(1), v_stride=v.stride(1),
+            do_stride=do.stride(1), K=K, GROUP=group, D=D, M=config.queries, N=config.keys,
+            ROPE=rope is not None, EVEN=S % config.keys == 0,
+            num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
+        )  # fmt: skip
+    return dq, dk, dv

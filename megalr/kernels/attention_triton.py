@@ -1,4 +1,4 @@
-"""Triton kernel of causal attention with rotary positions inside; launched by kernels.attention.
+"""Triton kernel of causal attention with rotary positions inside, and its launch.
 
 One program for each (sequence, head, block of queries) walks over the blocks of keys up to the
 diagonal with a running maximum, as FlashAttention does (arXiv 2307.08691), and rotates q and k in
@@ -13,8 +13,15 @@ Shapes: M queries and N keys in a block, D head width. q, k, v are as projected:
 compile-time constants: addresses are then constants too and take no registers.
 """
 
+from __future__ import annotations
+
+import math
+
+import torch
 import triton
 import triton.language as tl
+
+from megalr.kernels.attention import ForwardConfig, forward_config
 
 
 @triton.jit
@@ -173,3 +180,45 @@ def forward_kernel(
     pointers = o + rows[:, None] * (H * D) + tl.arange(0, D)[None, :]
     store_rows(pointers, acc / total[:, None], rows, S, EVEN)
     tl.store(lse + (batch * H + head) * S + rows, top + tl.log2(total), mask=rows < S)
+
+
+def rows_of(x: torch.Tensor) -> torch.Tensor:
+    """x itself if its last dimension is contiguous, as the kernels read it; else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def contiguous(table: torch.Tensor | None) -> torch.Tensor | None:
+    """The table without gaps, if there is one."""
+    return None if table is None else table.contiguous()
+
+
+def launch_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rope: torch.Tensor | None,
+    head_dim: int,
+    config: ForwardConfig | None = None,
+    documents: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """o ``(B, S, H * D)`` and, float32, log2 of the sums of exp(scores) ``(B, H, S)``.
+
+    Inputs as kernels.attention.attention takes and checks them; ``config`` replaces
+    :func:`forward_config`.
+    """
+    (B, S, width), D = q.shape, head_dim
+    H, group = width // D, width // k.shape[2]
+    config = config or forward_config(S)
+    q, k, v = rows_of(q), rows_of(k), rows_of(v)
+    o = q.new_empty(B, S, width)
+    lse = q.new_empty(B, H, S, dtype=torch.float32)
+    with torch.cuda.device_of(q):
+        forward_kernel[(-(-S // config.queries) * H * B,)](
+            q, k, v, contiguous(rope), contiguous(documents), o, lse,
+            q.stride(0), k.stride(0), v.stride(0), math.log2(math.e) / math.sqrt(D), S, B * S,
+            q_stride=q.stride(1), k_stride=k.stride(1), v_stride=v.stride(1), H=H, GROUP=group,
+            D=D, M=config.queries, N=config.keys,
+            ROPE=rope is not None, EVEN=S % max(config.queries, config.keys) == 0,
+            num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
+        )  # fmt: skip
+    return o, lse

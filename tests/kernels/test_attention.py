@@ -7,17 +7,20 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megalr.errors import UserError
+from megalr.kernels import HAS_TRITON
 from megalr.kernels.attention import (
     BackwardConfig,
     ForwardConfig,
     attention,
     attention_applies,
     attention_reference,
-    launch_backward,
-    launch_forward,
 )
 from megalr.models.rope import rope_tables
 from tests.kernels.where import DEVICE, HALF, INTERPRETED, needs_triton
+
+if HAS_TRITON:
+    from megalr.kernels.attention_backward_triton import launch_backward
+    from megalr.kernels.attention_triton import launch_forward
 
 
 def _inputs(

@@ -1,0 +1,201 @@
+"""Causal attention with RoPE at 1,024 to 32,768 tokens, by each backend of torch, on one GPU.
+
+    python benchmarks/attention_lengths.py --output results
+
+For the heads of 60M to 7B models and of one with fewer key heads, in bfloat16: milliseconds of the
+forward and of the backward pass of ``attention_reference`` by every backend, compiled and in a CUDA
+graph as in training, on micro-batches of 16,384 tokens (32,768 at that length); the TFLOP/s of both
+together, unmasked scores only; what the backend holds beyond its operands. Beforehand, on a small
+shape, the error against float32 math, and whether the backward pass gives the same bits twice. The
+fastest of the backends is what ``FASTEST`` in megalr/kernels/attention.py should name. A backend
+that fails is recorded with the reason; results are saved after each shape.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from record import provenance
+from timing import attempt, cuda_device, milliseconds, peak_mib
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from megalr.errors import UserError, exit_cleanly
+from megalr.files import write_atomic
+from megalr.kernels.attention import Backend, attention_reference, fastest_backend
+from megalr.kernels.document_mask import BlockMask, block_mask, document_bounds
+from megalr.models.rope import rope_tables
+
+# H, K, D and lengths. Shapes that differ in the number of heads alone need fewer.
+SHAPES: dict[str, tuple[tuple[int, int, int], tuple[int, ...]]] = {
+    "1b": ((32, 32, 64), (1024, 2048, 4096, 8192, 32768)),
+    "7b": ((32, 32, 128), (1024, 2048, 4096, 8192)),
+    "grouped": ((32, 8, 128), (2048, 8192)),
+    "350m": ((16, 16, 64), (1024, 4096)),
+    "60m": ((8, 8, 64), (1024, 4096)),
+}
+BACKENDS = ("torch", "cudnn", "flash", "flex")
+TOKENS = 16_384
+SMALL = (2, 512)
+"""Sequences and length of the shape whose errors are measured."""
+PARTS = ("o", "dq", "dk", "dv")
+
+Heads = tuple[int, int, int]
+Work = Callable[..., torch.Tensor]
+
+
+def inputs_of(B: int, S: int, heads: Heads, device: str) -> list[torch.Tensor]:
+    """q, k, v ``(B, S, heads * D)`` bfloat16 that need gradients, and do."""
+    H, K, D = heads
+    torch.manual_seed(0)
+    draw = [torch.randn(B, S, n * D, device=device, dtype=torch.bfloat16) for n in (H, K, K, H)]
+    return [*(x.requires_grad_() for x in draw[:3]), draw[3]]
+
+
+def causal_blocks(B: int, S: int, device: str) -> BlockMask:
+    """Causal attention in the form for FlexAttention."""
+    place = torch.arange(S, dtype=torch.int32, device=device)
+    return block_mask(document_bounds(place.expand(B, S)))
+
+
+def work_of(name: str, B: int, S: int, D: int, device: str) -> Work:
+    """Attention of q, k, v by a backend, rotations included."""
+    rope = rope_tables(S, D, 10000.0, torch.device(device))
+    if name == "flex":
+        mask = causal_blocks(B, S, device)
+        return lambda q, k, v: attention_reference(q, k, v, rope, mask, D)
+    backend: Backend = "torch" if name == "torch" else "cudnn" if name == "cudnn" else "flash"
+    return lambda q, k, v: attention_reference(q, k, v, rope, None, D, backend)
+
+
+def choice_of_torch(B: int, S: int, heads: Heads, device: str) -> str:
+    """The backend that scaled_dot_product_attention takes by itself."""
+    q, k, v = (
+        x.unflatten(-1, (-1, heads[2])).transpose(1, 2) for x in inputs_of(B, S, heads, device)[:3]
+    )
+    grouped = heads[0] != heads[1]
+    number = torch._fused_sdp_choice(q, k, v, None, 0.0, True, enable_gqa=grouped)
+    names = {int(value): name for name, value in SDPBackend.__members__.items()}
+    return names.get(number, str(number))
+
+
+def results_of(work: Work, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """o, dq, dk, dv."""
+    *qkv, do = inputs
+    o = work(*qkv)
+    return [o.detach(), *torch.autograd.grad(o, qkv, do)]
+
+
+def errors(heads: Heads, device: str) -> dict[str, Any]:
+    """By backend: norm of the error over the norm, and whether two backward passes agree."""
+    B, S = SMALL
+    inputs = inputs_of(B, S, heads, device)
+    wide = [x.detach().float().requires_grad_() for x in inputs]
+    with sdpa_kernel(SDPBackend.MATH):
+        exact = results_of(work_of("torch", B, S, heads[2], device), wide)
+    found: dict[str, Any] = {}
+    for name in BACKENDS:
+        try:
+            work = torch.compile(work_of(name, B, S, heads[2], device), dynamic=False)
+            first, second = (results_of(work, inputs) for _ in range(2))
+        except Exception as error:  # its times will fail as well, the others are to be measured
+            found[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            continue
+        found[name] = {
+            part: float(f"{(x.float() - y).norm() / y.norm():.2e}")
+            for part, x, y in zip(PARTS, first, exact, strict=True)
+        }
+        pairs = zip(first, second, strict=True)
+        found[name]["same_bits"] = all(torch.equal(x, y) for x, y in pairs)
+    return found
+
+
+def flops_of(B: int, S: int, heads: Heads) -> int:
+    """FLOPs of both passes: seven products of the scores that causal masking keeps."""
+    return 7 * B * S * (S + 1) * heads[0] * heads[2]
+
+
+def measure(B: int, S: int, heads: Heads) -> dict[str, Any]:
+    """All backends at one length."""
+    inputs = inputs_of(B, S, heads, "cuda")
+    backends: dict[str, dict[str, Any]] = {}
+    for name in BACKENDS:
+        torch.compiler.reset()
+        work = torch.compile(work_of(name, B, S, heads[2], "cuda"), dynamic=False)
+        both = attempt(lambda work=work: milliseconds(lambda: results_of(work, inputs)))
+        if isinstance(both, str):
+            backends[name] = {"failed": both[:200]}
+            continue
+        forward = attempt(lambda work=work: milliseconds(lambda: work(*inputs[:3])))
+        assert isinstance(forward, float)
+        backends[name] = {
+            "forward_ms": forward,
+            "backward_ms": round(both - forward, 4),
+            "tflops": round(flops_of(B, S, heads) / both / 1e9, 1),
+            "peak_mib": round(peak_mib(lambda work=work: results_of(work, inputs)), 1),
+        }
+    times = {
+        name: found["forward_ms"] + found["backward_ms"]
+        for name, found in backends.items()
+        if "failed" not in found
+    }
+    return {
+        "B": B,
+        "S": S,
+        "torch_takes": choice_of_torch(B, S, heads, "cuda"),
+        "rule": fastest_backend(S, heads[2]),
+        "fastest": min(times, key=lambda name: times[name]) if times else None,
+        "backends": backends,
+    }
+
+
+def row_of(name: str, found: dict[str, Any]) -> str:
+    """One length as a line of text."""
+    cells = [
+        f"{backend} {one['forward_ms']:.3f} + {one['backward_ms']:.3f} ({one['tflops']:.0f})"
+        if "failed" not in one
+        else f"{backend} {one['failed'][:60]}"
+        for backend, one in found["backends"].items()
+    ]
+    picks = f"fastest {found['fastest']}, rule {found['rule']}, torch {found['torch_takes']}"
+    return f"{name} {found['B']} x {found['S']}: {'; '.join(cells)}; {picks}"
+
+
+def main() -> None:
+    """Measure the chosen shapes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--lengths", type=int, nargs="+", help="instead of those of the shapes")
+    parser.add_argument("--output", type=Path, help="folder of attention_lengths.json")
+    arguments = parser.parse_args()
+    if any(length < 1 for length in arguments.lengths or ()):
+        raise UserError(f"--lengths {arguments.lengths}: give positive numbers of tokens")
+    device = cuda_device()
+    torch.cuda.set_stream(torch.cuda.Stream())  # graphs are captured beside the default stream
+    results: dict[str, Any] = {}
+    record = {
+        "device": device,
+        **provenance(("torch",)),
+        "cudnn": torch.backends.cudnn.version(),
+        "shapes": results,
+    }
+    for name in arguments.shapes:
+        heads, lengths = SHAPES[name]
+        rows: list[dict[str, Any]] = []
+        results[name] = {"H_K_D": heads, "errors": errors(heads, "cuda"), "rows": rows}
+        print(name, results[name]["errors"], flush=True)
+        for S in arguments.lengths or lengths:
+            rows.append(measure(max(1, TOKENS // S), S, heads))
+            print(row_of(name, rows[-1]), flush=True)
+        if arguments.output is not None:
+            arguments.output.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(record, indent=1)
+            write_atomic(arguments.output / "attention_lengths.json", f"{text}\n".encode())
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)
