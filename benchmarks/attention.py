@@ -27,15 +27,13 @@ from record import provenance
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megalr.files import write_atomic
-from megalr.kernels.attention import (
+from megalr.kernels.attention import attention_reference
+from megalr.kernels.attention_backward_triton import (
     BackwardConfig,
-    ForwardConfig,
-    attention_reference,
     backward_config,
-    forward_config,
+    launch_backward,
 )
-from megalr.kernels.attention_backward_triton import launch_backward
-from megalr.kernels.attention_triton import launch_forward
+from megalr.kernels.attention_triton import ForwardConfig, forward_config, launch_forward
 from megalr.models.rope import rope_tables
 
 Choice = ForwardConfig | BackwardConfig

@@ -13,7 +13,6 @@ h * K // H), D head width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -53,51 +52,6 @@ GROUPED_SINCE = (2, 8)
 WHOLE_TILES = 128
 """Only multiples of this go to a chosen backend. cuDNN before 9.15.1 reads beyond other sequences,
 and it makes a plan for each length, which is dear where every batch has another."""
-
-
-@dataclass(frozen=True)
-class ForwardConfig:
-    """Tile sizes and launch options of the forward kernel.
-
-    Attributes:
-        queries, keys: rows of a block of queries and of keys.
-        warps, stages: of a program; pipeline stages of its loop.
-        registers: limit per thread, None for the compiler's. Fewer registers let more programs run
-            at once on a multiprocessor.
-    """
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
-    registers: int | None = None
-
-
-@dataclass(frozen=True)
-class BackwardConfig:
-    """Tile sizes and launch options of the backward kernel; ``keys`` is a multiple of ``queries``.
-
-    Attributes:
-        queries, keys, warps, stages, registers: as in ForwardConfig.
-        programs: programs per multiprocessor; each has its own scratch.
-    """
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
-    programs: int
-    registers: int | None = None
-
-
-def forward_config(S: int) -> ForwardConfig:
-    """The forward kernel's configuration for a sequence length, the same for all head widths."""
-    return ForwardConfig(64, 64, 4, 1, 128) if S > 64 else ForwardConfig(64, 64, 4, 1)
-
-
-def backward_config(S: int) -> BackwardConfig:
-    """The backward kernel's configuration for a sequence length, the same for all head widths."""
-    return BackwardConfig(64, 64, 4, 1, 2) if S > 64 else BackwardConfig(32, 64, 4, 1, 2)
 
 
 def apply_rope(x: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:

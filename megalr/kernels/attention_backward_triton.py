@@ -19,23 +19,45 @@ strides and units as in attention_triton.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
 from megalr.kernels import multiprocessors
-from megalr.kernels.attention import BackwardConfig, backward_config
 from megalr.kernels.attention_triton import (
     angles,
     contiguous,
+    contiguous_rows,
     load_rows,
     load_rows_as,
     load_vector,
     rotated,
-    rows_of,
     store_rows,
 )
+
+
+@dataclass(frozen=True)
+class BackwardConfig:
+    """Tile sizes and launch options of the backward kernel; ``keys`` is a multiple of ``queries``.
+
+    Attributes:
+        queries, keys, warps, stages, registers: as in ForwardConfig.
+        programs: programs per multiprocessor; each has its own scratch.
+    """
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    programs: int
+    registers: int | None = None
+
+
+def backward_config(S: int) -> BackwardConfig:
+    """The backward kernel's configuration for a sequence length, the same for all head widths."""
+    return BackwardConfig(64, 64, 4, 1, 2) if S > 64 else BackwardConfig(32, 64, 4, 1, 2)
 
 
 @triton.jit
@@ -291,7 +313,7 @@ def launch_backward(
     (B, S, width), D = q.shape, head_dim
     group, K = width // k.shape[2], k.shape[2] // D
     config = config or backward_config(S)
-    q, k, v, do = rows_of(q), rows_of(k), rows_of(v), rows_of(do)
+    q, k, v, do = contiguous_rows(q), contiguous_rows(k), contiguous_rows(v), contiguous_rows(do)
     dq, dk, dv = out or (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
     programs = min(B * K, multiprocessors(q.device) * config.programs)
     blocks = -(-S // config.keys)

@@ -16,12 +16,34 @@ compile-time constants: addresses are then constants too and take no registers.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from megalr.kernels.attention import ForwardConfig, forward_config
+
+@dataclass(frozen=True)
+class ForwardConfig:
+    """Tile sizes and launch options of the forward kernel.
+
+    Attributes:
+        queries, keys: rows of a block of queries and of keys.
+        warps, stages: of a program; pipeline stages of its loop.
+        registers: limit per thread, None for the compiler's. Fewer registers let more programs run
+            at once on a multiprocessor.
+    """
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+
+def forward_config(S: int) -> ForwardConfig:
+    """The forward kernel's configuration for a sequence length, the same for all head widths."""
+    return ForwardConfig(64, 64, 4, 1, 128) if S > 64 else ForwardConfig(64, 64, 4, 1)
 
 
 @triton.jit
@@ -182,7 +204,7 @@ def forward_kernel(
     tl.store(lse + (batch * H + head) * S + rows, top + tl.log2(total), mask=rows < S)
 
 
-def rows_of(x: torch.Tensor) -> torch.Tensor:
+def contiguous_rows(x: torch.Tensor) -> torch.Tensor:
     """x itself if its last dimension is contiguous, as the kernels read it; else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -209,7 +231,7 @@ def launch_forward(
     (B, S, width), D = q.shape, head_dim
     H, group = width // D, width // k.shape[2]
     config = config or forward_config(S)
-    q, k, v = rows_of(q), rows_of(k), rows_of(v)
+    q, k, v = contiguous_rows(q), contiguous_rows(k), contiguous_rows(v)
     o = q.new_empty(B, S, width)
     lse = q.new_empty(B, H, S, dtype=torch.float32)
     with torch.cuda.device_of(q):

@@ -9,8 +9,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from megalr.errors import UserError
 from megalr.kernels import HAS_TRITON
 from megalr.kernels.attention import (
-    BackwardConfig,
-    ForwardConfig,
     attention,
     attention_applies,
     attention_reference,
@@ -19,8 +17,8 @@ from megalr.models.rope import rope_tables
 from tests.kernels.where import DEVICE, HALF, INTERPRETED, needs_triton
 
 if HAS_TRITON:
-    from megalr.kernels.attention_backward_triton import launch_backward
-    from megalr.kernels.attention_triton import launch_forward
+    from megalr.kernels.attention_backward_triton import BackwardConfig, launch_backward
+    from megalr.kernels.attention_triton import ForwardConfig, launch_forward
 
 
 def _inputs(
@@ -61,32 +59,33 @@ def _rope(S: int, D: int) -> torch.Tensor:
 
 
 CASES = {
+    # B, S, H, K, D; blocks of the forward pass; of the backward pass, programs
     "blocks_of_one_size": (
         (2, 64, 2, 2, 32),
-        ForwardConfig(32, 32, 4, 1),
-        BackwardConfig(32, 32, 4, 1, 3),
+        (32, 32),
+        (32, 32, 3),
     ),
     "wide_blocks_of_keys": (
         (1, 70, 2, 2, 64),
-        ForwardConfig(16, 32, 4, 1),
-        BackwardConfig(16, 32, 4, 1, 1),
+        (16, 32),
+        (16, 32, 1),
     ),
     "wide_blocks_of_queries": (
         (1, 50, 1, 1, 64),
-        ForwardConfig(32, 16, 4, 1),
-        BackwardConfig(16, 16, 4, 1, 1),
+        (32, 16),
+        (16, 16, 1),
     ),
-    "one_block": ((2, 21, 1, 1, 32), ForwardConfig(32, 32, 4, 1), BackwardConfig(32, 32, 4, 1, 1)),
-    "one_token": ((1, 1, 2, 1, 32), ForwardConfig(16, 16, 4, 1), BackwardConfig(16, 16, 4, 1, 1)),
+    "one_block": ((2, 21, 1, 1, 32), (32, 32), (32, 32, 1)),
+    "one_token": ((1, 1, 2, 1, 32), (16, 16), (16, 16, 1)),
     "grouped_heads": (
         (1, 40, 4, 2, 32),
-        ForwardConfig(16, 16, 4, 1),
-        BackwardConfig(16, 32, 4, 1, 3),
+        (16, 16),
+        (16, 32, 3),
     ),
     "no_rotation": (
         (1, 40, 2, 1, 32),
-        ForwardConfig(16, 16, 4, 1),
-        BackwardConfig(16, 16, 4, 1, 1),
+        (16, 16),
+        (16, 16, 1),
     ),
 }
 
@@ -102,8 +101,10 @@ def test_kernels_equal_float64(case: str, dtype: torch.dtype) -> None:
     S, D = shape[1], shape[4]
     *qkv, do = inputs = _inputs(shape, dtype, strided=case == "grouped_heads")
     rope = _rope(S, D) if case not in ("one_block", "no_rotation") else None
-    o, lse = launch_forward(*qkv, rope, D, forward)
-    results = (o, *launch_backward(do, *qkv, rope, o, lse, D, backward))
+    queries, keys, programs = backward
+    o, lse = launch_forward(*qkv, rope, D, ForwardConfig(*forward, 4, 1))
+    config = BackwardConfig(queries, keys, 4, 1, programs)
+    results = (o, *launch_backward(do, *qkv, rope, o, lse, D, config))
     tolerance = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
     for name, result, expected in zip(
         ("o", "dq", "dk", "dv"), results, _reference(inputs, rope, D), strict=True

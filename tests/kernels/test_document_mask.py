@@ -9,8 +9,6 @@ from torch.nn.attention.flex_attention import create_block_mask
 from megalr.errors import UserError
 from megalr.kernels import HAS_TRITON
 from megalr.kernels.attention import (
-    BackwardConfig,
-    ForwardConfig,
     attention,
     attention_applies,
     attention_reference,
@@ -20,8 +18,8 @@ from megalr.models.rope import rope_tables
 from tests.kernels.where import DEVICE, HALF, INTERPRETED, needs_triton
 
 if HAS_TRITON:
-    from megalr.kernels.attention_backward_triton import launch_backward
-    from megalr.kernels.attention_triton import launch_forward
+    from megalr.kernels.attention_backward_triton import BackwardConfig, launch_backward
+    from megalr.kernels.attention_triton import ForwardConfig, launch_forward
 
 
 def _positions(B: int, S: int, share: float) -> torch.Tensor:
