@@ -39,7 +39,8 @@ class RestartsConfig(Section):
     reset: Literal["zero", "transport"] = Field(default="zero", examples=["transport"])
     """What restarts do with the optimizer's moments. zero: they are set to zero. transport: those
     of the factors are carried through every refactorization, into the coordinates of the new
-    factors, and nothing is zeroed; AdamW only, and without the other keys of resets."""
+    factors, and nothing is zeroed; AdamW, Muon (fraction 1), NorMuon and Spectron only, and
+    without the other keys of resets."""
     phase: int = Field(default=0, ge=0, examples=[100])
     """Restarts come after updates phase, phase + period, phase + 2 period, ...; smaller than every
     period (updates)."""

@@ -22,7 +22,7 @@ from megalr.restarts.refactorize import factor_parameters
 from megalr.restarts.report import RestartReport
 from megalr.restarts.rounds import FactorRounds
 from megalr.restarts.schedule import RestartSchedule
-from megalr.restarts.transport import check_adamw
+from megalr.restarts.transport import check_transport
 
 UNBOUNDED = sys.maxsize
 """Updates of a loop whose length is not given."""
@@ -48,7 +48,7 @@ class Restarts:
         refactorize_every: updates between two refactorizations; None: as ``every``.
         reset_every: updates between two momentum resets; None: as ``every``.
         reset: "zero", or "transport": moments of the factors are carried through refactorizations
-            instead, and none are zeroed; AdamW only.
+            instead, and none are zeroed; AdamW, Muon, NorMuon and Spectron only.
         phase: restarts come after updates phase, phase + period, ...
         start_after: no restart before more than this many updates.
         stop_before: no restart in this many last updates; needs ``total_updates``.
@@ -237,7 +237,7 @@ def _check(
     if config.reset_scope == "factors" and not pairs:
         raise UserError('reset_scope = "factors": the optimizer has no factors; use "all"')
     if config.transports:
-        check_adamw(optimizer)
+        check_transport(optimizer, [group["params"] for group in optimizer.param_groups], pairs)
     if config.resets and not has_moments(optimizer, config.reset_moments):
         raise UserError(
             f"{name} has no {' or '.join(config.reset_moments)} moments to reset: use "

@@ -43,6 +43,7 @@ class Muon(ShardedOptimizer):
 
     declared: ClassVar[tuple[type[Section], ...]] = (MuonOptimizer,)
     marks: ClassVar[dict[str, Any]] = {"use_muon": False}
+    matrix_elements = ("momentum_buffer",)
     nesterov: ClassVar[bool] = True
     by_rows: ClassVar[bool] = False
     """Whether ``fraction`` always chooses rows."""

@@ -109,6 +109,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
     groups of a run or follow from it."""
     apart: ClassVar[tuple[str, ...]] = ()
     """Kinds of parameters (optim.groups) that need groups of their own in a run."""
+    matrix_elements: ClassVar[tuple[str, ...]] = ()
+    """States of whole matrices (``matrices``) with one number for each element of the matrix. Under
+    tensor parallelism a rank has those of its part; other states are the same on all its peers."""
     per_tensor_states: ClassVar[tuple[str, ...]] = ()
     """States with one number for each logical tensor of a flat storage, in the layout's order."""
 
@@ -160,6 +163,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def layout(self, parameter: torch.Tensor) -> FlatLayout:
         """The layout of one tensor of ``param_groups``."""
         return self._layouts[parameter]
+
+    def logical_tensors(self) -> dict[str, tuple[torch.Tensor, LogicalTensor]]:
+        """The logical tensors by name, each with its entry, whatever ``param_groups`` show now."""
+        layouts = self._layouts.items()
+        return {tensor.name: (key, tensor) for key, layout in layouts for tensor in layout.tensors}
 
     def _moment_dtype(self, parameter: torch.Tensor) -> torch.dtype:
         return self.state_dtype or scalar_dtype(parameter.dtype)

@@ -27,7 +27,7 @@ from megalr.restarts.report import RestartReport
 from megalr.restarts.rounds import FactorRounds
 from megalr.restarts.schedule import BaseSchedule, RestartSchedule
 from megalr.restarts.spikes import SpikeDetector
-from megalr.restarts.transport import check_adamw
+from megalr.restarts.transport import check_transport
 from megalr.restarts.verify import verify_weights
 
 
@@ -78,7 +78,7 @@ class Restarts:
         if config.refactorizes:
             self._work = FactorRounds(self._state, pairs, with_moments=config.transports)
         if config.transports:
-            check_adamw(self._state.base)
+            check_transport(self._state.base, self._state.groups(), pairs)
 
     def learning_rate_factor(self, t: int) -> float:
         """Factor of the peak learning rate at update t (zero-based; t updates are done)."""

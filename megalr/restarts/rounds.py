@@ -8,7 +8,7 @@ stage 0, where every rank holds all masters, and nothing on one rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from megalr.sharding.exchange import (
     least_loaded,
     to_owner,
 )
-from megalr.sharding.fragment import LogicalTensor, Ranks, within
+from megalr.sharding.fragment import Fragment, LogicalTensor, Ranks, within
 
 Matrices = list[tuple[Tensor, Tensor]]
 """B (m, r) and A (r, n) of each pair."""
@@ -96,7 +96,7 @@ class FactorRounds:
         whole on its device, float32 copies otherwise. Collective.
 
         ``moment``: instead of the factors, the optimizer's state of that name, zero where there is
-        none.
+        none. States of whole matrices come from the ranks that keep them.
         """
         tensors = self._tensors(round_index, moment)
         if self._in_place:
@@ -137,16 +137,33 @@ class FactorRounds:
     def _tensors(self, round_index: int, moment: str | None) -> list[Located]:
         indices = (index for mine in self.rounds[round_index] for index in mine)
         factors = [factor for index in indices for factor in self._factors[index]]
+        if moment is None:
+            return [(factor.tensor, factor.flat) for factor in factors]
+        if moment in getattr(self.state.base, "matrix_elements", ()):
+            return self._kept(factors, moment)
         return [(factor.tensor, self._values(factor, moment)) for factor in factors]
 
-    def _values(self, factor: _Factor, moment: str | None) -> Tensor:
-        """What lies on this rank as the factor's masters do: these, or one of their states."""
-        if moment is None:
-            return factor.flat
+    def _values(self, factor: _Factor, moment: str) -> Tensor:
+        """The state that lies on this rank as the factor's masters do."""
         for key in self.state.entries([factor.parameter]):
             if moment in self.state.base.state.get(key, {}):
                 return local_part(self.state.base.state[key][moment]).view(-1)
         return torch.zeros_like(factor.flat)  # no update yet, or nothing of it on this rank
+
+    def _kept(self, factors: Sequence[_Factor], moment: str) -> list[Located]:
+        """States that lie whole on the rank that makes the update of a factor."""
+        base = self.state.base
+        places = base.logical_tensors()  # type: ignore[attr-defined]
+        found = []
+        for factor in factors:
+            entry, tensor = places[factor.tensor.name]
+            whole = (Fragment(tensor.owner, 0, 0, tensor.numel),)
+            own = base.state.get(entry, {}).get("matrices", {}).get(tensor.name, {})
+            if moment not in own:  # no update yet, or another rank keeps it
+                here = self._in_place or tensor.owner == self.ranks.rank
+                own = {moment: factor.flat.new_zeros(tensor.numel if here else 0)}
+            found.append((replace(factor.tensor, fragments=whole), own[moment].view(-1)))
+        return found
 
     def _like(self) -> Tensor:
         """Factors travel and are worked on as these elements: float32, or float64 as they are."""

@@ -65,10 +65,17 @@ OPTIMIZERS = {
         lambda g: megalr.optim.GoLore(g, lr=1e-2, total_updates=7, rand_ratio=0.5), **RANK
     ),
     "muon": _split(lambda g: megalr.optim.Muon(g, lr=1e-2, ns_method="gram"), use_muon=True),
+    "muon, transport": _split(
+        lambda g: megalr.optim.Muon(g, lr=1e-2, ns_method="gram"), use_muon=True
+    ),
     "dion2": _split(lambda g: megalr.optim.Muon(g, lr=1e-2, fraction=0.4), use_muon=True),
     "normuon": _split(lambda g: megalr.optim.NorMuon(g, lr=1e-2), use_muon=True),
+    "normuon, transport": _split(lambda g: megalr.optim.NorMuon(g, lr=1e-2), use_muon=True),
     "scale": lambda m: megalr.optim.SCALE(by_kind(m), lr=1e-2),
     "spectron": _split(lambda g: megalr.optim.Spectron(g, lr=1e-1), use_spectron=True),
+    "spectron, transport": _split(
+        lambda g: megalr.optim.Spectron(g, lr=1e-1), use_spectron=True
+    ),
     "loro": lambda m: megalr.optim.LORO(
         [*chain(*megalr.split_parameters(m))], lr=1e-2, hidden_size=12, exact_every=3
     ),

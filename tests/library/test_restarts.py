@@ -287,7 +287,7 @@ REFUSALS = {
     ),
     "moments of another optimizer": (
         _pair(lambda m: torch.optim.SGD(m.parameters(), momentum=0.9)),
-        {"every": 2, "reset": "transport"}, r"carries the two moments of AdamW, and SGD keeps",
+        {"every": 2, "reset": "transport"}, r"carries the moments of AdamW .*, and SGD keeps",
     ),
     "nothing to do": (_pair(), {}, r"nothing to do"),
     "a period of zero": (_pair(), {"every": 0}, r"every = 0: must be greater than or equal to 1"),

@@ -17,7 +17,7 @@ from megalr.errors import UserError
 from megalr.restarts.balance import balanced_factors, balanced_factors_by_qr
 from megalr.restarts.controller import Restarts
 from megalr.restarts.rounds import FactorRounds
-from megalr.restarts.transport import AdamBias, MomentTransport, carry_moments, check_adamw
+from megalr.restarts.transport import AdamBias, MomentTransport, carry_moments, check_transport
 from tests.ranks import RankFailed, run_distributed
 from tests.restarts.engines import KINDS, engine_of, on_ranks, train
 from tests.restarts.test_balance import _case
@@ -266,7 +266,7 @@ def test_other_optimizers_are_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(RankFailed, match=r"UserError.*StableSPAM keeps other states"):
         run_distributed(run, 1, values, zero(0))
     weight = torch.nn.Parameter(torch.ones(2))
-    check_adamw(torch.optim.AdamW([weight]))
+    check_transport(torch.optim.AdamW([weight]), [[weight]], [])
     for optimizer in (torch.optim.AdamW([weight], amsgrad=True), torch.optim.SGD([weight])):
         with pytest.raises(UserError, match=r"restarts\.reset = transport"):
-            check_adamw(optimizer)
+            check_transport(optimizer, [[weight]], [])
