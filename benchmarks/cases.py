@@ -13,7 +13,8 @@ class Case:
     """One measured run.
 
     ``stage`` None: 1, and 0 where DeepSpeed needs no wrapper for the precision (paper_bf16).
-    ``zero``: more keys of ``zero_optimization``.
+    ``zero``: more keys of ``zero_optimization``. ``sequence``: tokens of each of the
+    ``micro_batch`` sequences.
     """
 
     preset: str
@@ -28,6 +29,7 @@ class Case:
     layout: str = "auto"
     restarts: dict[str, Any] = field(default_factory=dict)
     zero: dict[str, Any] = field(default_factory=dict)
+    sequence: int = 256
 
 
 LOW_60 = {"name": "low_rank", "rank": 128, "alpha": 32.0}
@@ -41,6 +43,12 @@ PAPER = "paper_bf16"
 OFFLOAD = {"offload_optimizer": {"device": "cpu", "pin_memory": True}}
 OFTEN = {"every": 8}
 PLAIN = {"compile": False, "cuda_graphs": False, "kernels": "torch"}
+
+
+def at_length(case: Case, sequence: int) -> Case:
+    """The case with sequences of this length and as many tokens a micro-batch, or one sequence."""
+    rows = max(1, case.micro_batch * case.sequence // sequence)
+    return replace(case, sequence=sequence, micro_batch=rows)
 
 
 def keeping(level: str) -> dict[str, Any]:

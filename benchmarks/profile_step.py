@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from cases import CASES, Case, stage_of
+from cases import CASES, Case, at_length, stage_of
 from throughput import run_settings
 from torch.profiler import ProfilerActivity, profile
 
@@ -48,7 +48,7 @@ def updater_of(case: Case, folder: Path, device: torch.device) -> Callable[[], N
     ds_user = {"zero_optimization": {"stage": stage_of(case)}}
     ds_config = resolve_deepspeed_config(config, ds_user, "profile", 1)
     engine = build_engine(config, ds_config, build_model(config, device))
-    ids = torch.randint(3, 32000, (case.micro_batch, 257))
+    ids = torch.randint(3, 32000, (case.micro_batch, case.sequence + 1))
     # Contiguous as the loader's: a view would be copied to memory that the host waits for.
     inputs, labels = ids[:, :-1].contiguous().pin_memory(), ids[:, 1:].contiguous().pin_memory()
     batch = UpdateBatch(0, [(inputs, labels)], labels.numel(), (case.micro_batch,))
@@ -91,11 +91,13 @@ def kernel_table(work: Callable[[], None], repeats: int, trace: Path | None) -> 
     return averages.table(sort_by="self_device_time_total", row_limit=60, max_name_column_width=110)
 
 
-def profile_case(name: str, output: Path, trace: bool) -> None:
+def profile_case(name: str, output: Path, trace: bool, sequence: int) -> None:
     """Measure one case in this process and write its tables."""
     device = start_distributed()
+    case = at_length(CASES[name], sequence)
+    name += f"_{sequence}" if sequence != CASES[name].sequence else ""
     with tempfile.TemporaryDirectory() as folder:
-        update = updater_of(CASES[name], Path(folder), device)
+        update = updater_of(case, Path(folder), device)
         for _ in range(5):
             update()
         lines = [f"case {name}, torch {torch.__version__}, {torch.cuda.get_device_name()}"]
@@ -110,15 +112,17 @@ def main() -> None:
     """Profile every case in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", nargs="+", choices=CASES, required=True)
+    parser.add_argument("--sequence", type=int, default=256, help="tokens of a sequence")
     parser.add_argument("--trace", action="store_true", help="write a Chrome trace as well")
     parser.add_argument("--output", type=Path, required=True, help="folder of the results")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     if len(arguments.cases) == 1:
-        profile_case(arguments.cases[0], arguments.output, arguments.trace)
+        profile_case(arguments.cases[0], arguments.output, arguments.trace, arguments.sequence)
         return
     for name in arguments.cases:
         words = ["--cases", name, "--output", str(arguments.output)]
+        words += ["--sequence", str(arguments.sequence)]
         words += ["--trace"] if arguments.trace else []
         subprocess.run([sys.executable, __file__, *words], cwd=ROOT, check=False)
 

@@ -3,14 +3,16 @@
     python benchmarks/throughput.py --cases 60m_low_rank 350m_low_rank --output benchmarks/results
 
 Each case is one run of ``launchers/pretrain.py`` on random tokens (or ``--data``), a process for
-each GPU. Reported: the median and the spread over the logged intervals after warm-up, peak memory,
-seconds from start to the first update, and of these what torch.compile took.
+each GPU. Reported: the median and the spread over the logged intervals after warm-up, peak memory
+beside its estimate, seconds from start to the first update, and of these what torch.compile took.
+``--sequence`` runs every case at other lengths than 256, with as many tokens a micro-batch.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -26,10 +28,12 @@ from typing import IO, Any
 
 import numpy as np
 import yaml
-from cases import CASES, Case, stage_of
+from cases import CASES, Case, at_length, stage_of
 
+from megalr.config.schema import RunConfig
 from megalr.data.manifest import DataManifest, ShardEntry, SourceInfo, TokenizerInfo
 from megalr.errors import UserError, exit_cleanly
+from megalr.estimate.memory import GIB, estimate_memory
 from megalr.files import sha256_of_file, write_atomic
 from megalr.preprocessing.shard_writer import ShardWriter
 
@@ -51,13 +55,18 @@ TARGETS: dict[str, tuple[int, float]] = {
 """Tokens/s at least and GiB at most on one H200 (a shared list of goals, not a test)."""
 
 
-def random_data(folder: Path, tokens: int = 20_000_000, vocab_size: int = 32000) -> Path:
-    """A data set of uniformly random ids, so that nothing but speed can be learned from it."""
+def random_data(
+    folder: Path, tokens: int = 20_000_000, vocab_size: int = 32000, document: int = 1000
+) -> Path:
+    """A data set of uniformly random ids, so that nothing but speed can be learned from it.
+
+    ``document``: tokens of each document.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "tokenizer.model", b"random")
     rng = np.random.default_rng(0)
     with ShardWriter(folder / "train-00000", vocab_size) as writer:
-        lengths = np.full(tokens // 1000, 1000, np.int32)
+        lengths = np.full(tokens // document, document, np.int32)
         writer.add(rng.integers(3, vocab_size, size=int(lengths.sum())), lengths)
         done = writer.finish()
     entry = ShardEntry(
@@ -87,7 +96,7 @@ def run_settings(
         "parallel": {"tensor": case.tensor, "layout": case.layout},
         "restarts": case.restarts,
         "schedule": {"warmup_updates": 10},
-        "data": {"train": str(data), "sequence_length": 256},
+        "data": {"train": str(data), "sequence_length": case.sequence},
         "train": {
             "updates": 100 * updates,  # more than will be made, see run_until
             "global_batch_size": case.micro_batch * case.accumulation * gpus // case.tensor,
@@ -103,9 +112,11 @@ def run_settings(
     }
 
 
-def changed(case: Case, arguments: argparse.Namespace) -> Case:
-    """The case with what the command line gives instead."""
+def changed(case: Case, arguments: argparse.Namespace, sequence: int | None = None) -> Case:
+    """The case with what the command line gives instead, at one of the lengths it gives."""
     given = {key: getattr(arguments, key) for key in OVERRIDES}
+    if sequence is not None:
+        case = at_length(case, sequence)
     case = replace(case, **{key: value for key, value in given.items() if value is not None})
     return replace(
         case,
@@ -130,7 +141,8 @@ def run_case(name: str, case: Case, data: Path, work: Path, arguments: argparse.
         run_until(command, gpus, folder / "metrics.jsonl", updates, output)
     if steps_done(folder / "metrics.jsonl") < updates:
         raise UserError(f"case {name} failed:\n{log.read_text()[-4000:]}")
-    return summary(name, case, folder / "metrics.jsonl", gpus, launched)
+    found = summary(name, case, folder / "metrics.jsonl", gpus, launched)
+    return {**found, **estimated(case, config, gpus, found)}
 
 
 def run_until(command: list[str], gpus: int, metrics: Path, updates: int, output: IO[str]) -> None:
@@ -231,6 +243,19 @@ def summary(name: str, case: Case, metrics: Path, gpus: int, launched: float) ->
     }
 
 
+def estimated(
+    case: Case, config: dict[str, Any], gpus: int, found: dict[str, Any]
+) -> dict[str, float]:
+    """The estimate of the peak in GiB, and by how many percent it exceeds the measured one."""
+    ds_user = {"zero_optimization": {"stage": stage_of(case), **case.zero}}
+    hopper = any(name in found["versions"]["device"] for name in ("H100", "H200", "H800"))
+    run = RunConfig.model_validate(config)
+    peak = estimate_memory(run, ds_user, "benchmarks/throughput.py", gpus, hopper).peak / GIB
+    measured = found["peak_memory_gib"]
+    error = round(100 * (peak / measured - 1), 1) if measured else float("nan")
+    return {"estimated_memory_gib": round(peak, 2), "estimate_error_percent": error}
+
+
 def _median(values: list[float | str]) -> float | str:
     """Of numbers; the metrics say ``n/a`` where the device's peak is not known."""
     numbers = [value for value in values if not isinstance(value, str)]
@@ -263,6 +288,12 @@ def main() -> None:
     )
     parser.add_argument("--layout", help="of tensor parallelism, instead of the case's")
     parser.add_argument("--micro_batch", type=int, help="sequences instead of the case's")
+    parser.add_argument(
+        "--sequence",
+        type=int,
+        nargs="+",
+        help="lengths instead of 256, each a run; the tokens of a micro-batch stay",
+    )
     parser.add_argument("--data", type=Path, help="preprocessed data set (default: random tokens)")
     parser.add_argument("--commit", default="unknown", help="commit to note in the result")
     parser.add_argument("--name", default="throughput", help="first part of the result's name")
@@ -272,11 +303,15 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     results = []
     with tempfile.TemporaryDirectory() as work:
-        data = arguments.data or random_data(Path(work) / "data")
-        for name in arguments.cases:
-            case = changed(CASES[name], arguments)
+        lengths: list[int | None] = arguments.sequence or [None]
+        longest = max((length for length in lengths if length), default=0)
+        data = arguments.data or random_data(Path(work) / "data", document=max(1000, longest))
+        for name, length in itertools.product(arguments.cases, lengths):
+            case = changed(CASES[name], arguments, length)
             try:
-                result = run_case(name, case, data, Path(work), arguments)
+                folder = Path(work) / str(length or "case")
+                folder.mkdir(exist_ok=True)
+                result = run_case(name, case, data, folder, arguments)
             except UserError as error:
                 print(error, flush=True)
                 continue
@@ -285,23 +320,26 @@ def main() -> None:
             path = arguments.output / f"{arguments.name}_{arguments.gpus}gpu.json"
             path.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
-    if len(results) < len(arguments.cases):
-        raise UserError(f"{len(arguments.cases) - len(results)} of the cases failed, see above")
+    if len(results) < len(arguments.cases) * len(lengths):
+        failed = len(arguments.cases) * len(lengths) - len(results)
+        raise UserError(f"{failed} of the runs failed, see above")
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """The results as a Markdown table, beside what is to be reached."""
     lines = [
-        "| case | tokens/s | range | at least | ms an update | MFU | GiB | at most | start-up s |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| case | sequence | tokens/s | range | at least | ms an update | MFU | GiB | at most | "
+        "estimate | error % | start-up s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
-        speed, memory = TARGETS.get(r["case"], ("", ""))
+        speed, memory = TARGETS.get(r["case"] if r["sequence"] == 256 else "", ("", ""))
         low, high = r["tokens_per_second_range"]
         mfu = r["mfu"] if isinstance(r["mfu"], str) else f"{r['mfu']:.3f}"
         lines.append(
-            f"| {r['case']} | {r['tokens_per_second']:,} | {low:,} to {high:,} | {speed} | "
-            f"{1e3 * r['update_seconds']:.2f} | {mfu} | {r['peak_memory_gib']} | {memory} | "
+            f"| {r['case']} | {r['sequence']} | {r['tokens_per_second']:,} | {low:,} to {high:,} | "
+            f"{speed} | {1e3 * r['update_seconds']:.2f} | {mfu} | {r['peak_memory_gib']} | "
+            f"{memory} | {r['estimated_memory_gib']} | {r['estimate_error_percent']} | "
             f"{r['startup_seconds']:.1f} |"
         )
     return "\n".join(lines)

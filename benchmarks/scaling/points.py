@@ -147,6 +147,7 @@ def _is_predicted(row: dict[str, Any]) -> bool:
         and row.get("train", {}).get("compile", True)
         and _level(row) in ("none", "full")
         and not row.get("restarts")
+        and row.get("sequence", 256) == 256
         and not row.get("zero")
     )
 
