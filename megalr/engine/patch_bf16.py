@@ -47,12 +47,16 @@ def batch_bf16(engine: Any, optimizer: Any) -> None:
 
     def update_hp_grads(self: Any, clear_lp_grads: bool = False) -> None:
         if clear_lp_grads:
+            for number, has_gradient in enumerate(self.fp32_groups_has_gradients):
+                if not any(has_gradient):
+                    self.fp32_groups_gradients_flat[number].zero_()
             original(clear_lp_grads)
             return
         for number, group in enumerate(self.bf16_groups):
             _add_gradients(self, number, group, sums[number])
 
     optimizer.update_hp_grads = MethodType(update_hp_grads, optimizer)
+    optimizer.clear_hp_grads = MethodType(_forget_sums, optimizer)
     optimizer.step = MethodType(_bf16_step, optimizer)
     if dist.get_world_size(engine.seq_data_parallel_group) == 1:
         low = engine.communication_data_type
@@ -60,17 +64,25 @@ def batch_bf16(engine: Any, optimizer: Any) -> None:
         _reduce_on_one_rank(optimizer, low if rounds else None)
 
 
+def _forget_sums(optimizer: Any) -> None:
+    """``clear_hp_grads`` without writing zeros: the next micro-batch writes over the sums."""
+    groups = optimizer.fp32_groups_gradients
+    optimizer.fp32_groups_has_gradients[:] = [[False] * len(group) for group in groups]
+
+
 @torch.no_grad()
 def _add_gradients(optimizer: Any, number: int, group: list[Any], sums: list[Tensor]) -> None:
     """``sums += .grad`` for a group's parameters, bf16 onto float32.
 
-    The first micro-batch of an update is written over the sums, which are zero (one kernel for some
-    hundred tensors, and the sums are not read); later ones are gathered into one bf16 tensor and
-    added to the flat sums by one more kernel.
+    The first micro-batch of an update is written over the sums of the last (one kernel for some
+    hundred tensors, and the sums are neither cleared nor read); later ones are gathered into one
+    bf16 tensor and added to the flat sums by one more kernel.
     """
     has_gradient = optimizer.fp32_groups_has_gradients[number]
     used = [index for index, parameter in enumerate(group) if parameter.grad is not None]
     if not any(has_gradient):
+        if len(used) < len(group):
+            torch._foreach_zero_([sums[i] for i in set(range(len(group))).difference(used)])
         if used:
             torch._foreach_copy_([sums[i] for i in used], [group[i].grad for i in used])
     elif len(used) == len(group):
@@ -106,7 +118,7 @@ def _bf16_step(optimizer: Any, closure: None = None) -> None:
     """``BF16_Optimizer.step``: norm, clipping, update, new weights.
 
     After a step that the device has skipped the unchanged weights are written once more. The sums
-    are not cleared here: the engine calls ``zero_grad``, which does so, right afterwards.
+    end with the update: the engine calls ``zero_grad`` right afterwards.
     """
     if closure is not None:
         raise NotImplementedError("BF16_Optimizer does not support a closure")

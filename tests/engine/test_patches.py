@@ -170,6 +170,44 @@ def _assert_same(case: tuple[str, int, int], ours: dict[str, Any], theirs: dict[
     assert ours["norms"][CLIPPED - 1] > 0.02
 
 
+def test_sums_of_an_update_hold_nothing_of_the_one_before(tmp_path: Path) -> None:
+    """A parameter without gradient has a sum of zero, whatever the last update left there."""
+    values = _values(tmp_path, "bf16", 2, 1)
+    (sums,) = run_distributed(_sums_after_two_updates, 1, values)
+    for ours, theirs, used in sums:
+        assert ours == pytest.approx(theirs) and any(theirs) == used
+
+
+def _sums_after_two_updates(values: dict[str, Any]) -> list[tuple[list[float], list[float], bool]]:
+    """Of each parameter: sums with our code and DeepSpeed's, and whether the last update used it.
+
+    Every parameter has gradients in the first update, every second one in the other.
+    """
+    config = RunConfig.model_validate(values)
+    ds_config = resolve_deepspeed_config(config, zero(1), "test", 1)
+    found: list[list[list[float]]] = []
+    for ours in (batch_parameters, lambda engine: None):
+        with patch.object(engines, "batch_parameters", ours):
+            engine = engines.build_engine(
+                config, ds_config, build_model(config, torch.device("cpu"))
+            )
+        optimizer = engine.optimizer
+        parameters = [p for group in optimizer.bf16_groups for p in group]
+        for update in range(2):
+            for micro in (1.0, 2.0):
+                for index, parameter in enumerate(parameters):
+                    used = update == 0 or index % 2 == 0
+                    parameter.grad = torch.full_like(parameter, micro) if used else None
+                optimizer.update_hp_grads()
+            if update == 0:
+                optimizer.zero_grad()
+        sums = [total for group in optimizer.fp32_groups_gradients for total in group]
+        found.append([total.flatten().tolist() for total in sums])
+        engine.destroy()
+    mine, theirs = found
+    return [(a, b, i % 2 == 0) for i, (a, b) in enumerate(zip(mine, theirs, strict=True))]
+
+
 def test_another_version_of_a_wrapper_keeps_its_own_code() -> None:
     assert run_distributed(_replaced_in_unknown_wrappers, 1) == [[set(), {"check_overflow"}, set()]]
 
