@@ -173,12 +173,30 @@ def activation_bytes(
         # Recomputed by a block in backward; the rest has been saved.
         most = max(size - left for size, left in zip(whole, kept, strict=True))
         again = max(0.0, most) + shape.tokens * each
-    f = groups[2].local_rows[0]
-    backward = shape.tokens * (3 * f + 2 * residual) * shape.element + again
+    mlp = (3 * groups[2].local_rows[0] + 2 * residual) * shape.element
+    backward = shape.tokens * max(mlp, attention_backward_bytes(sizes, plan, shape)) + again
     backward += shape.element * max(_weight_transient(method, found) for found in layers)
     head = head_bytes(sizes, plan, shape)
     work = int(max(backward, head)) + LIBRARIES
     return ActivationBytes(int(saved + shape.tokens * once), work, int(again))
+
+
+def attention_backward_bytes(sizes: DecoderConfig, plan: Plan, shape: Shape) -> float:
+    """Bytes per token while attention's backward pass works, besides what is kept.
+
+    Gradients of the residual stream and the attention norm's input, of o, q, k, v; torch's
+    backends (FlashAttention-2, cuDNN) also sum dq in float32, with the products dO O of each head,
+    and with fewer key heads write dk and dv of every query head first. The custom kernel's scratch
+    does not grow with the tokens.
+    """
+    t = plan.mesh.tensor_size
+    q, kv, heads = sizes.q_width / t, sizes.kv_width / t, sizes.num_heads / t
+    residual = sizes.hidden_size / (t if plan.sharded_residual else 1)
+    numbers = 2 * residual + 2 * q + 2 * kv
+    if shape.kernels.attention:
+        return numbers * shape.element
+    numbers += 2 * q if kv < q else 0
+    return numbers * shape.element + 4 * (q + heads)
 
 
 def mask_bytes(sizes: DecoderConfig, shape: Shape) -> tuple[float, float]:

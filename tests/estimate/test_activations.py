@@ -14,8 +14,11 @@ import torch
 import megalr.models.decoder
 from megalr.config.schema import RunConfig
 from megalr.estimate.activations import (
+    LIBRARIES,
+    ActivationBytes,
     Kernels,
     Shape,
+    attention_backward_bytes,
     block_elements,
     head_bytes,
     kept_elements,
@@ -303,6 +306,74 @@ def test_bytes_by_hand() -> None:
     assert found.kept == 24 * 2048 * (2 * (8 * 1024 + 2 * 2752) + 4 * (16 + 2))
     a100 = estimate_memory(_run(FULL_RANK), zero(1), "x", 1, hopper=False).activations
     assert a100.kept - found.kept == 24 * 2048 * 2 * (2 * 1024)  # v keeps the stack alive
+
+
+ONE_B = {"preset": "llama_1b"}
+LONG = {"compile": True, "global_batch_size": 1, "micro_batch_size": 1}
+
+
+def _activations(method: dict[str, Any], length: int, **train: Any) -> ActivationBytes:
+    """Of llama_1b with one sequence: h 2048, f 5504 (5461 padded), 24 layers, 32 heads."""
+    run = _run(method, model=ONE_B, data={"sequence_length": length}, train={**LONG, **train})
+    return estimate_memory(run, zero(1), "x", 1).activations
+
+
+@pytest.mark.parametrize("length", [2048, 4096, 8192, 16384, 32768])
+def test_bytes_of_long_sequences_by_hand(length: int) -> None:
+    """Torch's attention: dense layers keep the stack that v is a part of; r = 256 here."""
+    h, f = 2048, 5504
+    numbers = {"none": 10 * h + 2 * f, "elementwise": 6 * h + 2 * f, "full": h}
+    scales = {"none": 4 * (32 + 2), "elementwise": 4 * 32, "full": 0}
+    found = {
+        level: _activations(FULL_RANK, length, activation_checkpointing=level) for level in numbers
+    }
+    for level, activations in found.items():
+        assert activations.kept == 24 * length * (2 * numbers[level] + scales[level]), level
+    # In one block; what elementwise keeps of q, k and v (3 h) is not recomputed.
+    assert found["full"].again == length * (2 * (9 * h + 2 * f) + scales["none"])
+    low = _activations(LOW_RANK, length).kept
+    assert low == 24 * length * (2 * (8 * h + 7 * 256 + 2 * f) + scales["none"])
+    # Chunks of logits of at most 512 MiB, and the weight's gradients and their sum.
+    tokens = min(length, 8192)
+    logits, weight = 2 * 32000 * tokens, 32000 * h
+    sums = {2048: 2, 4096: 2, 8192: 2, 16384: 4, 32768: 6}[length]
+    head = logits + weight * sums + 3 * length * h * 2
+    block = length * (3 * f + 2 * h) * 2
+    assert found["none"].work - LIBRARIES == max(head, block)
+
+
+@pytest.mark.parametrize("level", ["none", "elementwise", "full"])
+def test_the_peak_grows_with_the_length(level: str) -> None:
+    """Of one sequence; with as many tokens a micro-batch the length does not count."""
+    peaks = []
+    for length in (2048, 4096, 8192, 16384, 32768):
+        train = {**LONG, "activation_checkpointing": level}
+        run = _run(LOW_RANK, model=ONE_B, data={"sequence_length": length}, train=train)
+        peaks.append(estimate_memory(run, zero(1), "x", 1).peak)
+    assert peaks == sorted(set(peaks))
+    batches = {2048: 16, 8192: 4, 32768: 1}
+    same = set()
+    for length, rows in batches.items():
+        train = {"compile": True, "global_batch_size": rows, "micro_batch_size": rows}
+        run = _run(
+            LOW_RANK,
+            model=ONE_B,
+            data={"sequence_length": length},
+            train={**train, "activation_checkpointing": level},
+        )
+        same.add(estimate_memory(run, zero(1), "x", 1).peak)
+    assert same == {peaks[-1]}
+
+
+def test_attention_of_torch_sums_dq_in_float32() -> None:
+    """Per token: gradients of residual, norm, o, q, k, v in bf16; dq and a number a head."""
+    sizes = sizes_of(_run(FULL_RANK))  # h 1024, 16 heads
+    grouped = replace(sizes, num_kv_heads=4)
+    plain, fused = (Shape(1, 2, True, "none", Kernels(attention=own)) for own in (False, True))
+    assert attention_backward_bytes(sizes, SINGLE, fused) == 2 * 6 * 1024
+    assert attention_backward_bytes(sizes, SINGLE, plain) == 2 * 6 * 1024 + 4 * (1024 + 16)
+    expected = 2 * (4 * 1024 + 2 * 256 + 2 * 1024) + 4 * (1024 + 16)
+    assert attention_backward_bytes(grouped, SINGLE, plain) == expected
 
 
 def test_bytes_of_document_masks_are_those_that_autograd_keeps() -> None:
