@@ -42,7 +42,7 @@ def follow(values: Any, keys: list[Any]) -> Any:
     for key in keys:
         if isinstance(values, dict):
             values = values.get(key)
-        elif isinstance(values, list | tuple) and 0 <= key < len(values):
+        elif isinstance(values, list | tuple) and key in range(len(values)):
             values = values[key]
         else:
             return None
