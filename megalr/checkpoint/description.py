@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 from torch import Tensor
@@ -48,6 +48,8 @@ class _Description(BaseModel, strict=True):
     flats: list[_Flat]
     parameters: dict[str, _Parameter]
     per_tensor_states: list[str]
+    cuts: dict[str, Literal[0, 1]] = {}
+    matrix_elements: list[str] = []
 
 
 def read_description(path: Path) -> dict[str, Any]:
@@ -65,7 +67,7 @@ def read_description(path: Path) -> dict[str, Any]:
         problem = _outside(parameter, checked.flats)
         if problem is not None:
             raise Damaged(f"{path.name}: {name}: {problem}")
-    return dict(content)
+    return {"cuts": checked.cuts, "matrix_elements": checked.matrix_elements, **content}
 
 
 def _outside(parameter: _Parameter, flats: list[_Flat]) -> str | None:

@@ -33,6 +33,7 @@ from megalr.engine.checkpoint_files import (
 from megalr.engine.state import EngineState
 from megalr.errors import AgreedError, UserError
 from megalr.optim.sharded_optimizer import ShardedOptimizer
+from megalr.sharding.fragment import LogicalTensor
 from megalr.sharding.tensor_shard import shard_of
 
 
@@ -231,7 +232,7 @@ def _whole_tensor_states(state: EngineState, source: StateSource, flat: Tensor) 
             result[key] = torch.stack(averages).to(flat.device)
     matrices = {
         tensor.name: {
-            key: value.to(flat.device, copy=True) if isinstance(value, Tensor) else value
+            key: _held(value, tensor if key in state.base.matrix_elements else None, flat.device)
             for key, value in states[tensor.name].matrix.items()
         }
         for tensor in layout.tensors
@@ -240,3 +241,10 @@ def _whole_tensor_states(state: EngineState, source: StateSource, flat: Tensor) 
     if any(states[tensor.name].matrix for tensor in layout.tensors):
         result["matrices"] = matrices
     return result
+
+
+def _held(value: Any, tensor: LogicalTensor | None, device: torch.device) -> Any:
+    """What this rank holds of a matrix's state; ``tensor``: the matrix, if cut like it."""
+    if not isinstance(value, Tensor):
+        return value
+    return (value if tensor is None else tensor.cut.part(value)).to(device, copy=True)

@@ -154,11 +154,7 @@ class ShardedFiles:
         self._check_parameters()
         self._open = lru_cache(maxsize=None)(lambda name: load_mapped(folder / name))
         self._spread: tuple[int, dict[str, Tensor]] = (0, {})  # of the flat tensor read last
-        self._logical: dict[str, list[tuple[dict[str, Any], int]]] = {}
-        for description in self._ranks[min(self._ranks)]:
-            for flat in description["flats"]:
-                for index, name in enumerate(flat["tensors"]):
-                    self._logical.setdefault(name, []).append((flat, index))
+        self._logical = {rank: _logical_places(found) for rank, found in self._ranks.items()}
 
     def _check_parameters(self) -> None:
         """Every rank describes the same parameters, and each is sharded on all ranks or none."""
@@ -215,12 +211,22 @@ class ShardedFiles:
         return full.view(-1)[start:stop]
 
     def logical_tensors(self) -> list[str]:
-        return [name for name in self._logical if self._holders(name)]
+        return [name for name in self._logical[min(self._ranks)] if self._holders(name)]
 
     def tensor_state(self, logical: str) -> TensorState:
+        first, dim = min(self._ranks), self._first["cuts"].get(logical)
+        found = self._local_state(first, logical)
+        for key in self._first["matrix_elements"] if dim is not None else ():
+            if key in found.matrix:
+                states = [self._local_state(rank, logical) for rank in sorted(self._ranks)]
+                found.matrix[key] = _joined([state.matrix.get(key) for state in states], dim)
+        return found
+
+    def _local_state(self, tensor_rank: int, logical: str) -> TensorState:
+        """The state of the part that one tensor-parallel rank holds of a logical tensor."""
         found = TensorState()
         names = self._first["per_tensor_states"]
-        for flat, index in self._logical[logical]:
+        for flat, index in self._logical[tensor_rank].get(logical, []):
             state = self._state(flat)
             found.averages |= {key: state[key][index] for key in names if key in state}
             found.matrix |= state.get("matrices", {}).get(logical, {})
@@ -295,3 +301,21 @@ class ShardedFiles:
                 found[key] = value.new_zeros(flat["numel"]).masked_scatter_(mask.view(-1), value)
         self._spread = (id(flat), found)
         return found
+
+
+def _logical_places(descriptions: list[dict[str, Any]]) -> dict[str, list[tuple[Any, int]]]:
+    """Name of each logical tensor to the flat tensors that hold some of it, and its place there."""
+    places: dict[str, list[tuple[Any, int]]] = {}
+    for description in descriptions:
+        for flat in description["flats"]:
+            for index, name in enumerate(flat["tensors"]):
+                places.setdefault(name, []).append((flat, index))
+    return places
+
+
+def _joined(parts: list[Any], dim: int) -> Tensor:
+    """A matrix of the parts that the tensor-parallel ranks hold."""
+    shapes = {tuple(part.shape) if isinstance(part, Tensor) else () for part in parts}
+    if len(shapes) > 1 or len(next(iter(shapes))) != 2:
+        raise Damaged(f"tensor-parallel ranks hold parts of shapes {sorted(shapes)} of one matrix")
+    return torch.cat(parts, dim)

@@ -7,7 +7,9 @@ of the engine:
 
 * ``flats``: each tensor of masters with the optimizer's state of it, as (file, keys to follow);
 * ``parameters``: shape (of the tensor-parallel part), ``shard`` if tensor parallelism splits it,
-  and the ``piece`` held here: (flat, offset in it, first element of the parameter, elements).
+  and the ``piece`` held here: (flat, offset in it, first element of the parameter, elements);
+* ``cuts``: the dimension along which tensor parallelism cuts a logical tensor, for those it cuts;
+* ``per_tensor_states``, ``matrix_elements``: names of states, see ``ShardedOptimizer``.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from megalr.engine.state import EngineState
 from megalr.engine.torch_pickle import system_error, unpickle, write_tensors
 from megalr.engine.wrappers import wrapper_of
 from megalr.optim.sharded_optimizer import ShardedOptimizer
+from megalr.sharding.fragment import LogicalTensor
 from megalr.sharding.tensor_shard import shard_of
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
@@ -121,15 +124,18 @@ def describe_files(engine: Any) -> dict[str, Any]:
     wrapper = state.wrapper
     flats: list[dict[str, Any]] = []
     number: dict[int, int] = {}
+    cuts: dict[str, int] = {}
     for storage in wrapper.storages:
         master, optimizer_state = wrapper.checkpoint_places(storage.flat)
         number[id(storage.flat)] = len(flats)
+        tensors = _logical_tensors(state.base, storage.flat)
+        cuts |= {tensor.name: tensor.cut.dim for tensor in tensors if tensor.cut.ranks.size > 1}
         flats.append(
             {
                 "numel": storage.flat.numel(),
                 "master": master,
                 "state": optimizer_state,
-                "tensors": _logical_names(state.base, storage.flat),
+                "tensors": [tensor.name for tensor in tensors],
             }
         )
     parameters: dict[str, Any] = {}
@@ -148,7 +154,9 @@ def describe_files(engine: Any) -> dict[str, Any]:
     return {
         "flats": flats,
         "parameters": parameters,
+        "cuts": cuts,
         "per_tensor_states": list(getattr(state.base, "per_tensor_states", ())),
+        "matrix_elements": list(getattr(state.base, "matrix_elements", ())),
     }
 
 
@@ -170,8 +178,6 @@ def _record(
     }
 
 
-def _logical_names(base: torch.optim.Optimizer, flat: torch.Tensor) -> list[str]:
-    """Names of the logical tensors in a flat one; only this package's optimizers have any."""
-    if not isinstance(base, ShardedOptimizer):
-        return []
-    return [tensor.name for tensor in base.layout(flat).tensors]
+def _logical_tensors(base: torch.optim.Optimizer, flat: torch.Tensor) -> tuple[LogicalTensor, ...]:
+    """The logical tensors in a flat one; only this package's optimizers have any."""
+    return base.layout(flat).tensors if isinstance(base, ShardedOptimizer) else ()

@@ -32,6 +32,9 @@ from megalr.sharding.fragment import Fragment
 from megalr.sharding.tensor_shard import shard_of
 
 WHOLE_MATRIX = (MatrixOptimizer, LORO, Muon, Spectron)
+"""Optimizers whose work on whole matrices ZeRO's ranks share."""
+CUT_BY_TENSOR_RANKS = (MatrixOptimizer, LORO, StableSPAM, SCALE)
+"""Optimizers that look at whole tensors and cannot put tensor-parallel parts together."""
 
 
 class EngineState:
@@ -187,7 +190,7 @@ def check_ranks(base: torch.optim.Optimizer, replicated: bool, ranks: int, size:
         replicated: whether every data-parallel rank holds all masters (stage 0).
         ranks: data-parallel ranks.
         size: tensor-parallel ranks. Each holds a part of a matrix: its SVD, norm or maximum are
-            not those of the matrix.
+            not those of the matrix. Muon and Spectron put the parts together.
 
     Raises:
         UserError: a whole-matrix optimizer at stage 0 on several ranks (every rank would keep all
@@ -203,8 +206,9 @@ def check_ranks(base: torch.optim.Optimizer, replicated: bool, ranks: int, size:
     masked = isinstance(base, SPAM) and any(
         g["density"] not in (None, 1) for g in base.param_groups
     )
-    if size > 1 and (masked or isinstance(base, (*WHOLE_MATRIX, StableSPAM, SCALE))):
+    if size > 1 and (masked or isinstance(base, CUT_BY_TENSOR_RANKS)):
         raise UserError(
             f"{type(base).__name__} looks at whole tensors and tensor parallelism over {size} "
-            "ranks cuts them: use data parallelism for it, or adamw or spam (density 1)"
+            "ranks cuts them: use data parallelism for it, or adamw, spam (density 1), muon, "
+            "normuon or spectron"
         )

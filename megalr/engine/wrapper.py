@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from megalr.errors import UserError
 from megalr.kernels.stochastic_rounding import Run
 from megalr.sharding.exchange import assign_owners
-from megalr.sharding.fragment import FlatLayout, Fragment, Ranks, logical_tensors
+from megalr.sharding.fragment import UNCUT, Cut, FlatLayout, Fragment, Ranks, logical_tensors
 from megalr.sharding.tensor_shard import shard_of
 
 Place = tuple[str, list[Any]]
@@ -131,13 +131,20 @@ class Wrapper(ABC):
         for storage in self.storages:
             tensors = []
             for parameter, fragments in storage.parameters:
-                shape = self.shape(parameter)
+                shape, cut = self.shape(parameter), self._cut(parameter)
                 for tensor in logical_tensors(self.name(parameter), parameter, shape, fragments):
-                    tensors.append(replace(tensor, number=number))
+                    tensors.append(replace(tensor, number=number, cut=cut))
                     number += 1
             owned = assign_owners(tensors, storage.ranks.size)
             layouts[storage.flat] = FlatLayout(tuple(owned), storage.ranks)
         return layouts
+
+    def _cut(self, parameter: nn.Parameter) -> Cut:
+        """How tensor parallelism cuts each of the matrices in a parameter."""
+        shard = shard_of(parameter)
+        if shard is None or shard.dimension is None:
+            return UNCUT
+        return Cut(Ranks.of(self.engine.mpu.get_model_parallel_group()), shard.dimension)
 
     def layout(self, flat: Tensor) -> FlatLayout:
         """All ranks' fragments of the logical tensors in one tensor of the optimizer."""

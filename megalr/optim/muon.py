@@ -14,6 +14,8 @@ from megalr.optim import adam_h
 from megalr.optim.matrix import of_equal_shape
 from megalr.optim.sharded_optimizer import ShardedOptimizer, scalar_dtype
 from megalr.sharding.exchange import Item, MatrixUpdate
+from megalr.sharding.fragment import Cut
+from megalr.sharding.workers import agreed, completed, from_workers, share, to_workers
 
 STEPS = 5
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -39,6 +41,9 @@ class Muon(ShardedOptimizer):
 
     With ``fraction`` below 1 NS5 gets the rows (columns, if they are fewer) of M that
     :func:`largest_slices` chooses, without Nesterov's blend, and U is zero elsewhere.
+
+    Under tensor parallelism a rank keeps M of its part of a matrix, and m and n are those of the
+    whole one. The ranks share the matrices that they cut (:mod:`megalr.sharding.workers`).
     """
 
     declared: ClassVar[tuple[type[Section], ...]] = (MuonOptimizer,)
@@ -95,35 +100,41 @@ class Muon(ShardedOptimizer):
             owns.append(own)
             grads.append(grad)
         found: dict[int, torch.Tensor] = {}
-        for indices in of_equal_shape(grads):
-            batch = self._rule([owns[i] for i in indices], [grads[i] for i in indices], group)
+        for cut, indices in _alike(items, grads):
+            batch = self._rule([owns[i] for i in indices], [grads[i] for i in indices], group, cut)
             found.update(zip(indices, batch.unbind(), strict=True))
         return [found[i].to(grad.dtype) for i, (_, grad) in enumerate(items)]
 
     def _rule(
-        self, owns: list[dict[str, Any]], grads: list[torch.Tensor], group: dict[str, Any]
+        self,
+        owns: list[dict[str, Any]],
+        grads: list[torch.Tensor],
+        group: dict[str, Any],
+        cut: Cut,
     ) -> torch.Tensor:
-        """U (b, m, n) of b gradients of one shape.
+        """U (b, m, n) of b gradients of one shape, parts of matrices cut alike.
 
         A gradient that is not finite leaves the state as it is, and its U is not finite.
         """
         momenta = [own["momentum_buffer"] for own in owns]
-        finite = all_finite(grads)  # stays on the device
-        places, (m, n) = None, grads[0].shape
+        finite = agreed(all_finite(grads), cut)  # stays on the device
+        places, (m, n) = None, cut.whole_shape(grads[0].shape)
         side = 0 if self.by_rows or m <= n else 1
         if group["fraction"] < 1:
-            batch, places = largest_slices(momenta, grads, finite, group, side)
+            batch, places = largest_slices(momenta, grads, finite, group, side, cut)
         else:
-            batch = self._direction(momenta, grads, finite, group["momentum"])
+            batch = to_workers(self._direction(momenta, grads, finite, group["momentum"]), cut)
         update = orthogonalized(batch, group["ns_method"])
-        update = self._normalized(owns, update, finite, places, group)
+        del batch  # so that what follows needs no more memory than the iteration
+        update = self._normalized(owns, update, finite, places, group, cut)
+        if places is not None:
+            index = places[:, :, None] if side == 0 else places[:, None, :]
+            whole = update.new_zeros(len(update), m, n)
+            update = whole.scatter_(side + 1, index.expand_as(update), update)
+        update = from_workers(update, cut, len(grads))
         stretch = math.sqrt(max(1.0, m / n))
-        update = update * _if_finite(finite, stretch, torch.nan, scalar_dtype(grads[0].dtype))
-        if places is None:
-            return update
-        index = places[:, :, None] if side == 0 else places[:, None, :]
-        whole = update.new_zeros(len(grads), m, n)
-        return whole.scatter_(side + 1, index.expand_as(update), update)
+        dtype = scalar_dtype(grads[0].dtype)
+        return update.to(dtype).mul_(_if_finite(finite, stretch, torch.nan, dtype))
 
     def _direction(
         self,
@@ -147,9 +158,11 @@ class Muon(ShardedOptimizer):
         finite: torch.Tensor,
         places: torch.Tensor | None,
         group: dict[str, Any],
+        cut: Cut,
     ) -> torch.Tensor:
-        """The orthogonalized matrices or, at the rows ``places`` (b, k), parts (b, k, n) of them,
-        as they enter the weights but for a factor; here as they are."""
+        """The orthogonalized matrices or, at the rows ``places`` (c, k), parts (c, k, n) of them,
+        as they enter the weights but for a factor; here as they are. They are whole, and those that
+        this rank works on; ``owns`` and ``finite`` are of all b."""
         return update
 
 
@@ -159,7 +172,8 @@ class NorMuon(Muon):
     M <- momentum * M + (1 - momentum) G; O = NS5(M), without Nesterov's blend; for every row
     v <- muon_beta2 v + (1 - muon_beta2) mean(O * O); O' = O / (sqrt(v) + 1e-8), rescaled to the
     Frobenius norm of O; then as Muon, with U = O' sqrt(max(1, m / n)). With ``fraction`` below 1
-    that happens to the chosen rows alone (NorDion2). State: m n + m elements per matrix.
+    that happens to the chosen rows alone (NorDion2). State: m n + m elements per matrix; all m on
+    every rank that holds a part of it.
     """
 
     declared = (NorMuonOptimizer,)
@@ -172,24 +186,38 @@ class NorMuon(Muon):
         finite: torch.Tensor,
         places: torch.Tensor | None,
         group: dict[str, Any],
+        cut: Cut,
     ) -> torch.Tensor:
         momentum = owns[0]["momentum_buffer"]
-        dtype = scalar_dtype(momentum.dtype)
+        dtype, mine = scalar_dtype(momentum.dtype), share(cut, len(owns))
+        rows = cut.whole_shape(momentum.shape)[0]
         for own in owns:
             if "exp_avg_sq" not in own:
-                own["exp_avg_sq"] = momentum.new_zeros(len(momentum), dtype=dtype)
-        whole = torch.stack([own["exp_avg_sq"] for own in owns])  # (b, m)
+                own["exp_avg_sq"] = momentum.new_zeros(rows, dtype=dtype)
+        whole = torch.stack([own["exp_avg_sq"] for own in owns])[mine]  # (c, m)
         update = update.to(dtype)
         second = whole if places is None else whole.gather(1, places)
-        weight = _if_finite(finite, 1 - group["muon_beta2"], 0.0, dtype)[:, 0]
+        weight = _if_finite(finite[mine], 1 - group["muon_beta2"], 0.0, dtype)[:, 0]
         second = second.lerp(update.square().mean(dim=2), weight)
         whole = second if places is None else whole.scatter(1, places, second)
+        whole = completed(whole, cut, 0, mine, len(owns))
         for own, new in zip(owns, whole.unbind(), strict=True):
             own["exp_avg_sq"].copy_(new)
         norm = torch.linalg.vector_norm(update, dim=(1, 2), keepdim=True)
         update = update / (second.sqrt() + ROW_EPS)[:, :, None]
         changed = torch.linalg.vector_norm(update, dim=(1, 2), keepdim=True)
         return update.mul_(norm / changed.clamp_min(ROW_EPS))
+
+
+def _alike(items: list[Item], grads: list[torch.Tensor]) -> list[tuple[Cut, list[int]]]:
+    """Indices of the matrices that can be stacked and are cut alike."""
+    batches: list[tuple[Cut, list[int]]] = []
+    for indices in of_equal_shape(grads):
+        by_cut: dict[Cut, list[int]] = {}
+        for index in indices:
+            by_cut.setdefault(items[index][0].cut, []).append(index)
+        batches += by_cut.items()
+    return batches
 
 
 def all_finite(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -211,20 +239,29 @@ def largest_slices(
     finite: torch.Tensor,
     group: dict[str, Any],
     side: int,
+    cut: Cut,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Dion2's choice (Ahn et al. 2025, arXiv 2512.16928): rows (``side`` 0) or columns (1) of M.
 
     M <- M + G; the share ``fraction`` (rounded up) of the slices, those with the largest sums of
     magnitudes, is copied out, and decays by ``momentum`` in M; the others wait as they are.
-    Returns them, (b, k, n) or (b, m, k), and their indices in ascending order, (b, k).
+    Returns them, (c, k, n) or (c, m, k), and their indices in ascending order, (c, k), of the c
+    matrices that this rank works on. Slices of whole matrices are compared, also where M is a part.
     """
     zero = grads[0].new_zeros(())
     torch._foreach_add_(
         momenta, [torch.where(ok, g, zero) for ok, g in zip(finite.unbind(), grads, strict=True)]
     )
     sums = torch.stack([torch.linalg.vector_norm(m, ord=1, dim=1 - side) for m in momenta])
-    count = math.ceil(group["fraction"] * sums.shape[1])
+    size = cut.whole_shape(momenta[0].shape)[side]
+    first = cut.ranks.rank * sums.shape[1] if size > sums.shape[1] else 0
+    sums = completed(sums, cut, 1, slice(first, first + sums.shape[1]), size)
+    count = math.ceil(group["fraction"] * size)
     places = sums.topk(count, dim=1, sorted=False).indices.sort(dim=1).values
+    if cut.ranks.size > 1:
+        return _slices_of_parts(
+            momenta, places, _if_finite(finite, group["momentum"], 1.0, sums.dtype), side, cut
+        )
     chosen = torch.stack(
         [m.index_select(side, at) for m, at in zip(momenta, places.unbind(), strict=True)]
     )
@@ -232,6 +269,24 @@ def largest_slices(
     for m, at, part in zip(momenta, places.unbind(), decayed.unbind(), strict=True):
         m.index_copy_(side, at, part)
     return chosen, places
+
+
+def _slices_of_parts(
+    momenta: list[torch.Tensor], places: torch.Tensor, decay: torch.Tensor, side: int, cut: Cut
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What :func:`largest_slices` returns where the momenta are parts: a rank may hold few of the
+    slices or many, so all of them go to the workers."""
+    whole, mine = to_workers(torch.stack(momenta), cut), places[share(cut, len(momenta))]
+    index = mine[:, :, None] if side == 0 else mine[:, None, :]
+    chosen = torch.take_along_dim(whole, index, dim=side + 1)
+    size = whole.shape[side + 1]
+    factors = decay.new_ones(len(momenta), size).scatter_(
+        1, places, decay[:, 0].expand_as(places).contiguous()
+    )
+    if cut.dim == side:
+        factors = cut.part(factors, 1)
+    torch._foreach_mul_(momenta, list(factors.unsqueeze(2 - side).unbind()))
+    return chosen, mine
 
 
 def orthogonalized(matrices: torch.Tensor, method: str) -> torch.Tensor:

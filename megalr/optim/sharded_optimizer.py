@@ -16,6 +16,8 @@ Design, and how it lives under ZeRO
 6. Projector and moments of a matrix exist on its owner only. The new master is
    ``W - step_size * U`` elementwise, wherever its elements lie, so the result does not depend on
    the number of ranks.
+   Under tensor parallelism all this concerns a rank's parts of matrices. The owners of the parts
+   of a matrix make it whole among themselves (:mod:`megalr.sharding.workers`).
 7. All state is tensors and plain numbers in plain dicts: readable with ``weights_only=True``.
 8. ZeRO 1 and 2 call ``step`` once per parameter group and show one group at a time, ZeRO 3 once
    per sub-group: every counter therefore lives in the state of its flat storage.

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch.optim.optimizer import ParamsT
 
 from megalr.config.optimizers import SpectronOptimizer
@@ -15,10 +16,13 @@ from megalr.optim.loro import Located, located_pairs
 from megalr.optim.matrix import stacked
 from megalr.optim.muon import orthogonalized
 from megalr.optim.sharded_optimizer import ShardedOptimizer, flat_grad, flat_part, scalar_dtype
-from megalr.sharding.exchange import buckets, from_owner, to_owner
+from megalr.sharding.exchange import buckets, from_owner, reduce_over_ranks, to_owner
+from megalr.sharding.fragment import Ranks
+from megalr.sharding.workers import from_workers, to_workers
 
 Pair = tuple[Located, Located]
 """B and A."""
+ALONE = Ranks()
 
 
 class Spectron(ShardedOptimizer):
@@ -33,6 +37,9 @@ class Spectron(ShardedOptimizer):
 
     s is found by :func:`power_step`. State: (m + n) r elements for each pair, and 2 r numbers on
     the owner of B, where both factors and momenta meet; pairs of equal shapes are stacked.
+
+    Under tensor parallelism, which cuts a factor along its long side or not at all, s and O are
+    those of the whole factors; the ranks share the orthogonalizations of those that they cut.
     """
 
     declared = (SpectronOptimizer,)
@@ -94,7 +101,8 @@ class Spectron(ShardedOptimizer):
         updated: dict[str, torch.Tensor] = {}
         alike: dict[Any, list[Pair]] = {}
         for (b_entry, layout, b), a_located in mine:
-            key = (b.shape, a_located[2].shape, id(group_of[b_entry]))
+            a = a_located[2]
+            key = (b.shape, a.shape, b.cut, a.cut, id(group_of[b_entry]))
             alike.setdefault(key, []).append(((b_entry, layout, b), a_located))
         for same in alike.values():
             updated |= self._updated(same, factors, momenta, group_of[same[0][0][0]])
@@ -122,15 +130,16 @@ class Spectron(ShardedOptimizer):
             owns.append(own)
         old, moved, norms = [], [], []
         for side, key in enumerate(("power_b", "power_a")):
-            names = [pair[side][2].name for pair in pairs]
+            names, cut = [pair[side][2].name for pair in pairs], pairs[0][side][2].cut
             weight = torch.stack([factors[name] for name in names]).to(dtype)
             short = weight.mT if side == 0 else weight  # (k, r, m) or (k, r, n)
-            norm, vectors = power_step(short, stacked(owns, key, dtype))
+            norm, vectors = power_step(short, stacked(owns, key, dtype), cut.ranks)
             for own, vector in zip(owns, vectors.unbind(), strict=True):
                 own[key].copy_(vector)
             momentum = torch.stack([momenta[name] for name in names])
             old.append(weight)
-            moved.append(orthogonalized(momentum, group["ns_method"]))
+            whole = orthogonalized(to_workers(momentum, cut), group["ns_method"])
+            moved.append(from_workers(whole, cut, len(pairs)))
             norms.append(norm)
         rho = group["lr"] / (norms[0] + norms[1] + 1)
         updated: dict[str, torch.Tensor] = {}
@@ -144,23 +153,35 @@ class Spectron(ShardedOptimizer):
         return updated
 
 
-def power_step(matrices: torch.Tensor, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def power_step(
+    matrices: torch.Tensor, vectors: torch.Tensor, ranks: Ranks = ALONE
+) -> tuple[torch.Tensor, torch.Tensor]:
     """One step of the power iteration for the largest singular values of X (k, r, l), r <= l.
 
     From u (k, r), the vectors of the step before: w = X'u / |X'u|, s = |X w|, u <- X w / s.
     Returns s (k,) and the new u. s is never above the largest singular value and never below the
     largest norm of a row: where |X'u| is below it, u is the unit vector of that row. So it is at
     the first step (u = 0) and where X was replaced (refactorization), without being told. X = 0
-    gives s = 0 and u = 0.
+    gives s = 0 and u = 0. ``ranks`` hold equal parts of the columns; the results are the same on
+    all of them.
     """
-    rows = torch.linalg.vector_norm(matrices, dim=2)  # (k, r)
-    largest, at = rows.max(dim=1)
     image = torch.bmm(vectors[:, None], matrices)[:, 0]  # (k, l)
+    parts = [torch.linalg.vector_norm(x, dim=2) for x in (matrices, image[:, None])]
+    norms = _over(torch.cat(parts, dim=1), ranks)  # (k, r + 1)
+    largest, at = norms[:, :-1].max(dim=1)
     longest = matrices[torch.arange(len(at), device=at.device), at]
-    stale = torch.linalg.vector_norm(image, dim=1) < largest
+    stale = norms[:, -1] < largest
     image = torch.where(stale[:, None], longest, image)
     tiny = torch.finfo(matrices.dtype).tiny
-    image = image / torch.linalg.vector_norm(image, dim=1, keepdim=True).clamp_min(tiny)
+    image = image / torch.where(stale, largest, norms[:, -1]).clamp_min(tiny)[:, None]
     product = torch.bmm(matrices, image[:, :, None])[:, :, 0]  # (k, r)
+    product = reduce_over_ranks(product, ranks, dist.ReduceOp.SUM)
     norm = torch.linalg.vector_norm(product, dim=1)
     return norm, product / norm.clamp_min(tiny)[:, None]
+
+
+def _over(norms: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """Norms of whole vectors from those of the parts that the ranks hold."""
+    if ranks.size == 1:
+        return norms
+    return reduce_over_ranks(norms.square(), ranks, dist.ReduceOp.SUM).sqrt()

@@ -24,7 +24,11 @@ Counter = Literal["zero", "one", "keep"]
 
 @dataclass(frozen=True)
 class Reset:
-    """Counts of a reset, summed over ranks (at stage 0 each counts its own copy)."""
+    """Counts of a reset, summed over ranks.
+
+    At stage 0 each counts its own copy, and so does each tensor-parallel rank for what it holds
+    whole, with the optimizers of :mod:`megalr.optim`.
+    """
 
     elements: int  # moment elements that were zeroed
     total: int  # moment elements that exist; 0 before the first update

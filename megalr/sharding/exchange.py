@@ -132,7 +132,7 @@ def _all_to_all(
     like: Tensor,
 ) -> list[tuple[str, Fragment, Tensor]]:
     """Send ``outgoing[k]`` to rank k; the values that arrive for the fragments ``incoming[k]``."""
-    device = _collective_device(ranks, like)
+    device = collective_device(ranks, like)
     send = [values.reshape(-1) for parts in outgoing for values in parts]
     buffer = torch.cat(send).to(device, like.dtype) if send else like.new_empty(0, device=device)
     counts = [sum(fragment.numel for _, fragment in parts) for parts in incoming]
@@ -245,7 +245,7 @@ def _update_split(bucket: list[tuple[LogicalTensor, MatrixUpdate]]) -> None:
         entries[0][1].apply([weight for weight, _ in here], [part for _, part in here])
 
 
-def _collective_device(ranks: Ranks, like: Tensor) -> torch.device:
+def collective_device(ranks: Ranks, like: Tensor) -> torch.device:
     """Where collectives run: NCCL cannot take tensors that are offloaded to the CPU."""
     if like.device.type == "cpu" and "nccl" in dist.get_backend(ranks.group):
         return torch.device("cuda", torch.cuda.current_device())
@@ -255,7 +255,7 @@ def _collective_device(ranks: Ranks, like: Tensor) -> torch.device:
 def reduce_over_ranks(values: Tensor, ranks: Ranks, op: Any) -> Tensor:
     """Complete per-tensor partial results over the ranks, in place; a no-op on one process."""
     if ranks.size > 1:
-        moved = values.to(_collective_device(ranks, values))
+        moved = values.to(collective_device(ranks, values))
         dist.all_reduce(moved, op=op, group=ranks.group)
         values.copy_(moved)
     return values

@@ -58,9 +58,33 @@ class Ranks:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """How tensor parallelism cuts a matrix: into equal parts along ``dim``, in the order of ranks.
+
+    ``ranks`` are those with the other parts. One rank: it holds the matrix whole, and so may others
+    (a copy each).
+    """
+
+    ranks: Ranks = Ranks()
+    dim: int = 0
+
+    def whole_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of the whole matrix of which this rank's part has ``shape``."""
+        return tuple(n * self.ranks.size if i == self.dim else n for i, n in enumerate(shape))
+
+    def part(self, whole: torch.Tensor, dim: int | None = None) -> torch.Tensor:
+        """This rank's part of a tensor cut along ``dim`` (None: like the matrix), a view."""
+        return whole.chunk(self.ranks.size, self.dim if dim is None else dim)[self.ranks.rank]
+
+
+UNCUT = Cut()
+
+
+@dataclass(frozen=True)
 class LogicalTensor:
     """One tensor of the model, and where its elements lie.
 
+    Under tensor parallelism it is this rank's part of the model's tensor, as ``cut`` says.
     ``fragments`` are in the order of ranks. ``owner`` is the rank that works on the whole tensor.
     ``number`` counts the tensors of an optimizer from 1 in the order of its parameter groups: it
     seeds random projections and staggers refreshes, and does not depend on the number of ranks.
@@ -71,6 +95,7 @@ class LogicalTensor:
     fragments: tuple[Fragment, ...]
     owner: int = 0
     number: int = 1
+    cut: Cut = UNCUT
 
     @property
     def numel(self) -> int:

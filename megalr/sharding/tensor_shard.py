@@ -45,6 +45,13 @@ class TensorShard:
             shape[1] = self.columns[1] - self.columns[0]
         return tuple(shape)
 
+    @property
+    def dimension(self) -> int | None:
+        """The one dimension that is cut into equal ranges; None: entries are chosen, or two are."""
+        if self.indices is not None or (self.rows is None) == (self.columns is None):
+            return None
+        return 0 if self.columns is None else 1
+
     def take(self, full: Tensor) -> Tensor:
         """This rank's shard of ``full``, a new tensor of ``local_shape``.
 

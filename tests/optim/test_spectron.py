@@ -81,7 +81,7 @@ def test_with_polar_factors_the_bound_is_the_learning_rate_itself(monkeypatch):
     monkeypatch.setattr("megalr.optim.spectron.orthogonalized", polar)
     monkeypatch.setattr(
         "megalr.optim.spectron.power_step",
-        lambda x, u: (torch.linalg.matrix_norm(x, ord=2), u),
+        lambda x, u, ranks: (torch.linalg.matrix_norm(x, ord=2), u),
     )
     for shape in SHAPES:
         b, a = pair(*shape)
