@@ -23,10 +23,9 @@ ALLREDUCE_ELEMENTS = 500_000_000
 
 ORTHOGONAL = ("muon", "normuon")
 """Optimizers that orthogonalize the momentum of matrices, chunk by chunk."""
-ORTHOGONAL_BYTES = 14
+ORTHOGONAL_BYTES = 13
 """Temporary bytes for each element of a chunk: float32 copies of the gradients or of the updates,
-and the iteration's matrices in 16 bits. Those of normuon; muon and spectron take 13, a fraction
-below 1 takes 6."""
+and the iteration's matrices in 16 bits. A fraction below 1 takes 6, parts of matrices up to 12."""
 
 PROJECTED = ("galore", "fira", "golore", "apollo", "apollo_mini")
 
@@ -140,8 +139,7 @@ def state_bytes(
     master = 2 if precision == "paper_bf16" else 4
     added = 4 if accumulation == "fp32" else 2
 
-    by_kind = config.optimizer.name == "scale"
-    groups = group_sizes(tensors, layers, _splits_targets(config), by_kind)
+    groups = group_sizes(tensors, layers, _splits_targets(config), config.optimizer.name == "scale")
     total = sum(groups.values())
     flat = {name: round_up(size, 2 * data_size) for name, size in groups.items()}
     if stage == 0:
@@ -171,7 +169,8 @@ def state_bytes(
         update = max(update, math.ceil(moment * _directions(groups) * share / total))
     if config.optimizer.name in (*ORTHOGONAL, "spectron"):
         # Beside the copies of gradients, some of which live during the step.
-        update += ORTHOGONAL_BYTES * orthogonalized_together(tensors, layers, share / total)
+        chunk = orthogonalized_together(tensors, layers, share / total, config.parallel.tensor)
+        update += ORTHOGONAL_BYTES * chunk
     host = 0
     if offload:
         # In host memory beside a copy of the weights; ZeRO 2 adds micro-batches up on the device.
@@ -207,15 +206,18 @@ def _splits_targets(config: RunConfig) -> bool:
     return config.method.name in PROJECTED or config.optimizer.name in own_rules
 
 
-def orthogonalized_together(tensors: list[Stored], layers: int, share: float) -> int:
+def orthogonalized_together(
+    tensors: list[Stored], layers: int, share: float, tensor_ranks: int = 1
+) -> int:
     """Elements of the largest chunk of matrices that are orthogonalized at a time on a rank.
 
-    ``share``: the part of all matrices that the rank owns.
+    ``share``: the part of all matrices that the rank owns. Tensor-parallel ranks hold parts of the
+    matrices of a chunk and share the whole ones, so that a rank may have one more than its share.
     """
     shapes = [(m * n, t.times(layers)) for t in tensors for m, n in t.matrices]
     owned = math.ceil(share * sum(numel * times for numel, times in shapes))
     largest = max((numel for numel, _ in shapes), default=0)
-    return max(largest, min(BUCKET_ELEMENTS, owned))
+    return max(largest, min(BUCKET_ELEMENTS, owned)) + (tensor_ranks - 1) * largest
 
 
 def _directions(groups: dict[str, int]) -> int:

@@ -9,15 +9,18 @@ from unittest import mock
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from megalr.config.methods import FullRankMethod
 from megalr.estimate.states import ORTHOGONAL_BYTES, orthogonalized_together
-from megalr.estimate.tensors import stored_tensors
+from megalr.estimate.tensors import Stored, stored_tensors
 from megalr.models.config import decoder_config
-from megalr.optim import Muon, NorMuon
+from megalr.optim import Muon, NorMuon, muon
 from megalr.sharding import exchange
+from megalr.sharding.fragment import Cut, FlatLayout, Fragment, LogicalTensor, Ranks
+from tests.ranks import run_distributed
+from tests.tensor_parallel.meshes import mesh
 
 
 class Allocations(TorchDispatchMode):
@@ -54,7 +57,10 @@ def temporary_bytes(
     optimizer = kind(weights, use_muon=True, **options)
     for weight in weights:
         weight.grad = torch.randn_like(weight)
-    with mock.patch.object(exchange.buckets, "__defaults__", (chunk,)):
+    with (
+        mock.patch.object(exchange.buckets, "__defaults__", (chunk,)),
+        mock.patch.object(muon, "_gram_dtype", lambda device: torch.float16),  # as on a GPU
+    ):
         optimizer.step()
         known = [t for w in weights for t in (w, w.grad, *_tensors(optimizer.state[w]))]
         with Allocations(known) as counted:
@@ -78,6 +84,51 @@ def test_temporaries_are_those_of_a_chunk(
     numel = sum(map(math.prod, shapes))
     peak = temporary_bytes(shapes, numel, kind, ns_method=method)
     assert 0.45 * ORTHOGONAL_BYTES * numel < peak <= ORTHOGONAL_BYTES * numel * 1.01
+
+
+def _uncounted(received: torch.Tensor, sent: torch.Tensor, *splits: Any, group: Any) -> None:
+    """An exchange through copies that are not counted: gloo holds on to its tensors for a while."""
+    with _disable_current_modes():
+        values, found = sent.clone(), received.clone()
+        torch.distributed.distributed_c10d.all_to_all_single(found, values, *splits, group=group)
+        received.copy_(found)
+
+
+@mock.patch.object(torch.distributed, "all_to_all_single", _uncounted)
+def _bytes_of_parts(count: int, dim: int, kind: Any, options: dict[str, Any]) -> int:
+    """Peak of one update of ``count`` matrices cut over two tensor-parallel ranks."""
+    cut = Cut(Ranks.of(mesh(2).tensor_group), dim)
+    shape = (128, 256) if dim == 0 else (256, 128)
+    numel = math.prod(shape)
+    flat = torch.nn.Parameter(torch.randn(count * numel))
+    tensors = tuple(
+        LogicalTensor(str(i), shape, (Fragment(0, 0, i * numel, numel),), cut=cut)
+        for i in range(count)
+    )
+    optimizer = kind([flat], **options)
+    optimizer.param_groups[0]["use_muon"] = True
+    optimizer.attach_layouts({flat: FlatLayout(tensors)})
+    flat.grad = torch.randn_like(flat)
+    optimizer.step()
+    with Allocations([flat, flat.grad, *_tensors(optimizer.state[flat])]) as counted:
+        optimizer.step()
+    return counted.peak
+
+
+@pytest.mark.parametrize("options", [{}, {"fraction": 0.25}])
+@pytest.mark.parametrize("kind", [Muon, NorMuon])
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("count", [1, 3, 6])
+def test_temporaries_of_parts_are_those_of_the_matrices_that_a_rank_works_on(
+    count: int, dim: int, kind: Any, options: dict[str, Any]
+) -> None:
+    peaks = run_distributed(
+        _bytes_of_parts, 2, count, dim, kind, {"ns_method": "standard", **options}
+    )
+    part = math.prod(SQUARE) // 2
+    stored = [Stored("q", count * part, "targets", True, ((128, 256),) * count)]
+    chunk = ORTHOGONAL_BYTES * orthogonalized_together(stored, 1, 1.0, tensor_ranks=2)
+    assert 0.45 * chunk < max(peaks) <= 1.01 * chunk
 
 
 def test_more_matrices_than_a_chunk_holds_need_no_more_memory() -> None:

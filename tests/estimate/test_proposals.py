@@ -122,7 +122,7 @@ def test_levels_of_recomputation_cost_what_was_recorded() -> None:
     [
         ("galore", [], {1, 2, 3}, {1}),  # whole matrices need ZeRO, and are not cut
         ("relora", [], {0, 1, 2}, {1, 2}),  # ZeRO 3 would cut what is merged
-        ("full_rank", ["optimizer.name=muon"], {1, 2, 3}, {1}),
+        ("full_rank", ["optimizer.name=muon"], {0, 1, 2, 3}, {1, 2}),
         ("sltrain", [], {0, 1, 2, 3}, {1, 2}),
         ("cola", ["train.precision=paper_bf16"], {0, 1, 2, 3}, {1, 2}),
     ],

@@ -28,6 +28,16 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     "normuon": {"method": LOW_RANK, "optimizer": {"name": "normuon"}},
     "nordion2": {"method": FULL_RANK, "optimizer": NORDION2},
     "spectron": {"method": ORTHOGONAL, "optimizer": SPECTRON},
+    "carried": {
+        "method": LOW_RANK,
+        "optimizer": {"name": "normuon"},
+        "restarts": {"every": 4, "reset": "transport", "verify": True},
+    },
+    "carried_spectron": {
+        "method": ORTHOGONAL,
+        "optimizer": SPECTRON,
+        "restarts": {"every": 4, "reset": "transport", "verify": True},
+    },
     "lr_transfer": {
         "method": {**LOW_RANK, "lr_transfer": {"base_width": 24, "base_rank": 4}},
         "optimizer": {"weight_decay": 0.1, "eps": 1e-4},
@@ -46,13 +56,14 @@ def _run(
     stage: int = 1,
 ) -> list[float]:  # fmt: skip
     """Losses, gradient norms and validation loss of a run; one in ``folder`` is continued."""
-    sections = CASES[case]
+    sections = {"restarts": {"every": 4, "verify": True}, **CASES[case]}
+    if sections["method"] is FULL_RANK:
+        del sections["restarts"]
     values = settings(
         folder,
         data,
         **sections,
         model={"num_kv_heads": 4, "num_layers": 1},
-        restarts={"every": 4, "verify": True} if "rank" in sections["method"] else {},
         parallel={"tensor": tensor, "layout": layout},
         data={"sequence_length": 16},
         train={"updates": 8, "global_batch_size": 4, "micro_batch_size": 2},
@@ -82,6 +93,9 @@ def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tup
         ("nordion2", "column_row", (2, 1), 2),
         ("spectron", "column_row", (2, 1), 1),
         ("spectron", "bottleneck", (2, 2), 2),
+        ("carried", "column_row", (2, 2), 2),
+        ("carried", "bottleneck", (2, 1), 1),
+        ("carried_spectron", "column_row", (2, 1), 2),
         ("lr_transfer", "column_row", (2, 1), 1),
         ("lr_transfer", "bottleneck", (2, 2), 1),
     ],
