@@ -21,6 +21,9 @@ KEY = (
 )
 """Columns that tell runs apart."""
 
+ADAM_BESIDE = ("muon", "normuon", "spectron")
+"""Optimizers whose axis ``ratio`` is ``optimizer.adam_lr_ratio``."""
+
 AXES_IN_COLUMNS = ("lr", "ratio", "alpha", "rank")
 """Axes whose values other columns hold; those of all others are in ``setting``."""
 
@@ -35,7 +38,7 @@ COLUMNS = (
 
 def study_row(row: Row, given: argparse.Namespace) -> Row:
     """A row of a sweep as a row of the list."""
-    adam = row.get("axis_ratio") if row["optimizer"] == "muon" else None
+    adam = row.get("axis_ratio") if row["optimizer"] in ADAM_BESIDE else None
     named = {f"perplexity_{name}": row.get(f"perplexity_{name}") for name in ("c4", "mix")}
     if not any(named.values()):
         named["perplexity_c4"] = row["perplexity"]  # a single set has no name

@@ -279,7 +279,9 @@ def _gradient_bytes(
         # A full bucket is flattened for the reduction, and in float32 for the accumulation.
         moving = min(bucket, held) * (weight + (added if added != weight else 0))
         return added * share, copies * weight * bucket + moving, 0, flat_share
-    return added * share, weight * bucket, 0, size.master * share
+    # The step copies the gradients of one sub-group at a time.
+    most = min(share, -(-group // size.ranks), int(zero["sub_group_size"]))
+    return added * share, weight * bucket, 0, size.master * most
 
 
 def _reduced(flat: dict[str, int], added: int) -> int:

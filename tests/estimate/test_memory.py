@@ -397,6 +397,19 @@ def test_gathered_weights_of_zero_3() -> None:
     assert most == bucket + 2 * (32 * (4 * h * h + 3 * h * f + 2 * h) + 2 * V * h + h)
 
 
+def test_the_step_of_zero_3_copies_the_gradients_of_one_sub_group() -> None:
+    """7B on two ranks: 3.37e9 elements each, 1e9 in a sub-group."""
+    config = _config("llama_7b", FULL["method"], 16, 32, activation_checkpointing="full")
+    found = estimate_memory(config, zero(3), "x", 2)
+    assert found.states.update == 4 * 1_000_000_000
+    whole = estimate_memory(config, zero(3, sub_group_size=10**12), "x", 2)
+    total = 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 2 * 32000 * 4096 + 4096
+    vectors = (2 * 32 + 1) * 4096
+    assert whole.states.update == 4 * (total - vectors) // 2
+    # Recorded on two H200s (benchmarks/results/sharded_2gpu.json): 60.59 GiB reserved.
+    assert 0.97 < found.peak / 2**30 / 60.59 < 1.07
+
+
 def test_wrappers_by_hand() -> None:
     assert wrapper_name("bf16", 1, "fp32", offload=False) == "BF16_Optimizer"
     assert wrapper_name("bf16", 1, "fp32", offload=True) == "DeepSpeedZeroOptimizer"
