@@ -218,11 +218,15 @@ def test_the_path_of_the_kernels_gives_the_same(case: str) -> None:
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("S", [256, 640, 1000])
 def test_a_cuda_graph_replays_other_documents(S: int, compiled: bool) -> None:
-    """bf16 by the kernels (256) or FlexAttention, against float32 by plain attention."""
+    """bf16 by the kernels (256) or FlexAttention, against float32 by plain attention.
+
+    Gradients may be off by half as much again as those of plain attention in bf16, on the CPU.
+    """
     sizes = tiny(hidden_size=128, num_heads=4, num_kv_heads=2, intermediate_size=192)
     fast = build_decoder(sizes, low_rank(), seed=3).cuda().bfloat16()
     exact = build_decoder(sizes, low_rank(), seed=3).cuda()
     exact.load_state_dict(fast.state_dict())
+    rough = build_decoder(sizes, low_rank(), seed=3).bfloat16()
     fast.use_kernels()
     if compiled:
         compile_blocks(fast)
@@ -236,11 +240,13 @@ def test_a_cuda_graph_replays_other_documents(S: int, compiled: bool) -> None:
             ids = torch.randint(0, 101, (2, S), generator=generator)
             inputs = [ids.cuda(), ids.roll(-1, 1).cuda(), positions.int().cuda()]
             expected = results(exact, exact(*inputs))
+            rounded = results(rough, rough(*(x.cpu() for x in inputs)))
             fast.zero_grad(set_to_none=True)
             loss = graph(inputs, 0.02)
             loss.backward()
             torch.testing.assert_close(loss / 0.02, expected.pop("loss"), rtol=1e-3, atol=0)
             named = dict(fast.named_parameters())
             for name, value in expected.items():
-                error = (named[name].grad.float() - value).norm() / value.norm()
-                assert error < 3e-2, f"{name}: {error:.1e}"
+                bound = 1.5 * (rounded[name].float().cuda() - value).norm()
+                error = (named[name].grad.float() - value).norm()
+                assert error < bound, f"{name}: {error / value.norm():.1e}"
