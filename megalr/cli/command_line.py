@@ -93,12 +93,15 @@ def without_option(words: Sequence[str], option: str) -> list[str]:
 
 
 def add_gpus(parser: argparse.ArgumentParser, default: str) -> None:
-    """``--gpus``: an int, how many; or a list of names as in CUDA_VISIBLE_DEVICES."""
+    """``--gpus``: an int, how many; or a list of names as in CUDA_VISIBLE_DEVICES.
+
+    A comma makes a list of a single name.
+    """
     parser.add_argument(
         "--gpus",
         type=lambda text: int(text) if text.isdecimal() else text.strip(",").split(","),
         metavar="N|0,1,...",
-        help=f"how many GPUs of this machine, or which (default: {default})",
+        help=f"how many GPUs of this machine, or which; 1, is GPU 1 alone (default: {default})",
     )
 
 

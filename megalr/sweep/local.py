@@ -155,7 +155,9 @@ def _run_pending(results: Results, runs: Sequence[PlannedRun], options: LocalOpt
     again = ("failed", "diverged") if options.retry_failed else ()
     todo = [run for run in runs if results.rows[run.name]["status"] in ("pending", *again)]
     table = LiveTable(results, len(todo), len(slots))
-    print(f"{len(runs)} runs, {len(todo)} to do, {len(slots)} at a time", flush=True)
+    gpus = ", ".join(dict.fromkeys(slot.gpu for slot in slots if slot.gpu is not None))
+    where = f" on GPU {gpus}" if gpus else ""
+    print(f"{len(runs)} runs, {len(todo)} to do, {len(slots)} at a time{where}", flush=True)
 
     def note(run: PlannedRun) -> None:
         row = results.update(run)

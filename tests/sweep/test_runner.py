@@ -145,7 +145,7 @@ def test_other_settings_under_the_same_name_are_refused(tmp_path: Path) -> None:
 
 
 def test_each_run_gets_its_gpu_its_cores_and_a_world_of_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)))
@@ -163,6 +163,7 @@ def test_each_run_gets_its_gpu_its_cores_and_a_world_of_its_own(
     monkeypatch.setenv("LOCAL_RANK", "3")
     path, out = write_sweep(tmp_path, groups=rates(1, 2)), tmp_path / "out"
     assert sweep(out, path, stand_in(tmp_path, per_gpu=1)) == 0
+    assert "2 runs, 2 to do, 2 at a time on GPU 4, 7\n" in capsys.readouterr().out
     found = []
     for lr in (1, 2):
         metrics = out / "runs" / f"g__lr={lr}__seed=7" / "metrics.jsonl"
