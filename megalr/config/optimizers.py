@@ -163,7 +163,8 @@ class _OrthogonalSection(AdamSection):
     adam_lr_ratio: float = Field(default=0.015, gt=0, examples=[0.015])
     """AdamW's learning rate as a share of lr (lr is the spectral norm of a matrix update)."""
     ns_method: Literal["gram", "standard"] = Field(default="gram", examples=["gram"])
-    """Form of the Newton-Schulz iteration: gram is faster and runs in fp16, standard in bf16."""
+    """Form of the Newton-Schulz iteration: gram is faster and runs in fp16 (float32 on a CPU that
+    does not compute in fp16), standard in bf16."""
 
 
 class MuonOptimizer(_OrthogonalSection):

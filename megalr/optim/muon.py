@@ -292,6 +292,7 @@ def _slices_of_parts(
 def orthogonalized(matrices: torch.Tensor, method: str) -> torch.Tensor:
     """U V^T of a batch (b, m, n) of matrices U S V^T, approximately: S becomes values near one.
 
+    A matrix is divided by its Frobenius norm + 1e-7; then S <- a S + b S^3 + c S^5, five times.
     ``standard`` iterates on the matrices themselves, in bf16. ``gram`` iterates on the small Gram
     matrices X X^T, which needs fewer operations the further m and n are apart, in fp16 (fp32 on a
     CPU without fp16 arithmetic). Both give the same polynomial of the singular values; the dtype

@@ -70,23 +70,27 @@ def test_the_trainer_with_the_callback_is_a_loop_with_restarts(tmp_path: Path) -
 
     model = model_of()
     callback = RestartsCallback(**RESTARTS)
-    trainer = trainer_of(tmp_path, model, callback, max_grad_norm=0.0, save_strategy="no")
+    # Adam divides a gradient near zero by its own size: roundings of another kernel, such as the
+    # fused one of the Trainer's default, become updates. So both take the same.
+    trainer = trainer_of(
+        tmp_path, model, callback, max_grad_norm=0.0, save_strategy="no", optim="adamw_torch"
+    )
     batches = []
     trainer.data_collator = lambda rows: batches.append(rows) or default_data_collator(rows)
     trainer.train()
 
     loop = model_of()
     optimizer = torch.optim.AdamW(loop.parameters(), lr=1e-2, weight_decay=0.0)
-    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 8)  # the Trainer's default
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1 - n / 8)  # Trainer's default
     restarts = megalr.Restarts(loop, optimizer, **RESTARTS)
     for rows in batches[:8]:
         optimizer.zero_grad()
         loop(**default_data_collator(rows)).loss.backward()
         optimizer.step()
         restarts.step()
-        scheduler.step()
+        rate.step()
     for p, q in zip(model.parameters(), loop.parameters(), strict=True):
-        assert torch.allclose(p, q, atol=1e-6)
+        assert torch.equal(p, q)
 
 
 def test_a_second_training_has_hooks_of_its_own_only(tmp_path: Path) -> None:

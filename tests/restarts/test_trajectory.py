@@ -81,7 +81,9 @@ def test_losses_equal_a_plain_pytorch_run_with_full_svd(world_size: int, kind: s
 
 def test_leaving_out_one_restart_would_be_noticed() -> None:
     expected, other = _reference(), _reference(after=(10, 15))
-    assert other[:6] == expected[:6]  # the sixth loss is that of the same function
+    assert other[:5] == expected[:5]
+    # The sixth loss is that of the same function, with factors rounded to float32 once more.
+    assert other[5] == pytest.approx(expected[5], rel=1e-6)
     difference = max(abs(a / b - 1) for a, b in zip(other[6:10], expected[6:10], strict=True))
     assert difference > 1e-3
 
