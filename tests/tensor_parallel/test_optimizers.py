@@ -9,8 +9,9 @@ from unittest import mock
 import pytest
 import torch
 
-from megalr.checkpoint.reader import open_checkpoint, open_source
+from megalr.checkpoint.reader import Checkpoint, open_checkpoint, open_source
 from megalr.checkpoint.reshape import write_universal
+from megalr.checkpoint.source import MASTER, whole
 from megalr.optim import muon
 from tests.checkpoint.test_shapes import EVERY, continued
 from tests.ranks import run_distributed
@@ -33,8 +34,13 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "optimizer": {"name": "normuon"},
         "restarts": {"every": 4, "reset": "transport", "verify": True},
     },
+    "carried_muon": {
+        "method": LOW_RANK,
+        "optimizer": {"name": "muon"},
+        "restarts": {"every": 4, "reset": "transport", "verify": True},
+    },
     "carried_spectron": {
-        "method": ORTHOGONAL,
+        "method": LOW_RANK,
         "optimizer": SPECTRON,
         "restarts": {"every": 4, "reset": "transport", "verify": True},
     },
@@ -118,6 +124,38 @@ def test_a_grid_gives_the_numbers_of_one_rank(
     if case == "lr_transfer":  # from half the width: half the rate
         rates = {name: group["lr"] for name, group in starts[1].items()}
         assert rates == {"factors": 0.005, "matrices": 0.01, "head": 0.005, "vectors": 0.01}
+
+
+def _masters_and_states(checkpoint: Checkpoint) -> dict[tuple[str, str], torch.Tensor]:
+    """By name of the tensor and of the state, whole."""
+    source, found = checkpoint.source, {}
+    for name in source.names():
+        for key in (MASTER, *source.element_states(name)):
+            found[name, key] = whole(source, name, key)
+    for name in source.logical_tensors():
+        found |= {(name, key): x for key, x in source.tensor_state(name).matrix.items()}
+    return found
+
+
+@pytest.mark.parametrize("layout", ["column_row", "bottleneck"])
+@pytest.mark.parametrize("case", ["carried_muon", "carried_spectron"])
+def test_ranks_carry_the_momenta_of_one_rank_to_its_new_factors(
+    case: str, layout: str, alone: dict, data: Path, tmp_path: Path
+) -> None:
+    folder, expected = alone[case]
+    assert _run(tmp_path / "grid", data, case, 2, layout) == pytest.approx(expected, rel=1e-5)
+    restart = events(tmp_path / "grid", "restart")[0]
+    assert restart["update"] == 4 and restart["moments_transported"] and not restart["reset"]
+    parts, alike = (
+        _masters_and_states(open_checkpoint(run, "update_4")) for run in (tmp_path / "grid", folder)
+    )
+    assert parts.keys() == alike.keys()
+    momenta = sum(x.numel() for (_, key), x in alike.items() if key == "momentum_buffer")
+    factors = (x for (name, key), x in alike.items() if key == MASTER and name[-2:] in (".a", ".b"))
+    assert momenta == sum(x.numel() for x in factors) > 0
+    for key, values in alike.items():
+        error = (parts[key] - values).abs().max() / values.abs().max()
+        assert error < 1e-5, key
 
 
 @pytest.mark.parametrize("case", ["muon", "nordion2", "spectron"])
