@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megalr.checkpoint.manifest import Damaged
-from megalr.engine.torch_pickle import unpickle
+from megalr.engine.checkpoint_files import unpickle
 
 _FOREIGN_CLASS = re.compile(r"GLOBAL ([\w.]+)")
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from megalr.checkpoint.manifest import Damaged
 from megalr.checkpoint.source import MASTER, SavedState, StateSource, TensorState, whole
 from megalr.checkpoint.torch_files import load_mapped
-from megalr.engine.torch_pickle import write_tensors
+from megalr.engine.checkpoint_files import write_tensors
 from megalr.errors import UserError
 
 PARAM = "param"

@@ -10,10 +10,15 @@ of the engine:
   and the ``piece`` held here: (flat, offset in it, first element of the parameter, elements);
 * ``cuts``: the dimension along which tensor parallelism cuts a logical tensor, for those it cuts;
 * ``per_tensor_states``, ``matrix_elements``: names of states, see ``ShardedOptimizer``.
+
+DeepSpeed reads its files by ``torch.load(weights_only=False)``, which would run whatever somebody
+has planted in a checkpoint; :func:`unpickle` does not.
 """
 
 from __future__ import annotations
 
+import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +27,6 @@ import torch.distributed as dist
 from torch import nn
 
 from megalr.engine.state import EngineState
-from megalr.engine.torch_pickle import system_error, unpickle, write_tensors
 from megalr.engine.wrappers import wrapper_of
 from megalr.optim.sharded_optimizer import ShardedOptimizer
 from megalr.sharding.fragment import LogicalTensor
@@ -181,3 +185,58 @@ def _record(
 def _logical_tensors(base: torch.optim.Optimizer, flat: torch.Tensor) -> tuple[LogicalTensor, ...]:
     """The logical tensors in a flat one; only this package's optimizers have any."""
     return base.layout(flat).tensors if isinstance(base, ShardedOptimizer) else ()
+
+
+def unpickle(path: Path | str, mmap: bool = False) -> Any:
+    """Read a file written by ``torch.save`` to the CPU.
+
+    Accepts only tensors, plain values and the three plain classes that DeepSpeed writes.
+
+    Args:
+        path: the file.
+        mmap: leave tensors on the disk until they are used, except in torch's legacy format. A
+            mapping keeps the space of a deleted file allocated, so do not map tensors that are
+            kept.
+
+    Raises:
+        pickle.UnpicklingError: the file holds something else.
+        OSError, RuntimeError, EOFError, ValueError: it cannot be read.
+    """
+    # Reading a checkpoint without an engine does not import DeepSpeed before the first file.
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    mmap = mmap and zipfile.is_zipfile(path)
+    with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+        return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
+
+
+def write_tensors(value: Any, path: Path) -> None:
+    """``torch.save``; a failure to write is an OSError.
+
+    Raises:
+        OSError: the system refused (disk full, no permission).
+    """
+    try:
+        torch.save(value, path)
+    except RuntimeError as error:
+        raise system_error(error, path) from error
+
+
+def system_error(error: Exception, path: Path | str) -> Exception:
+    """The system's reason for a failed write of ``path``; ``error`` itself if none shows.
+
+    torch's writer reports a full disk as "unexpected pos 576 vs 534". Writing on to the unusable
+    file meets the same reason again.
+    """
+    if isinstance(error, OSError):
+        return error
+    try:
+        with open(path, "ab") as file:
+            file.write(bytes(1 << 20))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as found:
+        return found
+    return error

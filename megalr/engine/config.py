@@ -14,8 +14,12 @@ from typing import Any
 from megalr.config.problems import printable, shown
 from megalr.config.schema import RunConfig
 from megalr.config.yaml_source import MAX_DEPTH, read_text
-from megalr.engine.config_checks import combination_problems, lay_over, model_problems
-from megalr.engine.config_keys import FIXED_KEYS
+from megalr.engine.config_checks import (
+    FIXED_KEYS,
+    combination_problems,
+    lay_over,
+    model_problems,
+)
 from megalr.errors import UserError
 
 NEVER = 1_000_000_000

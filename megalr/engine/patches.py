@@ -1,19 +1,23 @@
 """Replaced methods of DeepSpeed's optimizer wrappers: one kernel per group, not one per parameter.
 
-``BF16_Optimizer`` and ``DeepSpeedZeroOptimizer`` accumulate, copy and measure gradients tensor by
-tensor: hundreds of launches and as many passes through Python in every update, while the GPU waits.
-The replacements do the same for all tensors of a group at once. They are methods of one optimizer
-object, installed only for the version of DeepSpeed whose code they follow and only if the object
-has every attribute that they use; otherwise DeepSpeed's own code runs.
+DeepSpeed's optimizer wrappers accumulate, copy and measure gradients tensor by tensor, and ZeRO 3
+gathers and frees weights so: hundreds of launches and as many passes through Python in every
+update, while the GPU waits. The replacements do the same for all tensors of a group at once. They
+are methods of one optimizer object, installed only for the version of DeepSpeed whose code they
+follow, only if the object has every attribute that they use, and not with features that they do not
+know; otherwise DeepSpeed's own code runs.
 
-============== ================================= ================================================
-file           follows                           recorded gain in tokens/s, one H200
-============== ================================= ================================================
-patch_bf16.py  ``BF16_Optimizer`` 0.19.8         ZeRO 1: 20 % at 60M, 10 % at 1B and 4.3 GiB less
-patch_zero.py  ``DeepSpeedZeroOptimizer`` 0.19.8 ZeRO 2: 69 % at 60M, 92 % at 350M, 28 % at 1B
-patch_zero.py  the same, ZeRO 2 with offload     not measured: the host waits once an update, not
-                                                 twice for each parameter
-============== ================================= ================================================
+================ ================================= ===============================================
+file             follows                           recorded gain in tokens/s, one H200
+================ ================================= ===============================================
+patch_bf16.py    ``BF16_Optimizer`` 0.19.8         ZeRO 1: 20 % at 60M, 10 % at 1B, 4.3 GiB less
+patch_zero.py    ``DeepSpeedZeroOptimizer`` 0.19.8 ZeRO 2: 69 % at 60M, 92 % at 350M, 28 % at 1B
+patch_zero.py    the same, ZeRO 2 with offload     not measured: the host waits once an update, not
+                                                   twice for each parameter
+patch_zero3.py,  ``DeepSpeedZeroOptimizer_Stage3`` not measured on a GPU: the host's time in these
+patch_gathers.py and its parameter coordinator     methods is 30 % of DeepSpeed's on a CPU
+                 0.19.8
+================ ================================= ===============================================
 
 Measured in benchmarks/lab/patches.md.
 
@@ -31,7 +35,8 @@ from typing import Any
 from megalr.distributed.agreement import is_rank0
 from megalr.engine.patch_bf16 import batch_bf16
 from megalr.engine.patch_zero import batch_offload, batch_zero
-from megalr.engine.wrappers import BF16, ZeRO12, wrapper_of
+from megalr.engine.patch_zero3 import batch_zero3
+from megalr.engine.wrappers import BF16, ZeRO3, ZeRO12, wrapper_of
 
 FOLLOWS = "0.19.8"
 """The version of DeepSpeed whose code the replacements follow."""
@@ -48,8 +53,7 @@ def batch_parameters(engine: Any) -> None:
     wrapper, optimizer = wrapper_of(engine), engine.optimizer
     if getattr(optimizer, "has_moe_layers", False):
         return
-    bf16 = isinstance(wrapper, BF16)
-    if not bf16 and not isinstance(wrapper, ZeRO12):
+    if not isinstance(wrapper, BF16 | ZeRO12 | ZeRO3):
         return
     if deepspeed.__version__.split("+")[0] != FOLLOWS:
         if is_rank0():
@@ -59,8 +63,10 @@ def batch_parameters(engine: Any) -> None:
                 flush=True,
             )
         return
-    if bf16:
+    if isinstance(wrapper, BF16):
         batch_bf16(engine, optimizer)
+    elif isinstance(wrapper, ZeRO3):
+        batch_zero3(engine, optimizer)
     elif optimizer.cpu_offload:
         batch_offload(optimizer)
     else:

@@ -281,7 +281,8 @@ def _gradient_bytes(
         return added * share, copies * weight * bucket + moving, 0, flat_share
     # The step copies the gradients of one sub-group at a time.
     most = min(share, -(-group // size.ranks), int(zero["sub_group_size"]))
-    return added * share, weight * bucket, 0, size.master * most
+    # Gradients wait until they fill a bucket; two more are copied, one of which is being reduced.
+    return added * share, 3 * weight * min(bucket, held), 0, size.master * most
 
 
 def _reduced(flat: dict[str, int], added: int) -> int:

@@ -5,7 +5,9 @@ sharding. ``X.py`` holds operator, reference and choice between them, ``X_triton
 """
 
 import importlib.util
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -29,3 +31,29 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def operator(name: str, schema: str | None = None) -> Callable[[Callable[..., Any]], Any]:
+    """A decorator: the function as the operator ``megalr::name``, on every device.
+
+    It must change no argument and return no view of one (``torch.library.opcheck`` tests both).
+    ``torch.library.custom_op`` tests that in every call, which takes the host longer than many a
+    kernel takes the GPU.
+
+    Args:
+        name: without its namespace.
+        schema: arguments and results; None: from the annotations.
+
+    Returns:
+        Of the decorator: the operator, for calls, ``torch.library.register_fake`` and
+        ``torch.library.register_autograd``.
+    """
+
+    def define(function: Callable[..., Any]) -> Any:
+        qualified = f"megalr::{name}"
+        signature = schema or torch.library.infer_schema(function, mutates_args=())
+        torch.library.define(qualified, signature, tags=torch.Tag.pt2_compliant_tag)
+        torch.library.impl(qualified, "default", function)
+        return getattr(torch.ops.megalr, name).default
+
+    return define

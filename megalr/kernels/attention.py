@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from megalr.errors import UserError
-from megalr.kernels import half_on_gpu
+from megalr.kernels import half_on_gpu, operator
 from megalr.kernels.document_mask import AttentionMask, BlockMask, is_bounds, masked_attention
 
 MAX_LENGTH = 512
@@ -250,9 +250,8 @@ def _check(
 
 
 # Schemas are written out because torch 2.6 cannot infer them from string annotations.
-@torch.library.custom_op(
-    "megalr::causal_attention",
-    mutates_args=(),
+@operator(
+    "causal_attention",
     schema="(Tensor[] projections, Tensor? rope, int head_dim, Tensor? documents)"
     " -> (Tensor, Tensor)",
 )
@@ -269,9 +268,8 @@ def _forward(
     return launch_forward(q, k, v, rope, head_dim, documents=documents)
 
 
-@torch.library.custom_op(
-    "megalr::causal_attention_backward",
-    mutates_args=(),
+@operator(
+    "causal_attention_backward",
     schema="(Tensor do, Tensor[] projections, Tensor? rope, Tensor o, Tensor lse, int head_dim,"
     " Tensor? documents) -> Tensor[]",
 )
@@ -293,7 +291,7 @@ def _backward(
     return grads
 
 
-@_forward.register_fake
+@torch.library.register_fake(_forward)
 def _(
     projections: Any, rope: Any, head_dim: int, documents: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -302,7 +300,7 @@ def _(
     return projections[0].new_empty((B, S, width)), lse
 
 
-@_backward.register_fake
+@torch.library.register_fake(_backward)
 def _(
     do: Any, projections: Any, rope: Any, o: Any, lse: Any, head_dim: int, documents: Any
 ) -> list[torch.Tensor]:
@@ -329,7 +327,7 @@ def _gradients(
     return grads, None, None, None
 
 
-_forward.register_autograd(_gradients, setup_context=_setup_context)
+torch.library.register_autograd(_forward, _gradients, setup_context=_setup_context)
 
 
 def _product_flops(o: Sequence[int]) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalr.kernels import half_on_gpu, widened
+from megalr.kernels import half_on_gpu, operator, widened
 
 WIDEST = 8192
 """Widest vector that a program of the kernels can hold in registers."""
@@ -40,7 +40,7 @@ def add_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tens
     return total, y
 
 
-@torch.library.custom_op("megalr::add_norm", mutates_args=())
+@operator("add_norm")
 def _add_norm(
     x: Tensor, added: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,13 +57,13 @@ def _add_norm(
     return total, y, factor
 
 
-@_add_norm.register_fake
+@torch.library.register_fake(_add_norm)
 def _(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     factor = x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
     return x.new_empty(x.shape), x.new_empty(x.shape), factor
 
 
-@torch.library.custom_op("megalr::add_norm_backward", mutates_args=())
+@operator("add_norm_backward")
 def _add_norm_backward(
     dtotal: Tensor, dy: Tensor, total: Tensor, weight: Tensor, factor: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -87,7 +87,7 @@ def _add_norm_backward(
     return dx.to(total.dtype), dweight.to(weight.dtype)
 
 
-@_add_norm_backward.register_fake
+@torch.library.register_fake(_add_norm_backward)
 def _(
     dtotal: Tensor, dy: Tensor, total: Tensor, weight: Tensor, factor: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -112,4 +112,4 @@ def _backward(ctx: Any, dtotal: Tensor, dy: Tensor, _: Any) -> tuple[Any, ...]:
     return dx, dx, dweight, None
 
 
-_add_norm.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd(_add_norm, _backward, setup_context=_setup_context)

@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from megalr.kernels import half_on_gpu, widened
+from megalr.kernels import half_on_gpu, operator, widened
 
 # Written out because torch 2.6 infers no schema from a returned list of tensors.
 _BACKWARD = "(Tensor dy, Tensor[] projections, Tensor w) -> (Tensor[], Tensor)"
 
 
-@torch.library.custom_op("megalr::swiglu_product", mutates_args=())
+@operator("swiglu_product")
 def swiglu_product(projections: Sequence[Tensor], w: Tensor) -> Tensor:
     """``(silu(gate) up) W^T``.
 
@@ -45,12 +45,12 @@ def swiglu_product(projections: Sequence[Tensor], w: Tensor) -> Tensor:
     return (hidden @ w.t()).view(*_leading(projections, w), w.shape[0])
 
 
-@swiglu_product.register_fake
+@torch.library.register_fake(swiglu_product)
 def _(projections: Sequence[Tensor], w: Tensor) -> Tensor:
     return w.new_empty(*_leading(projections, w), w.shape[0])
 
 
-@torch.library.custom_op("megalr::swiglu_product_backward", mutates_args=(), schema=_BACKWARD)
+@operator("swiglu_product_backward", schema=_BACKWARD)
 def swiglu_product_backward(
     dy: Tensor, projections: Sequence[Tensor], w: Tensor
 ) -> tuple[list[Tensor], Tensor]:
@@ -68,7 +68,7 @@ def swiglu_product_backward(
     return grads, flat.t() @ hidden
 
 
-@swiglu_product_backward.register_fake
+@torch.library.register_fake(swiglu_product_backward)
 def _(dy: Tensor, projections: Sequence[Tensor], w: Tensor) -> tuple[list[Tensor], Tensor]:
     contiguous = torch.contiguous_format
     grads = [torch.empty_like(p, memory_format=contiguous) for p in projections]
@@ -116,7 +116,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[list[Tensor], Tensor]:
     return swiglu_product_backward(dy, projections, w)
 
 
-swiglu_product.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd(swiglu_product, _backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.megalr.swiglu_product)

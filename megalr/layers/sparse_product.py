@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from megalr.kernels import operator
+
 MAX_ENTRIES = 2**31
 """Positions are int32: a stack of matrices must have fewer entries than this."""
 
 _ARGUMENTS = "Tensor x, Tensor b, Tensor a, Tensor values, Tensor support, int[] sizes, float scale"
 
 
-@torch.library.custom_op(
-    "megalr::sparse_low_rank", mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor"
-)
+@operator("sparse_low_rank", schema=f"({_ARGUMENTS}) -> Tensor")
 def sparse_low_rank(
     x: Tensor,
     b: Tensor,
@@ -57,9 +57,8 @@ def sparse_low_rank(
     return x @ dense_stack(b, a, values, support, sizes, scale).t()
 
 
-@torch.library.custom_op(
-    "megalr::sparse_low_rank_backward",
-    mutates_args=(),
+@operator(
+    "sparse_low_rank_backward",
     schema=f"(Tensor dy, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def sparse_low_rank_backward(
@@ -133,12 +132,12 @@ def _scaled_product(left: Tensor, right: Tensor, scale: float, out: Tensor) -> N
     torch.addmm(out, left, right, beta=0, alpha=scale, out=out)
 
 
-@sparse_low_rank.register_fake
+@torch.library.register_fake(sparse_low_rank)
 def _(x: Tensor, b: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape[0], b.shape[0])
 
 
-@sparse_low_rank_backward.register_fake
+@torch.library.register_fake(sparse_low_rank_backward)
 def _(dy: Tensor, x: Tensor, b: Tensor, a: Tensor, values: Tensor, *_: Any) -> Any:
     return (
         x.new_empty(x.shape),
@@ -158,7 +157,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple:
     return (*grads, None, None, None)
 
 
-sparse_low_rank.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd(sparse_low_rank, _backward, setup_context=_setup_context)
 
 
 def _dense_flops(x: Sequence[int], b: Sequence[int]) -> tuple[int, int]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from megalr.kernels import operator
 from megalr.layers.latent_residual import LatentResidual
 
 # Written out because torch 2.6 infers no schema from a returned list[Tensor].
@@ -37,7 +38,7 @@ batch gained 3 to 10 % at 1408, 2048, 2752 and 5504 rows and lost 3 and 8 % at 1
 """
 
 
-@torch.library.custom_op("megalr::up_project", mutates_args=(), schema=SCHEMA)
+@operator("up_project", schema=SCHEMA)
 def up_project(
     h: Tensor,
     b: Tensor,
@@ -101,12 +102,12 @@ def _by_matrix(h: Tensor, groups: int, rank: int) -> Tensor:
     return h.reshape(-1, groups, rank).transpose(0, 1)
 
 
-@up_project.register_fake
+@torch.library.register_fake(up_project)
 def _(h: Tensor, b: Any, sizes: Sequence[int], scale: Any, stacked: bool, *_: Any) -> list[Tensor]:
     return _empty_outputs(h, sizes, stacked)
 
 
-@torch.library.custom_op("megalr::up_project_backward", mutates_args=())
+@operator("up_project_backward")
 def up_project_backward(
     grads: Sequence[Tensor],
     h: Tensor,
@@ -138,7 +139,7 @@ def up_project_backward(
     return dh.view(h.shape), db
 
 
-@up_project_backward.register_fake
+@torch.library.register_fake(up_project_backward)
 def _(grads: Any, h: Tensor, b: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(h), torch.empty_like(b)
 
@@ -168,7 +169,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]
     return dh, db, None, None, None, None, None
 
 
-up_project.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd(up_project, _backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.megalr.up_project)

@@ -26,8 +26,7 @@ from megalr.checkpoint.reshape import write_universal
 from megalr.checkpoint.retain import delete_superseded
 from megalr.checkpoint.source import MASTER
 from megalr.config.schema import RunConfig
-from megalr.engine.checkpoint_files import read_engine_files
-from megalr.engine.torch_pickle import write_tensors
+from megalr.engine.checkpoint_files import read_engine_files, write_tensors
 from megalr.errors import UserError
 from tests.damage import mutated_json
 from tests.ranks import RankFailed, run_distributed

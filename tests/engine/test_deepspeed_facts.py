@@ -17,7 +17,7 @@ import pytest
 
 from megalr.config import load_run_config
 from megalr.engine.config import read_deepspeed_json, resolve_deepspeed_config
-from megalr.engine.config_keys import FIXED_KEYS, OPTIONAL_KEYS, REFUSED_KEYS
+from megalr.engine.config_checks import FIXED_KEYS, OPTIONAL_KEYS, REFUSED_KEYS
 from megalr.estimate.states import ALLREDUCE_ELEMENTS
 from tests.ranks import run_distributed
 

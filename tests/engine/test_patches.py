@@ -47,8 +47,8 @@ def _train(
     quick = patch.object(bf16_optimizer, "see_memory_usage")  # it collects garbage, 3 s an engine
     with patch.object(engines, "batch_parameters", ours), quick:
         engine = engines.build_engine(config, ds_config, build_model(config, torch.device("cpu")))
-    replaced = {"update_hp_grads", "scaled_global_norm"} & vars(engine.optimizer).keys()
-    assert bool(replaced) == batched
+    names = {"update_hp_grads", "scaled_global_norm", "_get_norm_groups"}
+    assert bool(names & vars(engine.optimizer).keys()) == batched
     parameters = list(engine.module.parameters())
     state = EngineState(engine)
     seen: dict[str, Any] = {"weights": [], "masters": [], "moments": [], "norms": [], "steps": []}
@@ -56,9 +56,10 @@ def _train(
     parameters[0].register_hook(lambda gradient: gradient * factor[0])
     gradients = []
     step = engine.optimizer.step
+    trained = [p for p in parameters if p.requires_grad]
 
     def look_and_step() -> None:
-        gradients.append([deepspeed.utils.safe_get_full_grad(p).clone() for p in parameters])
+        gradients.append([deepspeed.utils.safe_get_full_grad(p).clone() for p in trained])
         step()
 
     engine.optimizer.step = look_and_step
@@ -69,10 +70,10 @@ def _train(
         batch = _batch(number, engine.gradient_accumulation_steps())
         with _Waits() as waits:
             made = train_step(engine, batch, number, 0.01)
-        seen["waits"] = waits.count
+        seen["waits"], seen["operators"] = waits.count, waits.operators
         seen["norms"].append(float(made.norm))
         seen["steps"].append(made.applied)
-        seen["weights"].append([p.detach().clone() for p in parameters])
+        seen["weights"].append([_weights(p) for p in parameters])
         masters = [state.master(p) for p in state.parameters()]
         seen["masters"].append([m.clone() for m in masters if m is not None])
         moments = [state.states(p) for p in state.parameters()]
@@ -82,12 +83,25 @@ def _train(
     return seen
 
 
-class _Waits(TorchDispatchMode):
-    """Counts the values that the host reads from tensors; each waits for a GPU if there is one."""
+def _weights(parameter: Any) -> torch.Tensor:
+    """Of a parameter that is divided, this rank's share without padding, which is never written."""
+    share = getattr(parameter, "ds_tensor", None)
+    if share is None:
+        return parameter.detach().clone()
+    rest = parameter.ds_numel - dist.get_rank() * share.numel()
+    return share[: max(0, rest)].clone()
 
-    count = 0
+
+class _Waits(TorchDispatchMode):
+    """Counts the values that the host reads from tensors; each waits for a GPU if there is one.
+
+    ``operators``: all operators that Python starts.
+    """
+
+    count = operators = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operators += 1
         self.count += func is torch.ops.aten._local_scalar_dense.default
         return func(*args, **(kwargs or {}))
 
@@ -135,15 +149,64 @@ def test_offloaded_updates_are_those_of_deepspeeds_own_code(world: int, tmp_path
             assert ours <= 12 and theirs >= ours + 10
 
 
-def _values(folder: Path, precision: str, accumulation: int, world: int) -> dict[str, Any]:
+def _values(
+    folder: Path, precision: str, accumulation: int, world: int, **sections: Any
+) -> dict[str, Any]:
     sizes = {"global_batch_size": 2 * accumulation * world, "micro_batch_size": 2}
-    return settings(
-        folder,
-        folder,
-        model=SIZES,
-        train={**sizes, "precision": precision},
-        data={"sequence_length": 8},
-    )
+    train = {**sizes, "precision": precision, **sections.pop("train", {})}
+    data = {"sequence_length": 8}
+    return settings(folder, folder, model=SIZES, train=train, data=data, **sections)
+
+
+ZERO_3: dict[str, dict[str, Any]] = {
+    "bf16": {},
+    "paper_bf16": {"train": {"activation_checkpointing": "full"}},
+    "fp32": {"method": {"name": "lora", "rank": 4, "alpha": 8.0}},
+}
+"""Precisions, with recomputed blocks and with frozen weights."""
+
+
+def _compare_zero_3(cases: dict[tuple[str, int, int], dict[str, Any]]) -> list[tuple[int, int]]:
+    """(operators of an update with our code, with DeepSpeed's)."""
+    # Norms stay whole on all ranks.
+    options = {"stage3_param_persistence_threshold": 16, "stage3_max_reuse_distance": 0}
+    operators = []
+    for case, values in cases.items():
+        ours, theirs = (_train(values, 3, batched, options) for batched in (True, False))
+        _assert_same(case, ours, theirs)
+        operators.append((ours["operators"], theirs["operators"]))
+    return operators
+
+
+def _replaced_at_zero_3(values: dict[str, Any]) -> list[set[str]]:
+    """Of two methods, those replaced without and with unusual options."""
+    config, found = RunConfig.model_validate(values), []
+    for options in ({}, OFFLOAD, {"stage3_allgather_sequential": True}, {"reduce_scatter": False}):
+        ds_config = resolve_deepspeed_config(config, zero(3, **options), "test", 2)
+        engine = engines.build_engine(config, ds_config, build_model(config, torch.device("cpu")))
+        coordinator = engine.optimizer.parameter_offload.param_coordinator
+        on_both = vars(engine.optimizer).keys() | vars(coordinator).keys()
+        found.append({"_get_norm_groups", "fetch_sub_module"} & on_both)
+        engine.destroy()
+    return found
+
+
+def test_zero_3_with_options_that_are_not_known_keeps_deepspeeds_code(tmp_path: Path) -> None:
+    found = run_distributed(_replaced_at_zero_3, 2, _values(tmp_path, "bf16", 1, 2))
+    assert found == [[{"_get_norm_groups", "fetch_sub_module"}, set(), set(), set()]] * 2
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_updates_of_zero_3_are_those_of_deepspeeds_own_code(world: int, tmp_path: Path) -> None:
+    """On three ranks some shares are padded and others are not."""
+    cases = {
+        (precision, 3, accumulation): _values(tmp_path, precision, accumulation, world, **sections)
+        for precision, sections in ZERO_3.items()
+        for accumulation in (1, 2)
+        if precision == "bf16" or accumulation == 2
+    }
+    for operators in run_distributed(_compare_zero_3, world, cases):
+        assert all(ours < theirs - 300 for ours, theirs in operators)
 
 
 def _assert_same(case: tuple[str, int, int], ours: dict[str, Any], theirs: dict[str, Any]) -> None:
@@ -209,20 +272,23 @@ def _sums_after_two_updates(values: dict[str, Any]) -> list[tuple[list[float], l
 
 
 def test_another_version_of_a_wrapper_keeps_its_own_code() -> None:
-    assert run_distributed(_replaced_in_unknown_wrappers, 1) == [[set(), {"check_overflow"}, set()]]
+    replaced = [set(), {"check_overflow"}, set(), set()]
+    assert run_distributed(_replaced_in_unknown_wrappers, 1) == [replaced]
 
 
 def _replaced_in_unknown_wrappers() -> list[set[str]]:
     """Names of the methods put on wrappers that have none of the attributes of DeepSpeed 0.19.8."""
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     bf16 = BF16_Optimizer.__new__(BF16_Optimizer)
     zero_2 = DeepSpeedZeroOptimizer.__new__(DeepSpeedZeroOptimizer)
     zero_2.cpu_offload = False
+    zero_3 = DeepSpeedZeroOptimizer_Stage3.__new__(DeepSpeedZeroOptimizer_Stage3)
     plain = torch.optim.SGD([torch.zeros(1)])
     replaced = []
-    for wrapper in (bf16, zero_2, plain):
+    for wrapper in (bf16, zero_2, zero_3, plain):
         before = set(vars(wrapper))
         batch_parameters(SimpleNamespace(optimizer=wrapper))
         replaced.append(set(vars(wrapper)) - before)

@@ -166,7 +166,6 @@ def _watched(values: dict[str, Any], ds_user: dict[str, Any]) -> dict[str, Any]:
     whose gathered weights still take memory after the forward pass. ``live``: the most elements of
     whole weights at any time.
     """
-    from deepspeed.runtime.zero import partition_parameters
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
     from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -174,7 +173,7 @@ def _watched(values: dict[str, Any], ds_user: dict[str, Any]) -> dict[str, Any]:
     with _compiled_by("aot_eager_decomp_partition"):
         _, engine = _engine(values, ds_user)
     coordinator = engine.optimizer.parameter_offload.param_coordinator
-    fetch, gather = coordinator.fetch_sub_module, partition_parameters._dist_allgather_fn
+    fetch, gather = coordinator.fetch_sub_module, dist.all_gather_into_tensor
     names = {id(module): name for name, module in engine.module.named_modules()}
     fetches: list[tuple[str, str, int, int]] = []
     storages: list[tuple[str, Any]] = []
@@ -201,7 +200,7 @@ def _watched(values: dict[str, Any], ds_user: dict[str, Any]) -> dict[str, Any]:
             storages.extend((of, StorageWeakRef(p.data.untyped_storage())) for p in parameters)
 
     coordinator.fetch_sub_module = watched
-    with mock.patch.object(partition_parameters, "_dist_allgather_fn", counted):
+    with mock.patch.object(dist, "all_gather_into_tensor", counted):
         for ids in (ids for update in range(3) for ids in _micro_batches(engine, update)):
             fetches.clear()
             storages.clear()
