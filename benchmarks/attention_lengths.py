@@ -8,24 +8,25 @@ graph as in training, on micro-batches of 16,384 tokens (32,768 at that length);
 together, unmasked scores only; what the backend holds beyond its operands. Beforehand, on a small
 shape, the error against float32 math, and whether the backward pass gives the same bits twice. The
 fastest of the backends is what ``FASTEST`` in megalr/kernels/attention.py should name. A backend
-that fails is recorded with the reason; results are saved after each shape.
+that fails is recorded with the reason.
+
+The file is saved after every length. A call with the ``--output`` of an earlier one measures the
+lengths that have no times there; ``--again`` measures all.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from record import provenance
+from record import provenance, stopped, write
 from timing import attempt, cuda_device, milliseconds, peak_mib
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megalr.errors import UserError, exit_cleanly
-from megalr.files import write_atomic
 from megalr.kernels.attention import Backend, attention_reference, fastest_backend
 from megalr.kernels.document_mask import BlockMask, block_mask, document_bounds
 from megalr.models.rope import rope_tables
@@ -168,36 +169,50 @@ def row_of(name: str, found: dict[str, Any]) -> str:
     return f"{name} {found['B']} x {found['S']}: {'; '.join(cells)}; {picks}"
 
 
+def measure_shapes(
+    chosen: dict[str, tuple[int, ...]], results: dict[str, Any], keep: Callable[[], object]
+) -> None:
+    """Errors and times by shape, added to ``results``; what it has already is not measured again.
+
+    Args:
+        chosen: lengths by name of the shape.
+        results: errors and rows by name of the shape.
+        keep: called after each change of ``results``.
+    """
+    for name, lengths in chosen.items():
+        heads, _ = SHAPES[name]
+        if name not in results:
+            results[name] = {"H_K_D": heads, "errors": errors(heads, "cuda"), "rows": []}
+            print(name, results[name]["errors"], flush=True)
+            keep()
+        rows = {row["S"]: row for row in results[name]["rows"]}
+        for S in lengths:
+            if S in rows and rows[S]["fastest"] is not None:
+                continue
+            rows[S] = measure(max(1, TOKENS // S), S, heads)
+            results[name]["rows"] = list(rows.values())
+            print(row_of(name, rows[S]), flush=True)
+            keep()
+
+
 def main() -> None:
     """Measure the chosen shapes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--lengths", type=int, nargs="+", help="instead of those of the shapes")
     parser.add_argument("--output", type=Path, help="folder of attention_lengths.json")
+    parser.add_argument("--again", action="store_true", help="overwrite the file")
     arguments = parser.parse_args()
     if any(length < 1 for length in arguments.lengths or ()):
         raise UserError(f"--lengths {arguments.lengths}: give positive numbers of tokens")
-    device = cuda_device()
+    record: dict[str, Any] = {"device": cuda_device(), **provenance(("torch",))}
+    record["cudnn"] = torch.backends.cudnn.version()
+    path = arguments.output and arguments.output / "attention_lengths.json"
+    earlier = {} if arguments.again else stopped(path, record, ("device", "versions", "cudnn"))
+    record["shapes"] = earlier.get("shapes", {})
     torch.cuda.set_stream(torch.cuda.Stream())  # graphs are captured beside the default stream
-    results: dict[str, Any] = {}
-    record = {
-        "device": device,
-        **provenance(("torch",)),
-        "cudnn": torch.backends.cudnn.version(),
-        "shapes": results,
-    }
-    for name in arguments.shapes:
-        heads, lengths = SHAPES[name]
-        rows: list[dict[str, Any]] = []
-        results[name] = {"H_K_D": heads, "errors": errors(heads, "cuda"), "rows": rows}
-        print(name, results[name]["errors"], flush=True)
-        for S in arguments.lengths or lengths:
-            rows.append(measure(max(1, TOKENS // S), S, heads))
-            print(row_of(name, rows[-1]), flush=True)
-        if arguments.output is not None:
-            arguments.output.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(record, indent=1)
-            write_atomic(arguments.output / "attention_lengths.json", f"{text}\n".encode())
+    chosen = {name: tuple(arguments.lengths or SHAPES[name][1]) for name in arguments.shapes}
+    measure_shapes(chosen, record["shapes"], lambda: path and write(path, record))
 
 
 if __name__ == "__main__":

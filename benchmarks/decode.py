@@ -6,9 +6,13 @@
 Models of the presets' shapes with random bf16 weights, prompts of 512 tokens, a static cache, 64
 new tokens taken greedily. For every batch: prefill, and the decoding step in three ways: ``eager``,
 launched by the host; ``graph``, the same kernels in one CUDA graph; ``compiled``, ``torch.compile``
-in mode reduce-overhead, as ``generate()`` does it. Ranks are the recipe's and shares of the hidden
-size. Compiling takes half a minute a row, so it comes last, for the dense model and the recipe's
-rank, and no row is begun after ``--seconds`` of a size; those are listed as not measured.
+in mode reduce-overhead, as ``generate()`` does it; half a minute a row. Ranks are the recipe's and
+shares of the hidden size. The rows that tell most come first: graphs of the dense model and of the
+recipe's rank, these two compiled, graphs of other ranks, of the sparse form, and eager steps. No
+row is begun after ``--seconds`` of a size; those are listed as not measured.
+
+The file is saved after every row. A call with the ``--output`` of an earlier one measures the rows
+that have no result there; ``--again`` measures all.
 """
 
 from __future__ import annotations
@@ -20,11 +24,12 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from record import provenance, save
+from record import provenance, stopped, write
 from timing import cuda_device
 
 from megalr.errors import UserError, exit_cleanly
@@ -39,6 +44,10 @@ RECIPE_RANKS = {"350m": 256, "1b": 512, "7b": 1024}
 DENSITY = 0.03
 WARM = 6  # steps before the timed ones: three captured or compiled, three more
 GIB = 2**30
+KEYS = ("size", "form", "rank", "shared", "way", "batch")
+"""What tells one row from another."""
+SAME = ("device", "versions", "prompt", "new_tokens", "dtype")
+"""What the rows of one file share."""
 
 
 @dataclass(frozen=True)
@@ -209,32 +218,53 @@ def measure(model: Any, batch: int, way: str, device: str, prompt: int, new: int
 
 
 def cells(chosen: list[Variant]) -> list[tuple[Variant, int, str]]:
-    """Variant, batch and way of every row, compiled ones last."""
-    main = chosen[:2]
-    rows = [(variant, batch, "graph") for variant in chosen for batch in BATCHES]
-    rows += [(variant, batch, "eager") for variant in main for batch in EAGER_BATCHES]
-    rows.sort(key=lambda row: chosen.index(row[0]))  # one model after the other
-    return rows + [(variant, batch, "compiled") for variant in main for batch in COMPILED_BATCHES]
+    """Variant, batch and way of every row, those first that are worth most."""
+    main, others = chosen[:2], chosen[2:]
+    return [
+        *((variant, batch, "graph") for variant in main for batch in BATCHES),
+        *((variant, batch, "compiled") for variant in main for batch in COMPILED_BATCHES),
+        *((variant, batch, "graph") for variant in others for batch in BATCHES),
+        *((variant, batch, "eager") for variant in main for batch in EAGER_BATCHES),
+    ]
 
 
-def measure_size(name: str, budget: float, device: str) -> list[dict[str, Any]]:
-    """All rows of one size."""
+def measure_size(
+    name: str,
+    budget: float,
+    device: str,
+    known: list[dict[str, Any]] | None = None,
+    keep: Callable[[list[dict[str, Any]]], object] = lambda rows: None,
+) -> list[dict[str, Any]]:
+    """All rows of one size.
+
+    Args:
+        name: of the size.
+        budget: seconds after which no row is begun.
+        device: ``cuda``, or ``cpu`` for tests.
+        known: rows of the size that were measured before; those without a result are repeated.
+        keep: called with the rows after each that was measured.
+    """
     sizes, started = PRESETS[f"llama_{name}"], time.perf_counter()
-    rows: list[dict[str, Any]] = []
+    rows = {tuple(row[key] for key in KEYS): row for row in known or []}
     built, model = None, None
     for variant, batch, way in cells(variants(sizes, RECIPE_RANKS[name])):
         row = {"size": name, **asdict(variant), "batch": batch, "way": way}
-        if time.perf_counter() - started > budget:
-            rows.append({**row, "failed": "not measured: out of time"})
+        place = tuple(row[key] for key in KEYS)
+        if "failed" not in rows.get(place, {"failed": "not measured"}):
             continue
+        if time.perf_counter() - started > budget:
+            rows.setdefault(place, {**row, "failed": "not measured: out of time"})
+            continue
+        torch._dynamo.reset()  # what is compiled holds its model
         if variant != built:
             model = None  # before the next one takes memory
+            gc.collect()
             model, built = build(sizes, variant, device), variant
-        torch._dynamo.reset()
         row["weights_gib"] = round(weight_bytes(model) / GIB, 3)
-        rows.append(row | measure(model, batch, way, device, PROMPT, NEW))
-        print(json.dumps(rows[-1]), flush=True)
-    return rows
+        rows[place] = row | measure(model, batch, way, device, PROMPT, NEW)
+        print(json.dumps(rows[place]), flush=True)
+        keep(list(rows.values()))
+    return list(rows.values())
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
@@ -251,10 +281,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         + " | prefill, largest batch |",
         "|---" * (len(batches) + 7) + "|",
     ]
-    keys = ("size", "form", "rank", "shared", "way")
     groups: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault(tuple(row[key] for key in keys), {})[row["batch"]] = row
+        groups.setdefault(tuple(row[key] for key in KEYS[:-1]), {})[row["batch"]] = row
     for (size, form, rank, shared, way), found in groups.items():
         dense = groups.get((size, "dense", None, False, way), {})
         speeds = [
@@ -282,7 +311,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", choices=RECIPE_RANKS, default=list(RECIPE_RANKS))
     parser.add_argument("--seconds", type=float, default=140.0, help="of each size")
-    parser.add_argument("--output", type=Path, help="JSON file; none is written else")
+    parser.add_argument("--output", type=Path, help="JSON file, continued if it exists")
+    parser.add_argument("--again", action="store_true", help="overwrite the file")
     parser.add_argument("--table", type=Path, nargs="+", help="show these files, measure nothing")
     arguments = parser.parse_args()
     if arguments.table:
@@ -294,10 +324,21 @@ def main() -> None:
     result: dict[str, Any] = {"device": cuda_device(), "rows": []}
     result |= provenance(("torch", "transformers", "triton"))
     result |= {"prompt": PROMPT, "new_tokens": NEW, "dtype": "bfloat16"}
-    for name in arguments.sizes:
-        result["rows"] += measure_size(name, arguments.seconds, "cuda")
+    earlier = {} if arguments.again else stopped(arguments.output, result, SAME)
+    by_size: dict[str, list[dict[str, Any]]] = {}
+    for row in earlier.get("rows", []):
+        by_size.setdefault(row["size"], []).append(row)
+
+    def keep(size: str, rows: list[dict[str, Any]]) -> None:
+        by_size[size] = rows
+        result["rows"] = [row for rows in by_size.values() for row in rows]
         if arguments.output is not None:
-            save(arguments.output.stem, result, arguments.output.parent)
+            write(arguments.output, result)
+
+    for name in arguments.sizes:
+        known = by_size.get(name)
+        rows = measure_size(name, arguments.seconds, "cuda", known, partial(keep, name))
+        keep(name, rows)  # those without time too
     print(table(result["rows"]))
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import decode
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megalr.errors import UserError
 from tests.models.settings import tiny
 
 SIZES = tiny(num_kv_heads=6)
@@ -39,8 +44,15 @@ def test_the_ranks_are_the_recipes_and_shares_of_the_hidden_size() -> None:
         ("product", 24, True),
         ("sparse", 8, False),
     ]
+
+
+def test_the_rows_that_tell_most_come_first() -> None:
     rows = decode.cells(VARIANTS)
     assert len(rows) == len(set(rows)) == 7 * 4 + 2 * 2 + 2 * 2
+    main, others = VARIANTS[:2], VARIANTS[2:]
+    order = [(way, v) for way in ("graph", "compiled") for v in main]
+    order += [("graph", v) for v in others] + [("eager", v) for v in main]
+    assert list(dict.fromkeys((way, variant) for variant, _, way in rows)) == order
 
 
 @torch.no_grad()
@@ -81,14 +93,17 @@ def test_a_cell_is_measured_and_a_failure_is_one_line() -> None:
     assert set(failed) == {"failed"} and "\n" not in failed["failed"]
 
 
-def test_a_size_is_measured_row_by_row_until_its_time_is_up(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A size "350m" of 16 rows that a CPU measures in seconds."""
     monkeypatch.setitem(decode.PRESETS, "llama_350m", tiny(num_kv_heads=6, hidden_size=96))
     monkeypatch.setitem(decode.RECIPE_RANKS, "350m", 16)
     for name, value in {"BATCHES": (1, 2), "EAGER_BATCHES": (2,), "PROMPT": 8, "NEW": 4}.items():
         monkeypatch.setattr(decode, name, value)
     monkeypatch.setattr(decode, "COMPILED_BATCHES", ())
+
+
+def test_a_size_is_measured_row_by_row_until_its_time_is_up(small: None) -> None:
     rows = decode.measure_size("350m", 600.0, "cpu")
     assert len(rows) == 7 * 2 + 2
     assert [row["form"] for row in rows if "step_ms" in row] == ["dense", "product"]
@@ -96,6 +111,67 @@ def test_a_size_is_measured_row_by_row_until_its_time_is_up(
     late = decode.measure_size("350m", -1.0, "cpu")
     assert {row["failed"] for row in late} == {"not measured: out of time"}
     assert len(decode.table(rows + late).splitlines()) == 2 + 7 + 2
+
+
+def test_a_call_that_is_stopped_goes_on_from_its_file(
+    small: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path, measured = tmp_path / "decode.json", []
+    monkeypatch.setattr(decode, "cuda_device", lambda: "a device")
+    provenance = {"commit": "1234567", "versions": {"torch": "2.11"}}
+    monkeypatch.setattr(decode, "provenance", lambda packages: dict(provenance))
+    monkeypatch.setattr(decode, "build", lambda *_: torch.nn.Linear(2, 2))
+
+    def measure(
+        model: object, batch: int, way: str, device: str, prompt: int, new: int
+    ) -> dict[str, object]:
+        if len(measured) == stop:
+            raise KeyboardInterrupt
+        measured.append((batch, way))
+        if len(measured) == 2:
+            return {"failed": "out of memory"}
+        return {"decode_tokens_per_second": len(measured), "prefill_tokens_per_second": 1}
+
+    monkeypatch.setattr(decode, "measure", measure)
+
+    def call(*options: str) -> dict[str, Any]:
+        arguments = ["decode.py", "--sizes", "350m", "--output", str(path), *options]
+        monkeypatch.setattr("sys.argv", arguments)
+        decode.main()
+        return json.loads(path.read_text())
+
+    stop = 5
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    kept = json.loads(path.read_text())["rows"]
+    assert [row.get("decode_tokens_per_second") for row in kept] == [1, None, 3, 4, 5]
+
+    stop = 99
+    result = call("--seconds", "-1")  # what is known stays, the rest is listed
+    assert len(measured) == 5 and result["rows"][:5] == kept and len(result["rows"]) == 16
+    result = call()
+    assert measured[5:] == [measured[1], *((batch, way) for _, batch, way in rest(5))]
+    assert result["rows"][0] == kept[0] and result["rows"][2:5] == kept[2:]
+    assert [row["decode_tokens_per_second"] for row in result["rows"]] == [
+        *(1, 6, 3, 4, 5), *range(7, 18)
+    ]  # fmt: skip
+    assert len(result["earlier"]) == 2 and result["earlier"][0] == {"commit": "1234567"}
+    call()
+    assert len(measured) == 17
+    assert "earlier" not in call("--again") and len(measured) == 17 + 16
+
+    monkeypatch.setattr(decode, "cuda_device", lambda: "another device")
+    with pytest.raises(UserError, match="measured with device a device, here it is another device"):
+        call()
+    path.write_text("[")
+    with pytest.raises(UserError, match="cannot be continued"):
+        call()
+
+
+def rest(first: int) -> list[tuple[decode.Variant, int, str]]:
+    """The rows of the small size from one on."""
+    sizes = decode.PRESETS["llama_350m"]
+    return decode.cells(decode.variants(sizes, decode.RECIPE_RANKS["350m"]))[first:]
 
 
 def test_the_table_compares_with_the_dense_model_of_the_same_way() -> None:
