@@ -38,6 +38,7 @@ def sweep_parser(prog: str | None = None) -> argparse.ArgumentParser:
     add("--per_gpu", type=int, help="runs at a time on each GPU (default: 1)")
     add("--only", metavar="GLOB", help="runs whose name matches, such as 'low_rank__*'")
     add("--limit_minutes", type=float, help="stop cleanly after so long; the next call goes on")
+    add("--start_minutes", type=float, help="start no run after so long; running ones finish")
     add("--retry_failed", action="store_true", help="run failed and diverged runs again")
     add("--extend", action="store_true", help="widen an axis whose best value is at its edge")
     add("--extend_limit", type=int, default=3, help="values added to one axis at most (default: 3)")
@@ -65,13 +66,16 @@ def _check_options(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: names the option.
     """
-    if arguments.limit_minutes is not None and not arguments.limit_minutes > 0:
-        raise UserError(f"--limit_minutes is {arguments.limit_minutes}: give more than 0")
+    for name in ("limit_minutes", "start_minutes"):
+        value = getattr(arguments, name)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name} is {value}: give more than 0")
     for name in ("extend_limit", "per_gpu", "cpus", "at_once"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}: give 1 or more")
-    local, array = ["gpus", "per_gpu", "limit_minutes"], ["time", "partition", "account"]
+    local = ["gpus", "per_gpu", "limit_minutes", "start_minutes"]
+    array = ["time", "partition", "account"]
     queued = arguments.slurm or arguments.collect
     for name in local if queued else [*array, "cpus", "at_once"]:
         if getattr(arguments, name) is not None:
@@ -134,13 +138,14 @@ def sweep_command(words: Sequence[str] | None = None, prog: str | None = None) -
         return 0
     from megalr.sweep.local import LocalOptions, run_locally
 
-    limit = arguments.limit_minutes
+    limit, last = arguments.limit_minutes, arguments.start_minutes
     options = LocalOptions(
         program=LAUNCHERS / "pretrain.py",
         environment=environment,
         gpus=arguments.gpus,
         per_gpu=arguments.per_gpu or 1,
         deadline=None if limit is None else started + 60 * limit,
+        last_start=None if last is None else started + 60 * last,
         retry_failed=arguments.retry_failed,
         extend=arguments.extend_limit if arguments.extend else 0,
     )

@@ -33,7 +33,7 @@ class LocalOptions:
         environment: of the runs.
         gpus: how many, or which as in CUDA_VISIBLE_DEVICES; None: all.
         per_gpu: runs at a time on each.
-        deadline: of ``time.monotonic``; None: no limit.
+        deadline, last_start: as in Runner; None: no limit.
         retry_failed: whether failed and diverged runs are run again.
         extend: values that may be added to an axis whose best one lies at its edge.
     """
@@ -43,6 +43,7 @@ class LocalOptions:
     gpus: int | Sequence[str] | None
     per_gpu: int
     deadline: float | None
+    last_start: float | None
     retry_failed: bool
     extend: int = 0
 
@@ -165,7 +166,13 @@ def _run_pending(results: Results, runs: Sequence[PlannedRun], options: LocalOpt
         table.end_of(row)
 
     runner = Runner(
-        options.program, options.environment, slots, options.deadline, note, table.redraw
+        options.program,
+        options.environment,
+        slots,
+        options.deadline,
+        options.last_start,
+        note,
+        table.redraw,
     )
     stopped = runner.run(todo)
     code = print_summary(results, runs)

@@ -103,6 +103,7 @@ class Runner:
         environment: of the runs, completed for each by :func:`environment_of`.
         slots: where runs may run.
         deadline: of ``time.monotonic``: no run starts after it, and running ones are stopped.
+        last_start: of the same clock: no run starts after it, and running ones go on to their end.
         on_end: called with every run that has ended, after its record was written.
         on_wait: called several times per second with the runs that are running.
     """
@@ -113,10 +114,12 @@ class Runner:
         environment: Mapping[str, str],
         slots: Sequence[Slot],
         deadline: float | None,
+        last_start: float | None,
         on_end: Callable[[PlannedRun], None],
         on_wait: Callable[[Sequence[RunningRun]], None],
     ) -> None:
-        self.program, self.environment, self.deadline = program, environment, deadline
+        self.program, self.environment = program, environment
+        self.deadline, self.last_start = deadline, last_start
         self.on_end, self.on_wait = on_end, on_wait
         self.free = list(slots)
         self.running: list[RunningRun] = []
@@ -136,11 +139,15 @@ class Runner:
         waiting, stop = list(runs), StopAsked()
         with stop.listening():
             try:
-                while self.running or (waiting and self.stop_reason is None):
-                    self.stop_reason = self.stop_reason or self._reason(stop)
+                while self.running or waiting:
+                    self.stop_reason = self._reason(stop)
                     if self.stop_reason is not None:
                         break
-                    while waiting and self.free:
+                    closed = _past(self.last_start)
+                    if closed and not self.running:
+                        self.stop_reason = "the time limit for new runs"
+                        break
+                    while waiting and self.free and not closed:
                         self._start(waiting.pop(0), self.free.pop(0))
                     self._wait()
             finally:
@@ -150,8 +157,7 @@ class Runner:
     def _reason(self, stop: StopAsked) -> str | None:
         if stop.signal is not None:
             return stop.signal
-        late = self.deadline is not None and time.monotonic() >= self.deadline
-        return "the time limit" if late else None
+        return "the time limit" if _past(self.deadline) else None
 
     def _start(self, run: PlannedRun, slot: Slot) -> None:
         record = current_record(run.name, run.config, run.folder) or RunRecord({})
@@ -200,6 +206,11 @@ class Runner:
                 for item in self.running:
                     item.process.kill()
             self._wait()
+
+
+def _past(moment: float | None) -> bool:
+    """Whether a moment of ``time.monotonic`` has come."""
+    return moment is not None and time.monotonic() >= moment
 
 
 def environment_of(slot: Slot, outer: Mapping[str, str]) -> dict[str, str]:

@@ -86,7 +86,8 @@ def stand_in(folder: Path, **options: Any) -> LocalOptions:
     """Options that start the stand-in, two runs at a time."""
     program = folder / "stand_in.py"
     program.write_text(STAND_IN, encoding="utf-8")
-    values = {"gpus": None, "per_gpu": 2, "deadline": None, "retry_failed": False} | options
+    limits = {"deadline": None, "last_start": None}
+    values = {"gpus": None, "per_gpu": 2, "retry_failed": False, **limits, **options}
     return LocalOptions(program=program, environment=dict(os.environ), **values)
 
 

@@ -164,6 +164,7 @@ def test_mistakes_are_one_line_and_a_dry_run_lists(
     for more, message in (
         (["--only", "c*"], "--only c*: matches no run, such as a__seed=7"),
         (["--limit_minutes", "0"], "--limit_minutes is 0.0: give more than 0"),
+        (["--start_minutes", "-1"], "--start_minutes is -1.0: give more than 0"),
         (["--slurm"], "--slurm needs --time"),
         (["--time", "1:00:00"], "--time without --slurm has no effect: remove it"),
         (["--collect", "--per_gpu", "2"], "--per_gpu with --slurm or --collect has no effect"),

@@ -88,6 +88,25 @@ def test_the_time_limit_stops_what_runs_and_starts_nothing(tmp_path: Path) -> No
     assert not (out / "runs" / "g__lr=1__seed=7").exists()
 
 
+def test_after_the_limit_for_new_runs_the_running_ones_finish(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out = write_sweep(tmp_path, groups=rates(1, 2)), tmp_path / "out"
+    asked: list[float] = []
+
+    def past(moment: float | None) -> bool:
+        asked.extend([] if moment is None else [moment])
+        return moment is not None and len(asked) > 1
+
+    monkeypatch.setattr("megalr.sweep.runner._past", past)
+    assert sweep(out, path, stand_in(tmp_path, per_gpu=1, last_start=99.0)) == 75
+    assert set(asked) == {99.0} and statuses(out) == {"1": "finished", "2": "pending"}
+    assert not (out / "runs" / "g__lr=2__seed=7").exists()
+    monkeypatch.undo()
+    assert sweep(out, path, stand_in(tmp_path)) == 0
+    assert statuses(out) == {"1": "finished", "2": "finished"}
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_reaches_the_runs_as_a_request_to_stop(tmp_path: Path, number: int) -> None:
     path, out = write_sweep(tmp_path, groups=rates(6, 1)), tmp_path / "out"
