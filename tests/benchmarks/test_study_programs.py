@@ -6,15 +6,18 @@ import csv
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from megalr.checkpoint import open_checkpoint
+from megalr.data.opening import open_validation_data
 from megalr.errors import UserError
 from megalr.run.metrics_reader import Run
 from tests.ranks import run_distributed
-from tests.training.runs import run, settings, zero
+from tests.training.runs import events, run, settings, zero
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks" / "study"))
@@ -22,6 +25,7 @@ sys.path.insert(0, str(ROOT / "benchmarks" / "study"))
 import collect  # noqa: E402
 import conditioning  # noqa: E402
 import failures  # noqa: E402
+import masks  # noqa: E402
 
 RESTARTS = {"refactorize_every": 3}
 SHORT = {"updates": 4, "global_batch_size": 4, "micro_batch_size": 2}
@@ -72,6 +76,51 @@ def test_numbers_of_the_factors_are_those_of_the_matrix(
 def test_runs_without_checkpoints_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no checkpoints: train with checkpoint\.every"):
         conditioning.rows_of_run(tmp_path)
+
+
+def test_runs_are_evaluated_both_ways_and_once(
+    runs: list[Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "masks.csv"
+    monkeypatch.setattr(masks, "start_distributed", lambda: torch.device("cpu"))
+
+    def call(*given: Path) -> list[dict[str, str]]:
+        words = ["masks.py", *map(str, given), "--csv", str(target), "--data", str(data)]
+        monkeypatch.setattr(sys, "argv", words)
+        masks.main()
+        return list(csv.DictReader(target.open(encoding="utf-8")))
+
+    (first,) = call(runs[0])
+    held_out = open_validation_data([data], sequence_length=24)
+    ends = open_validation_data([data], sequence_length=24, document_mask=True)
+    for way, dataset in (("without masks", held_out), ("with masks", ends)):
+        targets = int(dataset.count_targets(np.arange(dataset.num_samples)).sum())
+        assert int(first[f"{data.name} {way}, targets"]) == targets
+    assert held_out.num_samples == ends.num_samples
+    last = events(runs[0], "eval")[-1]
+    alone, apart = (float(first[f"{data.name} {way}"]) for way in masks.WAYS)
+    assert alone == pytest.approx(last["perplexity"], rel=1e-6) != apart
+
+    evaluated: list[str] = []
+    of_run = masks.row_of_run
+
+    def counted(run: Path, *given: Any) -> dict[str, Any]:
+        evaluated.append(run.name)
+        return of_run(run, *given)
+
+    monkeypatch.setattr(masks, "row_of_run", counted)
+    both = call(*runs)
+    assert both[0] == first and evaluated == [runs[1].name] and len(both) == 2
+
+
+def test_masks_are_compared_by_means_over_seeds() -> None:
+    folder = Path("c4")
+    rows = [
+        {"run": f"low__masks=with__seed={seed}", "c4 without masks": 10 + seed, "c4 with masks": 9}
+        for seed in (1, 3)
+    ]
+    *_, line = masks.table(rows, [folder]).splitlines()
+    assert line == "| low__masks=with | 12.0 ± 1.4 | 9.0 ± 0.0 | 2 |"
 
 
 def test_failures_are_counted_and_the_rise_behind_a_restart_is_measured() -> None:
