@@ -16,12 +16,12 @@ Version, gain, test and rule for removal: :mod:`megalr.engine.patches`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 _PRIVATE = (
     "step_id leaf_module_lock active_backward_submodules inflight_param_registry "
@@ -51,7 +51,69 @@ def batch_gathers(optimizer: Any) -> Gathers | None:
     coordinator.fetch_sub_module = gathers.fetch
     coordinator.release_sub_module = gathers.release
     offload.partition_all_parameters = gathers.release_all
+    _call_in_backward(offload)
     return gathers
+
+
+def _call_in_backward(offload: Any) -> None:
+    """Replace the autograd functions by which a module's hooks know that its backward pass begins
+    or ends.
+
+    torch inspects the signature of functions like DeepSpeed's (with ``setup_context``) in every
+    call, which takes three quarters of it.
+    """
+    for module in offload.module.modules():
+        if {"pre_bwd_fn", "post_bwd_fn"} <= vars(module).keys():
+            module.pre_bwd_fn = _Begins(module, offload)
+            module.post_bwd_fn = _Ends(module, offload)
+
+
+class _Calling(torch.autograd.Function):
+    """The identity, in whose backward pass something is called first."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, call: Callable[[], None]) -> Tensor:
+        ctx.call = call
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        ctx.call()
+        return grads[0], None
+
+
+class _Begins:
+    """``PreBackwardFunctionForModule``, applied to the outputs: gather the module's weights."""
+
+    def __init__(self, module: Any, offload: Any) -> None:
+        self._module, self._offload, self._outputs = module, offload, 0
+
+    def apply(self, output: Tensor) -> Any:
+        """The output."""
+        self._outputs += 1
+        return _Calling.apply(output, self._call)
+
+    def _call(self) -> None:
+        if self._outputs > 0:
+            self._offload.pre_sub_module_backward_function(self._module)
+            self._outputs -= 1
+
+
+class _Ends:
+    """``PostBackwardFunctionModule``, applied to the inputs: release the module's weights."""
+
+    def __init__(self, module: Any, offload: Any) -> None:
+        self._module, self._offload = module, offload
+
+    def apply(self, x: Tensor) -> Any:
+        """The input."""
+        self._module.ds_grads_remaining += x.requires_grad
+        return _Calling.apply(x, self._call)
+
+    def _call(self) -> None:
+        self._module.ds_grads_remaining -= 1
+        if self._module.ds_grads_remaining == 0:
+            self._offload.post_sub_module_backward_function(self._module)
 
 
 class Gathers:
@@ -143,6 +205,8 @@ class _PartitionedParameterCoordinator(Gathers):
         super().__init__(list(model.parameters()))
         self._theirs = theirs
         self._of: dict[nn.Module, list[Any]] = {}
+        # As DeepSpeed, which keeps these sets too; behind them are its limits and recorded order.
+        self._released: dict[tuple[nn.Module, int], set[int]] = {}
 
     def _parameters_of(self, module: Any) -> list[Any]:
         """What a module with hooks needs: a block's, or a layer's own and external parameters."""
@@ -231,7 +295,10 @@ class _PartitionedParameterCoordinator(Gathers):
         """``release_sub_module``: free a module's parameters, except those that are used soon."""
         theirs, parameters = self._theirs, self._parameters_of(submodule)
         if theirs.is_complete_trace():
-            released = theirs.__params_to_release(submodule, theirs.__step_id)
+            key = submodule, theirs.__step_id
+            released = self._released.get(key)
+            if released is None:
+                released = self._released[key] = theirs.__params_to_release(*key)
         else:
             released = {parameter.ds_id for parameter in parameters}
         if not forward:

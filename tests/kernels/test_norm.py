@@ -48,6 +48,9 @@ def test_one_result_alone() -> None:
 
 def test_operator_is_registered_as_compilation_needs_it() -> None:
     torch.library.opcheck(torch.ops.megalr.add_norm.default, (*_inputs(torch.float32), EPS))
+    x, added, weight = (tensor.detach() for tensor in _inputs(torch.float32))
+    arguments = (x, added, x, weight, torch.rand(2, 7))
+    torch.library.opcheck(torch.ops.megalr.add_norm_backward.default, arguments)
 
 
 @needs_triton

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megalr.kernels.swiglu import swiglu_product
+from megalr.kernels.swiglu import swiglu_product, swiglu_product_backward
 from tests.kernels.where import DEVICE, needs_triton
 
 SHAPES = {
@@ -37,7 +37,10 @@ def test_values_and_gradients_in_float64(form: str) -> None:
 
 @pytest.mark.parametrize("form", SHAPES)
 def test_operator_is_registered_as_compilation_needs_it(form: str) -> None:
-    torch.library.opcheck(swiglu_product, _inputs(form, torch.float32))
+    projections, w = _inputs(form, torch.float32)
+    torch.library.opcheck(swiglu_product, (projections, w))
+    arguments = (torch.randn(2, 7, 6), [p.detach() for p in projections], w.detach())
+    torch.library.opcheck(swiglu_product_backward, arguments)
 
 
 @needs_triton

@@ -6,7 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megalr.layers.up_projection import MANY_ROWS, NO_OFFSETS, NO_RUNS, up_project
+from megalr.layers.up_projection import (
+    MANY_ROWS,
+    NO_OFFSETS,
+    NO_RUNS,
+    up_project,
+    up_project_backward,
+)
 
 SIZES = [6, 10, 6]
 RANK = 4
@@ -53,7 +59,10 @@ def test_scale_is_applied_before_rounding() -> None:
 def test_operator_is_registered_as_compilation_needs_it() -> None:
     """Shapes without data, no aliases, gradients under AOT autograd."""
     h, b = _inputs(torch.float32)
-    torch.library.opcheck(up_project, (h, b, SIZES, 0.5, False, NO_RUNS, NO_OFFSETS))
+    options = (SIZES, 0.5, False, NO_RUNS, NO_OFFSETS)
+    torch.library.opcheck(up_project, (h, b, *options))
+    grads = [torch.randn_like(y) for y in up_project(h.detach(), b.detach(), *options)]
+    torch.library.opcheck(up_project_backward, (grads, h.detach(), b.detach(), *options))
 
 
 @pytest.mark.parametrize("compiled", [False, True])
