@@ -179,15 +179,13 @@ class _Message:
             return
         self._work.wait()
         if len(self._sizes) == 1:
-            wholes = [self._rows.view(-1)]
+            wholes = [self._rows]
         else:
-            ranks = self._gathers.ranks
-            wholes = [self._rows.new_empty(ranks * size) for size in self._sizes]
-            places = [whole.view(ranks, -1) for whole in wholes]
-            torch.split_with_sizes_copy(self._rows, self._sizes, dim=1, out=places)
+            wholes = [self._rows.new_empty(self._gathers.ranks, size) for size in self._sizes]
+            torch.split_with_sizes_copy(self._rows, self._sizes, dim=1, out=wholes)
         for parameter, whole in zip(self._parameters, wholes, strict=True):
             numel = parameter.ds_numel  # without the padding of the last share
-            exact = whole if whole.numel() == numel else whole[:numel]
+            exact = whole if whole.numel() == numel else whole.view(-1)[:numel]
             parameter.data = exact.view(parameter.ds_shape)
             parameter.ds_status = self._gathers.there
         self._work = self._rows = None

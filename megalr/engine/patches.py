@@ -14,8 +14,8 @@ patch_bf16.py    ``BF16_Optimizer`` 0.19.8         ZeRO 1: 20 % at 60M, 10 % at 
 patch_zero.py    ``DeepSpeedZeroOptimizer`` 0.19.8 ZeRO 2: 69 % at 60M, 92 % at 350M, 28 % at 1B
 patch_zero.py    the same, ZeRO 2 with offload     not measured: the host waits once an update, not
                                                    twice for each parameter
-patch_zero3.py,  ``DeepSpeedZeroOptimizer_Stage3`` not measured on a GPU: the host's time in these
-patch_gathers.py and its parameter coordinator     methods is 30 % of DeepSpeed's on a CPU
+patch_zero3.py,  ``DeepSpeedZeroOptimizer_Stage3`` not measured on a GPU yet: these methods take
+patch_gathers.py and its parameter coordinator     the host 32 to 45 % of DeepSpeed's time, on a CPU
                  0.19.8
 ================ ================================= ===============================================
 

@@ -154,16 +154,19 @@ def _values(
 ) -> dict[str, Any]:
     sizes = {"global_batch_size": 2 * accumulation * world, "micro_batch_size": 2}
     train = {**sizes, "precision": precision, **sections.pop("train", {})}
-    data = {"sequence_length": 8}
-    return settings(folder, folder, model=SIZES, train=train, data=data, **sections)
+    data, model = {"sequence_length": 8}, {**SIZES, **sections.pop("model", {})}
+    return settings(folder, folder, model=model, train=train, data=data, **sections)
 
 
 ZERO_3: dict[str, dict[str, Any]] = {
     "bf16": {},
-    "paper_bf16": {"train": {"activation_checkpointing": "full"}},
+    "paper_bf16": {
+        "train": {"activation_checkpointing": "full"},
+        "model": {"tie_embeddings": True},
+    },
     "fp32": {"method": {"name": "lora", "rank": 4, "alpha": 8.0}},
 }
-"""Precisions, with recomputed blocks and with frozen weights."""
+"""Precisions, with recomputed blocks and one table for both ends, and with frozen weights."""
 
 
 def _compare_zero_3(cases: dict[tuple[str, int, int], dict[str, Any]]) -> list[tuple[int, int]]:
