@@ -356,7 +356,7 @@ def test_text_in_another_encoding_is_named(tmp_path: Path, name: str, encoding: 
         (json.dumps([{"text": "a"}, {"text": "b"}]).encode(), "looks like a JSON array"),
         (json.dumps([{"text": "a"}], indent=1).encode(), "looks like a JSON array"),
         (json.dumps({"text": "a"}, indent=1).encode(), "JSON over several lines"),
-        (gzip.compress(b'{"text": "a"}\n'), "gzip data: add .gz"),
+        (gzip.compress(b'{"text": "a"}\n', mtime=0), "gzip data: add .gz"),
         (zstandard.compress(b'{"text": "a"}\n'), "zstandard data: add .zst"),
         (
             b'{"body": "a", "title": "b"}\n',
