@@ -148,6 +148,8 @@ def foreign_encoding(head: bytes) -> str | None:
     for mark, encoding in _BYTE_ORDER_MARKS.items():
         if head.startswith(mark):
             return encoding
+    if any(head.startswith(magic) for magic in _MAGICS):  # short ones may have many NULs
+        return None
     return "UTF-16" if head.count(0) > _NUL_SHARE * len(head) else None
 
 
