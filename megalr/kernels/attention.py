@@ -1,10 +1,9 @@
 """Causal attention of short sequences, rotary positions (RoPE) included, as one operator.
 
 :func:`attention` is the operator for GPUs, forward and backward one Triton kernel each
-(attention_triton). :func:`attention_reference` is the PyTorch reference, used in all other cases,
-by the backend that :func:`causal_backend` names; :func:`attention_applies` decides. In a step of a
-1B model on an H200, rotations and conversions around sdpa take nearly as long as attention itself
-(benchmarks/lab).
+(attention_triton). :func:`attention_reference` is the PyTorch reference, used in all other cases;
+:func:`attention_applies` decides. In a step of a 1B model on an H200, rotations and conversions
+around sdpa take nearly as long as attention itself (benchmarks/lab).
 
 Shapes: B batch, S sequence, H heads, K key/value heads (K divides H: head h reads key head
 h * K // H), D head width.
@@ -13,7 +12,7 @@ h * K // H), D head width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,34 +23,14 @@ from megalr.kernels import half_on_gpu, operator
 from megalr.kernels.document_mask import AttentionMask, BlockMask, is_bounds, masked_attention
 
 MAX_LENGTH = 512
-"""Longer sequences go to torch's operators, whose kernels are designed for them."""
+"""Longer sequences go to scaled_dot_product_attention, whose kernels are designed for them: on
+Hopper cuDNN's, the fastest of torch's at every length measured (benchmarks/lab)."""
 
 HEAD_WIDTHS = (32, 64)
 """At 128 (7B) the kernels gain 3 % over torch's attention: not worth a second set of tile sizes."""
 
 HOPPER = 9
 """Compute capability (H100, H200). For A100 the backward kernel spills most of its registers."""
-
-Backend = Literal["torch", "cudnn", "flash"]
-"""An implementation inside torch; ``torch`` is the one that it chooses itself."""
-
-FASTEST: dict[int, tuple[tuple[int, Backend], ...]] = {
-    64: ((1024, "cudnn"),),
-    128: ((1024, "cudnn"),),
-}
-"""By head width: from which length on which of torch's backends is the fastest, longest last, for
-causal attention in half precision on Hopper (benchmarks/lab/performance.md, "Longer sequences").
-Shorter sequences and other widths are left to torch."""
-
-SAFE_CUDNN = 90501
-"""cuDNN from 9.5.1 on, which takes gradients of any layout; older ones are left to torch."""
-
-GROUPED_SINCE = (2, 8)
-"""torch from which cuDNN's backend takes part in attention with fewer key heads."""
-
-WHOLE_TILES = 128
-"""Only multiples of this go to a chosen backend. cuDNN before 9.15.1 reads beyond other sequences,
-and it makes a plan for each length, which is dear where every batch has another."""
 
 
 def apply_rope(x: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
@@ -80,9 +59,8 @@ def attention_reference(
     rope: torch.Tensor | None,
     mask: AttentionMask,
     head_dim: int,
-    backend: Backend | None = None,
 ) -> torch.Tensor:
-    """``softmax(rot(q) rot(k)^T / sqrt(D)) v`` by torch's operators.
+    """``softmax(rot(q) rot(k)^T / sqrt(D)) v`` by torch's scaled_dot_product_attention.
 
     Args:
         q: ``(B, S, H * D)``; k, v: ``(B, S, K * D)``, heads side by side.
@@ -90,7 +68,6 @@ def attention_reference(
         mask: ``(S, S)`` or ``(B, 1, S, S)``, True where a position may look; a BlockMask for
             torch's FlexAttention; None for causal attention.
         head_dim: D.
-        backend: replaces :func:`causal_backend`.
 
     Returns:
         ``(B, S, H * D)``, in the dtype of q.
@@ -102,70 +79,11 @@ def attention_reference(
         q, k = apply_rope(q, rope), apply_rope(k, rope)
     if isinstance(mask, BlockMask):
         y = masked_attention(q, k, v, mask, grouped)
-    elif mask is None:
-        y = causal_attention(q, k, v, backend or causal_backend(q, grouped))
     else:
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+        )
     return y.transpose(1, 2).flatten(2)
-
-
-def causal_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: Backend
-) -> torch.Tensor:
-    """Causal attention ``(B, H, S, D)`` by a backend of torch; k, v ``(B, K, S, D)``.
-
-    The operators below scaled_dot_product_attention are called directly. Its context manager
-    (torch.nn.attention.sdpa_kernel) would do the same, but a compiled graph with it is not cached
-    on disk, and one without it is found again there whatever backend is enabled.
-    """
-    aten = torch.ops.aten
-    if backend == "cudnn":
-        o: torch.Tensor = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True)[
-            0
-        ]
-        return o
-    if backend == "flash":
-        o = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
-        return o
-    grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-
-
-def causal_backend(q: torch.Tensor, grouped: bool) -> Backend:
-    """Which backend :func:`attention_reference` takes for causal ``q (B, H, S, D)``.
-
-    The rule is :data:`FASTEST`; static, so that torch.compile has no graph break. ``grouped``: k
-    and v have fewer heads. What the rule does not know is left to torch: other devices and dtypes,
-    a cuDNN or torch that is too old, backends that the user has turned off.
-    """
-    S, D = q.shape[2:]
-    if not (q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and _capable(q.device.index)):
-        return "torch"
-    chosen = fastest_backend(S, D)
-    return chosen if chosen == "torch" or _available(chosen, grouped) else "torch"
-
-
-def fastest_backend(S: int, D: int) -> Backend:
-    """The entry of :data:`FASTEST` for a length and a head width."""
-    chosen: Backend = "torch"
-    for start, backend in FASTEST.get(D, ()):
-        if start <= S and S % WHOLE_TILES == 0:
-            chosen = backend
-    return chosen
-
-
-@torch.compiler.assume_constant_result
-def _available(backend: Backend, grouped: bool) -> bool:
-    """Whether this torch computes causal attention by the backend, and the user allows it to."""
-    if backend == "flash":
-        return torch.backends.cuda.flash_sdp_enabled()
-    version = tuple(int(number) for number in torch.__version__.split(".")[:2])
-    return (
-        (torch.backends.cudnn.version() or 0) >= SAFE_CUDNN
-        and torch.backends.cuda.cudnn_sdp_enabled()
-        and not torch.are_deterministic_algorithms_enabled()
-        and (not grouped or version >= GROUPED_SINCE)
-    )
 
 
 @torch.compiler.assume_constant_result
