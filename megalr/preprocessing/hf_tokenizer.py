@@ -227,9 +227,13 @@ def _tie(proto: Any, expected: list[int], found: list[int]) -> bool:
     """Whether two segmentations by a unigram model have the same score, so that either is right."""
     if proto.trainer_spec.model_type != UNIGRAM:
         return False
-    first, second = (sum(proto.pieces[number].score for number in ids) for ids in (expected, found))
-    plain = all(proto.pieces[number].type == NORMAL for number in (*expected, *found))
-    return plain and abs(first - second) <= 1e-4 * max(1.0, abs(first))
+    normal: list[list[int]] = []
+    others: list[list[int]] = []
+    for ids in (expected, found):
+        normal.append([n for n in ids if proto.pieces[n].type == NORMAL])
+        others.append([n for n in ids if proto.pieces[n].type != NORMAL])  # bytes, unknowns
+    first, second = (sum(proto.pieces[n].score for n in ids) for ids in normal)
+    return others[0] == others[1] and abs(first - second) <= 1e-4 * max(1.0, abs(first))
 
 
 def _user_defined_lines(proto: Any) -> list[str]:

@@ -111,6 +111,30 @@ def test_a_folder_is_opened_in_whatever_form_it_has_its_tokenizer(tmp_path: Path
     assert not holds_tokenizer(tmp_path / "empty")
 
 
+def test_segmentations_of_one_score_are_a_tie_beside_bytes_too() -> None:
+    """Eight spaces are seven and one or one and seven, whichever the rounding of sums prefers."""
+    from sentencepiece import sentencepiece_model_pb2 as schema
+
+    from megalr.preprocessing.hf_tokenizer import _tie
+
+    proto = schema.ModelProto()  # type: ignore[attr-defined]
+    proto.trainer_spec.model_type = 1
+    pieces = (
+        ("<unk>", 0.0, 2),
+        ("<0x09>", 0.0, 6),
+        ("a", -2.1, 1),
+        ("aa", -5.3, 1),
+        ("b", -2.2, 1),
+    )
+    for text, score, kind in pieces:
+        proto.pieces.add(piece=text, score=score, type=kind)
+    assert _tie(proto, [1, 2, 3, 1], [1, 3, 2, 1])
+    assert not _tie(proto, [1, 2, 3, 1], [1, 3, 4, 1])  # another score
+    assert not _tie(proto, [1, 2, 3], [0, 2, 3])
+    proto.trainer_spec.model_type = 2
+    assert not _tie(proto, [2, 3], [3, 2])
+
+
 def test_a_difference_is_named_by_the_first_piece_or_line(tmp_path: Path) -> None:
     own = open_tokenizer(tiny_tokenizer())
     other = _folder(tmp_path / "other", "tokenizer.json")
