@@ -1,5 +1,5 @@
 # make quickstart   venv, text, tokenizer, shards, a low-rank model without and with restarts, report, export
-# make test         venv, the tests but those of real clusters and kill loops
+# make test         venv, the tests but those of real clusters and kill loops, on JOBS cores (2)
 # make test-all     all of them; SLURM, pdsh and network namespaces where they are installed
 # make docs         the documentation as a site in site/, which opens without a network
 # make lint         ruff, mypy, the order of imports between rooms, the rules of tests/rules.py, docs
@@ -9,6 +9,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
 INSTALLED := $(VENV)/.installed
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -29,7 +30,7 @@ quickstart: $(INSTALLED)
 	$(VENV)/bin/python tools/quickstart.py $(ARGS) $(if $(INPUT),--input $(foreach FILES,$(INPUT),'$(FILES)'))
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -m 'not long' $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m 'not long' $(ARGS)
 
 test-all: $(INSTALLED)
 	$(VENV)/bin/python -m pytest $(ARGS)

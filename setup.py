@@ -55,6 +55,7 @@ setup(
         "dev": [
             "pytest>=8.0",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "ruff>=0.6",
             "mypy>=1.11",
             "import-linter>=2.15",

@@ -113,6 +113,7 @@ def test_a_size_is_measured_row_by_row_until_its_time_is_up(small: None) -> None
     assert len(decode.table(rows + late).splitlines()) == 2 + 7 + 2
 
 
+@pytest.mark.long
 def test_a_call_that_is_stopped_goes_on_from_its_file(
     small: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -158,6 +158,7 @@ def test_a_run_changes_its_tensor_parallel_size_and_agrees_with_the_unbroken_one
         done = update
 
 
+@pytest.mark.long
 def test_a_tensor_parallel_run_resumes_bitwise(data: Path, tmp_path: Path) -> None:
     sections = {**EVERY, "restarts": {"every": 4}, "train": {"precision": "bf16"}}
     sections["parallel"] = {"tensor": 2}

@@ -11,6 +11,7 @@ from tests.ranks import run_distributed
 from tests.training.runs import events, losses, run, settings, zero
 
 
+@pytest.mark.long
 def test_rates_by_kind_under_tensor_parallelism_and_zero_and_after_a_resume(
     data: Path,
     tmp_path: Path,

@@ -31,6 +31,7 @@ def _fiftieth(word: str) -> str:
     return f"{found[1]}{number}"
 
 
+@pytest.mark.long
 def test_the_branches_of_the_page_decay_from_the_stable_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

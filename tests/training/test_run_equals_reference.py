@@ -124,6 +124,7 @@ def test_low_rank_losses_do_not_depend_on_ranks_stage_or_micro_batch(
     assert found[2] == pytest.approx(found[0], abs=1e-5)
 
 
+@pytest.mark.long
 def test_bf16_and_checkpointed_runs_stay_near_float32(data: Path, tmp_path: Path) -> None:
     exact, folder = tmp_path / "fp32", tmp_path / "recomputed"
     run_distributed(run, 2, settings(exact, data), zero(1))
