@@ -22,10 +22,8 @@ from megalr.restarts.transport import carry_momentum, check_transport
 from tests.ranks import run_distributed
 from tests.restarts.engines import engine_of, make_decoder, train
 from tests.restarts.test_balance import _case
-from tests.restarts.test_transport import DEFICIENT, HEALTHY, _gradients
-from tests.training.runs import events, losses, run, settings, zero
+from tests.restarts.test_transport import DEFICIENT, HEALTHY, _gradients, check_runs
 from tests.training.test_methods import METHODS
-from tests.training.test_resume import _cut_back
 
 BETA = 0.8
 RULES: dict[str, Any] = {"muon": Muon, "normuon": NorMuon, "spectron": Spectron}
@@ -187,21 +185,7 @@ TRANSPORT = {"restarts": {"every": 4, "reset": "transport", "verify": True}}
 def test_a_run_is_the_same_on_any_ranks_and_resumes_bitwise(
     ranks: int, stage: int, name: str, data: Path, tmp_path: Path
 ) -> None:
-    sections: dict[str, Any] = {**TRANSPORT, **METHODS[name]}
-    sections["checkpoint"] = {"every": 5, "keep_last": 9}
-    alone, shared = tmp_path / "alone", tmp_path / "shared"
-    run_distributed(run, 1, settings(alone, data, **sections), zero(0))
-    values = settings(shared, data, **sections)
-    run_distributed(run, ranks, values, zero(stage))
-    assert losses(shared) == pytest.approx(losses(alone), abs=1e-4)
-    restarts = events(shared, "restart")
-    assert [e["update"] for e in restarts] == [4, 8]
-    assert all(e["moments_transported"] and not e["reset"] for e in restarts)
-    unbroken = losses(shared)
-    _cut_back(shared, 5)
-    (shared / "metrics.jsonl").unlink()
-    run_distributed(run, ranks, values, zero(stage))
-    assert losses(shared) == unbroken[5:]
+    check_runs(ranks, stage, {**TRANSPORT, **METHODS[name]}, data, tmp_path, 1e-4)
 
 
 def test_a_momentum_that_is_not_linear_or_not_there_is_refused() -> None:
