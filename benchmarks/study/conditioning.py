@@ -14,13 +14,12 @@ A line per checkpoint and kind of matrix (q, k, ...). Of W = (alpha/r) B A of ra
 from __future__ import annotations
 
 import argparse
-import io
 from pathlib import Path
 
 import torch
+from tables import svg_figure, write_svg
 
 from megalr.errors import UserError, exit_cleanly
-from megalr.files import write_atomic
 from megalr.hf.trained_run import load_decoder, open_verified
 from megalr.layers.factors import FactorPair
 from megalr.restarts.spectra import effective_rank
@@ -116,11 +115,7 @@ def curve(rows: list[Row], column: str) -> tuple[list[int], list[float]]:
 
 def draw(runs: dict[str, list[Row]], path: Path) -> None:
     """A panel per quantity, a line per run."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3.2), layout="constrained")
-    FigureCanvasSVG(figure)
+    figure = svg_figure((10, 3.2))
     for axes, (column, label) in zip(figure.subplots(1, 3), PANELS.items(), strict=True):
         for name, rows in runs.items():
             axes.plot(*curve(rows, column), label=name, marker=".")
@@ -129,9 +124,7 @@ def draw(runs: dict[str, list[Row]], path: Path) -> None:
         axes.set_yscale("log" if column == "condition_b" else "linear")
         axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    write_atomic(path, buffer.getvalue())
+    write_svg(figure, path)
 
 
 def main() -> None:

@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tables import svg_figure, write_svg
+
 from megalr.errors import UserError, exit_cleanly
 from megalr.files import write_atomic
 from megalr.sweep.results import RUNS_CSV, Row, read_csv
@@ -178,11 +180,7 @@ def rows_of(methods: list[Method], reference: Method) -> list[dict[str, str]]:
 
 def draw(methods: list[Method], path: Path) -> None:
     """Perplexity against memory, and against the seconds of training."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasSVG(figure)
+    figure = svg_figure((10, 4))
     left, right = figure.subplots(1, 2)
     points = [(m.states, m.perplexity) for m in methods]
     best = sorted(p for p, on in zip(points, front(points), strict=True) if on)
@@ -197,9 +195,7 @@ def draw(methods: list[Method], path: Path) -> None:
     left.set(xlabel="weights and optimizer states, GiB", ylabel="perplexity after equal tokens")
     right.set(xlabel="seconds of training on one GPU", ylabel="perplexity", yscale="log")
     right.legend(fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    write_atomic(path, buffer.getvalue())
+    write_svg(figure, path)
 
 
 def main() -> None:

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from collect import LIST
 
@@ -86,16 +88,27 @@ def table(groups: dict[str, list[Row]]) -> str:
     return "\n".join(lines)
 
 
-def draw(groups: dict[str, list[Row]], size: str, path: Path) -> None:
-    """Perplexity of every method, with one learning rate and with one of its own for embedding
-    and head, joined by a line."""
-    import io
-
+def svg_figure(inches: tuple[float, float]) -> Any:
+    """An empty matplotlib figure for :func:`write_svg`."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.5, 0.32 * len(groups) + 1.2), layout="constrained")
+    figure = Figure(figsize=inches, layout="constrained")
     FigureCanvasSVG(figure)
+    return figure
+
+
+def write_svg(figure: Any, path: Path) -> None:
+    """Write a figure without its date: the same numbers give the same file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    write_atomic(path, buffer.getvalue())
+
+
+def draw(groups: dict[str, list[Row]], size: str, path: Path) -> None:
+    """Perplexity of every method, with one learning rate and with one of its own for embedding
+    and head, joined by a line."""
+    figure = svg_figure((7.5, 0.32 * len(groups) + 1.2))
     axes = figure.subplots()
     for place, rows in enumerate(reversed(groups.values())):
         free, shared = float(_best(rows)["perplexity_c4"]), best_of(rows, shares_one_rate)
@@ -110,9 +123,7 @@ def draw(groups: dict[str, list[Row]], size: str, path: Path) -> None:
     axes.set_xlabel(f"perplexity on C4 (2,000-document sample), {size}, best of the grid, one seed")
     axes.grid(axis="x", alpha=0.3)
     axes.legend(loc="upper right", fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    write_atomic(path, buffer.getvalue())
+    write_svg(figure, path)
 
 
 def main() -> None:

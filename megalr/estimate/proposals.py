@@ -34,7 +34,7 @@ DEFAULT_STAGE = 1
 
 SLOWER_AT_3 = 2.0
 """Factor of the predicted time at ZeRO 3: 1B low_rank on two H200s, compiled, 240,251 tokens/s at
-ZeRO 2 and 122,032 at ZeRO 3 (benchmarks/lab/parallelism.md). Larger blocks lose less."""
+ZeRO 2 and 122,032 at ZeRO 3 (benchmarks/lab/parallelism.md), before engine.patch_zero3."""
 
 _SIZE = re.compile(r"(\d+(?:\.\d*)?)\s*(GiB|GB)?", re.IGNORECASE)
 
