@@ -194,7 +194,7 @@ class PreprocessJob:
 
     def _finish(self, results: list[SplitResult], line: ProgressLine) -> Summary:
         written = [result for result in results if not result.reused]
-        manifest = self._write_manifest()
+        manifest = self._write_manifest(line)
         summary = Summary(
             complete=manifest is not None,
             files=len(results),
@@ -213,8 +213,12 @@ class PreprocessJob:
         write_atomic(self.settings.output / name, content.encode(), self.token)
         return summary
 
-    def _write_manifest(self) -> Path | None:
-        """Write the manifest if the input splits of all shares are finished."""
+    def _write_manifest(self, line: ProgressLine) -> Path | None:
+        """Write the manifest if the input splits of all shares are finished.
+
+        A split of the data set that got no document is told on ``line``: with few documents a
+        small fraction may hold out none.
+        """
         output = self.settings.output
         shards: list[ShardEntry] = []
         for name in self.input_splits:
@@ -225,6 +229,13 @@ class PreprocessJob:
             shards += result.shards
         if sum(shard.documents for shard in shards) == 0:
             raise UserError(f"{output}: the inputs hold no document; check --input and --text_key")
+        for split in self.settings.splits:
+            if not any(shard.documents for shard in shards if shard.split == split):
+                line.message(
+                    f"warning: --validation_fraction {self.settings.validation_fraction} leaves "
+                    f"no {split} document among {sum(shard.documents for shard in shards)}; "
+                    f"choose another fraction and another --output"
+                )
         manifest = DataManifest(
             tokenizer=tokenizer_info(self.tokenizer, TOKENIZER_FOLDER),
             append_eos=self.settings.append_eos,

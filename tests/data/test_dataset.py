@@ -183,7 +183,7 @@ def test_a_wrong_manifest_is_refused(tmp_path: Path, change, message: str) -> No
 
 
 def test_data_without_a_single_sample_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no sample in 1 shards with 1 tokens"):
+    with pytest.raises(UserError, match="no train sample in 1 shards with 1 tokens"):
         open_training_data(write_dataset(tmp_path, [[[1]]]), sequence_length=4)
     with pytest.raises(UserError, match="sequence_length is 1"):
         open_training_data(tmp_path, sequence_length=1)

@@ -162,6 +162,21 @@ def test_validation_documents_are_chosen_by_their_hash(tmp_path: Path) -> None:
     assert open_validation_data(tmp_path / "data", sequence_length=8).num_documents == 2 * len(held)
 
 
+def test_a_fraction_that_holds_out_no_document_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_jsonl(tmp_path / "few.jsonl", prose(5, seed=5))
+    preprocess([path], tmp_path / "data", validation_fraction=1e-9)
+    told = "warning: --validation_fraction 1e-09 leaves no validation document among 5"
+    assert told in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"no validation sample .*larger --validation_fraction"):
+        open_validation_data(tmp_path / "data", sequence_length=8)
+    preprocess([path], tmp_path / "all", validation_fraction=1 - 1e-9)
+    assert "leaves no train document among 5" in capsys.readouterr().err
+    preprocess([path], tmp_path / "both", validation_fraction=0.5)
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_the_parts_of_one_large_file_together_hold_all_documents(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "big.jsonl", prose(200))
     preprocess([path], tmp_path / "whole")

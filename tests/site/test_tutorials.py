@@ -24,6 +24,9 @@ FEW = [
 SMALLER = {
     "python tools/gather_docs.py": ["--packages", str(ROOT / "docs"), str(ROOT / "benchmarks")],
     "megalr tokenizer": ["--vocab_size", "1024"],
+    # The pages of this repository are some hundred documents: of one in a hundred none might be
+    # held out.
+    "megalr data": ["--validation_fraction", "0.2"],
     "megalr train --config recipes/": FEW,
     "megalr train --resume": ["train.updates=3"],
     "megalr sweep": ["--only", "full_rank*lr=2e-3*", *FEW[:2], "evaluation.tokens=512"],
