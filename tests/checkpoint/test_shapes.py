@@ -32,7 +32,9 @@ CHAINS = {
 }
 
 
-@pytest.mark.parametrize("precision", CHAINS)
+@pytest.mark.parametrize(
+    "precision", ["fp32", *(pytest.param(p, marks=pytest.mark.long) for p in CHAINS if p != "fp32")]
+)
 def test_a_run_that_changes_shape_again_and_again_agrees_with_the_unbroken_one(
     precision: str, data: Path, tmp_path: Path
 ) -> None:

@@ -199,7 +199,7 @@ def test_zero_3_with_options_that_are_not_known_keeps_deepspeeds_code(tmp_path: 
     assert found == [[{"_get_norm_groups", "fetch_sub_module"}, set(), set(), set()]] * 2
 
 
-@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("world", [1, pytest.param(3, marks=pytest.mark.long)])
 def test_updates_of_zero_3_are_those_of_deepspeeds_own_code(world: int, tmp_path: Path) -> None:
     """On three ranks some shares are padded and others are not."""
     cases = {

@@ -133,7 +133,7 @@ CASES = [
 
 @pytest.mark.parametrize(
     ("world_size", "method", "recompute"),
-    [pytest.param(*case, marks=pytest.mark.long if case in CASES[2:] else ()) for case in CASES],
+    [pytest.param(*case, marks=pytest.mark.long if case in CASES[1:] else ()) for case in CASES],
 )
 def test_compiled_zero_3_makes_the_updates_of_zero_1_and_of_zero_3_without_compilation(
     world_size: int, method: str, recompute: str

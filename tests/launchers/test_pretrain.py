@@ -62,16 +62,27 @@ def _config(tmp_path: Path, data: Path, **sections: dict) -> str:
     "arguments, message",
     [
         (["train.updatse=5"], "train.updatse = 5: unknown key; did you mean train.updates?"),
-        (["model.preset=llama_60n"], "did you mean llama_60m?"),
-        (["--deepspeed_config", "missing.json"], "missing.json"),
-        (
-            ["train.global_batch_size=13"],
-            "train.global_batch_size = 13: must be a multiple of micro_batch_size 2",
-        ),
         (["data.train=nowhere"], "nowhere"),
-        (["--allow", "train.updatse", "train.updates=20"], "did you mean train.updates?"),
         (["model.vocab_size=100"], "the tokenizer has 120 ids"),
-        (["method.rank=25"], "method.rank 25 is larger than 24, the smaller side of layers.0.att"),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in (
+                (["model.preset=llama_60n"], "did you mean llama_60m?"),
+                (["--deepspeed_config", "missing.json"], "missing.json"),
+                (
+                    ["train.global_batch_size=13"],
+                    "train.global_batch_size = 13: must be a multiple of micro_batch_size 2",
+                ),
+                (
+                    ["--allow", "train.updatse", "train.updates=20"],
+                    "did you mean train.updates?",
+                ),
+                (
+                    ["method.rank=25"],
+                    "method.rank 25 is larger than 24, the smaller side of layers.0.att",
+                ),
+            )
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(

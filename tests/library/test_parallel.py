@@ -17,7 +17,7 @@ def _check(results: list[dict[str, float]]) -> None:
         assert not far
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_fsdp2_reaches_the_weights_of_one_process(world: int) -> None:
     _check(run_distributed(parallel.distances, world, "fsdp2", list(parallel.OPTIMIZERS)))
 
@@ -36,6 +36,7 @@ def test_copies_of_a_sharded_model_stay_equal() -> None:
     _check(run_distributed(parallel.distances, 2, "hybrid", kinds))
 
 
+@pytest.mark.long
 def test_runs_under_fsdp2_resume_bit_for_bit_from_the_files_of_each_rank() -> None:
     for result in run_distributed(parallel.resumed, 2, list(parallel.OPTIMIZERS)):
         assert all(result.values()), result

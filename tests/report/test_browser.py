@@ -87,8 +87,15 @@ class Shown:
         return trace["x"], trace["y"]
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [400, 1280])
+@pytest.mark.parametrize(
+    ("width", "scheme"),
+    [
+        (400, "light"),
+        (1280, "dark"),
+        pytest.param(400, "dark", marks=pytest.mark.long),
+        pytest.param(1280, "light", marks=pytest.mark.long),
+    ],
+)
 def test_all_plots_are_drawn_without_errors_and_fit(
     browser: Any, report: Path, tmp_path: Path, width: int, scheme: str
 ) -> None:
@@ -209,7 +216,7 @@ def test_chips_hide_runs_and_headings_sort(browser: Any, report: Path) -> None:
         assert shown.page.locator("#ranking tbody tr").first.locator("th").inner_text() == "b"
 
 
-@pytest.mark.parametrize("ending", ["png", "svg"])
+@pytest.mark.parametrize("ending", [pytest.param("png", marks=pytest.mark.long), "svg"])
 def test_plots_can_be_saved(browser: Any, report: Path, tmp_path: Path, ending: str) -> None:
     with Shown(browser, report) as shown:
         with shown.page.expect_download() as download:

@@ -173,16 +173,25 @@ def test_documents_of_a_row_equal_those_of_one_rank(name: str) -> None:
     run_distributed(_same_documents, 2, name, 2)
 
 
-def _same_function_by_kernels(tensor: int) -> None:
+def _same_function_by_kernels(name: str, tensor: int) -> None:
     """The kernels' operators in compiled blocks, with stand-ins where there is no reference."""
-    names = ("full_rank", "low_rank", "low_rank_bottleneck", "head_norms", "full_norms_bottleneck")
-    for name in names:
-        with kernels_on_the_cpu():
-            _same_function(name, tensor, kernels=True, rtol=1e-4)
+    with kernels_on_the_cpu():
+        _same_function(name, tensor, kernels=True, rtol=1e-4)
 
 
-def test_the_path_of_the_kernels_equals_plain_layers_of_one_rank() -> None:
-    run_distributed(_same_function_by_kernels, 2, 2)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "low_rank_bottleneck",
+        "head_norms",
+        *(
+            pytest.param(name, marks=pytest.mark.long)
+            for name in ("full_rank", "low_rank", "full_norms_bottleneck")
+        ),
+    ],
+)
+def test_the_path_of_the_kernels_equals_plain_layers_of_one_rank(name: str) -> None:
+    run_distributed(_same_function_by_kernels, 2, name, 2)
 
 
 def _compiled_blocks_are_whole(tensor: int) -> None:

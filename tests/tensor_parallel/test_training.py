@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,12 @@ from tests.ranks import run_distributed
 from tests.training.runs import events, run, settings, zero
 
 GRIDS = {"2x1": (2, 1), "1x2": (1, 2), "2x2": (2, 2), "4x1": (4, 1)}  # tensor x data
+QUICK = (
+    *(("column_row", "2x1", 0), ("column_row", "1x2", 1), ("column_row", "2x2", 2)),
+    *(("bottleneck", "2x1", 1), ("bottleneck", "2x2", 2), ("bottleneck", "4x1", 0)),
+)
+"""Runs of low_rank in make test: each layout, grid and stage; test-all has their products."""
+
 MODEL = {"num_kv_heads": 4, "num_layers": 1}
 METHODS: dict[str, dict[str, Any]] = {
     "full_rank": {"name": "full_rank"},
@@ -89,12 +96,12 @@ def _assert_same(found: tuple, expected: tuple) -> None:
     assert validation == pytest.approx(expected[2], rel=1e-4, abs=0)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize(
-    ("layout", "grid"),
+    ("layout", "grid", "stage"),
     [
-        *(("column_row", grid) for grid in GRIDS),
-        *(("bottleneck", grid) for grid in GRIDS if grid != "1x2"),  # nothing would be sharded
+        pytest.param(*case, marks=() if case in QUICK else pytest.mark.long)
+        for case in itertools.product(("column_row", "bottleneck"), GRIDS, (0, 1, 2))
+        if case[:2] != ("bottleneck", "1x2")  # nothing would be sharded
     ],
 )
 def test_low_rank_with_restarts_equals_one_rank(
@@ -113,9 +120,9 @@ def test_low_rank_with_restarts_equals_one_rank(
         ("lora", "column_row", "2x2", 0),
         ("relora", "column_row", "2x2", 1),
         ("cola", "column_row", "2x1", 1),
-        ("cola", "bottleneck", "4x1", 2),
         ("dlr", "column_row", "2x2", 1),
-        ("dlr", "bottleneck", "4x1", 2),
+        pytest.param("cola", "bottleneck", "4x1", 2, marks=pytest.mark.long),
+        pytest.param("dlr", "bottleneck", "4x1", 2, marks=pytest.mark.long),
     ],
 )
 def test_every_method_equals_one_rank(

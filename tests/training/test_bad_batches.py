@@ -144,7 +144,7 @@ def _run_without_forgetting(
 @pytest.mark.parametrize(
     "stage, precision, sections",
     [
-        (1, "bf16", {}),
+        pytest.param(1, "bf16", {}, marks=pytest.mark.long),
         (2, "fp32", {"method": {"name": "galore", "rank": 4, "update_proj_gap": 3}}),
         (3, "bf16", {}),
         pytest.param(1, "bf16", {"parallel": {"tensor": 2}}, marks=pytest.mark.long),

@@ -78,12 +78,17 @@ METHODS: dict[str, dict[str, dict]] = {
 
 
 LIKE_OTHERS = (
+    "mixed_ranks",
+    "lora",
+    "cola",
     "dlr_cola",
     "relora_magnitude",
     "relora_mixed",
     "lr_transfer",
+    "apollo",
     "apollo_mini",
     "golore",
+    "stable_spam",
     "muon",
     "dion2",
     "normuon",

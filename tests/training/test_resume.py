@@ -22,7 +22,14 @@ def _cut_back(folder: Path, update: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "stage, precision", [(0, "fp32"), (0, "paper_bf16"), (1, "bf16"), (2, "fp32"), (3, "bf16")]
+    "stage, precision",
+    [
+        (0, "paper_bf16"),
+        (1, "bf16"),
+        (3, "bf16"),
+        pytest.param(0, "fp32", marks=pytest.mark.long),
+        pytest.param(2, "fp32", marks=pytest.mark.long),
+    ],
 )
 def test_resume_gives_bitwise_the_losses_norms_and_evaluations_of_the_unbroken_run(
     stage: int, precision: str, data: Path, tmp_path: Path
