@@ -1,5 +1,5 @@
 # make quickstart   venv, text, tokenizer, shards, a low-rank model without and with restarts, report, export
-# make test         venv, the tests but those of real clusters and kill loops, on JOBS cores (2)
+# make test         venv, the tests but the long ones (clusters, kill loops, more cases), on JOBS cores (2)
 # make test-all     all of them; SLURM, pdsh and network namespaces where they are installed
 # make docs         the documentation as a site in site/, which opens without a network
 # make lint         ruff, mypy, the order of imports between rooms, the rules of tests/rules.py, docs
