@@ -144,7 +144,12 @@ class TokenDataset:
         self.num_samples = int(self._firsts[-1])
         self.num_tokens, self.num_documents = int(tokens.sum()), int(documents.sum())
         if self.num_samples == 0:
-            raise UserError(_no_sample(manifests[0][0], [s.entry for s in self._shards]))
+            split = self._shards[0].entry.split
+            held_out = " or hold out a larger --validation_fraction" * (split == "validation")
+            raise UserError(
+                f"{manifests[0][0]}: no {split} sample in {len(self._shards)} shards with "
+                f"{self.num_tokens} tokens; preprocess more text{held_out}"
+            )
         ends = np.cumsum([len(entries) for _, _, entries in manifests])
         borders = [0, *(int(self._firsts[end]) for end in ends)]
         self.sources = tuple(
@@ -329,19 +334,6 @@ def _copy_rows(
     """``out[row, :count] = tokens[start : start + count]`` for every row."""
     for row, start, count in zip(rows.tolist(), starts.tolist(), counts.tolist(), strict=True):
         out[row, :count] = tokens[start : start + count]
-
-
-def _no_sample(folder: Path, entries: Sequence[ShardEntry]) -> str:
-    """Why a data set without a sample cannot be opened, and what to do."""
-    split = entries[0].split
-    kept_apart = split == "validation" and any(
-        entry.name.endswith(f".{split}") for entry in entries
-    )
-    advice = "hold out a larger --validation_fraction" if kept_apart else "preprocess more text"
-    return (
-        f"{folder}: no {split} sample in {len(entries)} shards with "
-        f"{sum(entry.tokens for entry in entries)} tokens; {advice}"
-    )
 
 
 def _check_document_mask(

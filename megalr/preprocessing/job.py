@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,14 +228,17 @@ class PreprocessJob:
             settings, result = load_finished(output, name, self.settings, self.tokenizer.vocab_size)
             self._check_same(settings, finished_path(output, name))
             shards += result.shards
-        if sum(shard.documents for shard in shards) == 0:
+        documents = Counter[str]()
+        for shard in shards:
+            documents[shard.split] += shard.documents
+        if not documents.total():
             raise UserError(f"{output}: the inputs hold no document; check --input and --text_key")
         for split in self.settings.splits:
-            if not any(shard.documents for shard in shards if shard.split == split):
+            if not documents[split]:
                 line.message(
                     f"warning: --validation_fraction {self.settings.validation_fraction} leaves "
-                    f"no {split} document among {sum(shard.documents for shard in shards)}; "
-                    f"choose another fraction and another --output"
+                    f"no {split} document among {documents.total()}; choose another fraction and "
+                    f"another --output"
                 )
         manifest = DataManifest(
             tokenizer=tokenizer_info(self.tokenizer, TOKENIZER_FOLDER),

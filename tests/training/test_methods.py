@@ -80,7 +80,6 @@ METHODS: dict[str, dict[str, dict]] = {
 LIKE_OTHERS = (
     "mixed_ranks",
     "lora",
-    "cola",
     "dlr_cola",
     "relora_magnitude",
     "relora_mixed",
@@ -94,7 +93,7 @@ LIKE_OTHERS = (
     "normuon",
     "spectron",
 )
-"""Not in make test: each differs little from another of the list; tests/optim has all of them."""
+"""Not in make test: each is close to another of the list, and its rule has tests of its own."""
 
 
 @pytest.mark.parametrize(
