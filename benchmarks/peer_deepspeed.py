@@ -24,6 +24,7 @@ import torch.distributed as dist
 from cases import CASES, Case, stage_of
 from record import provenance, save
 
+from megalr.distributed.process_group import start_distributed
 from megalr.engine.build import import_deepspeed
 from megalr.errors import UserError, exit_cleanly
 from megalr.hf.families import transformers_config
@@ -89,9 +90,9 @@ def update_seconds(engine: Any, case: Case, length: int, updates: int) -> list[f
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run the case on all ranks of the launcher; the numbers of rank 0."""
+    device = start_distributed()
     deepspeed = import_deepspeed()
     deepspeed.init_distributed(verbose=False)
-    device = torch.device(deepspeed.get_accelerator().current_device_name())
     case = CASES[arguments.case]
     model = model_of(case, arguments.model, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import time
@@ -28,6 +27,7 @@ import torch
 import torch._inductor.config
 import torch.distributed as dist
 
+from megalr.distributed.process_group import start_distributed
 from megalr.errors import UserError, exit_cleanly
 from megalr.estimate.traffic import block_messages
 from megalr.models.build import build_decoder
@@ -178,17 +178,6 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _start() -> torch.device:
-    """Join the ranks that torchrun made; this rank's device."""
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
-        return device
-    dist.init_process_group("gloo")
-    return torch.device("cpu")
-
-
 def main() -> None:
     """Measure the chosen shapes and kinds on the ranks of this start; rank 0 writes."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -203,7 +192,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, required=True, help="folder of the result")
     arguments = parser.parse_args()
-    device = _start()
+    device = start_distributed()
     torch._inductor.config.reorder_for_compute_comm_overlap = bool(arguments.overlap)
     torch._inductor.config.reorder_for_compute_comm_overlap_passes = arguments.overlap
     ranks, results = dist.get_world_size(), []

@@ -1,5 +1,6 @@
 """Low-rank pretraining under FSDP2: torchrun --nproc-per-node 2 examples/fsdp2.py"""
 
+import time
 from pathlib import Path
 
 import torch
@@ -20,7 +21,6 @@ megalr.factorize_(model, rank=16, init="kaiming")  # first factorize, then shard
 for layer in model.model.layers:
     fully_shard(layer)
 fully_shard(model)
-
 optimizer = megalr.optim.StableSPAM(model.parameters(), lr=3e-3, total_T=60)
 restarts = megalr.Restarts(model, optimizer, every=20, lr_recovery="linear", recovery_updates=5)
 text = torch.tensor(list(Path(__file__).read_bytes()), device=device)
@@ -37,3 +37,4 @@ for update in range(60):
     if update % 20 in (0, 19) and dist.get_rank() == 0:
         print(f"update {update + 1}: loss {loss.item():.3f}")
 dist.destroy_process_group()
+time.sleep(0.1)  # FSDP2 holds the group: gloo's threads must rest before Python ends

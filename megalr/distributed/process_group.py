@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import time
 from datetime import timedelta
 
 import torch
@@ -15,6 +16,9 @@ from megalr.errors import UserError
 
 DEFAULT_TIMEOUT_SECONDS = 1800.0
 """Time limit of a collective outside a configured run."""
+
+GLOO_REST_SECONDS = 0.1
+"""How long the end of a program waits for gloo's threads; they need about a millisecond."""
 
 
 def start_distributed(timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> torch.device:
@@ -63,15 +67,18 @@ def start_distributed(timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> torch
 
 
 def _leave() -> None:
-    """Destroy the process groups.
+    """Destroy the process groups and let gloo's threads come to rest.
 
-    A gloo thread may still hold the tensors of the last collective when Python ends. It then asks
-    for the interpreter's lock, is ended for it, and C++ aborts the process: a successful program
-    exits with SIGABRT (seen with torch 2.13: 12 % of processes whose last act is an all-reduce).
-    Destroying the groups joins those threads.
+    A gloo thread releases the tensors of a collective after the caller has its result. For that it
+    asks for the interpreter's lock; if Python has ended by then, it is ended instead, and C++
+    aborts the process: a successful program exits with SIGABRT (seen with torch 2.13: 12 % of
+    processes whose last act is an all-reduce). Destroying a group joins its threads only if nothing
+    else refers to the group, and DeepSpeed and FSDP2 do to the end; so the lock is also left to
+    the threads for a while.
     """
     if dist.is_initialized():
         dist.destroy_process_group()
+    time.sleep(GLOO_REST_SECONDS)
 
 
 def limit_collectives(timeout_seconds: float) -> None:

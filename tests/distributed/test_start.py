@@ -21,7 +21,7 @@ from megalr.distributed.process_group import (
 )
 from megalr.distributed.rendezvous import RankInfo, find_problem
 from megalr.errors import AgreedError, UserError
-from tests.ranks import run_distributed
+from tests.ranks import ON_THE_CPU, run_distributed
 
 
 def test_one_process_starts_without_a_launcher_and_compiles_nothing(tmp_path: Path) -> None:
@@ -42,6 +42,41 @@ def test_one_process_starts_without_a_launcher_and_compiles_nothing(tmp_path: Pa
     assert done.stdout.splitlines()[-2:] == ["cpu 1 gloo", "at the end: False"], done.stderr
     assert done.returncode == 0
     assert not (tmp_path / "extensions").exists()
+
+
+UNTIMELY = """
+import os
+import torch
+import torch.distributed as dist
+from megalr.distributed.process_group import start_distributed
+
+start_distributed()
+held = dist.group.WORLD  # as DeepSpeed and FSDP2 hold it
+dist.all_reduce(torch.ones(9))
+lagging = 0
+core = {min(os.sched_getaffinity(0))}
+for thread in os.listdir("/proc/self/task"):
+    os.sched_setaffinity(int(thread), core)
+    with open(f"/proc/self/task/{thread}/comm") as file:
+        if file.read().strip() == "pt_gloo_runloop":  # runs when the main thread does not
+            os.sched_setscheduler(int(thread), os.SCHED_IDLE, os.sched_param(0))
+            lagging += 1
+for _ in range(100):
+    dist.all_reduce(torch.ones(100_000))
+print(f"{lagging} threads lag")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sets the priority of single threads")
+def test_gloo_threads_that_lag_behind_do_not_abort_the_process() -> None:
+    """Without the wait at the end three of four such processes are killed by SIGABRT."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    environment |= ON_THE_CPU | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", UNTIMELY]
+    for _ in range(3):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.stdout.endswith("2 threads lag\n")
+        assert done.returncode == 0, done.stderr
 
 
 def test_more_processes_than_gpus_is_refused_before_anything_starts(
