@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megalr.config.schema import RunConfig
+from megalr.distributed.process_group import GLOO_REST_SECONDS
 from megalr.engine.build import build_engine, set_learning_rate
 from megalr.engine.config import resolve_deepspeed_config
 from megalr.models.build import build_model
@@ -205,6 +207,7 @@ def _watched(values: dict[str, Any], ds_user: dict[str, Any]) -> dict[str, Any]:
             fetches.clear()
             storages.clear()
             loss = _forward(engine, ids)
+            time.sleep(GLOO_REST_SECONDS)  # gloo's threads hold what they gathered a moment longer
             kept = sorted({name for name, storage in storages if not storage.expired()})
             engine.backward(loss.clone(), scale_wrt_gas=False)
             engine.step()
