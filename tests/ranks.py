@@ -76,12 +76,15 @@ def _worker(rank: int, world_size: int, port: int, pipe: Connection) -> None:
     warnings.simplefilter("ignore")  # DeepSpeed calls what torch has renamed since
     torch.set_num_threads(1)
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    linear = torch.nn.functional.linear
     # DeepSpeed collects garbage several times for an engine, 3 s in all if it goes through torch.
     gc.freeze()
     while (job := pipe.recv()) is not None:
         function, args = job
         # An engine with tensor parallelism leaves its mesh in a global of DeepSpeed.
         deepspeed.utils.groups.mpu = None
+        # One at stage 3 with DeepSpeed's defaults replaces this for the whole process.
+        torch.nn.functional.linear = linear
         try:
             torch.manual_seed(0)
             pipe.send((True, function(*args)))

@@ -15,7 +15,7 @@ from tests.training.runs import settings
 
 ROOT = Path(__file__).resolve().parents[2]
 PRETRAIN = ROOT / "launchers" / "slurm" / "pretrain.sbatch"
-DEADLINE = 240.0
+DEADLINE = 600.0
 """Seconds that anything here may take on a busy machine."""
 
 
