@@ -48,9 +48,10 @@ UNTIMELY = """
 import os
 import torch
 import torch.distributed as dist
-from megalr.distributed.process_group import start_distributed
+from megalr.distributed import process_group
 
-start_distributed()
+process_group.GLOO_REST_SECONDS = 1.0  # this machine may be busy, and these threads come last
+process_group.start_distributed()
 held = dist.group.WORLD  # as DeepSpeed and FSDP2 hold it
 dist.all_reduce(torch.ones(9))
 lagging = 0
@@ -59,23 +60,23 @@ for thread in os.listdir("/proc/self/task"):
     os.sched_setaffinity(int(thread), core)
     with open(f"/proc/self/task/{thread}/comm") as file:
         if file.read().strip() == "pt_gloo_runloop":  # runs when the main thread does not
-            os.sched_setscheduler(int(thread), os.SCHED_IDLE, os.sched_param(0))
+            os.setpriority(os.PRIO_PROCESS, int(thread), 10)
             lagging += 1
 for _ in range(100):
     dist.all_reduce(torch.ones(100_000))
-print(f"{lagging} threads lag")
+print("lag:", lagging > 0)  # a thread that has not run yet has no name of its own
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="sets the priority of single threads")
 def test_gloo_threads_that_lag_behind_do_not_abort_the_process() -> None:
-    """Without the wait at the end three of four such processes are killed by SIGABRT."""
+    """Without the wait at the end more than half of such processes are killed by SIGABRT."""
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     environment |= ON_THE_CPU | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", UNTIMELY]
-    for _ in range(3):
+    for _ in range(4):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-        assert done.stdout.endswith("2 threads lag\n")
+        assert done.stdout.endswith("lag: True\n")
         assert done.returncode == 0, done.stderr
 
 
