@@ -93,39 +93,38 @@ def test_a_shard_that_changed_before_its_first_sample_is_refused(folder: Path, n
         data.read(np.arange(data.num_samples))
 
 
+@pytest.mark.parametrize("defer", [False, True])
 @pytest.mark.parametrize("prefetch", [0, 2])
-def test_a_loader_raises_the_error_or_keeps_it_for_all_ranks(folder: Path, prefetch: int) -> None:
+def test_a_loader_raises_the_error_or_keeps_it_for_all_ranks(
+    folder: Path, prefetch: int, defer: bool
+) -> None:
     sizes = {"global_batch_size": 8, "micro_batch_size": 2, "prefetch_updates": prefetch}
-    for defer in (False, True):
-        data, saved = open_training_data(folder, sequence_length=16), {}
-        reading, read = threading.Lock(), data.read
+    data = open_training_data(folder, sequence_length=16)
+    reading, read = threading.Lock(), data.read
 
-        def read_whole(*arguments: Any, reading: Any = reading, read: Any = read) -> Any:
-            with reading:  # a file cut in the middle of a read is a signal: mapped_file.py
-                return read(*arguments)
+    def read_whole(*arguments: Any) -> Any:
+        with reading:  # a file cut in the middle of a read is a signal: mapped_file.py
+            return read(*arguments)
 
-        data.read = read_whole  # type: ignore[method-assign]
-        with UpdateLoader(data, defer_errors=defer, **sizes) as loader:
-            assert next(loader).error is None
-            with reading:
-                for path in folder.glob("part*.bin"):
-                    saved[path] = path.read_bytes()
-                    os.truncate(path, 2)
-            if not defer:
-                with pytest.raises(UserError, match=r"part\d\.bin: was (truncated|changed)"):
-                    for _ in range(prefetch + 2):
-                        next(loader)
-            else:
-                batches = [next(loader) for _ in range(prefetch + 3)]
-                assert [batch.update for batch in batches] == list(range(1, prefetch + 4))
-                failed = [batch for batch in batches if batch.error is not None]
-                assert failed and failed[-1] is batches[-1]
-                assert all(batch.error is loader.error for batch in failed)
-                for batch in failed:
-                    assert len(batch.micro_batches) == 4
-                    assert all((labels == -100).all() for _, labels in batch.micro_batches)
-            for path, content in saved.items():
-                path.write_bytes(content)
+    data.read = read_whole  # type: ignore[method-assign]
+    with UpdateLoader(data, defer_errors=defer, **sizes) as loader:
+        assert next(loader).error is None
+        with reading:
+            for path in folder.glob("part*.bin"):
+                os.truncate(path, 2)
+        if not defer:
+            with pytest.raises(UserError, match=r"part\d\.bin: was (truncated|changed)"):
+                for _ in range(prefetch + 2):
+                    next(loader)
+        else:
+            batches = [next(loader) for _ in range(prefetch + 3)]
+            assert [batch.update for batch in batches] == list(range(1, prefetch + 4))
+            failed = [batch for batch in batches if batch.error is not None]
+            assert failed and failed[-1] is batches[-1]
+            assert all(batch.error is loader.error for batch in failed)
+            for batch in failed:
+                assert len(batch.micro_batches) == 4
+                assert all((labels == -100).all() for _, labels in batch.micro_batches)
 
 
 def test_an_evaluation_raises_the_error_or_keeps_it_for_all_ranks(folder: Path) -> None:
