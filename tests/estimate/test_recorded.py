@@ -50,7 +50,8 @@ def test_recorded_peaks_are_met() -> None:
 
     Older rows have the allocator's peak while the graph was captured.
     """
-    files = sorted([*RESULTS.glob("throughput_*gpu.json"), *RESULTS.glob("grids_*gpu.json")])
+    kinds = ("throughput", "lengths", "grids")
+    files = [path for kind in kinds for path in sorted(RESULTS.glob(f"{kind}_*gpu.json"))]
     rows = [row for file in files for row in json.loads(file.read_text()) if "losses" in row]
     assert rows, "no recorded peaks in benchmarks/results"
     wrong = []

@@ -220,7 +220,8 @@ def test_the_path_of_the_kernels_gives_the_same(case: str) -> None:
 def test_a_cuda_graph_replays_other_documents(S: int, compiled: bool) -> None:
     """bf16 by the kernels (256) or FlexAttention, against float32 by plain attention.
 
-    Gradients may be off by half as much again as those of plain attention in bf16, on the CPU.
+    All gradients together may be off by half as much again as those of plain attention in bf16 on
+    the CPU. Rounding alone takes one matrix to 1.4 times as much, in 12 draws on a CPU.
     """
     sizes = tiny(hidden_size=128, num_heads=4, num_kv_heads=2, intermediate_size=192)
     fast = build_decoder(sizes, low_rank(), seed=3).cuda().bfloat16()
@@ -246,7 +247,10 @@ def test_a_cuda_graph_replays_other_documents(S: int, compiled: bool) -> None:
             loss.backward()
             torch.testing.assert_close(loss / 0.02, expected.pop("loss"), rtol=1e-3, atol=0)
             named = dict(fast.named_parameters())
+            squares = torch.zeros(2, device="cuda")  # ours, those of plain attention
             for name, value in expected.items():
-                bound = 1.5 * (rounded[name].float().cuda() - value).norm()
-                error = (named[name].grad.float() - value).norm()
-                assert error < bound, f"{name}: {error / value.norm():.1e}"
+                both = torch.stack([named[name].grad.float(), rounded[name].float().cuda()])
+                errors = (both - value).flatten(1).norm(dim=1) / value.norm()
+                assert errors[0] < 3 * errors[1], f"{name}: {errors.tolist()}"
+                squares += errors.square()
+            assert squares[0].sqrt() < 1.5 * squares[1].sqrt(), squares.tolist()
