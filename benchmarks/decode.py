@@ -23,7 +23,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,9 @@ from megalr.models.config import PRESETS, DecoderConfig
 PROMPT, NEW, REPEATS = 512, 64, 3
 BATCHES = (1, 4, 16, 64)
 EAGER_BATCHES, COMPILED_BATCHES = (1, 16), (1, 16)
-RECIPE_RANKS = {"350m": 256, "1b": 512, "7b": 1024}
+RECIPE_RANKS = {"350m": 256, "1b": 512, "1b_padded": 512, "7b": 1024}
+"""Sizes by name; padded: with ``--keep_padding`` of the export, since 1B's MLP is 5,461 wide."""
+
 DENSITY = 0.03
 WARM = 6  # steps before the timed ones: three captured or compiled, three more
 GIB = 2**30
@@ -75,6 +77,13 @@ class Variant:
             for name, number in names.items():
                 modules[name]["entries"] = int(DENSITY * number)
         return {"form": self.form, "modules": modules, "shared": self.shared}
+
+
+def sizes_of(name: str) -> DecoderConfig:
+    """Of one of RECIPE_RANKS."""
+    preset, _, padded = name.partition("_")
+    sizes = PRESETS[f"llama_{preset}"]
+    return replace(sizes, intermediate_size=sizes.padded_intermediate_size) if padded else sizes
 
 
 def variants(sizes: DecoderConfig, recipe: int) -> list[Variant]:
@@ -244,7 +253,7 @@ def measure_size(
         known: rows of the size that were measured before; those without a result are repeated.
         keep: called with the rows after each that was measured.
     """
-    sizes, started = PRESETS[f"llama_{name}"], time.perf_counter()
+    sizes, started = sizes_of(name), time.perf_counter()
     rows = {tuple(row[key] for key in KEYS): row for row in known or []}
     built, model = None, None
     for variant, batch, way in cells(variants(sizes, RECIPE_RANKS[name])):

@@ -31,6 +31,11 @@ def export_parser(prog: str | None = None) -> argparse.ArgumentParser:
         default="dense",
         help="matrices multiplied out, or the factors as trained (default: %(default)s)",
     )
+    add(
+        "--keep_padding",
+        action="store_true",
+        help="MLP width with the zeros of model.pad_multiple, for speed where it is an odd number",
+    )
     add("--max_shard_size", default="5GB", help="largest weight file (default: %(default)s)")
     add("--tokenizer", help="tokenizer to add, or none (default: that of the training data)")
     return parser
@@ -51,6 +56,7 @@ def export_command(words: Sequence[str] | None = None, prog: str | None = None) 
         arguments.max_shard_size,
         arguments.tokenizer,
         arguments.form,
+        arguments.keep_padding,
     )
     facts = f"{checkpoint.folder.name}, {arguments.form}, {arguments.dtype}"
     print(f"written: {arguments.output} ({facts})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from megalr.hf.trained_run import (
     tokenizer_of,
 )
 from megalr.hf.write import ExportOptions, check_output, write_model
+from megalr.layers.linear import GroupedLinear
 from megalr.models.build import has_dense_weights, has_factors, sizes_of
 from megalr.models.config import DecoderConfig
+from megalr.models.decoder import Decoder
 from megalr.preprocessing.compare_tokenizers import tokenizer_difference
 from megalr.preprocessing.tokenizer import Tokenizer, open_tokenizer
 from megalr.run.metrics_reader import perplexity_of, read_run
@@ -27,6 +30,9 @@ from megalr.version import __version__
 
 NO_TOKENIZER = "none"
 """Given instead of a tokenizer's path: export without a tokenizer."""
+
+TENSOR_CORES = 8
+"""GPUs multiply 16-bit matrices slowly whose sides are no multiple of this."""
 
 
 def export_run(
@@ -37,6 +43,7 @@ def export_run(
     max_shard_size: str,
     tokenizer: str | None,
     form: str = "dense",
+    keep_padding: bool = False,
 ) -> Checkpoint:
     """Write the model of a checkpoint to ``output``; all of it or nothing.
 
@@ -48,6 +55,7 @@ def export_run(
         max_shard_size: largest weight file ("5GB").
         tokenizer: path of a tokenizer, ``none``, or None for that of the training data.
         form: ``dense`` or ``factorized``.
+        keep_padding: see :func:`count_padding`.
 
     Returns:
         The checkpoint that was exported.
@@ -63,17 +71,39 @@ def export_run(
     _check_form(run, config, form)
     chosen = _tokenizer(config, tokenizer)
     decoder = load_decoder(run, checkpoint)
+    if keep_padding:
+        count_padding(decoder)
+    elif sizes.intermediate_size % TENSOR_CORES:
+        print(
+            f"note: the MLP is {sizes.intermediate_size} wide, which is slow on GPUs: "
+            f"--keep_padding writes {sizes.padded_intermediate_size}, the rest zeros",
+            flush=True,
+        )
     evaluation = {
         "tokens": config.evaluation.limit(last=True),
         "packing": config.data.packing,
         "document_mask": config.data.document_mask,
     }
     options = ExportOptions(dtype, max_shard_size, config.data.sequence_length, evaluation, form)
-    rows = _facts(run, checkpoint, config, sizes, dtype)
+    rows = _facts(run, checkpoint, config, decoder.config, dtype)
     tags = [config.method.name, config.optimizer.name, families_of(sizes)[0]]
     card = model_card(run.resolve().name, tags, rows, form == "factorized")
     write_model(decoder, output, options, chosen, card)
     return checkpoint
+
+
+def count_padding(decoder: Decoder) -> None:
+    """Make the padding of the MLP's width part of the decoder's sizes: ``model.pad_multiple``.
+
+    Rows of gate and up and columns of down that are zero then belong to the matrices. The function
+    stays: every activation is zero at zero. The vocabulary is not changed.
+    """
+    width = decoder.config.padded_intermediate_size
+    decoder.config = replace(decoder.config, intermediate_size=width)
+    for layer in decoder.modules():
+        if isinstance(layer, GroupedLinear):
+            shape = layer.shape
+            layer.shape = replace(shape, in_used=shape.in_features, out_used=shape.out_features)
 
 
 def _check_form(run: Path, config: RunConfig, form: str) -> None:

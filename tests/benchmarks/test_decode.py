@@ -46,6 +46,11 @@ def test_the_ranks_are_the_recipes_and_shares_of_the_hidden_size() -> None:
     ]
 
 
+def test_a_padded_size_has_the_width_of_an_export_that_keeps_padding() -> None:
+    widths = [decode.sizes_of(name).intermediate_size for name in ("1b", "1b_padded", "7b")]
+    assert widths == [5461, 5504, 11008]
+
+
 def test_the_rows_that_tell_most_come_first() -> None:
     rows = decode.cells(VARIANTS)
     assert len(rows) == len(set(rows)) == 7 * 4 + 2 * 2 + 2 * 2

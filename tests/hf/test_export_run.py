@@ -172,6 +172,23 @@ def test_the_folder_has_tokenizer_generation_settings_and_a_card(
     assert "stored as factors" in card and "trust_remote_code=True)" in card
 
 
+def test_an_odd_width_is_pointed_out_and_its_padding_is_written_if_asked_for(
+    bf16_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _export(bf16_run, tmp_path / "without")
+    assert "note: the MLP is 83 wide, which is slow on GPUs" in capsys.readouterr().out
+    _export(bf16_run, tmp_path / "with", keep_padding=True)
+    assert "note" not in capsys.readouterr().out
+    assert "MLP 96," in (tmp_path / "with" / "README.md").read_text()
+    ids = torch.arange(2, 22)[None]
+    logits = []
+    for name, width in (("without", 83), ("with", 96)):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert model.config.intermediate_size == width
+        logits.append(model(ids).logits)
+    torch.testing.assert_close(*logits, atol=1e-6, rtol=1e-5)
+
+
 def test_files_of_another_model_beside_a_tokenizer_are_left_out(
     bf16_run: Path, tmp_path: Path
 ) -> None:

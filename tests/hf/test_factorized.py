@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import megalr.hf.auto  # noqa: F401  (loads factorized folders without trust_remote_code)
 from megalr.errors import UserError
+from megalr.hf.export_run import count_padding
 from megalr.hf.factorized import factorization, factorized_tensors
 from megalr.hf.families import families_of, transformers_config
 from megalr.hf.modeling_factorized import FACTORIZED, SparseEntries
@@ -75,6 +76,23 @@ def test_logits_are_the_decoders_and_the_dense_exports(
     if METHODS[method].name != "cola":
         dense = load(write(decoder, tmp_path / "dense", form="dense"))
         torch.testing.assert_close(logits, dense(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
+@torch.no_grad()
+def test_padding_that_is_kept_leaves_the_function(family: str, method: str, tmp_path: Path) -> None:
+    sizes = {"intermediate_size": 83, "pad_multiple": 16}
+    decoder = lively(METHODS[method], **{**FAMILIES[family][0], **sizes})
+    without = load(write(decoder, tmp_path / "without"))
+    count_padding(decoder)
+    forms = ["factorized", *(["dense"] if METHODS[method].name != "cola" else [])]
+    for form in forms:
+        model = load(write(decoder, tmp_path / form, form=form))
+        width = "n_inner" if family == "gpt2" else "intermediate_size"
+        assert (getattr(without.config, width), getattr(model.config, width)) == (83, 96)
+        logits = model(sample()).logits
+        torch.testing.assert_close(logits, without(sample()).logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
