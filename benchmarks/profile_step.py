@@ -1,11 +1,12 @@
-"""Where the time of an update goes: wall clock, GPU kernels by name, host functions.
+"""Where the time of an update goes: wall clock, GPU kernels by name, host functions; and memory.
 
     python benchmarks/profile_step.py --cases 60m_low_rank_paper 1b_sltrain --output results
 
 A case is one of benchmarks/cases.py, run in this process on random tokens by the engine, the
 updater and the CUDA graph of a real run; there is no launcher, loader or log. For each case
-``profile_CASE.txt`` gives the milliseconds of an update, the functions of the host (cProfile) and
-the kernels of the GPU (torch profiler) with the most time of their own.
+``profile_CASE.txt`` gives the milliseconds of an update, what the allocator has reserved and does
+not use, for each of its pools, the functions of the host (cProfile) and the kernels of the GPU
+(torch profiler) with the most time of their own.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -33,6 +35,7 @@ from megalr.distributed.process_group import start_distributed
 from megalr.engine.build import build_engine
 from megalr.engine.config import resolve_deepspeed_config
 from megalr.errors import exit_cleanly
+from megalr.estimate.memory import GIB
 from megalr.models.build import build_model
 from megalr.training.step import train_step
 
@@ -91,6 +94,31 @@ def kernel_table(work: Callable[[], None], repeats: int, trace: Path | None) -> 
     return averages.table(sort_by="self_device_time_total", row_limit=60, max_name_column_width=110)
 
 
+def memory_table(snapshot: list[dict[str, Any]]) -> str:
+    """Reserved, used and unused GiB of each memory pool, and the largest unused pieces.
+
+    A CUDA graph has a pool of its own; nothing else is put where it has left room.
+
+    Args:
+        snapshot: of ``torch.cuda.memory_snapshot``.
+    """
+    pools: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for segment in snapshot:
+        pools.setdefault(tuple(segment["segment_pool_id"]), []).append(segment)
+    lines = []
+    for pool, segments in sorted(pools.items()):
+        blocks = [block for segment in segments for block in segment["blocks"]]
+        unused = sorted((b["size"] for b in blocks if b["state"] == "inactive"), reverse=True)
+        reserved = sum(segment["total_size"] for segment in segments)
+        pieces = ", ".join(f"{size / 2**20:.0f}" for size in unused[:12])
+        lines.append(
+            f"pool {pool}: {reserved / GIB:.3f} GiB reserved in {len(segments)} segments, "
+            f"{(reserved - sum(unused)) / GIB:.3f} used, {sum(unused) / GIB:.3f} unused in "
+            f"{len(unused)} pieces, the largest of MiB {pieces}"
+        )
+    return "\n".join(lines)
+
+
 def profile_case(name: str, output: Path, trace: bool, sequence: int) -> None:
     """Measure one case in this process and write its tables."""
     device = start_distributed()
@@ -102,10 +130,11 @@ def profile_case(name: str, output: Path, trace: bool, sequence: int) -> None:
             update()
         lines = [f"case {name}, torch {torch.__version__}, {torch.cuda.get_device_name()}"]
         lines.append(f"update: {milliseconds(update, 30):.3f} ms")
+        lines.append(memory_table(torch.cuda.memory_snapshot()))
         lines.append(host_table(update, 20))
         lines.append(kernel_table(update, 2, output / f"trace_{name}.json.gz" if trace else None))
     (output / f"profile_{name}.txt").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines[:2]), flush=True)
+    print("\n".join(lines[:3]), flush=True)
 
 
 def main() -> None:
