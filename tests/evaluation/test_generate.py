@@ -79,6 +79,7 @@ def test_an_exported_folder_writes_what_transformers_writes_alone(
 ) -> None:
     form = "factorized" if "cola" in str(folder.parent.name) else "dense"
     export_run(folder, None, tmp_path / "out", "float32", "5GB", None, form)
+    capsys.readouterr()  # its notes
     options = ["--max-new-tokens=8", "--temperature", "0"]
     text = printed(capsys, "--model", tmp_path / "out", "--prompt", PROMPT, "w7", *options)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
