@@ -71,12 +71,13 @@ def export_run(
     _check_form(run, config, form)
     chosen = _tokenizer(config, tokenizer)
     decoder = load_decoder(run, checkpoint)
+    width, padded = sizes.intermediate_size, sizes.padded_intermediate_size
     if keep_padding:
         count_padding(decoder)
-    elif sizes.intermediate_size % TENSOR_CORES:
+    elif width % TENSOR_CORES and width < padded:
         print(
-            f"note: the MLP is {sizes.intermediate_size} wide, which is slow on GPUs: "
-            f"--keep_padding writes {sizes.padded_intermediate_size}, the rest zeros",
+            f"note: the MLP is {width} wide, which is slow on GPUs: --keep_padding writes "
+            f"{padded}, the rest zeros",
             flush=True,
         )
     evaluation = {

@@ -19,6 +19,7 @@ from megalr.checkpoint import open_checkpoint
 from megalr.checkpoint.manifest import MANIFEST, manifest_text, read_manifest, record_of
 from megalr.checkpoint.reshape import write_universal
 from megalr.checkpoint.source import STATE
+from megalr.cli.main import main
 from megalr.config.schema import RunConfig
 from megalr.data.manifest import load_manifest
 from megalr.errors import UserError
@@ -177,7 +178,7 @@ def test_an_odd_width_is_pointed_out_and_its_padding_is_written_if_asked_for(
 ) -> None:
     _export(bf16_run, tmp_path / "without")
     assert "note: the MLP is 83 wide, which is slow on GPUs" in capsys.readouterr().out
-    _export(bf16_run, tmp_path / "with", keep_padding=True)
+    main(["export", str(bf16_run), "--output", str(tmp_path / "with"), "--keep_padding"])
     assert "note" not in capsys.readouterr().out
     assert "MLP 96," in (tmp_path / "with" / "README.md").read_text()
     ids = torch.arange(2, 22)[None]

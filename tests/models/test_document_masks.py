@@ -221,7 +221,7 @@ def test_a_cuda_graph_replays_other_documents(S: int, compiled: bool) -> None:
     """bf16 by the kernels (256) or FlexAttention, against float32 by plain attention.
 
     All gradients together may be off by half as much again as those of plain attention in bf16 on
-    the CPU. Rounding alone takes one matrix to 1.4 times as much, in 12 draws on a CPU.
+    the CPU, each by twice as much: rounding alone takes one to 1.4 times, in 12 draws on a CPU.
     """
     sizes = tiny(hidden_size=128, num_heads=4, num_kv_heads=2, intermediate_size=192)
     fast = build_decoder(sizes, low_rank(), seed=3).cuda().bfloat16()
@@ -251,6 +251,6 @@ def test_a_cuda_graph_replays_other_documents(S: int, compiled: bool) -> None:
             for name, value in expected.items():
                 both = torch.stack([named[name].grad.float(), rounded[name].float().cuda()])
                 errors = (both - value).flatten(1).norm(dim=1) / value.norm()
-                assert errors[0] < 3 * errors[1], f"{name}: {errors.tolist()}"
+                assert errors[0] < 2 * errors[1], f"{name}: {errors.tolist()}"
                 squares += errors.square()
             assert squares[0].sqrt() < 1.5 * squares[1].sqrt(), squares.tolist()
