@@ -65,17 +65,21 @@ def tokenizer_parser(prog: str | None = None) -> argparse.ArgumentParser:
         default=100,
         help="text to train on, the same share from every file (default: 100)",
     )
-    add("--threads", type=int, help="default: all cores")
+    add(
+        "--threads",
+        type=int,
+        help="another number may give some pieces other ids (default: 16, on every machine)",
+    )
     return parser
 
 
 def tokenizer_command(words: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Train a tokenizer; print its size."""
     args = parse(tokenizer_parser(prog), words)
-    from megalr.preprocessing.tokenizer_training import default_threads, train_tokenizer
+    from megalr.preprocessing.tokenizer_training import THREADS, train_tokenizer
     from megalr.readers.documents import ReadOptions
 
-    threads = default_threads() if args.threads is None else args.threads
+    threads = THREADS if args.threads is None else args.threads
     if args.sample_megabytes < 1 or threads < 1:
         raise UserError("--sample_megabytes and --threads must be at least 1")
     reading = ReadOptions(args.text_key, args.text_documents, args.max_bad_lines)

@@ -36,7 +36,7 @@ def write_huggingface_files(model: Path, folder: Path, marker: str) -> None:
 
     ``marker`` becomes a key of the configuration that names the ``.model`` file.
     """
-    proto = _read(model)
+    proto = read_model(model)
     trainer = proto.trainer_spec
 
     def piece(number: int) -> str | None:
@@ -63,13 +63,14 @@ def write_huggingface_files(model: Path, folder: Path, marker: str) -> None:
 def conversion_problem(model: Path) -> str | None:
     """Why no ``tokenizer.json`` can be made of a SentencePiece model; None if it can."""
     try:
-        _converted(model, _read(model))
+        _converted(model, read_model(model))
     except Inconvertible as error:
         return str(error)
     return None
 
 
-def _read(model: Path) -> Any:
+def read_model(model: Path) -> Any:
+    """The ``ModelProto`` of a SentencePiece model; UserError if it is none."""
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2 as schema
 
@@ -215,7 +216,7 @@ def _check_equal(model: Any, proto: Any, tokenizer: Any) -> None:
     for line in lines:
         expected = model.encode(line)
         found = tokenizer.encode(line, add_special_tokens=False).ids
-        if found != expected and not _tie(proto, expected, found):
+        if found != expected and not is_tie(proto, expected, found):
             raise Inconvertible(
                 f"converted, {line[:60]!r} becomes {shortened(found)} instead of "
                 f"{shortened(expected)}"
@@ -223,17 +224,25 @@ def _check_equal(model: Any, proto: Any, tokenizer: Any) -> None:
     tokenizer.encode_special_tokens = False
 
 
-def _tie(proto: Any, expected: list[int], found: list[int]) -> bool:
-    """Whether two segmentations by a unigram model have the same score, so that either is right."""
+def is_tie(proto: Any, expected: list[int], found: list[int]) -> bool:
+    """Whether two segmentations of one text have the same score under a unigram model.
+
+    Either is right then: four spaces are three and one or one and three. SentencePiece adds the
+    scores in float32 and tokenizers in float64, so the rounding decides, and not always alike.
+    """
     if proto.trainer_spec.model_type != UNIGRAM:
         return False
-    normal: list[list[int]] = []
-    others: list[list[int]] = []
-    for ids in (expected, found):
-        normal.append([n for n in ids if proto.pieces[n].type == NORMAL])
-        others.append([n for n in ids if proto.pieces[n].type != NORMAL])  # bytes, unknowns
-    first, second = (sum(proto.pieces[n].score for n in ids) for ids in normal)
-    return others[0] == others[1] and abs(first - second) <= 1e-4 * max(1.0, abs(first))
+    if max([*expected, *found], default=0) >= len(proto.pieces):  # a token added to it
+        return False
+    first, second = ([proto.pieces[n] for n in ids] for ids in (expected, found))
+    if "".join(p.piece for p in first) != "".join(p.piece for p in second):
+        return False
+    if [p.piece for p in first if p.type != NORMAL] != [
+        p.piece for p in second if p.type != NORMAL
+    ]:
+        return False  # bytes, unknowns
+    here, there = (sum(p.score for p in row if p.type == NORMAL) for row in (first, second))
+    return abs(here - there) <= 1e-4 * max(1.0, abs(here))
 
 
 def _user_defined_lines(proto: Any) -> list[str]:

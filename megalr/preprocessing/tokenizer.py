@@ -15,7 +15,12 @@ from numpy.typing import NDArray
 from megalr.data.manifest import TokenizerInfo
 from megalr.errors import UserError
 from megalr.files import read_json_object
-from megalr.preprocessing.hf_tokenizer import is_library_error, write_huggingface_files
+from megalr.preprocessing.hf_tokenizer import (
+    is_library_error,
+    is_tie,
+    read_model,
+    write_huggingface_files,
+)
 
 Ids = NDArray[np.int32]
 SENTENCEPIECE_NAME = "spiece.model"
@@ -59,6 +64,10 @@ class Tokenizer(Protocol):
 
     def piece_ids(self) -> dict[str, int]:
         """Every piece of the vocabulary with its id."""
+        ...
+
+    def is_tie(self, ids: list[int], others: list[int]) -> bool:
+        """Whether both are segmentations of one text that the model scores alike."""
         ...
 
     def has_fingerprint(self, fingerprint: str) -> bool:
@@ -107,6 +116,9 @@ class SentencePieceTokenizer:
 
     def piece_ids(self) -> dict[str, int]:
         return {self._model.id_to_piece(number): number for number in range(self.vocab_size)}
+
+    def is_tie(self, ids: list[int], others: list[int]) -> bool:
+        return is_tie(read_model(self.path), ids, others)
 
     def has_fingerprint(self, fingerprint: str) -> bool:
         return fingerprint == self.fingerprint
@@ -178,6 +190,9 @@ class HuggingFaceTokenizer:
 
     def piece_ids(self) -> dict[str, int]:
         return self._tokenizer.get_vocab()
+
+    def is_tie(self, ids: list[int], others: list[int]) -> bool:
+        return False  # what transformers loads adds scores as any other of its tokenizers does
 
     def has_fingerprint(self, fingerprint: str) -> bool:
         return fingerprint == self.fingerprint or fingerprint == _hash_files(

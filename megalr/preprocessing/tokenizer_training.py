@@ -21,6 +21,8 @@ from megalr.readers.documents import DocumentReader, ReadOptions
 from megalr.readers.input_splits import InputSplit, failed_inputs, holds_tokens, plan_splits
 
 LONGEST_SENTENCE = 4096  # bytes; SentencePiece skips longer ones, so they are split
+THREADS = 16
+"""On every machine, since the rounding of sums over threads decides the order of some pieces."""
 SMALLEST_VOCABULARY = 3 + 256  # pad, eos, unk and the 256 bytes
 
 
@@ -39,14 +41,15 @@ def train_tokenizer(
     vocab_size: int,
     reading: ReadOptions,
     sample_bytes: int = 100_000_000,
-    threads: int = 1,
+    threads: int = THREADS,
 ) -> tuple[SentencePieceTokenizer, SampledText]:
     """Train a unigram model with byte fallback and write it as a tokenizer folder.
 
     Ids: pad 0, eos 1, unk 2, no bos, then 256 bytes, then pieces. Text is not normalised and no
     white space is dropped: decoding the ids of a text gives the text back, byte for byte. At most
     ``sample_bytes`` of text are read, the same share from the head of every input file, which
-    bounds time and memory (about 20 bytes of memory per byte of text).
+    bounds time and memory (about 20 bytes of memory per byte of text). The ids depend on
+    ``threads``, not on the number of cores.
 
     A tokenizer is made of all inputs: where some cannot be read, the others are read all the same,
     so that one error names every unusable input, and nothing is written.
@@ -182,8 +185,3 @@ def _explained(message: str, vocab_size: int, sample: _Sample) -> str:
     if not sample.documents:
         return "the inputs hold no document to train a tokenizer on; check --input and --text_key"
     return f"SentencePiece cannot train on {seen}: {message.strip().splitlines()[-1]}"
-
-
-def default_threads() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0))

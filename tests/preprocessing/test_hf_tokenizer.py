@@ -12,8 +12,9 @@ import sentencepiece
 from transformers import AutoTokenizer
 
 from megalr.errors import UserError
+from megalr.hf.write_tokenizer import exported_difference
 from megalr.preprocessing.compare_tokenizers import tokenizer_difference
-from megalr.preprocessing.hf_tokenizer import conversion_problem
+from megalr.preprocessing.hf_tokenizer import conversion_problem, is_tie
 from megalr.preprocessing.split_worker import WorkSettings
 from megalr.preprocessing.tokenizer import holds_tokenizer, open_tokenizer
 from tests.preprocessing.corpus import prose, tiny_tokenizer
@@ -115,8 +116,6 @@ def test_segmentations_of_one_score_are_a_tie_beside_bytes_too() -> None:
     """Eight spaces are seven and one or one and seven, whichever the rounding of sums prefers."""
     from sentencepiece import sentencepiece_model_pb2 as schema
 
-    from megalr.preprocessing.hf_tokenizer import _tie
-
     proto = schema.ModelProto()  # type: ignore[attr-defined]
     proto.trainer_spec.model_type = 1
     pieces = (
@@ -128,11 +127,43 @@ def test_segmentations_of_one_score_are_a_tie_beside_bytes_too() -> None:
     )
     for text, score, kind in pieces:
         proto.pieces.add(piece=text, score=score, type=kind)
-    assert _tie(proto, [1, 2, 3, 1], [1, 3, 2, 1])
-    assert not _tie(proto, [1, 2, 3, 1], [1, 3, 4, 1])  # another score
-    assert not _tie(proto, [1, 2, 3], [0, 2, 3])
+    assert is_tie(proto, [1, 2, 3, 1], [1, 3, 2, 1])
+    assert not is_tie(proto, [1, 2, 3, 1], [1, 3, 4, 1])  # another score
+    assert not is_tie(proto, [1, 2, 3], [0, 2, 3])
+    assert not is_tie(proto, [2, 4], [4, 2])  # another text
+    assert not is_tie(proto, [1, 2], [1, 5])  # a token that was added to it
     proto.trainer_spec.model_type = 2
-    assert not _tie(proto, [2, 3], [3, 2])
+    assert not is_tie(proto, [2, 3], [3, 2])
+
+
+def test_rounding_of_scores_is_no_difference(tmp_path: Path) -> None:
+    """SentencePiece and tokenizers take "aaa" five times and "a" once in another order."""
+    from sentencepiece import sentencepiece_model_pb2 as schema
+
+    proto = schema.ModelProto()  # type: ignore[attr-defined]
+    trainer, rules = proto.trainer_spec, proto.normalizer_spec
+    trainer.model_type, trainer.byte_fallback, trainer.unk_id, trainer.eos_id = 1, True, 0, 1
+    trainer.bos_id = trainer.pad_id = -1
+    rules.name, rules.add_dummy_prefix, rules.remove_extra_whitespaces = "identity", True, False
+    proto.pieces.add(piece="<unk>", score=0.0, type=2)
+    proto.pieces.add(piece="</s>", score=0.0, type=3)
+    for byte in range(256):
+        proto.pieces.add(piece=f"<0x{byte:02X}>", score=0.0, type=6)
+    for text, score in [("\u2581", -3.4), ("a", -4.4), ("aaa", -6.0)]:
+        proto.pieces.add(piece=text, score=score, type=1)
+    model = tmp_path / "m.model"
+    model.write_bytes(proto.SerializeToString())
+    own = open_tokenizer(model)
+    own.copy_to(tmp_path / "copy")
+    (tmp_path / "fast").mkdir()
+    shutil.copyfile(tmp_path / "copy" / "tokenizer.json", tmp_path / "fast" / "tokenizer.json")
+    loaded = open_tokenizer(tmp_path / "fast")
+    assert (own.kind, loaded.kind) == ("sentencepiece", "huggingface")
+    line = ["aaaaaaaaaaaaaaaa bbbbb abababab ......... -------- ========"]  # of PROBES
+    assert own.encode(line, False)[0].tolist() != loaded.encode(line, False)[0].tolist()
+    assert tokenizer_difference(own, loaded) is None
+    assert tokenizer_difference(loaded, own) is None
+    assert exported_difference(own, tmp_path / "fast") is None
 
 
 def test_a_difference_is_named_by_the_first_piece_or_line(tmp_path: Path) -> None:

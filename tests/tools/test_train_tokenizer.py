@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from megalr.preprocessing.tokenizer import open_tokenizer
@@ -21,3 +22,21 @@ def test_the_command_writes_a_folder_that_opens_and_explains_mistakes(tmp_path: 
         failed = run_tool("train_tokenizer", *arguments, check=False)
         assert failed.returncode == 2
         assert failed.stderr.startswith("error: ") and message in failed.stderr
+
+
+def test_the_number_of_cores_changes_nothing(tmp_path: Path) -> None:
+    """By default; with another number of threads the sums are rounded in another order."""
+    write_jsonl(tmp_path / "a.json.gz", prose(1500))
+    cores = os.sched_getaffinity(0)
+    try:
+        for name, allowed in [("few", {min(cores)}), ("all", cores)]:
+            os.sched_setaffinity(0, allowed)  # the command inherits it
+            run_tool(
+                "train_tokenizer",
+                *("--input", tmp_path / "a.json.gz", "--output", tmp_path / name),
+                *("--vocab_size", 400),
+            )
+    finally:
+        os.sched_setaffinity(0, cores)
+    few, every = (open_tokenizer(tmp_path / name).fingerprint for name in ("few", "all"))
+    assert few == every
