@@ -12,7 +12,6 @@ from safetensors import SafetensorError, safe_open
 
 from megalr.errors import UserError
 from megalr.files import read_json_object
-from megalr.hf.modeling_factorized import SHARED_INPUT
 from megalr.hf.names import block_linears, is_stacked, llama_parts, plain_tensors, rows_of
 from megalr.hf.pretrained_config import CONFIG_NAME, FACTORIZED_PREFIX
 from megalr.layers.linear import DenseLinear, GroupedLinear
@@ -147,6 +146,8 @@ class ProductWeights(Weights):
     @staticmethod
     def _sharing(name: str) -> list[str]:
         """The matrices whose factors A may be one tensor with that of this matrix, in order."""
+        from megalr.hf.modeling_factorized import SHARED_INPUT
+
         parent = name.rsplit(".", 2)[0]
         leaves = SHARED_INPUT.get(parent.rpartition(".")[2], ())
         return [f"{parent}.{leaf}.weight" for leaf in leaves]

@@ -38,6 +38,19 @@ def test_help_imports_no_heavy_package_and_shows_an_example(words: list[str]) ->
         assert COMMANDS[name].summary.split()[0] in done.stdout
 
 
+def test_training_imports_what_every_run_needs() -> None:
+    """Transformers alone takes more than a second, and few runs start from a pretrained model."""
+    unneeded = ("transformers", "datasets", "sentencepiece", "plotly", "matplotlib")
+    code = (
+        "import sys, megalr.training.pretrain\n"
+        f"print([name for name in {unneeded!r} if name in sys.modules])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 def test_every_program_of_a_checkout_shows_its_commands_help() -> None:
     for command in COMMANDS.values():
         if command.program is not None:
