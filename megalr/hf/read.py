@@ -146,6 +146,7 @@ class ProductWeights(Weights):
     @staticmethod
     def _sharing(name: str) -> list[str]:
         """The matrices whose factors A may be one tensor with that of this matrix, in order."""
+        # Here, since it imports transformers, and every run imports this module.
         from megalr.hf.modeling_factorized import SHARED_INPUT
 
         parent = name.rsplit(".", 2)[0]

@@ -237,10 +237,9 @@ def is_tie(proto: Any, expected: list[int], found: list[int]) -> bool:
     first, second = ([proto.pieces[n] for n in ids] for ids in (expected, found))
     if "".join(p.piece for p in first) != "".join(p.piece for p in second):
         return False
-    if [p.piece for p in first if p.type != NORMAL] != [
-        p.piece for p in second if p.type != NORMAL
-    ]:
-        return False  # bytes, unknowns
+    others = [[p.piece for p in row if p.type != NORMAL] for row in (first, second)]
+    if others[0] != others[1]:  # bytes, unknowns, user-defined pieces
+        return False
     here, there = (sum(p.score for p in row if p.type == NORMAL) for row in (first, second))
     return abs(here - there) <= 1e-4 * max(1.0, abs(here))
 

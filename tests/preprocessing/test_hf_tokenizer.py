@@ -128,9 +128,10 @@ def test_segmentations_of_one_score_are_a_tie_beside_bytes_too() -> None:
     for text, score, kind in pieces:
         proto.pieces.add(piece=text, score=score, type=kind)
     assert is_tie(proto, [1, 2, 3, 1], [1, 3, 2, 1])
-    assert not is_tie(proto, [1, 2, 3, 1], [1, 3, 4, 1])  # another score
+    assert not is_tie(proto, [1, 2, 2], [1, 3])  # another score
+    assert not is_tie(proto, [1, 2, 3, 1], [1, 3, 4, 1])  # another text
     assert not is_tie(proto, [1, 2, 3], [0, 2, 3])
-    assert not is_tie(proto, [2, 4], [4, 2])  # another text
+    assert not is_tie(proto, [2, 4], [4, 2])  # another text of the same score
     assert not is_tie(proto, [1, 2], [1, 5])  # a token that was added to it
     proto.trainer_spec.model_type = 2
     assert not is_tie(proto, [2, 3], [3, 2])

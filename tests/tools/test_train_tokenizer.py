@@ -25,7 +25,7 @@ def test_the_command_writes_a_folder_that_opens_and_explains_mistakes(tmp_path: 
 
 
 def test_the_number_of_cores_changes_nothing(tmp_path: Path) -> None:
-    """By default; with another number of threads the sums are rounded in another order."""
+    """They decided the number of threads once, and with it the order in which sums are rounded."""
     write_jsonl(tmp_path / "a.json.gz", prose(1500))
     cores = os.sched_getaffinity(0)
     try:
