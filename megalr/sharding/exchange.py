@@ -200,12 +200,14 @@ def update_matrices(updates: Sequence[MatrixUpdate]) -> None:
 
     Owners work at the same time: the split matrices of all flat tensors are exchanged in common
     buckets, where the ranks and dtypes are the same. Every rank gives the same flat tensors.
+    Matrices of equal shape come one after the other, so that rules can stack most of a bucket.
     """
     same: dict[int, list[MatrixUpdate]] = {}
     for update in updates:
         same.setdefault(update.kind, []).append(update)
     for members in same.values():
         whole = [(t, f, u) for u in members for t, f in u.layout.local if not t.is_split]
+        whole.sort(key=lambda entry: entry[0].shape)
         for bucket in buckets(whole, lambda entry: entry[0].numel):
             _update_whole(bucket)
     alike: dict[Any, list[tuple[LogicalTensor, MatrixUpdate]]] = {}
@@ -214,6 +216,7 @@ def update_matrices(updates: Sequence[MatrixUpdate]) -> None:
         split = [(tensor, update) for tensor in update.layout.tensors if tensor.is_split]
         alike.setdefault(key, []).extend(split)
     for entries in alike.values():
+        entries.sort(key=lambda entry: entry[0].shape)
         for part in buckets(entries, lambda entry: entry[0].numel):
             _update_split(part)
 

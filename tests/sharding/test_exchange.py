@@ -6,14 +6,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megalr.sharding import exchange
 from megalr.sharding.exchange import (
+    MatrixUpdate,
     broadcast_from_owners,
     buckets,
     from_owner,
     least_loaded,
     to_owner,
+    update_matrices,
 )
 from megalr.sharding.fragment import (
+    FlatLayout,
     Fragment,
     LogicalTensor,
     Ranks,
@@ -108,3 +112,29 @@ def test_buckets_keep_the_order_and_the_limit() -> None:
     found = list(buckets([3, 1, 9, 2, 2, 2], lambda item: item, 4))
     assert found == [[3, 1], [9], [2, 2], [2]]
     assert list(buckets([], lambda item: item, 4)) == []
+
+
+def test_matrices_of_a_shape_are_updated_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As layers have them in turn, a chunk would hold one or two of each shape."""
+    monkeypatch.setattr(exchange.buckets, "__defaults__", (24,))
+    shapes = [(2, 4), (4, 2), (2, 4), (3, 6), (2, 4), (4, 2)]
+    tensors, start = [], 0
+    for number, (m, n) in enumerate(shapes):
+        fragment = Fragment(0, 0, start, m * n)
+        tensors.append(LogicalTensor(f"w{number}", (m, n), (fragment,), 0, number))
+        start += m * n
+    flat, grad = torch.zeros(start), torch.arange(start, dtype=torch.float32)
+    chunks: list[list[str]] = []
+
+    def rule(items: list[exchange.Item]) -> list[torch.Tensor]:
+        chunks.append([tensor.name for tensor, _ in items])
+        return [g * (index + 1) for index, (_, g) in enumerate(items)]
+
+    update_matrices(
+        [MatrixUpdate(FlatLayout(tuple(tensors)), flat, grad, rule, torch._foreach_add_)]
+    )
+    assert chunks == [["w0", "w2", "w4"], ["w3"], ["w1", "w5"]]
+    factors = torch.cat(
+        [torch.full((m * n,), f) for (m, n), f in zip(shapes, (1, 1, 2, 1, 3, 2), strict=True)]
+    )
+    assert torch.equal(flat, grad * factors)
