@@ -69,9 +69,8 @@ def load_checkpoint(engine: Any, folder: Path, tag: str) -> Loaded:
     if manifest is None:
         raise AgreedError(f"checkpoint {root / tag} is damaged ({problem}): choose another one")
     now = json.loads(json.dumps(layout_of(engine)))
-    different = {
-        k: [manifest.layout.get(k), v] for k, v in now.items() if manifest.layout.get(k) != v
-    }
+    before = {"groups": now["groups"], **manifest.layout}  # which older checkpoints do not have
+    different = {k: [before.get(k), v] for k, v in now.items() if before.get(k) != v}
     saved = run_on_all(lambda: SavedState.read(root / tag), Damaged)
     options = [dict(group) for group in EngineState(engine).base.param_groups]
     if different:
@@ -206,8 +205,8 @@ def _counters(
         if {k: float(v) for k, v in other.items()} != {k: float(v) for k, v in first.items()}:
             raise UserError(
                 f"the optimizer's counters of {state.name(parameters[0])} and "
-                f"{state.name(parameter)} differ in the checkpoint, and this ZeRO stage has one "
-                "for both: continue with the stage it was saved with"
+                f"{state.name(parameter)} differ in the checkpoint, and here one serves both: "
+                "continue with the ZeRO stage and the restarts.reset_scope it was saved with"
             )
     settings = state.base.defaults
     on_device = bool(settings.get("fused") or settings.get("capturable"))

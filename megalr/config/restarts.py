@@ -48,8 +48,9 @@ class RestartsConfig(Section):
     """No restart before more than this many updates are done (updates)."""
     stop_before: int = Field(default=0, ge=0, examples=[1000])
     """No restart in this many last updates of the run (updates)."""
-    reset_scope: Literal["all", "factors"] = Field(default="all", examples=["factors"])
-    """Parameters whose moments are reset: all, or only the factors of factorised matrices."""
+    reset_scope: Literal["all", "layers", "factors"] = Field(default="all", examples=["factors"])
+    """Parameters whose moments are reset: all; layers, all but embedding, positions and
+    head; or only the factors of factorized matrices."""
     reset_moments: Annotated[tuple[Moment, ...], AsTuple] = Field(
         default=("first", "second"), min_length=1, examples=[["first", "second"]]
     )

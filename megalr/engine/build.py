@@ -28,7 +28,7 @@ from megalr.models.drawing import Fill, hold, pieces
 from megalr.models.lr_transfer import scales_of
 from megalr.models.ranks import has_ranks
 from megalr.models.recompute import SELECTIVE
-from megalr.optim.groups import describe_groups, parameter_groups
+from megalr.optim.groups import OUTER_PARTS, describe_groups, parameter_groups
 from megalr.optim.methods import RunFacts, build_optimizer, kinds_apart
 from megalr.sharding.tensor_shard import shard_of
 from megalr.tensor_parallel.mesh import Mesh
@@ -175,13 +175,16 @@ def _share_out(decoder: Decoder, fill: Fill, ds_config: dict[str, Any]) -> None:
 
 def _optimizer_of(config: RunConfig, decoder: Decoder) -> torch.optim.Optimizer:
     scales = scales_of(config.method, decoder.config.hidden_size)
+    apart = set(kinds_apart(config.optimizer))
+    if config.restarts.resets and config.restarts.reset_scope == "layers":
+        apart |= set(OUTER_PARTS.values())  # they keep their step counter, one for each group
     groups = parameter_groups(
         decoder,
         decoder.factor_parameters(),
         config.optimizer.weight_decay,
         scales.ratios(config.optimizer.lr_ratio),
         config.optimizer.weight_decay_ratio,
-        kinds_apart(config.optimizer),
+        apart,
     )
     facts = RunFacts(
         total_updates=config.train.updates,

@@ -107,6 +107,7 @@ def set_counters(engine: Any, saved: dict[str, int]) -> None:
 
 def layout_of(engine: Any) -> dict[str, Any]:
     """Facts that must be equal for the engine's own files to fit; plain values."""
+    state = EngineState(engine)
     return {
         "data_parallel_size": engine.dp_world_size,
         "tensor_parallel_size": engine.mp_world_size,
@@ -114,6 +115,7 @@ def layout_of(engine: Any) -> dict[str, Any]:
         "wrapper": type(engine.optimizer).__name__,
         "sub_groups": wrapper_of(engine).sub_group_sizes(),
         "bf16": any(p.dtype == torch.bfloat16 for p in engine.module.parameters()),
+        "groups": [sum(state.numel(p) for p in group) for group in state.groups()],
     }
 
 

@@ -201,6 +201,10 @@ def _checked(**settings: Any) -> RestartsConfig:
             value = f"{where} = {detail['input']!r}: " if where else ""
             problems.append(value + text)
         raise UserError(f"Restarts: {'; '.join(problems)}") from None
+    if config.reset_scope == "layers":
+        raise UserError(
+            'Restarts: reset_scope = "layers" is for megalr\'s runs: use "all" or "factors"'
+        )
     if not config.active:
         raise UserError("Restarts: nothing to do: give every, refactorize_every or reset_every")
     return config

@@ -20,6 +20,9 @@ NAME_OF_KIND = {
 }
 """The group of each kind when all ratios are those by default."""
 
+OUTER_PARTS = {"embedding": "embedding", "positions": "embedding", "head": "head"}
+"""Kinds of the parts of a decoder that are outside of its layers; the rest is layers and norms."""
+
 
 def parameter_groups(
     model: nn.Module,
@@ -79,10 +82,7 @@ def _kind_of(name: str, parameter: nn.Parameter, is_factor: bool) -> str:
         return "factors"
     if parameter.dim() < 2:
         return "sparse" if hasattr(parameter, "row_blocks") else "norms"
-    part = name.partition(".")[0]
-    return {"embedding": "embedding", "positions": "embedding", "head": "head"}.get(
-        part, "matrices"
-    )
+    return OUTER_PARTS.get(name.partition(".")[0], "matrices")
 
 
 def _check_kinds(

@@ -83,7 +83,8 @@ class Spectron(ShardedOptimizer):
             stepped[parameter] = group
         pairs = self._pairs() if stepped else []
         pairs = [pair for pair in pairs if pair[0][0] in stepped and pair[1][0] in stepped]
-        pairs.sort(key=lambda pair: (pair[0][2].shape, pair[1][2].shape))  # to stack most of a bucket
+        # So that pairs of equal shapes share a bucket, which is stacked.
+        pairs.sort(key=lambda pair: (pair[0][2].shape, pair[1][2].shape))
         for bucket in buckets(pairs, lambda pair: pair[0][2].numel + pair[1][2].numel):
             self._step_pairs(bucket, stepped)
 

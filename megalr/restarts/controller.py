@@ -20,7 +20,7 @@ from megalr.distributed.agreement import all_reduce_max
 from megalr.engine.state import EngineState
 from megalr.errors import UserError
 from megalr.layers.factors import FactorPair
-from megalr.restarts.momentum_reset import check_groups
+from megalr.restarts.momentum_reset import check_groups, parameters_in_scope
 from megalr.restarts.perform import has_moments, now, perform
 from megalr.restarts.refactorize import factor_parameters, largest_imbalance
 from megalr.restarts.report import RestartReport
@@ -69,12 +69,11 @@ class Restarts:
         _check_factors(config, pairs)
         self._state = EngineState(engine)
         self._factors = factor_parameters(pairs)
-        self._to_reset = self._state.parameters()
-        if config.reset_scope == "factors":
-            self._to_reset = self._factors
+        scope = config.reset_scope
+        self._to_reset = parameters_in_scope(self._state, scope, self._factors)
         if config.resets:
             _check_moments(config, self._state.base)
-            check_groups(self._state, self._to_reset, config.reset_counter)
+            check_groups(self._state, self._to_reset, config.reset_counter, scope)
         if config.refactorizes:
             self._work = FactorRounds(self._state, pairs, with_moments=config.transports)
         if config.transports:
@@ -204,7 +203,7 @@ def _check_factors(config: RestartsConfig, pairs: Sequence[FactorPair]) -> None:
         )
     if config.reset_scope == "factors":
         raise UserError(
-            "restarts.reset_scope = factors, but this model has no factors: use reset_scope all"
+            "restarts.reset_scope = factors, but this model has no factors: use all or layers"
         )
 
 

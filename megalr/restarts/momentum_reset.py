@@ -15,11 +15,13 @@ import torch
 from torch import nn
 
 from megalr.errors import UserError
+from megalr.optim.groups import OUTER_PARTS
 from megalr.optim.sharded_optimizer import ShardedOptimizer
 from megalr.restarts.masters import Masters
 from megalr.restarts.refactorize import sum_over
 
 Counter = Literal["zero", "one", "keep"]
+Scope = Literal["all", "layers", "factors"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,21 @@ class Reset:
         return self.elements / self.total if self.total else 0.0
 
 
-def check_groups(state: Masters, parameters: Sequence[nn.Parameter], counter: Counter) -> None:
+def parameters_in_scope(
+    state: Masters, scope: Scope, factors: Sequence[nn.Parameter]
+) -> Sequence[nn.Parameter]:
+    """Of a decoder's parameters those that ``restarts.reset_scope`` names."""
+    if scope == "factors":
+        return factors
+    every = state.parameters()
+    if scope == "all":
+        return every
+    return [p for p in every if state.name(p).partition(".")[0] not in OUTER_PARTS]
+
+
+def check_groups(
+    state: Masters, parameters: Sequence[nn.Parameter], counter: Counter, scope: Scope
+) -> None:
     """Raise UserError if ``parameters`` cannot be reset without the rest of their param groups.
 
     Under ZeRO a group has one step counter; optimizers of :mod:`megalr.optim` keep whole-matrix
@@ -55,9 +71,9 @@ def check_groups(state: Masters, parameters: Sequence[nn.Parameter], counter: Co
         inside = sum(id(p) in chosen for p in group)
         if 0 < inside < len(group):
             raise UserError(
-                f"restarts.reset_scope = factors with reset_counter = {counter}: under ZeRO whole "
-                f"parameter groups are reset, but group {index} has {inside} factors among "
-                f"{len(group)} parameters; put the factors into a group of their own"
+                f"restarts.reset_scope = {scope} with reset_counter = {counter}: under ZeRO whole "
+                f"parameter groups are reset, but group {index} has {inside} of them among "
+                f"{len(group)} parameters; put them into a group of their own"
             )
 
 

@@ -157,7 +157,7 @@ def run_row(run: PlannedRun, record: RunRecord | None, events: list[Event]) -> R
 
 
 def describe_restarts(restarts: RestartsConfig) -> str:
-    """Restarts in a few words: ``every 100``, ``refactorize 100``, ``reset 50``, or none."""
+    """Restarts in a few words: ``every 100``, ``reset 50 + reset_scope layers``, or none."""
     refactorize, reset = restarts.refactorize_period, restarts.reset_period
     parts = []
     if refactorize is not None and refactorize == reset:
@@ -168,6 +168,8 @@ def describe_restarts(restarts: RestartsConfig) -> str:
     for name in ("imbalance_threshold", "gradient_norm_spike"):
         if getattr(restarts, name) is not None:
             parts.append(f"{name} {getattr(restarts, name):g}")
+    scope = restarts.reset_scope
+    parts += [f"reset_scope {scope}"] if restarts.resets and scope != "all" else []
     return " + ".join(parts) or "none"
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import shutil
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.ranks import run_distributed
+from megalr.config.schema import RunConfig
+from megalr.training.pretrain import pretrain
+from tests.ranks import RankFailed, run_distributed
 from tests.training.runs import events, losses, run, settings, zero
 from tests.training.test_methods import METHODS
 from tests.training.test_resume import _cut_back
@@ -173,3 +176,39 @@ def test_a_tensor_parallel_run_resumes_bitwise(data: Path, tmp_path: Path) -> No
         expected = {e["update"]: [e[key] for key in keys] for e in events(source, kind)}
         for event in events(again, kind):
             assert [event[key] for key in keys] == expected[event["update"]]
+
+
+def _with_other_scope(values: dict[str, Any], ds_user: dict[str, Any]) -> None:
+    config = RunConfig.model_validate(values)
+    pretrain(config, ds_user, "test.json", allowed=("restarts.reset_scope",))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_groups_of_parameters_may_change_with_what_divides_them(
+    stage: int, data: Path, tmp_path: Path
+) -> None:
+    """Up to the first reset both scopes train alike; the groups differ from the start."""
+    sections = {**EVERY, "train": {"updates": 6}, "optimizer": {"lr": 0.001}}
+    sections["method"] = {"name": "full_rank"}
+    layers = {"restarts": {"reset_every": 4, "reset_scope": "layers"}}
+    values = settings(tmp_path / "layers", data, **sections, **layers)
+    run_distributed(run, 2, values, zero(stage))
+    run_distributed(
+        run,
+        2,
+        settings(tmp_path / "all", data, **sections, restarts={"reset_every": 4}),
+        zero(stage),
+    )
+    folder = continued(tmp_path / "all", tmp_path / "changed", 3)
+    values = settings(folder, data, **sections, **layers)
+    run_distributed(_with_other_scope, 2, values, zero(stage))
+    (resumed,) = events(folder, "resume")
+    assert "groups" in resumed["reshaped"] and "zero_stage" not in resumed["reshaped"]
+    assert losses(folder) == pytest.approx(losses(tmp_path / "layers")[3:], abs=1e-6)
+    assert losses(folder)[-1] != pytest.approx(losses(tmp_path / "all")[-1], abs=1e-5)
+    # After the reset embedding and head have their own counters, for which one group has no room.
+    folder = continued(tmp_path / "layers", tmp_path / "merged", 5)
+    values = settings(folder, data, **sections, restarts={"reset_every": 4})
+    if stage:
+        with pytest.raises(RankFailed, match="differ in the checkpoint, and here one serves both"):
+            run_distributed(_with_other_scope, 2, values, zero(stage))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megalr.config import load_run_config
+from megalr.config.resuming import diff_configs
 from megalr.engine.config import read_deepspeed_json, resolve_deepspeed_config
 from megalr.estimate.tensors import TRAINED, count, stored_tensors
 from megalr.models.config import PRESETS
@@ -63,3 +64,15 @@ def test_the_one_published_low_rank_script_is_followed() -> None:
     assert (train.global_batch_size, config.data.sequence_length) == (512, 256)
     assert (train.gradient_clipping, config.schedule.min_lr_ratio) == (0, 0.1)
     assert config.schedule.name == "cosine" and not config.data.packing
+
+
+def test_the_recipe_with_restarts_of_20m_has_nothing_else_of_its_own() -> None:
+    plain, restarts = (
+        load_run_config([ROOT / "recipes" / f"llama_20m_low_rank{end}.yaml"], presets=PRESETS)
+        for end in ("", "_restarts")
+    )
+    assert {key for key, *_ in diff_configs(plain, restarts)} == {
+        "run.dir",
+        "restarts.imbalance_threshold",
+        "restarts.lr_recovery",
+    }

@@ -8,8 +8,11 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.utils import safe_get_full_optimizer_state
 
 from megalr.config.restarts import RestartsConfig
+from megalr.engine.state import EngineState
+from megalr.optim.groups import parameter_groups
 from megalr.restarts.controller import Restarts
 from megalr.restarts.report import by_pattern
 from megalr.restarts.spikes import SpikeDetector
@@ -58,7 +61,7 @@ def _make(method: str, optimizer, settings: dict, attribute: tuple | None = None
             {"imbalance_threshold": 0.5},
             r"imbalance_threshold = 0\.5 .* no factors",
         ),
-        ("full_rank", None, {"reset_every": 5, "reset_scope": "factors"}, "use reset_scope all"),
+        ("full_rank", None, {"reset_every": 5, "reset_scope": "factors"}, "use all or layers"),
         (
             "low_rank",
             _sgd,
@@ -66,6 +69,12 @@ def _make(method: str, optimizer, settings: dict, attribute: tuple | None = None
             r"reset_moments = first, second: the optimizer SGD has no",
         ),
         ("low_rank", _one_group, {"every": 5, "reset_scope": "factors"}, "group of their own"),
+        (
+            "full_rank",
+            None,
+            {"reset_every": 5, "reset_scope": "layers"},
+            "reset_scope = layers .* group 0 has 8 of them among 10",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_training(method, optimizer, settings, message) -> None:
@@ -114,6 +123,39 @@ def test_refactorization_and_reset_keep_their_own_periods_and_report_what_they_d
         assert metrics["moments_reset"] == "first, second"
         assert metrics["parameters_reset"].startswith("layers.*.attention.qkv.b x2, layers.*.")
         assert metrics["dead_directions"] == 0 and "skipped_nonfinite" not in metrics
+
+
+def _outer_apart(decoder):
+    return torch.optim.AdamW(
+        parameter_groups(decoder, decoder.factor_parameters(), 0.0, apart=("embedding", "head"))
+    )
+
+
+def _layers_only(kind: str, method: str) -> tuple[float, float]:
+    with engine_of(kind, method, _outer_apart) as engine:
+        restarts = _restarts(engine, reset_every=2, reset_scope="layers")
+        for update in range(2):
+            train(engine, update)
+        report = restarts.after_update(2)
+        state = EngineState(engine)
+        zeroed = total = 0
+        for parameter in state.parameters():
+            outer = state.name(parameter) in ("embedding.weight", "head.weight")
+            total += state.numel(parameter)
+            zeroed += 0 if outer else state.numel(parameter)
+            for moment in ("exp_avg", "exp_avg_sq"):
+                value = safe_get_full_optimizer_state(parameter, moment)
+                assert bool(value.any()) == outer, state.name(parameter)
+            counters = set(state.step_counters([parameter]))  # none where others hold it
+            assert counters <= {2 if outer else 0}, state.name(parameter)
+        return report.fraction_reset, zeroed / total
+
+
+@pytest.mark.parametrize("method", ["full_rank", "low_rank"])
+@pytest.mark.parametrize("kind", ["bf16 stage 1", "bf16 stage 2", "fp32 stage 3"])
+def test_the_scope_layers_spares_embedding_and_head(kind: str, method: str) -> None:
+    for fraction, expected in run_distributed(_layers_only, 2, kind, method):
+        assert fraction == pytest.approx(expected, abs=1e-12) and 0.3 < fraction < 1
 
 
 def _nonfinite(kind: str) -> tuple:

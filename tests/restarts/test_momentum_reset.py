@@ -122,7 +122,7 @@ def _counter(kind: str, counter: str, scope: str) -> list:
             train(engine, update)
         factors = factor_parameters(engine.module.factor_pairs())
         chosen = factors if scope == "factors" else state.parameters()
-        check_groups(state, chosen, counter)
+        check_groups(state, chosen, counter, "factors")
         reset_moments(state, chosen, counter=counter)
         after = sorted(set(state.step_counters(factors)))
         train(engine, 3)
@@ -145,14 +145,14 @@ def _shared_group(counter: str) -> None:
     with engine_of("fp32 stage 2", optimizer=_one_group) as engine:
         state = EngineState(engine)
         factors = factor_parameters(engine.module.factor_pairs())
-        check_groups(state, factors, counter)
+        check_groups(state, factors, counter, "factors")
 
 
 def test_a_counter_shared_with_other_parameters_is_refused_unless_it_is_kept() -> None:
     run_distributed(_shared_group, 1, "keep")
     (message,) = run_distributed(message_of, 1, _shared_group, "zero")
     assert message.startswith("UserError: restarts.reset_scope = factors with reset_counter = zero")
-    assert "group 0 has 16 factors among" in message
+    assert "group 0 has 16 of them among" in message
 
 
 def _optimizers(name: str) -> tuple:
@@ -201,7 +201,7 @@ def _of_megalr(name: str) -> tuple:
         attach_layouts(engine)
         state = EngineState(engine)
         factors = factor_parameters(engine.module.factor_pairs())
-        check_groups(state, factors, "zero")
+        check_groups(state, factors, "zero", "factors")
         early = reset_moments(state, factors).total
         for update in range(2):
             train(engine, update)

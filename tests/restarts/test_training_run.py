@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,25 @@ def test_a_run_reports_its_restarts_and_recovers_its_learning_rate(
     assert events(tmp_path / "run", "end")[0]["restart_share"] > 0
     for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
         json.loads(line)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_can_spare_embedding_and_head(data: Path, tmp_path: Path, optimizer: str) -> None:
+    """They have groups of their own then, since ZeRO keeps one step counter for a group."""
+    values = settings(
+        tmp_path / "run",
+        data,
+        method={"name": "full_rank"},
+        optimizer={"name": optimizer, "lr": 1e-2},
+        restarts={"reset_every": 4, "reset_scope": "layers"},
+    )
+    run_distributed(run, 2, values, zero(1))
+    reset, *_ = events(tmp_path / "run", "restart")
+    assert "layers.*.attention.qkv.weight x2" in reset["parameters_reset"]
+    assert "norm.weight" in reset["parameters_reset"]
+    assert not re.search("embedding|head", reset["parameters_reset"])
+    (start,) = events(tmp_path / "run", "start")
+    assert {"embedding", "head"} < set(start["parameter_groups"])
 
 
 def test_matrices_of_different_ranks_are_balanced_each(data: Path, tmp_path: Path) -> None:
