@@ -6,7 +6,8 @@ A case is one of benchmarks/cases.py, run in this process on random tokens by th
 updater and the CUDA graph of a real run; there is no launcher, loader or log. For each case
 ``profile_CASE.txt`` gives the milliseconds of an update, what the allocator has reserved and does
 not use, for each of its pools, the functions of the host (cProfile) and the kernels of the GPU
-(torch profiler) with the most time of their own.
+(torch profiler) with the most time of their own. ``--history`` adds what lives in segments that
+are mostly free, and where it was allocated; recording that slows the host.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import cProfile
 import io
 import pstats
+import re
 import subprocess
 import sys
 import tempfile
@@ -40,6 +42,9 @@ from megalr.models.build import build_model
 from megalr.training.step import train_step
 
 ROOT = Path(__file__).resolve().parent.parent
+UNUSED_MIB, LISTED_BLOCKS = 64, 4
+OURS = r"[/\\](megalr|deepspeed)[/\\]"
+"""File names of functions that are named."""
 
 
 def updater_of(case: Case, folder: Path, device: torch.device) -> Callable[[], None]:
@@ -119,9 +124,35 @@ def memory_table(snapshot: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def profile_case(name: str, output: Path, trace: bool, sequence: int) -> None:
+def half_empty_table(snapshot: list[dict[str, Any]]) -> str:
+    """What keeps segments with ``UNUSED_MIB`` or more of unused memory from being given back.
+
+    Of the memory outside of CUDA graphs. A line for each segment, and one for each of the largest
+    blocks in use, with the two innermost of our or DeepSpeed's functions that allocated it.
+
+    Args:
+        snapshot: of ``torch.cuda.memory_snapshot``, with the history of allocations.
+    """
+    lines = []
+    for segment in snapshot:
+        used = [block for block in segment["blocks"] if block["state"] != "inactive"]
+        unused = segment["total_size"] - sum(block["size"] for block in used)
+        if tuple(segment["segment_pool_id"]) != (0, 0) or unused < UNUSED_MIB * 2**20:
+            continue
+        total = segment["total_size"] / 2**20
+        lines.append(f"segment of {total:.0f} MiB, {unused / 2**20:.0f} unused, in use:")
+        for block in sorted(used, key=lambda b: -b["size"])[:LISTED_BLOCKS]:
+            frames = [f for f in block.get("frames", []) if re.search(OURS, f["filename"])]
+            places = [f"{Path(f['filename']).name}:{f['line']} {f['name']}" for f in frames[:2]]
+            lines.append(f"  {block['size'] / 2**20:.2f} MiB, {' < '.join(places) or 'unknown'}")
+    return "\n".join(lines)
+
+
+def profile_case(name: str, output: Path, trace: bool, history: bool, sequence: int) -> None:
     """Measure one case in this process and write its tables."""
     device = start_distributed()
+    if history:
+        torch.cuda.memory._record_memory_history("state", context="alloc", stacks="python")
     case = at_length(CASES[name], sequence)
     name += f"_{sequence}" if sequence != CASES[name].sequence else ""
     with tempfile.TemporaryDirectory() as folder:
@@ -130,7 +161,8 @@ def profile_case(name: str, output: Path, trace: bool, sequence: int) -> None:
             update()
         lines = [f"case {name}, torch {torch.__version__}, {torch.cuda.get_device_name()}"]
         lines.append(f"update: {milliseconds(update, 30):.3f} ms")
-        lines.append(memory_table(torch.cuda.memory_snapshot()))
+        snapshot = torch.cuda.memory_snapshot()
+        lines += [memory_table(snapshot), *([half_empty_table(snapshot)] if history else [])]
         lines.append(host_table(update, 20))
         lines.append(kernel_table(update, 2, output / f"trace_{name}.json.gz" if trace else None))
     (output / f"profile_{name}.txt").write_text("\n".join(lines) + "\n")
@@ -143,16 +175,19 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, required=True)
     parser.add_argument("--sequence", type=int, default=256, help="tokens of a sequence")
     parser.add_argument("--trace", action="store_true", help="write a Chrome trace as well")
+    parser.add_argument("--history", action="store_true", help="name what half-empty segments hold")
     parser.add_argument("--output", type=Path, required=True, help="folder of the results")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     if len(arguments.cases) == 1:
-        profile_case(arguments.cases[0], arguments.output, arguments.trace, arguments.sequence)
+        flags = arguments.trace, arguments.history
+        profile_case(arguments.cases[0], arguments.output, *flags, arguments.sequence)
         return
     for name in arguments.cases:
         words = ["--cases", name, "--output", str(arguments.output)]
         words += ["--sequence", str(arguments.sequence)]
         words += ["--trace"] if arguments.trace else []
+        words += ["--history"] if arguments.history else []
         subprocess.run([sys.executable, __file__, *words], cwd=ROOT, check=False)
 
 
