@@ -18,7 +18,7 @@ from megalr.library.plain_state import PlainState
 from megalr.restarts.masters import Group
 from megalr.restarts.momentum_reset import Counter
 from megalr.restarts.perform import has_moments, perform
-from megalr.restarts.refactorize import factor_parameters
+from megalr.restarts.refactorize import factor_parameters, largest_imbalance
 from megalr.restarts.report import RestartReport
 from megalr.restarts.rounds import FactorRounds
 from megalr.restarts.schedule import RestartSchedule
@@ -58,6 +58,9 @@ class Restarts:
         reset_counter: the step counter of bias correction after a reset: "zero", "one", "keep".
         lr_recovery: "none", "linear" or "cosine".
         recovery_updates: updates below the scheduled learning rate after a reset.
+        imbalance_threshold: also restart when for some matrix ||B'B - AA'|| is more than this share
+            of ||B'B|| + ||AA'||; None: never.
+        imbalance_every: updates between two measurements of the imbalance.
         process_group: ranks with copies of the model that are not wrapped by DDP.
 
     Raises:
@@ -86,6 +89,8 @@ class Restarts:
         reset_counter: Counter = "zero",
         lr_recovery: Literal["none", "linear", "cosine"] = "none",
         recovery_updates: int = 10,
+        imbalance_threshold: float | None = None,
+        imbalance_every: int = 20,
         process_group: Group = None,
     ) -> None:
         self.config = _checked(
@@ -101,10 +106,13 @@ class Restarts:
             reset_counter=reset_counter,
             lr_recovery=lr_recovery,
             recovery_updates=recovery_updates,
+            imbalance_threshold=imbalance_threshold,
+            imbalance_every=imbalance_every,
         )
         if stop_before and total_updates is None:
             raise UserError(f"stop_before = {stop_before} counts from the end: give total_updates")
         self.updates = 0
+        self._triggered_reset: int | None = None
         self.schedule = RestartSchedule(self.config, total_updates or UNBOUNDED, _constant)
         self._optimizer = _innermost(optimizer)
         pairs = trained_pairs(model, self._optimizer)
@@ -127,16 +135,22 @@ class Restarts:
     def step(self) -> RestartReport | None:
         """Count an update, made or skipped, and restart if one is due after it.
 
-        Collective over the ranks that share the model when a restart is due. Returns the report
-        of a restart (``megalr/restarts/report.py``), None without one.
+        Collective over the ranks that share the model when a restart is due or the imbalance is
+        measured. Returns the report of a restart (``megalr/restarts/report.py``), None without one.
         """
         self.updates += 1
         refactorizing = self.schedule.refactorize_due(self.updates)
         resetting = self.schedule.reset_due(self.updates)
+        trigger, measured = "period", None
+        if not refactorizing and self.schedule.imbalance_due(self.updates):
+            assert self._work is not None  # a threshold refactorizes
+            measured = largest_imbalance(self._work)
+            if measured > (self.config.imbalance_threshold or 1.0):
+                refactorizing, resetting, trigger = True, self.config.resets, "imbalance"
         if not refactorizing and not resetting:
             return None
         report = perform(
-            RestartReport(self.updates, "period"),
+            RestartReport(self.updates, trigger, imbalance=measured),
             self.config,
             self._state,
             self._work if refactorizing else None,
@@ -149,19 +163,23 @@ class Restarts:
                 f"{self.updates} updates: call step() after optimizer.step(), or name its moments "
                 'in an attribute moment_names = {"first": (...), "second": (...)}'
             )
+        if report.reset and trigger == "imbalance":
+            self._triggered_reset = self.updates
         return report
 
     def learning_rate_factor(self) -> float:
         """Factor of the learning rates in the update to come; 1 without recovery."""
-        return self.schedule.learning_rate_factor(self.updates)
+        return self.schedule.learning_rate_factor(self.updates, self._triggered_reset)
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of updates; all else follows from it and the arguments."""
-        return {"updates": self.updates}
+        """The number of updates and that of the last reset by the imbalance; all else follows from
+        these and the arguments."""
+        return {"updates": self.updates, "triggered_reset": self._triggered_reset}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
         self.updates = int(state["updates"])
+        self._triggered_reset = state.get("triggered_reset")
 
     def close(self) -> None:
         """Remove the hooks from the optimizer; its learning rates are its own again."""
@@ -206,7 +224,10 @@ def _checked(**settings: Any) -> RestartsConfig:
             'Restarts: reset_scope = "layers" is for megalr\'s runs: use "all" or "factors"'
         )
     if not config.active:
-        raise UserError("Restarts: nothing to do: give every, refactorize_every or reset_every")
+        raise UserError(
+            "Restarts: nothing to do: give every, refactorize_every, reset_every or "
+            "imbalance_threshold"
+        )
     return config
 
 

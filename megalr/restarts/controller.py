@@ -90,7 +90,7 @@ class Restarts:
             or self._is_last(update)
             or self.schedule.refactorize_due(update)
             or self.schedule.reset_due(update)
-            or self._imbalance_due(update)
+            or self.schedule.imbalance_due(update)
         )
 
     def after_update(
@@ -146,7 +146,7 @@ class Restarts:
         trigger, measured = "period", None
         if spike and self.schedule.in_window(update) and not resetting:
             resetting, trigger = True, "gradient_norm"
-        if not refactorizing and self._imbalance_due(update):
+        if not refactorizing and self.schedule.imbalance_due(update):
             started = now(self._state.device)
             measured = largest_imbalance(self._work)
             self.seconds += now(self._state.device) - started
@@ -181,13 +181,6 @@ class Restarts:
             raise ValueError("restarts.gradient_norm_spike needs the gradient norm of every update")
         norm = all_reduce_max(float(gradient_norm), self._state.device)
         return self._spikes.observe(update, norm)
-
-    def _imbalance_due(self, update: int) -> bool:
-        return (
-            self.config.imbalance_threshold is not None
-            and update % self.config.imbalance_every == 0
-            and self.schedule.in_window(update)
-        )
 
 
 def _check_factors(config: RestartsConfig, pairs: Sequence[FactorPair]) -> None:

@@ -46,6 +46,15 @@ class RestartSchedule:
         config = self.config
         return config.start_after < done <= self.total_updates - config.stop_before
 
+    def imbalance_due(self, done: int) -> bool:
+        """Whether the imbalance is to be measured after ``done`` updates."""
+        config = self.config
+        return (
+            config.imbalance_threshold is not None
+            and done % config.imbalance_every == 0
+            and self.in_window(done)
+        )
+
     def learning_rate_factor(self, t: int, triggered_reset: int | None = None) -> float:
         """Factor of the peak learning rate at update t.
 

@@ -22,6 +22,7 @@ TARGETS = ["up", "down"]
 RANK = {"rank": 2, "update_proj_gap": 3}
 RESTARTS = {"every": 3, "lr_recovery": "linear", "recovery_updates": 2}
 TRANSPORT = {"every": 3, "reset": "transport"}
+IMBALANCE = {"imbalance_threshold": 0.2, "imbalance_every": 2, "lr_recovery": "linear"}
 UPDATES = 7
 
 
@@ -49,6 +50,7 @@ def by_kind(model: nn.Module) -> list[dict[str, Any]]:
 OPTIMIZERS = {
     "adamw": lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2),
     "adamw, transport": lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2),
+    "adamw, imbalance": lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2),
     "sgd": lambda m: torch.optim.SGD(m.parameters(), lr=1e-1, momentum=0.9),
     "spam": lambda m: megalr.optim.SPAM(
         m.parameters(), lr=1e-2, update_gap=4, warmup_epoch=2, grad_accu_steps=1, threshold=5.0
@@ -116,7 +118,7 @@ def train(model: nn.Module, parts: tuple, first: int, last: int, alone: bool = F
 
 def parts_of(model: nn.Module, kind: str) -> tuple:
     optimizer = OPTIMIZERS[kind](model)
-    settings = TRANSPORT if kind.endswith("transport") else RESTARTS
+    settings = {"transport": TRANSPORT, "imbalance": IMBALANCE}.get(kind.split(", ")[-1], RESTARTS)
     return optimizer, megalr.Restarts(model, optimizer, **settings)
 
 
@@ -147,8 +149,10 @@ def distances(mode: str, kinds: list[str], density: float | None = None) -> dict
     found = {}
     for kind in kinds:
         model = wrapped(mode, density)
-        train(model, parts_of(model, kind), 0, UPDATES)
+        parts = parts_of(model, kind)
+        train(model, parts, 0, UPDATES)
         found[kind] = distance(whole(model), alone(kind, density))
+        assert (parts[1].state_dict()["triggered_reset"] is None) != kind.endswith("imbalance")
         assert distance(whole(model), whole(factorized(density))) > 1e-3
     return found
 

@@ -163,6 +163,38 @@ def test_only_the_factors_are_reset_when_asked_and_the_counter_can_stay() -> Non
         assert state["exp_avg_sq"].any() and state["step"] == 2
 
 
+def imbalances(model: nn.Module) -> list[float]:
+    """||B'B - AA'|| / (||B'B|| + ||AA'||) of every layer."""
+    grams = [
+        (layer.b.detach().T @ layer.b.detach(), layer.a.detach() @ layer.a.detach().T)
+        for layer in megalr.factorized_layers(model).values()
+    ]
+    return [float((b - a).norm() / (b.norm() + a.norm())) for b, a in grams]
+
+
+def test_the_imbalance_restarts_where_it_exceeds_the_threshold_and_only_there() -> None:
+    model, threshold = factorized(), 0.1
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-2)
+    restarts = megalr.Restarts(
+        model, optimizer, imbalance_threshold=threshold, imbalance_every=3, start_after=3,
+        lr_recovery="linear", recovery_updates=1,
+    )  # fmt: skip
+    happened = []
+    for index in range(24):
+        update(model, optimizer, index)
+        done, worst = index + 1, max(imbalances(model))
+        report = restarts.step()
+        expected = done % 3 == 0 and done > 3 and worst > threshold
+        assert (report is not None) == expected, (done, worst)
+        happened.append(expected)
+        assert restarts.learning_rate_factor() == (0.5 if expected else 1.0)
+        if report is not None:
+            assert report.trigger == "imbalance" and report.imbalance == pytest.approx(worst)
+            assert report.refactorized and report.fraction_reset == 1.0
+            assert max(imbalances(model)) < 1e-9
+    assert 0 < sum(happened) < 7
+
+
 @pytest.mark.parametrize("recovery", ["linear", "cosine"])
 def test_recovery_multiplies_what_a_scheduler_sets_for_the_update_only(recovery: str) -> None:
     model = factorized()
@@ -186,14 +218,20 @@ def test_recovery_multiplies_what_a_scheduler_sets_for_the_update_only(recovery:
     assert factors == pytest.approx([run.learning_rate_factor(t) for t in range(9)])
 
 
-@pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_a_run_that_is_stopped_and_resumed_is_the_unbroken_one_bit_for_bit(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "when"),
+    [*((kind, {"every": 4}) for kind in OPTIMIZERS),
+     ("adamw", {"imbalance_threshold": 0.01, "imbalance_every": 4})],
+)  # fmt: skip
+def test_a_run_that_is_stopped_and_resumed_is_the_unbroken_one_bit_for_bit(
+    kind: str, when: dict[str, Any]
+) -> None:
     def start():
         model = factorized(dtype=torch.float32)
         optimizer = OPTIMIZERS[kind](model)
         scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 12)
         restarts = megalr.Restarts(
-            model, optimizer, every=4, lr_recovery="linear", recovery_updates=3
+            model, optimizer, **when, lr_recovery="linear", recovery_updates=3
         )
         return model, optimizer, scheduler, restarts
 
@@ -217,6 +255,7 @@ def test_a_run_that_is_stopped_and_resumed_is_the_unbroken_one_bit_for_bit(kind:
     run(resumed, 5, 10)
     pairs = zip(unbroken[0].parameters(), resumed[0].parameters(), strict=True)
     assert all(torch.equal(p, q) for p, q in pairs)
+    assert resumed[3].state_dict() == unbroken[3].state_dict()
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch < 2.9")
@@ -288,6 +327,9 @@ REFUSALS = {
     "moments of another optimizer": (
         _pair(lambda m: torch.optim.SGD(m.parameters(), momentum=0.9)),
         {"every": 2, "reset": "transport"}, r"carries the moments of AdamW .*, and SGD keeps",
+    ),
+    "a scope of runs": (
+        _pair(), {"every": 2, "reset_scope": "layers"}, r'use "all" or "factors"',
     ),
     "nothing to do": (_pair(), {}, r"nothing to do"),
     "a period of zero": (_pair(), {"every": 0}, r"every = 0: must be greater than or equal to 1"),

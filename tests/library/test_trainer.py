@@ -42,14 +42,23 @@ def galore(model: nn.Module) -> torch.optim.Optimizer:
     return megalr.optim.GaLore(groups, lr=1e-2)
 
 
-@pytest.mark.parametrize("make", [None, galore], ids=["Trainer's AdamW", "GaLore"])
-def test_a_resumed_training_is_the_unbroken_one_bit_for_bit(tmp_path: Path, make: Any) -> None:
+IMBALANCE = {"imbalance_threshold": 0.001, "imbalance_every": 3}
+
+
+@pytest.mark.parametrize(
+    ("make", "restarts"),
+    [(None, RESTARTS), (galore, RESTARTS), (None, {**RESTARTS, "every": None, **IMBALANCE})],
+    ids=["Trainer's AdamW", "GaLore", "by imbalance"],
+)
+def test_a_resumed_training_is_the_unbroken_one_bit_for_bit(
+    tmp_path: Path, make: Any, restarts: dict[str, Any]
+) -> None:
     from megalr.transformers import RestartsCallback
 
     def trained(resume: str | None) -> tuple[nn.Module, list]:
         model = model_of()
         optimizers = (None if make is None else make(model), None)
-        callback = RestartsCallback(**RESTARTS)
+        callback = RestartsCallback(**restarts)
         trainer = trainer_of(tmp_path, model, callback, optimizers=optimizers)
         trainer.train(resume_from_checkpoint=resume)
         return model, callback.reports
