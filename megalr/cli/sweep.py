@@ -36,7 +36,12 @@ def sweep_parser(prog: str | None = None) -> argparse.ArgumentParser:
     add("--output", type=Path, required=True, help="folder of the runs and results")
     add_gpus(parser, "all visible")
     add("--per_gpu", type=int, help="runs at a time on each GPU (default: 1)")
-    add("--only", metavar="GLOB", help="runs whose name matches, such as 'low_rank__*'")
+    add(
+        "--only",
+        action="append",
+        metavar="GLOB",
+        help="runs whose name matches, such as 'low_rank__*'; may be repeated",
+    )
     add("--limit_minutes", type=float, help="stop cleanly after so long; the next call goes on")
     add("--start_minutes", type=float, help="start no run after so long; running ones finish")
     add("--retry_failed", action="store_true", help="run failed and diverged runs again")
@@ -104,10 +109,13 @@ def _planner(arguments: argparse.Namespace, file: Path) -> tuple[str, Planner]:
         runs = plan_runs(sweep, folders, arguments.output, scope)
         if arguments.only is None:
             return runs
-        chosen = [run for run in runs if fnmatchcase(run.name, arguments.only)]
-        if not chosen:
-            raise UserError(f"--only {arguments.only}: matches no run, such as {runs[0].name}")
-        return chosen
+        chosen: set[str] = set()
+        for pattern in arguments.only:
+            matching = {run.name for run in runs if fnmatchcase(run.name, pattern)}
+            if not matching:
+                raise UserError(f"--only {pattern}: matches no run, such as {runs[0].name}")
+            chosen |= matching
+        return [run for run in runs if run.name in chosen]
 
     return sweep.name, plan
 

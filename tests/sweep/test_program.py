@@ -160,9 +160,9 @@ def test_a_stopped_sweep_goes_on_where_its_runs_were(data: Path, tmp_path: Path)
 def test_mistakes_are_one_line_and_a_dry_run_lists(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path, out = write_sweep(tmp_path, groups={"a": {}, "b": {}}), tmp_path / "out"
+    path, out = write_sweep(tmp_path, groups={"a": {}, "b": {}, "d": {}}), tmp_path / "out"
     for more, message in (
-        (["--only", "c*"], "--only c*: matches no run, such as a__seed=7"),
+        (["--only", "a*", "--only", "c*"], "--only c*: matches no run, such as a__seed=7"),
         (["--limit_minutes", "0"], "--limit_minutes is 0.0: give more than 0"),
         (["--start_minutes", "-1"], "--start_minutes is -1.0: give more than 0"),
         (["--slurm"], "--slurm needs --time"),
@@ -170,11 +170,11 @@ def test_mistakes_are_one_line_and_a_dry_run_lists(
         (["--collect", "--per_gpu", "2"], "--per_gpu with --slurm or --collect has no effect"),
         (["--extend", "--extend_limit", "0"], "--extend_limit is 0: give 1 or more"),
         (["data.train=gone"], "gone: no such folder of data (a__seed=7 needs it)"),
-        (["train.updatess=3"], "a and 1 more: command line: train.updatess = 3: unknown key"),
+        (["train.updatess=3"], "a and 2 more: command line: train.updatess = 3: unknown key"),
     ):
         with pytest.raises(UserError) as caught:
             in_process(monkeypatch, path, out, *more)
         assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
     capsys.readouterr()
-    assert in_process(monkeypatch, path, out, "--only", "b*", "--dry_run") == 0
-    assert capsys.readouterr().out == "b__seed=7\n" and not out.exists()
+    assert in_process(monkeypatch, path, out, "--only", "d*", "--only", "b*", "--dry_run") == 0
+    assert capsys.readouterr().out == "b__seed=7\nd__seed=7\n" and not out.exists()
