@@ -183,7 +183,7 @@ def _with_other_scope(values: dict[str, Any], ds_user: dict[str, Any]) -> None:
     pretrain(config, ds_user, "test.json", allowed=("restarts.reset_scope",))
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("stage", [1, *(pytest.param(s, marks=pytest.mark.long) for s in (0, 3))])
 def test_groups_of_parameters_may_change_with_what_divides_them(
     stage: int, data: Path, tmp_path: Path
 ) -> None:
