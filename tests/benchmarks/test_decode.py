@@ -108,6 +108,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "COMPILED_BATCHES", ())
 
 
+@pytest.mark.long
 def test_a_size_is_measured_row_by_row_until_its_time_is_up(small: None) -> None:
     rows = decode.measure_size("350m", 600.0, "cpu")
     assert len(rows) == 7 * 2 + 2

@@ -71,6 +71,7 @@ print("lag:", lagging)  # a thread that has not run yet has no name of its own
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="sets the priority of single threads")
 def test_gloo_threads_that_lag_behind_do_not_abort_the_process() -> None:
     """Without the wait at the end more than half of such processes are killed by SIGABRT."""

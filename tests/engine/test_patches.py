@@ -120,7 +120,7 @@ def _compare(cases: dict[tuple[str, int, int], dict[str, Any]]) -> None:
         _assert_same(case, _train(values, case[1], True), _train(values, case[1], False))
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_updates_are_those_of_deepspeeds_own_code(world: int, tmp_path: Path) -> None:
     cases = {
         (precision, stage, accumulation): _values(tmp_path, precision, accumulation, world)
@@ -141,7 +141,7 @@ def _compare_offloaded(cases: dict[int, dict[str, Any]]) -> list[tuple[int, int,
     return waits
 
 
-@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.long), 3])
 def test_offloaded_updates_are_those_of_deepspeeds_own_code(world: int, tmp_path: Path) -> None:
     cases = {n: _values(tmp_path, "bf16", n, world) for n in (1, 2)}
     for waits in run_distributed(_compare_offloaded, world, cases):

@@ -115,7 +115,7 @@ def test_tensor_parallel_ranks_keep_what_they_share_equal() -> None:
         assert torch.equal(one[name]["exp_avg_sq"], other[name]["exp_avg_sq"])
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("stage", [0, 1, pytest.param(3, marks=pytest.mark.long)])
 def test_a_run_with_restarts_resumes_bitwise(stage: int, data: Path, tmp_path: Path) -> None:
     """Draws do not start again with the step counter, nor with the process."""
     sections: dict[str, Any] = {

@@ -23,8 +23,8 @@ ALL = tuple(engines.METHODS)
 @pytest.mark.parametrize(
     "world,stages",
     [
-        (1, (0, 2)),
         (2, (1,)),
+        pytest.param(1, (0, 2), marks=pytest.mark.long),
         pytest.param(2, (0, 3), marks=pytest.mark.long),
         pytest.param(3, (2, 3), marks=pytest.mark.long),
     ],

@@ -224,7 +224,10 @@ torch.save(found, target + "/found.pt")
 """
 
 
-@pytest.mark.parametrize("family, method", [("llama", "low_rank"), ("gpt2", "sltrain")])
+@pytest.mark.parametrize(
+    "family, method",
+    [("llama", "low_rank"), pytest.param("gpt2", "sltrain", marks=pytest.mark.long)],
+)
 def test_the_folder_alone_is_enough(family: str, method: str, tmp_path: Path) -> None:
     decoder = lively(METHODS[method], **FAMILIES[family][0])
     folder = write(decoder, tmp_path / "out")

@@ -46,6 +46,7 @@ def test_whole_matrices_are_shared_out_over_the_ranks() -> None:
     assert run_distributed(parallel.busy_ranks, 2, "galore") == [4, 4]
 
 
+@pytest.mark.long
 def test_elementwise_states_are_saved_together_and_loaded_on_another_number_of_ranks(
     tmp_path,
 ) -> None:

@@ -187,6 +187,7 @@ def test_the_parts_of_one_large_file_together_hold_all_documents(tmp_path: Path)
     assert found == documents_of(tmp_path / "whole" / "big")
 
 
+@pytest.mark.long
 def test_documents_of_fifty_megabytes_and_empty_ones_pass(tmp_path: Path) -> None:
     text = " ".join(prose(50))
     huge = (text * (50_000_000 // len(text.encode()) + 1))[:50_000_000]

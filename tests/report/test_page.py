@@ -123,6 +123,7 @@ def test_ranking_events_and_differing_settings_are_tables(tmp_path: Path) -> Non
     assert ["method.rank", "8", "16"] in page.rows
 
 
+@pytest.mark.long
 def test_many_runs_have_a_row_each_and_fewer_points(tmp_path: Path) -> None:
     for number in range(30):
         losses = tuple(9.0 - 0.002 * point for point in range(2500))

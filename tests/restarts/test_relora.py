@@ -117,6 +117,7 @@ def test_magnitude_reset_zeroes_the_smallest_entries_of_each_matrix(tmp_path: Pa
             torch.testing.assert_close(new, torch.where(old.abs() > limit, old, 0.0))
 
 
+@pytest.mark.long
 def test_runs_with_magnitude_resets_agree_on_one_two_and_three_ranks(
     data: Path, tmp_path: Path
 ) -> None:

@@ -141,7 +141,9 @@ def _run_allowed(values: dict[str, Any], allowed: list[str]) -> None:
     pretrain(RunConfig.model_validate(values), zero(1), "test.json", None, allowed)
 
 
-@pytest.mark.parametrize("choice", ["rescale", "hold", "decay"])
+@pytest.mark.parametrize(
+    "choice", ["rescale", *(pytest.param(c, marks=pytest.mark.long) for c in ("hold", "decay"))]
+)
 def test_an_extended_run_is_resumed_bitwise(choice: str, data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     every = {"checkpoint": {"every": 1, "keep_last": 20}, "evaluation": {"every": 0}}

@@ -80,6 +80,7 @@ METHODS: dict[str, dict[str, dict]] = {
 LIKE_OTHERS = (
     "mixed_ranks",
     "lora",
+    "dlr",
     "dlr_cola",
     "relora_magnitude",
     "relora_mixed",
@@ -87,6 +88,7 @@ LIKE_OTHERS = (
     "apollo",
     "apollo_mini",
     "golore",
+    "scale",
     "stable_spam",
     "muon",
     "dion2",
