@@ -16,7 +16,7 @@ from megalr.layers.factors import FactorPair
 from megalr.library.pairs import factor_pairs, trained_pairs
 from megalr.library.plain_state import PlainState
 from megalr.restarts.masters import Group
-from megalr.restarts.momentum_reset import Counter
+from megalr.restarts.momentum_reset import Counter, parameters_in_scope
 from megalr.restarts.perform import has_moments, perform
 from megalr.restarts.refactorize import factor_parameters, largest_imbalance
 from megalr.restarts.report import RestartReport
@@ -121,9 +121,8 @@ class Restarts:
         self._work: FactorRounds | None = None
         if self.config.refactorizes:
             self._work = FactorRounds(self._state, pairs, with_moments=self.config.transports)
-        self._to_reset = self._state.parameters()
-        if reset_scope == "factors":
-            self._to_reset = factor_parameters(pairs)
+        factors = factor_parameters(pairs)
+        self._to_reset = parameters_in_scope(self._state, reset_scope, factors)
         self._scheduled: list[Any] | None = None
         self._hooks: list[Any] = []
         if lr_recovery != "none":
@@ -145,7 +144,7 @@ class Restarts:
         if not refactorizing and self.schedule.imbalance_due(self.updates):
             assert self._work is not None  # a threshold refactorizes
             measured = largest_imbalance(self._work)
-            if measured > (self.config.imbalance_threshold or 1.0):
+            if self.schedule.imbalanced(measured):
                 refactorizing, resetting, trigger = True, self.config.resets, "imbalance"
         if not refactorizing and not resetting:
             return None

@@ -150,7 +150,7 @@ class Restarts:
             started = now(self._state.device)
             measured = largest_imbalance(self._work)
             self.seconds += now(self._state.device) - started
-            if measured > (self.config.imbalance_threshold or 1.0):
+            if self.schedule.imbalanced(measured):
                 refactorizing, resetting, trigger = True, self.config.resets, "imbalance"
         if not refactorizing and not resetting:
             return None

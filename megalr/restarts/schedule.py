@@ -55,6 +55,11 @@ class RestartSchedule:
             and self.in_window(done)
         )
 
+    def imbalanced(self, measured: float) -> bool:
+        """Whether the largest imbalance of all matrices, between 0 and 1, asks for a restart."""
+        threshold = self.config.imbalance_threshold
+        return threshold is not None and measured > threshold
+
     def learning_rate_factor(self, t: int, triggered_reset: int | None = None) -> float:
         """Factor of the peak learning rate at update t.
 
