@@ -145,6 +145,9 @@ def build_engine(
     batch_parameters(engine)
     if decoder.plan.parallel and wrapper_of(engine).reads_marks_of_gradients:
         _mark_gradients(decoder)
+    # The first product makes a workspace that stays. In a segment that the start has left free it
+    # would hold all of that: 2.5 GiB of a dense 1B model (benchmarks/lab/memory.md).
+    torch.cuda.empty_cache()
     graph = None
     if config.train.cuda_graphs:
         shape = config.train.micro_batch_size, config.data.sequence_length

@@ -23,9 +23,9 @@ ALLREDUCE_ELEMENTS = 500_000_000
 
 ORTHOGONAL = ("muon", "normuon")
 """Optimizers that orthogonalize the momentum of matrices, chunk by chunk."""
-ORTHOGONAL_BYTES = 13
-"""Temporary bytes for each element of a chunk: float32 copies of the gradients or of the updates,
-and the iteration's matrices in 16 bits. A fraction below 1 takes 6, parts of matrices up to 12."""
+ORTHOGONAL_BYTES = 14
+"""Temporary bytes for each element of a chunk, of the chosen ones with a fraction below 1: float32
+copies of the gradients or of the updates, and the iteration's matrices in 16 bits."""
 
 PROJECTED = ("galore", "fira", "golore", "apollo", "apollo_mini")
 

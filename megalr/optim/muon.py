@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from megalr.errors import UserError
 from megalr.optim import adam_h
 from megalr.optim.matrix import of_equal_shape
 from megalr.optim.sharded_optimizer import ShardedOptimizer, scalar_dtype
-from megalr.sharding.exchange import Item, MatrixUpdate
+from megalr.sharding.exchange import Change, Item, MatrixUpdate, Slices, add_changes
 from megalr.sharding.fragment import Cut
 from megalr.sharding.workers import agreed, completed, from_workers, share, to_workers
 
@@ -77,18 +78,23 @@ class Muon(ShardedOptimizer):
             adam_h.adamw_flat(flat, grad, state, group, lr_of_adam, dtype)
             return None
 
-        def move(weights: list[torch.Tensor], updates: list[torch.Tensor]) -> None:
-            if weights:
+        def move(weights: list[torch.Tensor], changes: list[Change]) -> None:
+            if weights and group["weight_decay"] > 0:
                 torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
-                torch._foreach_add_(weights, updates, alpha=-lr)
+            add_changes(weights, changes)
 
-        layout = self.layout(parameter)
         return MatrixUpdate(
-            layout, flat, grad, lambda items: self._whole(items, group), move, together=id(group)
+            self.layout(parameter),
+            flat,
+            grad,
+            lambda items: self._whole(items, group),
+            move,
+            together=id(group),
+            worked_on=group["fraction"],
         )
 
-    def _whole(self, items: list[Item], group: dict[str, Any]) -> list[torch.Tensor]:
-        """U of whole matrices of a group."""
+    def _whole(self, items: list[Item], group: dict[str, Any]) -> list[Change]:
+        """-lr U of whole matrices of a group."""
         homes = {t.name: p for p in group["params"] for t in self.layout(p).tensors}
         owns, grads = [], []
         for tensor, grad in items:
@@ -99,11 +105,12 @@ class Muon(ShardedOptimizer):
                 own["momentum_buffer"] = torch.zeros_like(grad)
             owns.append(own)
             grads.append(grad)
-        found: dict[int, torch.Tensor] = {}
+        found: dict[int, Change] = {}
         for cut, indices in _alike(items, grads):
-            batch = self._rule([owns[i] for i in indices], [grads[i] for i in indices], group, cut)
-            found.update(zip(indices, batch.unbind(), strict=True))
-        return [found[i].to(grad.dtype) for i, (_, grad) in enumerate(items)]
+            chosen, dtype = [grads[i] for i in indices], items[indices[0]][1].dtype
+            batch = self._rule([owns[i] for i in indices], chosen, group, cut, dtype)
+            found.update(zip(indices, batch, strict=True))
+        return [found[i] for i in range(len(items))]
 
     def _rule(
         self,
@@ -111,8 +118,9 @@ class Muon(ShardedOptimizer):
         grads: list[torch.Tensor],
         group: dict[str, Any],
         cut: Cut,
-    ) -> torch.Tensor:
-        """U (b, m, n) of b gradients of one shape, parts of matrices cut alike.
+        dtype: torch.dtype,
+    ) -> Sequence[Change]:
+        """-lr U (m, n) in ``dtype``, of b gradients of one shape, parts of matrices cut alike.
 
         A gradient that is not finite leaves the state as it is, and its U is not finite.
         """
@@ -127,14 +135,17 @@ class Muon(ShardedOptimizer):
         update = orthogonalized(batch, group["ns_method"])
         del batch  # so that what follows needs no more memory than the iteration
         update = self._normalized(owns, update, finite, places, group, cut)
+        factor = -group["lr"] * math.sqrt(max(1.0, m / n))
+        factors = _if_finite(finite, factor, torch.nan, scalar_dtype(grads[0].dtype))
+        if places is not None and cut.ranks.size == 1:
+            moved = (update * factors).to(dtype)
+            parts = zip(places.unbind(), moved.unbind(), strict=True)
+            return [Slices((m, n), side, *part) for part in parts]
         if places is not None:
             index = places[:, :, None] if side == 0 else places[:, None, :]
             whole = update.new_zeros(len(update), m, n)
             update = whole.scatter_(side + 1, index.expand_as(update), update)
-        update = from_workers(update, cut, len(grads))
-        stretch = math.sqrt(max(1.0, m / n))
-        dtype = scalar_dtype(grads[0].dtype)
-        return update.to(dtype).mul_(_if_finite(finite, stretch, torch.nan, dtype))
+        return (from_workers(update, cut, len(grads)) * factors).to(dtype).unbind()
 
     def _direction(
         self,
@@ -249,9 +260,8 @@ def largest_slices(
     matrices that this rank works on. Slices of whole matrices are compared, also where M is a part.
     """
     zero = grads[0].new_zeros(())
-    torch._foreach_add_(
-        momenta, [torch.where(ok, g, zero) for ok, g in zip(finite.unbind(), grads, strict=True)]
-    )
+    for momentum, ok, grad in zip(momenta, finite.unbind(), grads, strict=True):
+        momentum.add_(torch.where(ok, grad, zero))  # one by one: a batch may be large
     sums = torch.stack([torch.linalg.vector_norm(m, ord=1, dim=1 - side) for m in momenta])
     size = cut.whole_shape(momenta[0].shape)[side]
     first = cut.ranks.rank * sums.shape[1] if size > sums.shape[1] else 0
@@ -293,11 +303,13 @@ def orthogonalized(matrices: torch.Tensor, method: str) -> torch.Tensor:
     """U V^T of a batch (b, m, n) of matrices U S V^T, approximately: S becomes values near one.
 
     A matrix is divided by its Frobenius norm + 1e-7; then S <- a S + b S^3 + c S^5, five times.
-    ``standard`` iterates on the matrices themselves, in bf16. ``gram`` iterates on the small Gram
-    matrices X X^T, which needs fewer operations the further m and n are apart, in fp16 (fp32 on a
-    CPU without fp16 arithmetic). Both give the same polynomial of the singular values; the dtype
-    returned is the one of the iteration. The smaller side is multiplied: tall matrices are
-    transposed. A sum of two terms is rounded once, where it is made together with a product.
+    ``standard`` iterates on the matrices themselves, in bf16. ``gram`` computes in fp16 (fp32 on a
+    CPU without fp16 arithmetic) and iterates on the small Gram matrices X X^T where that needs
+    fewer operations, which is where one side is below 2/3 of the other: for sides s < l it takes
+    8 s^2 l + 28 s^3 instead of 20 s^2 l + 10 s^3. Both give the same polynomial of the singular
+    values; the dtype returned is the one of the iteration. The smaller side is multiplied: tall
+    matrices are transposed. A sum of two terms is rounded once, where it is made together with a
+    product.
 
     Sources: Jordan et al. 2024 (standard), tridao.me/blog/2026/gram-newton-schulz (gram).
     """
@@ -307,7 +319,7 @@ def orthogonalized(matrices: torch.Tensor, method: str) -> torch.Tensor:
     x = x.mT if tall else x
     # The Gram form divides before the cast: fp16 ends at 65504.
     x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
-    if method == "gram" and x.shape[1] < x.shape[2]:
+    if method == "gram" and 3 * x.shape[1] < 2 * x.shape[2]:
         return _gram_iteration(x, tall)
     a, b, c = COEFFICIENTS
     for _ in range(STEPS):

@@ -109,10 +109,14 @@ class Spectron(ShardedOptimizer):
         for same in alike.values():
             updated |= self._updated(same, factors, momenta, group_of[same[0][0][0]])
         parts = from_owner(ranks, [tensor for tensor, _ in flats], updated, like)
+        weights, new = [], []
         for tensor, flat in flats:
             fragment = tensor.on(ranks.rank)
             if fragment is not None:
-                fragment.of(flat).copy_(parts[tensor.name])
+                weights.append(fragment.of(flat))
+                new.append(parts[tensor.name])
+        if weights:
+            torch._foreach_copy_(weights, new)
 
     def _updated(
         self,
@@ -136,8 +140,7 @@ class Spectron(ShardedOptimizer):
             weight = torch.stack([factors[name] for name in names]).to(dtype)
             short = weight.mT if side == 0 else weight  # (k, r, m) or (k, r, n)
             norm, vectors = power_step(short, stacked(owns, key, dtype), cut.ranks)
-            for own, vector in zip(owns, vectors.unbind(), strict=True):
-                own[key].copy_(vector)
+            torch._foreach_copy_([own[key] for own in owns], vectors.unbind())
             momentum = torch.stack([momenta[name] for name in names])
             old.append(weight)
             whole = orthogonalized(to_workers(momentum, cut), group["ns_method"])

@@ -26,6 +26,46 @@ Located = tuple[LogicalTensor, Tensor]
 """A tensor and the flat tensor (1-D) in which this rank's fragment of it lies."""
 
 
+@dataclass(frozen=True)
+class Slices:
+    """A matrix that is zero but for some rows (``dim`` 0) or columns (1).
+
+    Attributes:
+        shape: ``(m, n)`` of the matrix.
+        places: indices of the k slices, each once.
+        values: ``(k, n)`` or ``(m, k)``.
+    """
+
+    shape: tuple[int, ...]
+    dim: int
+    places: Tensor
+    values: Tensor
+
+    def add_to(self, matrix: Tensor) -> Tensor:
+        """Add them to a matrix that is whole, of any view, in place."""
+        return matrix.view(self.shape).index_add_(
+            self.dim, self.places, self.values.to(matrix.dtype)
+        )
+
+    def dense(self) -> Tensor:
+        """The matrix ``(m, n)``."""
+        return self.add_to(self.values.new_zeros(self.shape))
+
+
+Change = Tensor | Slices
+"""What is added to a matrix."""
+
+
+def add_changes(weights: Sequence[Tensor], changes: Sequence[Change]) -> None:
+    """Add to every weight its change; both 1-D, or the weight of Slices whole."""
+    dense = [(w, c) for w, c in zip(weights, changes, strict=True) if isinstance(c, Tensor)]
+    if dense:
+        torch._foreach_add_([w for w, _ in dense], [c for _, c in dense])
+    for weight, change in zip(weights, changes, strict=True):
+        if isinstance(change, Slices):
+            change.add_to(weight)
+
+
 def least_loaded(
     costs: Sequence[float], candidates: Sequence[Sequence[int]], load: list[float]
 ) -> list[int]:
@@ -64,15 +104,15 @@ def assign_owners(
 
 
 def buckets(
-    items: Sequence[T], size_of: Callable[[T], int], limit: int = BUCKET_ELEMENTS
+    items: Sequence[T], size_of: Callable[[T], float], limit: int = BUCKET_ELEMENTS
 ) -> Iterator[list[T]]:
     """Consecutive runs of items whose sizes sum to at most ``limit`` (at least one item each)."""
     bucket: list[T] = []
-    filled = 0
+    filled = 0.0
     for item in items:
         if bucket and filled + size_of(item) > limit:
             yield bucket
-            bucket, filled = [], 0
+            bucket, filled = [], 0.0
         bucket.append(item)
         filled += size_of(item)
     if bucket:
@@ -170,19 +210,21 @@ class MatrixUpdate:
     """The update of all matrices in one flat tensor.
 
     ``rule`` turns (tensor, G) of whole matrices into their updates U, on the owner only; ``apply``
-    changes the elements of weights that this rank holds by those of U, 1-D views. Both are called
-    with some of the matrices at a time.
+    changes the elements of weights that this rank holds by those of U, 1-D views, or by Slices of
+    weights that it holds whole. Both are called with some of the matrices at a time.
 
     ``together``: updates with the same value have the same ``rule`` and ``apply``, which are called
-    with matrices of all of them; None: no others have.
+    with matrices of all of them; None: no others have. ``worked_on``: the share of the elements of
+    a matrix that ``rule`` needs memory for, so that more of them fit a bucket.
     """
 
     layout: FlatLayout
     flat: Tensor
     grad: Tensor
-    rule: Callable[[list[Item]], list[Tensor]]
-    apply: Callable[[list[Tensor], list[Tensor]], Any]
+    rule: Callable[[list[Item]], list[Any]]
+    apply: Callable[[list[Tensor], list[Any]], Any]
     together: int | None = None
+    worked_on: float = 1.0
 
     @property
     def kind(self) -> int:
@@ -208,7 +250,7 @@ def update_matrices(updates: Sequence[MatrixUpdate]) -> None:
     for members in same.values():
         whole = [(t, f, u) for u in members for t, f in u.layout.local if not t.is_split]
         whole.sort(key=lambda entry: entry[0].shape)
-        for bucket in buckets(whole, lambda entry: entry[0].numel):
+        for bucket in buckets(whole, _memory_of):
             _update_whole(bucket)
     alike: dict[Any, list[tuple[LogicalTensor, MatrixUpdate]]] = {}
     for update in updates:
@@ -221,11 +263,18 @@ def update_matrices(updates: Sequence[MatrixUpdate]) -> None:
             _update_split(part)
 
 
+def _memory_of(entry: tuple[LogicalTensor, Fragment, MatrixUpdate]) -> float:
+    """Elements that the rule needs memory for; all of a matrix that tensor parallelism cuts."""
+    tensor, _, update = entry
+    return tensor.numel * (update.worked_on if tensor.cut.ranks.size == 1 else 1)
+
+
 def _update_whole(bucket: list[tuple[LogicalTensor, Fragment, MatrixUpdate]]) -> None:
     """Update matrices of one kind that this rank holds entirely."""
     first = bucket[0][2]
     found = first.rule([(t, f.of(u.grad).view(t.shape)) for t, f, u in bucket])
-    first.apply([f.of(u.flat) for _, f, u in bucket], [matrix.reshape(-1) for matrix in found])
+    weights = [f.of(u.flat) for _, f, u in bucket]
+    first.apply(weights, [x if isinstance(x, Slices) else x.reshape(-1) for x in found])
 
 
 def _update_split(bucket: list[tuple[LogicalTensor, MatrixUpdate]]) -> None:
@@ -240,6 +289,7 @@ def _update_split(bucket: list[tuple[LogicalTensor, MatrixUpdate]]) -> None:
     for entries in of_kind.values():
         mine = [tensor for tensor, _ in entries if tensor.owner == ranks.rank]
         found = entries[0][1].rule([(tensor, matrices[tensor.name]) for tensor in mine])
+        found = [x.dense() if isinstance(x, Slices) else x for x in found]
         whole |= {tensor.name: matrix for tensor, matrix in zip(mine, found, strict=True)}
     parts = from_owner(ranks, [tensor for tensor, _ in bucket], whole, first.flat)
     for entries in of_kind.values():

@@ -86,6 +86,17 @@ def test_temporaries_are_those_of_a_chunk(
     assert 0.45 * ORTHOGONAL_BYTES * numel < peak <= ORTHOGONAL_BYTES * numel * 1.01
 
 
+@pytest.mark.parametrize("kind", [Muon, NorMuon])
+@pytest.mark.parametrize("fraction", [0.125, 0.5, 0.9])
+@pytest.mark.parametrize("shape", [SQUARE, TALL])
+def test_temporaries_of_a_fraction_are_those_of_the_chosen_slices(
+    shape: tuple[int, int], fraction: float, kind: Any
+) -> None:
+    chosen = math.ceil(12 * math.prod(shape) * fraction)
+    peak = temporary_bytes([shape] * 24, chosen, kind, fraction=fraction)
+    assert 0.45 * ORTHOGONAL_BYTES * chosen < peak <= ORTHOGONAL_BYTES * chosen * 1.01
+
+
 def _uncounted(received: torch.Tensor, sent: torch.Tensor, *splits: Any, group: Any) -> None:
     """An exchange through copies that are not counted: gloo holds on to its tensors for a while."""
     with _disable_current_modes():

@@ -17,6 +17,7 @@ from megalr.sharding.exchange import (
     update_matrices,
 )
 from megalr.sharding.fragment import (
+    Cut,
     FlatLayout,
     Fragment,
     LogicalTensor,
@@ -138,3 +139,43 @@ def test_matrices_of_a_shape_are_updated_together(monkeypatch: pytest.MonkeyPatc
         [torch.full((m * n,), f) for (m, n), f in zip(shapes, (1, 1, 2, 1, 3, 2), strict=True)]
     )
     assert torch.equal(flat, grad * factors)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_slices_are_added_to_a_matrix_and_are_zero_elsewhere(dim: int) -> None:
+    places, shape = torch.tensor([3, 0]), (5, 4)
+    values = torch.randn((2, 4) if dim == 0 else (5, 2), dtype=torch.float64)
+    want = torch.zeros(shape, dtype=torch.float64)
+    for index, place in enumerate(places.tolist()):
+        want.select(dim, place).copy_(values.select(dim, index))
+    slices = exchange.Slices(shape, dim, places, values)
+    assert torch.equal(slices.dense(), want)
+    dense, (sliced, other) = torch.randn(6), torch.randn(2, 20).unbind()
+    was = dense.clone(), sliced.clone(), other.clone()
+    exchange.add_changes([sliced, dense, other], [slices, torch.ones(6), slices])
+    assert torch.equal(dense, was[0] + 1)
+    for found, old in ((sliced, was[1]), (other, was[2])):
+        assert torch.equal(found, old + want.float().flatten())
+
+
+def test_a_chunk_holds_more_matrices_of_which_less_is_worked_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By a quarter of the elements; all of those of matrices that tensor parallelism cuts."""
+    monkeypatch.setattr(exchange.buckets, "__defaults__", (8,))
+    cuts = [Cut()] * 6 + [Cut(Ranks(0, 2))] * 2
+    tensors = [
+        LogicalTensor(f"w{i}", (2, 4), (Fragment(0, 0, 8 * i, 8),), 0, i, cut)
+        for i, cut in enumerate(cuts)
+    ]
+    chunks: list[list[str]] = []
+
+    def rule(items: list[exchange.Item]) -> list[torch.Tensor]:
+        chunks.append([tensor.name for tensor, _ in items])
+        return [g for _, g in items]
+
+    layout, grad = FlatLayout(tuple(tensors)), torch.ones(64)
+    update_matrices(
+        [MatrixUpdate(layout, torch.zeros(64), grad, rule, torch._foreach_add_, worked_on=0.25)]
+    )
+    assert chunks == [["w0", "w1", "w2", "w3"], ["w4", "w5"], ["w6"], ["w7"]]
