@@ -221,7 +221,7 @@ class MatrixUpdate:
     layout: FlatLayout
     flat: Tensor
     grad: Tensor
-    rule: Callable[[list[Item]], list[Any]]
+    rule: Callable[[list[Item]], Sequence[Change]]
     apply: Callable[[list[Tensor], list[Any]], Any]
     together: int | None = None
     worked_on: float = 1.0
@@ -289,8 +289,8 @@ def _update_split(bucket: list[tuple[LogicalTensor, MatrixUpdate]]) -> None:
     for entries in of_kind.values():
         mine = [tensor for tensor, _ in entries if tensor.owner == ranks.rank]
         found = entries[0][1].rule([(tensor, matrices[tensor.name]) for tensor in mine])
-        found = [x.dense() if isinstance(x, Slices) else x for x in found]
-        whole |= {tensor.name: matrix for tensor, matrix in zip(mine, found, strict=True)}
+        dense = [x.dense() if isinstance(x, Slices) else x for x in found]
+        whole |= {tensor.name: matrix for tensor, matrix in zip(mine, dense, strict=True)}
     parts = from_owner(ranks, [tensor for tensor, _ in bucket], whole, first.flat)
     for entries in of_kind.values():
         held = [(update.local(tensor), tensor.name) for tensor, update in entries]

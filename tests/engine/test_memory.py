@@ -169,3 +169,26 @@ def test_published_model_sizes(preset: str) -> None:
         if method.name != "lora":
             assert stored / 1e6 == pytest.approx(millions[len(bytes_of) - 1], abs=0.006)
     assert bytes_of == pytest.approx(GIGABYTES[preset], abs=0.0015)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("first", [True, False])
+def test_a_workspace_holds_the_free_segment_that_it_was_put_into(first: bool) -> None:
+    """Why build_engine gives back what is free before the first product."""
+    free = 2**29
+
+    def product() -> None:
+        x = torch.ones(1024, 1024, device="cuda", dtype=torch.bfloat16)
+        torch.nn.functional.linear(x, x)
+        torch.cuda.synchronize()
+
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    if first:
+        product()
+        torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    torch.empty(free, device="cuda", dtype=torch.uint8)
+    product()
+    torch.cuda.empty_cache()
+    assert (torch.cuda.memory_reserved() - before >= free) == (not first)
