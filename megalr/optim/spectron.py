@@ -17,7 +17,7 @@ from megalr.optim.matrix import stacked
 from megalr.optim.muon import orthogonalized
 from megalr.optim.sharded_optimizer import ShardedOptimizer, flat_grad, flat_part, scalar_dtype
 from megalr.sharding.exchange import buckets, from_owner, reduce_over_ranks, to_owner
-from megalr.sharding.fragment import Ranks
+from megalr.sharding.fragment import Cut, Ranks
 from megalr.sharding.workers import from_workers, to_workers
 
 Pair = tuple[Located, Located]
@@ -85,7 +85,7 @@ class Spectron(ShardedOptimizer):
         pairs = [pair for pair in pairs if pair[0][0] in stepped and pair[1][0] in stepped]
         # So that pairs of equal shapes share a bucket, which is stacked.
         pairs.sort(key=lambda pair: (pair[0][2].shape, pair[1][2].shape))
-        for bucket in buckets(pairs, lambda pair: pair[0][2].numel + pair[1][2].numel):
+        for bucket in buckets(pairs, _memory_of):
             self._step_pairs(bucket, stepped)
 
     def _step_pairs(self, pairs: list[Pair], group_of: dict[torch.Tensor, dict[str, Any]]) -> None:
@@ -95,38 +95,50 @@ class Spectron(ShardedOptimizer):
         members = []
         for (b_entry, _, b), (a_entry, _, a) in pairs:
             members += [(b_entry, b), (a_entry, replace(a, owner=b.owner))]
-        flats = [(tensor, flat_part(parameter)) for parameter, tensor in members]
+        parts_of = {parameter: flat_part(parameter) for parameter, _ in members}
+        flats = [(tensor, parts_of[parameter]) for parameter, tensor in members]
         moments = [(tensor, self.state[p]["momentum_buffer"]) for p, tensor in members]
         factors = to_owner(ranks, flats, like)
         momenta = to_owner(ranks, moments, moments[0][1])
-        mine = [(b, a) for b, a in pairs if b[2].name in factors]
-        updated: dict[str, torch.Tensor] = {}
         alike: dict[Any, list[Pair]] = {}
-        for (b_entry, layout, b), a_located in mine:
-            a = a_located[2]
-            key = (b.shape, a.shape, b.cut, a.cut, id(group_of[b_entry]))
-            alike.setdefault(key, []).append(((b_entry, layout, b), a_located))
+        for (b_entry, layout, b), a_located in pairs:
+            if b.name in factors:
+                a = a_located[2]
+                key = (b.shape, a.shape, b.cut, a.cut, id(group_of[b_entry]))
+                alike.setdefault(key, []).append(((b_entry, layout, b), a_located))
         for same in alike.values():
-            updated |= self._updated(same, factors, momenta, group_of[same[0][0][0]])
-        parts = from_owner(ranks, [tensor for tensor, _ in flats], updated, like)
+            self._update_alike(same, factors, momenta, group_of[same[0][0][0]])
+        parts = from_owner(ranks, [tensor for tensor, _ in flats], factors, like)
         weights, new = [], []
         for tensor, flat in flats:
             fragment = tensor.on(ranks.rank)
-            if fragment is not None:
+            # A single rank has updated the weights themselves.
+            if fragment is not None and not _same(fragment.of(flat), parts[tensor.name]):
                 weights.append(fragment.of(flat))
                 new.append(parts[tensor.name])
         if weights:
             torch._foreach_copy_(weights, new)
 
-    def _updated(
+    def _update_alike(
         self,
         pairs: list[Pair],
         factors: dict[str, torch.Tensor],
         momenta: dict[str, torch.Tensor],
         group: dict[str, Any],
-    ) -> dict[str, torch.Tensor]:
-        """The new factors of k pairs of equal shapes."""
+    ) -> None:
+        """Update the factors of k pairs of equal shapes in place; one side at a time in memory."""
         dtype = scalar_dtype(momenta[pairs[0][0][2].name].dtype)
+        rho = group["lr"] / (sum(self._norms(pairs, factors, dtype)) + 1)
+        for side in (0, 1):
+            names = [pair[side][2].name for pair in pairs]
+            momentum = [momenta[name] for name in names]
+            cut = pairs[0][side][2].cut
+            _move([factors[name] for name in names], momentum, rho[:, None, None], group, cut)
+
+    def _norms(
+        self, pairs: list[Pair], factors: dict[str, torch.Tensor], dtype: torch.dtype
+    ) -> list[torch.Tensor]:
+        """The largest singular values of the factors B and of A, (k,) each."""
         owns = []
         for (b_entry, _, b), _ in pairs:
             own = self.state[b_entry].setdefault("matrices", {}).setdefault(b.name, {})
@@ -134,28 +146,45 @@ class Spectron(ShardedOptimizer):
                 if key not in own:
                     own[key] = factors[b.name].new_zeros(b.shape[1], dtype=dtype)
             owns.append(own)
-        old, moved, norms = [], [], []
+        norms = []
         for side, key in enumerate(("power_b", "power_a")):
-            names, cut = [pair[side][2].name for pair in pairs], pairs[0][side][2].cut
-            weight = torch.stack([factors[name] for name in names]).to(dtype)
+            weight = torch.stack([factors[pair[side][2].name] for pair in pairs]).to(dtype)
             short = weight.mT if side == 0 else weight  # (k, r, m) or (k, r, n)
-            norm, vectors = power_step(short, stacked(owns, key, dtype), cut.ranks)
+            ranks = pairs[0][side][2].cut.ranks
+            norm, vectors = power_step(short, stacked(owns, key, dtype), ranks)
             torch._foreach_copy_([own[key] for own in owns], vectors.unbind())
-            momentum = torch.stack([momenta[name] for name in names])
-            old.append(weight)
-            whole = orthogonalized(to_workers(momentum, cut), group["ns_method"])
-            moved.append(from_workers(whole, cut, len(pairs)))
             norms.append(norm)
-        rho = group["lr"] / (norms[0] + norms[1] + 1)
-        updated: dict[str, torch.Tensor] = {}
-        for side, weight in enumerate(old):
-            weight.mul_(1 - group["lr"] * group["weight_decay"])
-            weight.sub_(rho[:, None, None] * moved[side])
-            updated |= {
-                pair[side][2].name: new.to(factors[pair[side][2].name].dtype)
-                for pair, new in zip(pairs, weight.unbind(), strict=True)
-            }
-        return updated
+        return norms
+
+
+def _memory_of(pair: Pair) -> int:
+    """Elements that a pair needs memory for: both factors where they are exchanged; else one at a
+    time is worked on."""
+    (_, layout, b), (_, _, a) = pair
+    return b.numel + a.numel if layout.ranks.size > 1 else max(b.numel, a.numel)
+
+
+def _move(
+    weights: list[torch.Tensor],
+    momenta: list[torch.Tensor],
+    rho: torch.Tensor,
+    group: dict[str, Any],
+    cut: Cut,
+) -> None:
+    """W <- (1 - lr * weight_decay) W - rho O for k factors of one shape; rho (k, 1, 1)."""
+    whole = to_workers(torch.stack(momenta), cut)
+    moved = from_workers(orthogonalized(whole, group["ns_method"]), cut, len(weights))
+    del whole
+    stack = torch.stack(weights).to(rho.dtype)
+    if group["weight_decay"] > 0:
+        stack.mul_(1 - group["lr"] * group["weight_decay"])
+    stack.sub_(rho * moved)
+    torch._foreach_copy_(weights, stack.unbind())
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors of a shape are the same memory."""
+    return one.data_ptr() == other.data_ptr() and one.dtype == other.dtype
 
 
 def power_step(

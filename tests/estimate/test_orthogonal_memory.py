@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_leaves
 from megalr.config.methods import FullRankMethod
 from megalr.estimate.states import ORTHOGONAL_BYTES, orthogonalized_together
 from megalr.estimate.tensors import Stored, stored_tensors
+from megalr.layers.factors import set_row_blocks
 from megalr.models.config import decoder_config
-from megalr.optim import Muon, NorMuon, muon
+from megalr.optim import Muon, NorMuon, Spectron, muon
 from megalr.sharding import exchange
 from megalr.sharding.fragment import Cut, FlatLayout, Fragment, LogicalTensor, Ranks
 from tests.ranks import run_distributed
@@ -54,7 +55,11 @@ def temporary_bytes(
 ) -> int:
     """Peak of one update of matrices of these shapes, at most ``chunk`` elements at a time."""
     weights = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
-    optimizer = kind(weights, use_muon=True, **options)
+    return _peak(kind(weights, use_muon=True, **options), weights, chunk)
+
+
+def _peak(optimizer: torch.optim.Optimizer, weights: list[torch.nn.Parameter], chunk: int) -> int:
+    """Peak of one update with random gradients, at most ``chunk`` elements at a time."""
     for weight in weights:
         weight.grad = torch.randn_like(weight)
     with (
@@ -95,6 +100,21 @@ def test_temporaries_of_a_fraction_are_those_of_the_chosen_slices(
     chosen = math.ceil(12 * math.prod(shape) * fraction)
     peak = temporary_bytes([shape] * 24, chosen, kind, fraction=fraction)
     assert 0.45 * ORTHOGONAL_BYTES * chosen < peak <= ORTHOGONAL_BYTES * chosen * 1.01
+
+
+@pytest.mark.parametrize("shape", [SQUARE, WIDE, TALL])
+@pytest.mark.parametrize("rank", [32, 128])
+def test_temporaries_of_pairs_are_those_of_their_larger_factors(
+    shape: tuple[int, int], rank: int
+) -> None:
+    (m, n), weights = shape, []
+    for number in range(24):
+        for name, size in ((f"w{number}.B", (m, rank)), (f"w{number}.A", (rank, n))):
+            weights.append(torch.nn.Parameter(torch.randn(size)))
+            set_row_blocks(weights[-1], (name,), [(0, size[0])])
+    chunk = 6 * rank * max(m, n)
+    peak = _peak(Spectron([{"params": weights, "use_spectron": True}]), weights, chunk)
+    assert 0.45 * ORTHOGONAL_BYTES * chunk < peak <= ORTHOGONAL_BYTES * chunk * 1.01
 
 
 def _uncounted(received: torch.Tensor, sent: torch.Tensor, *splits: Any, group: Any) -> None:
