@@ -212,8 +212,7 @@ class NorMuon(Muon):
         second = second.lerp(update.square().mean(dim=2), weight)
         whole = second if places is None else whole.scatter(1, places, second)
         whole = completed(whole, cut, 0, mine, len(owns))
-        for own, new in zip(owns, whole.unbind(), strict=True):
-            own["exp_avg_sq"].copy_(new)
+        torch._foreach_copy_([own["exp_avg_sq"] for own in owns], whole.unbind())
         norm = torch.linalg.vector_norm(update, dim=(1, 2), keepdim=True)
         update = update / (second.sqrt() + ROW_EPS)[:, :, None]
         changed = torch.linalg.vector_norm(update, dim=(1, 2), keepdim=True)
